@@ -1,0 +1,18 @@
+//! The KV cache of a language model as a library: block pool and tables, an exact prefix index,
+//! paged attention on the CPU, a memory planner, and one C ABI over all of it.
+//!
+//! # Features
+//! `std` (default): run-time CPU detection, threads, the cache facade, the panic guard. Without it
+//! the crate is `no_std` + `alloc`: L0, L1, the kernels at the level the compiler was told of, and
+//! the C ABI's nouns that need no more.
+#![cfg_attr(not(feature = "std"), no_std)]
+#![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
+
+extern crate alloc;
+
+pub mod dtype;
+pub mod error;
+pub mod ids;
+pub mod layout;
+
+pub use error::{Error, Result, Status};
