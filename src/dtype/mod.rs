@@ -4,9 +4,11 @@
 //! name each and pins the ids that cross the C ABI. It knows nothing of shapes.
 
 mod format;
+mod rows;
 
 pub use format::KvFormat;
 pub use half::{bf16, f16};
+pub use rows::{Rows, RowsMut};
 
 use crate::error::{Error, Result};
 

@@ -45,11 +45,14 @@ PYTHON_PARTS = [
     "tutorial", "library", "reference", "howto", "faq", "using", "whatsnew", "c-api",
     "extending", "install", "installing", "distributing", "distutils",
 ]
+# print.html repeats a whole book, changelogs are lists of issue numbers,
+# std::arch is tables of machine instructions, and some books are translated.
+SKIP = re.compile(r"/(print|toc|changelog|CHANGELOG)\.html$|/arch/|:rust-by-example/(es|ja|ko|zh)/")
 
 # A block is a leaf: it ends at the next block-level tag, so `<li><p>..</p></li>`
 # yields one item and not two.
 BLOCK = re.compile(
-    r"<(p|li|h[1-3]|pre)(?:\s[^>]*)?>(.*?)(?=</?(?:p|li|ul|ol|h[1-6]|pre|div|table|dl|dd|dt|details|section|main)\b)",
+    r"<(p|li|h[1-3]|pre)(?:\s(?!class=\"toctree)[^>]*)?>(.*?)(?=</?(?:p|li|ul|ol|h[1-6]|pre|div|table|dl|dd|dt|details|section|main)\b)",
     re.S,
 )
 TAG = re.compile(r"<[^>]*>")
@@ -91,7 +94,7 @@ def document(page, kind, seen):
             if not out or not short or digest(text) % 8 or digest(text) in seen:
                 continue
             seen.add(digest(text))
-            out.append(("pre", "\n".join("    " + line for line in text.split("\n"))))
+            out.append(("pre", "\n".join(("    " + line).rstrip() for line in text.split("\n"))))
             continue
         text = " ".join(text.split()).removesuffix("Read more").strip()
         if tag[0] == "h":
@@ -130,9 +133,7 @@ def build_corpus(rust_docs, python_docs):
         size = 0
         for path in sorted((root / part).rglob("*.html")):
             name = f"{kind}:{path.relative_to(root).as_posix()}"
-            # print.html repeats a whole book; the changelog is a list of
-            # issue numbers; std::arch is tables of machine instructions.
-            if path.name in ("print.html", "changelog.html", "toc.html") or "/arch/" in name:
+            if SKIP.search(name):
                 continue
             text = document(path.read_text("utf-8", "replace"), kind, seen)
             if text:
