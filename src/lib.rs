@@ -10,6 +10,8 @@
 
 extern crate alloc;
 
+pub mod attention;
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ids;
