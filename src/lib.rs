@@ -10,9 +10,12 @@
 
 extern crate alloc;
 
+pub mod attention;
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ids;
 pub mod layout;
+pub mod pool;
 
 pub use error::{Error, Result, Status};
