@@ -142,13 +142,21 @@ impl Harness {
         self.cache.attend(&self.step, id, q.as_slice().into(), out_rows, &scoring, None).unwrap();
         let mut at = 0;
         for (namespace, tokens, held) in histories {
-            let keys: Vec<_> = (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 0)).collect();
-            let values: Vec<_> = (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 1)).collect();
+            let keys: Vec<_> =
+                (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 0)).collect();
+            let values: Vec<_> =
+                (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 1)).collect();
             for position in *held..tokens.len() {
                 for head in 0..Q_HEADS {
                     let row = at..at + DIM;
                     let kv = head / (Q_HEADS / KV_HEADS) * DIM;
-                    check_row(&q[row.clone()], &out[row], &keys[..=position], &values[..=position], kv);
+                    check_row(
+                        &q[row.clone()],
+                        &out[row],
+                        &keys[..=position],
+                        &values[..=position],
+                        kv,
+                    );
                     at += DIM;
                 }
             }
@@ -211,7 +219,8 @@ fn check_row(q: &[f32], out: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv:
     let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
     let total: f64 = weights.iter().sum();
     for (channel, &out) in out.iter().enumerate() {
-        let sum = weights.iter().zip(values).map(|(w, v)| w * f64::from(v[kv + channel])).sum::<f64>();
+        let sum =
+            weights.iter().zip(values).map(|(w, v)| w * f64::from(v[kv + channel])).sum::<f64>();
         let error = (f64::from(out) - sum / total).abs();
         assert!(error <= 1e-5, "channel {channel}: {out} for {}", sum / total);
     }
@@ -228,7 +237,10 @@ fn random_lives_read_what_they_wrote() {
         }
         let stats = harness.cache.stats();
         if blocks == 30 && seed % 6 != 5 {
-            assert!(stats.hit_tokens > 0 && stats.evicted_blocks > 0 && stats.copied_blocks > 0, "{stats:?}");
+            assert!(
+                stats.hit_tokens > 0 && stats.evicted_blocks > 0 && stats.copied_blocks > 0,
+                "{stats:?}"
+            );
         }
         for (seq, ..) in harness.live.drain(..) {
             harness.cache.release(seq).unwrap();
@@ -255,7 +267,8 @@ fn a_second_prompt_shares_whole_blocks_and_copies_the_tail() {
     let second = harness.cache.start(&other, Namespace(3)).unwrap();
     assert_eq!(second.cached_tokens, 40);
     let shared = |group| {
-        let (a, b) = (harness.cache.blocks(first.seq, group), harness.cache.blocks(second.seq, group));
+        let (a, b) =
+            (harness.cache.blocks(first.seq, group), harness.cache.blocks(second.seq, group));
         a.unwrap().iter().zip(b.unwrap()).take_while(|(a, b)| a == b).count()
     };
     assert_eq!((shared(0), shared(1)), (2, 2));
@@ -297,7 +310,9 @@ fn misuse_is_an_error_and_changes_nothing() {
     assert!(append(cache, &Step::new(), layer, &row).is_err());
     assert!(cache.begin(&mut step, &[work(seq, &[1])]).is_err());
     assert!(cache.begin(&mut Step::new(), &[work(seq, &[1])]).is_err());
-    assert!(cache.release(seq).is_err() && cache.fork(seq).is_err() && cache.truncate(seq, 0).is_err());
+    assert!(
+        cache.release(seq).is_err() && cache.fork(seq).is_err() && cache.truncate(seq, 0).is_err()
+    );
     let mut other = Harness::new(2, 8, true).cache;
     assert!(append(&mut other, &step, layer, &row).is_err() && other.commit(&mut step).is_err());
     append(cache, &step, layer, &row).unwrap();
@@ -310,7 +325,8 @@ fn misuse_is_an_error_and_changes_nothing() {
 #[test]
 fn impossible_options_are_refused() {
     let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 64, KvFormat::F16));
-    let refuse = |spec: &CacheSpec, options: CacheOptions| KvCache::new(spec, &options).unwrap_err();
+    let refuse =
+        |spec: &CacheSpec, options: CacheOptions| KvCache::new(spec, &options).unwrap_err();
     let options = CacheOptions::default();
     refuse(&spec, CacheOptions { blocks: 0, ..options.clone() });
     refuse(&spec, CacheOptions { max_seqs: 0, ..options.clone() });

@@ -89,19 +89,29 @@ impl Attention for Plain<'_> {
         let keys: Vec<f64> = k.iter().map(|&x| round(x)).collect();
         let values: Vec<f64> = v.iter().map(|&x| round(x)).collect();
         let scale = 1.0 / (c.head_dim as f64).sqrt();
-        for (token, (q, out)) in q.chunks_exact(q_row).zip(out.chunks_exact_mut(q_row)).enumerate() {
+        for (token, (q, out)) in q.chunks_exact(q_row).zip(out.chunks_exact_mut(q_row)).enumerate()
+        {
             let heads = q.chunks_exact(c.head_dim).zip(out.chunks_exact_mut(c.head_dim));
             for (head, (q, out)) in heads.enumerate() {
                 let kv = head / (c.q_heads / c.kv_heads) * c.head_dim;
                 let scores: Vec<f64> = (0..=token)
-                    .map(|at| row(&keys, at * kv_row + kv, c).iter().zip(q).map(|(k, &q)| k * f64::from(q)).sum::<f64>() * scale)
+                    .map(|at| {
+                        row(&keys, at * kv_row + kv, c)
+                            .iter()
+                            .zip(q)
+                            .map(|(k, &q)| k * f64::from(q))
+                            .sum::<f64>()
+                            * scale
+                    })
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 let mut sum = vec![0.0; c.head_dim];
                 for (at, weight) in weights.iter().enumerate() {
-                    sum.iter_mut().zip(row(&values, at * kv_row + kv, c)).for_each(|(s, v)| *s += weight * v);
+                    sum.iter_mut()
+                        .zip(row(&values, at * kv_row + kv, c))
+                        .for_each(|(s, v)| *s += weight * v);
                 }
                 out.iter_mut().zip(sum).for_each(|(o, s)| *o = (s / total) as f32);
             }

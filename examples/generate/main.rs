@@ -80,7 +80,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         return Err(format!("{longest} tokens are past the model's {}", c.max_tokens).into());
     }
 
-    let group = GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, args.format);
+    let group =
+        GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, args.format);
     let spec = CacheSpec::uniform(args.block_tokens, group);
     // Room for a full batch, and for every prompt to stay in the index.
     let blocks = (args.batch + prompts.len()) * longest.div_ceil(args.block_tokens as usize);
@@ -105,7 +106,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         None
     };
 
-    let texts: Vec<String> = outputs.iter().map(|output| tokenizer.decode(&output.tokens)).collect();
+    let texts: Vec<String> =
+        outputs.iter().map(|output| tokenizer.decode(&output.tokens)).collect();
     let report = report::Report {
         questions: &questions,
         texts: &texts,
@@ -113,9 +115,17 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         figures: &figures,
         stats: cache.stats(),
         block_tokens: args.block_tokens.into(),
-        contiguous_bytes: report::contiguous_bytes(&cache, args.batch.min(prompts.len()), c.max_tokens),
+        contiguous_bytes: report::contiguous_bytes(
+            &cache,
+            args.batch.min(prompts.len()),
+            c.max_tokens,
+        ),
         checked: checked.as_ref(),
     };
-    if args.json { report.print_json()? } else { report.print(&model, args) }
+    if args.json {
+        report.print_json()?
+    } else {
+        report.print(&model, args)
+    }
     Ok(checked.is_none_or(|check| check.passed()))
 }

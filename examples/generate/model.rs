@@ -108,7 +108,9 @@ impl Model {
         let mut x: Vec<f32> = Vec::with_capacity(tokens.len() * c.hidden);
         for &token in tokens {
             let row = token as usize * c.hidden;
-            x.extend(self.embedding.get(row..row + c.hidden).ok_or("a token is past the vocabulary")?);
+            x.extend(
+                self.embedding.get(row..row + c.hidden).ok_or("a token is past the vocabulary")?,
+            );
         }
         let mut attended = vec![0.0; tokens.len() * c.q_heads * c.head_dim];
         for (n, layer) in self.layers.iter().enumerate() {
@@ -166,7 +168,9 @@ impl Linear {
     fn load(tensors: &SafeTensors, name: &str) -> Result<Self, Box<dyn Error>> {
         let stored = floats(tensors, name)?;
         let shape = tensors.tensor(name)?.shape().to_vec();
-        let &[outputs, inputs] = shape.as_slice() else { return Err("a matrix has two dims".into()) };
+        let &[outputs, inputs] = shape.as_slice() else {
+            return Err("a matrix has two dims".into());
+        };
         let mut weight = vec![0.0; stored.len()];
         for (o, row) in stored.chunks_exact(inputs).enumerate() {
             row.iter().enumerate().for_each(|(i, &w)| weight[i * outputs + o] = w);
@@ -180,14 +184,16 @@ impl Linear {
         const ROWS: usize = 8;
         let inputs = self.weight.len() / self.outputs;
         let mut y = vec![0.0; x.len() / inputs * self.outputs];
-        y.par_chunks_mut(ROWS * self.outputs).zip(x.par_chunks(ROWS * inputs)).for_each(|(y, x)| {
-            for (i, weights) in self.weight.chunks_exact(self.outputs).enumerate() {
-                for (y, x) in y.chunks_exact_mut(self.outputs).zip(x.chunks_exact(inputs)) {
-                    let x = x[i];
-                    y.iter_mut().zip(weights).for_each(|(y, w)| *y += x * w);
+        y.par_chunks_mut(ROWS * self.outputs).zip(x.par_chunks(ROWS * inputs)).for_each(
+            |(y, x)| {
+                for (i, weights) in self.weight.chunks_exact(self.outputs).enumerate() {
+                    for (y, x) in y.chunks_exact_mut(self.outputs).zip(x.chunks_exact(inputs)) {
+                        let x = x[i];
+                        y.iter_mut().zip(weights).for_each(|(y, w)| *y += x * w);
+                    }
                 }
-            }
-        });
+            },
+        );
         y
     }
 }

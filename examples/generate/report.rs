@@ -26,7 +26,12 @@ impl Progress {
     pub fn at(&mut self, tokens: usize) {
         if self.terminal {
             let filled = tokens * 40 / self.total;
-            eprint!("\r[{}{}] {tokens}/{}", "#".repeat(filled), " ".repeat(40 - filled), self.total);
+            eprint!(
+                "\r[{}{}] {tokens}/{}",
+                "#".repeat(filled),
+                " ".repeat(40 - filled),
+                self.total
+            );
             // A bar that cannot be drawn is no reason to stop.
             let _ = stderr().flush();
         } else if tokens * 4 / self.total > self.printed {
@@ -70,7 +75,8 @@ impl Report<'_> {
     }
 
     fn rates(&self) -> (f64, f64) {
-        let rate = |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let rate =
+            |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         let f = self.figures;
         (rate(f.prefill_tokens, f.prefill_time), rate(f.decode_tokens, f.decode_time))
     }
@@ -122,7 +128,10 @@ impl Report<'_> {
         row("memory held at the peak", format!("{:.1} KiB", bytes as f64 / 1024.0));
         let contiguous = self.contiguous_bytes as f64;
         let ratio = contiguous / bytes as f64;
-        row("contiguous, at maximum length", format!("{:.1} KiB ({ratio:.1} times)", contiguous / 1024.0));
+        row(
+            "contiguous, at maximum length",
+            format!("{:.1} KiB ({ratio:.1} times)", contiguous / 1024.0),
+        );
         row("waste in the last blocks", format!("{:.2} %", 100.0 * waste));
         row("prefill", format!("{prefill:.0} tokens/s"));
         row("decode", format!("{decode:.0} tokens/s"));

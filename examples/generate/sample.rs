@@ -17,7 +17,8 @@ impl Sampler {
         }
         let max = logits[argmax(logits) as usize];
         let weight = |logit: f32| f64::from((logit - max) / self.temperature).exp();
-        let mut left = logits.iter().map(|&logit| weight(logit)).sum::<f64>() * uniform(&mut self.state);
+        let mut left =
+            logits.iter().map(|&logit| weight(logit)).sum::<f64>() * uniform(&mut self.state);
         let drawn = logits.iter().position(|&logit| {
             left -= f64::from((logit - max) / self.temperature).exp();
             left < 0.0

@@ -42,8 +42,11 @@ impl Tokenizer {
     }
 
     pub fn decode(&self, ids: &[u32]) -> String {
-        let bytes: Vec<u8> =
-            ids.iter().flat_map(|&id| self.bytes.get(id as usize).into_iter().flatten()).copied().collect();
+        let bytes: Vec<u8> = ids
+            .iter()
+            .flat_map(|&id| self.bytes.get(id as usize).into_iter().flatten())
+            .copied()
+            .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
