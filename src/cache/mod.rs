@@ -95,6 +95,7 @@ pub struct KvCache {
     // Buffers that calls reuse.
     hit: Hit,
     ids: Vec<BlockId>,
+    canonical: Vec<BlockId>,
     tails: Vec<BlockId>,
     workspace: Vec<u8>,
 }
@@ -117,8 +118,8 @@ impl KvCache {
         let pools =
             layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {
-            let groups = layouts.len() as u32;
-            Some(PrefixIndex::new(spec.block_tokens, groups, options.blocks)?)
+            let groups = layouts.len();
+            Some(PrefixIndex::new(spec.block_tokens as usize, groups, options.blocks)?)
         } else {
             None
         };
@@ -139,6 +140,7 @@ impl KvCache {
             totals: stats::Totals::default(),
             hit: Hit::default(),
             ids: Vec::new(),
+            canonical: Vec::new(),
             tails: Vec::new(),
             workspace: Vec::new(),
         })
@@ -177,7 +179,7 @@ impl KvCache {
         };
         self.ids.clear();
         let (pools, evicted) = (&self.pools, &mut self.ids);
-        prefix.evict(blocks, &mut |ids| unused(pools, ids), &mut |ids| evicted.extend_from_slice(ids));
+        prefix.evict(blocks as usize, &mut |ids| unused(pools, ids), &mut |ids| evicted.extend_from_slice(ids));
         for ids in self.ids.chunks_exact(self.pools.len()) {
             self.totals.evicted_blocks += 1;
             for (&id, pool) in ids.iter().zip(&mut self.pools) {
