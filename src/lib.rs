@@ -11,6 +11,8 @@
 extern crate alloc;
 
 pub mod attention;
+#[cfg(feature = "std")]
+pub mod cache;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
