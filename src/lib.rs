@@ -14,5 +14,6 @@ pub mod dtype;
 pub mod error;
 pub mod ids;
 pub mod layout;
+pub mod plan;
 
 pub use error::{Error, Result, Status};
