@@ -20,5 +20,6 @@ pub mod ids;
 pub mod layout;
 pub mod pool;
 pub mod prefix;
+pub mod plan;
 
 pub use error::{Error, Result, Status};
