@@ -18,8 +18,8 @@ pub mod dtype;
 pub mod error;
 pub mod ids;
 pub mod layout;
+pub mod plan;
 pub mod pool;
 pub mod prefix;
-pub mod plan;
 
 pub use error::{Error, Result, Status};

@@ -144,7 +144,8 @@ impl KvCache {
     /// `StaleHandle`; `InvalidArgument` for a group that the spec does not have.
     pub fn blocks(&self, seq: SeqId, group: u32) -> Result<&[BlockId]> {
         let tables = &self.sequences.get(seq)?.tables;
-        let table = tables.get(group as usize).ok_or(Error::invalid("group", "is not in the spec"))?;
+        let table =
+            tables.get(group as usize).ok_or(Error::invalid("group", "is not in the spec"))?;
         Ok(table.blocks())
     }
 

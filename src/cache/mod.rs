@@ -18,17 +18,15 @@ mod sequence;
 mod stats;
 mod step;
 mod steps;
-mod threads;
 
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
-pub use threads::Threads;
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cpu::KvStore;
+use crate::cpu::{KvStore, Threads};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
@@ -179,7 +177,9 @@ impl KvCache {
         };
         self.ids.clear();
         let (pools, evicted) = (&self.pools, &mut self.ids);
-        prefix.evict(blocks as usize, &mut |ids| unused(pools, ids), &mut |ids| evicted.extend_from_slice(ids));
+        prefix.evict(blocks as usize, &mut |ids| unused(pools, ids), &mut |ids| {
+            evicted.extend_from_slice(ids)
+        });
         for ids in self.ids.chunks_exact(self.pools.len()) {
             self.totals.evicted_blocks += 1;
             for (&id, pool) in ids.iter().zip(&mut self.pools) {

@@ -14,8 +14,12 @@ mod job;
 mod kernels;
 mod level;
 mod math;
+mod memory;
 mod prefill;
 mod scalar;
+mod store;
+#[cfg(feature = "std")]
+mod threads;
 mod vector;
 
 #[cfg(target_arch = "aarch64")]

@@ -103,7 +103,13 @@ impl KvStore {
         let spec = self.layout.spec();
         let shape = self.shape(spec.kv_heads);
         check_len("k", k.elements(), slots.len(), shape.kv_heads, shape.k_dim)?;
-        check_len("v", v.elements(), slots.len(), shape.kv_heads, if spec.v_in_k { 0 } else { shape.v_dim })?;
+        check_len(
+            "v",
+            v.elements(),
+            slots.len(),
+            shape.kv_heads,
+            if spec.v_in_k { 0 } else { shape.v_dim },
+        )?;
         if rope.is_some_and(|(_, positions)| positions.len() != slots.len()) {
             return Err(Error::invalid("positions", "must have one entry a row"));
         }
@@ -142,10 +148,14 @@ impl KvStore {
     ) -> Result<()> {
         let seqs = batch.kv_lens.len();
         if batch.q_indptr.len() != seqs + 1 || batch.indptr.len() != seqs + 1 {
-            return Err(Error::invalid("q_indptr, indptr", "must have one entry more than kv_lens"));
+            return Err(Error::invalid(
+                "q_indptr, indptr",
+                "must have one entry more than kv_lens",
+            ));
         }
         let rows = batch.q_indptr[seqs];
-        let rows = usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
+        let rows =
+            usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
         if batch.indptr[0] < 0 || batch.indptr[seqs] as i64 > batch.indices.len() as i64 {
             return Err(Error::invalid("indptr", "must stay within indices"));
         }
@@ -245,7 +255,8 @@ fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {
 }
 
 fn check_len(what: &'static str, elements: usize, rows: usize, heads: u32, dim: u32) -> Result<()> {
-    let expected = (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
+    let expected =
+        (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
     if expected == Some(elements as u64) {
         Ok(())
     } else {
