@@ -7,15 +7,20 @@
 //!
 //! Knows nothing of caches, pools or threads; allocates nothing.
 
+mod append;
 mod args;
+mod attend;
 mod decode;
 mod executor;
+mod finish;
 mod job;
 mod kernels;
 mod level;
 mod math;
 mod memory;
+mod plan;
 mod prefill;
+mod rope;
 mod scalar;
 mod store;
 #[cfg(feature = "std")]
@@ -27,6 +32,14 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use append::{AppendArgs, append};
 pub use args::{AttendArgs, BlockTables, KvView, RowsView};
+pub use attend::attend;
 pub use executor::{Executor, Serial};
 pub use level::CpuLevel;
+pub use plan::{AttendMaxima, attend_workspace_bytes};
+pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
+#[cfg(feature = "std")]
+pub(crate) use store::{AttendBatch, KvStore};
+#[cfg(feature = "std")]
+pub use threads::Threads;
