@@ -12,7 +12,7 @@
 //! Arithmetic is in f32, with one exception: where storage and queries are both bf16 and the
 //! machine multiplies pairs of bf16, products are exact, sums f32, and the softmax weights are
 //! rounded to bf16 before they meet V (the denominator is summed up before that). That adds a
-//! relative error of at most 2^-9 for each weight, so at most `2^-9 * max |v|` to an output.
+//! relative error of at most 2^-8 to each weight, so at most `2^-8 * max |v|` to an output.
 
 mod operand;
 mod pack;
@@ -128,8 +128,7 @@ unsafe fn run<V: Vector, O: Operand<V>, const WIDTH: usize>(job: &Job<'_>) {
         let mut start = from / tokens * tokens;
         while start < to {
             let range = (from.max(start), to.min(start + tokens));
-            let any_bad =
-                pack::keys_and_values::<V, O>(job, &s, start, range, WIDTH * V::LANES);
+            let any_bad = pack::keys_and_values::<V, O>(job, &s, start, range, WIDTH * V::LANES);
             let tile = Tile { start, any_bad };
             let mut first = 0;
             while first < rows {

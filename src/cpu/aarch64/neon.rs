@@ -140,7 +140,8 @@ unsafe impl Vector for F32x4 {
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
         unsafe {
             let (a, b) = (vld1q_u32(from), vld1q_u32(from.add(from_stride)));
-            let (c, d) = (vld1q_u32(from.add(2 * from_stride)), vld1q_u32(from.add(3 * from_stride)));
+            let (c, d) =
+                (vld1q_u32(from.add(2 * from_stride)), vld1q_u32(from.add(3 * from_stride)));
             let (ac0, ac1) = (vzip1q_u32(a, c), vzip2q_u32(a, c));
             let (bd0, bd1) = (vzip1q_u32(b, d), vzip2q_u32(b, d));
             vst1q_u32(to, vzip1q_u32(ac0, bd0));

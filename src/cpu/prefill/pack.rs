@@ -137,7 +137,12 @@ unsafe fn keys<V: Vector, O: Operand<V>>(job: &Job<'_>, s: &Scratch, column: usi
 
 /// Spreads the staged values over the panels.
 #[inline(always)]
-unsafe fn values<V: Vector, O: Operand<V>>(job: &Job<'_>, s: &Scratch, column: usize, panel: usize) {
+unsafe fn values<V: Vector, O: Operand<V>>(
+    job: &Job<'_>,
+    s: &Scratch,
+    column: usize,
+    panel: usize,
+) {
     // SAFETY: as for `keys_and_values`; staged rows and panels are padded to full vectors.
     unsafe {
         let (rows, stride) =

@@ -6,9 +6,9 @@
 use super::super::job::Job;
 use super::super::math::{exp2, tanh};
 use super::super::vector::Vector;
+use super::Tile;
 use super::operand::{Operand, TILE_HEIGHT};
 use super::scratch::{CHUNK_ROWS, MAX_TILE_TOKENS, Scratch};
-use super::Tile;
 
 /// -inf, +inf, -inf: a window into it masks the columns before or after a given one.
 static LADDER: [f32; 3 * MAX_TILE_TOKENS] = {
