@@ -435,11 +435,8 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
             }
             for t in 0..now.keys {
                 let row = now.v[t].add(c * S::BYTES);
-                let v = if n < 2 * V::LANES {
-                    S::load2_part::<V>(row, n)
-                } else {
-                    S::load2::<V>(row)
-                };
+                let v =
+                    if n < 2 * V::LANES { S::load2_part::<V>(row, n) } else { S::load2::<V>(row) };
                 for r in 0..R {
                     let p = V::splat(p.add(r * TILE + t).read());
                     for j in 0..2 {
