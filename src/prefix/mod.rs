@@ -16,8 +16,9 @@
 //! which is first split there: recency and pins are exact to the block.
 //!
 //! # Positions
-//! A position stays good while other sequences are inserted, locked and evicted. Once a block of
-//! the edge that it ended in is evicted or removed it is stale, and refused.
+//! A position stays good through insertions, splits, locks and touches. Eviction and removal can
+//! make it stale: always if its last block went, sometimes if blocks below it did. A stale position
+//! is refused; look up again.
 //!
 //! # Recency
 //! Least recently used, leaf first: of all blocks that nothing hangs below, the one whose last
