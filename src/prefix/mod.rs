@@ -55,6 +55,7 @@ mod tree;
 use alloc::vec::Vec;
 
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use blocks::{Blocks, Run};
 use pins::Pins;
 use queue::Queue;
@@ -166,6 +167,14 @@ impl PrefixIndex {
     /// How many block entries can be inserted before something must be evicted.
     pub fn free_blocks(&self) -> usize {
         self.blocks.free() as usize
+    }
+
+    /// Shows the ids of every cached block entry, one per group, in no particular order.
+    pub fn for_each_block(&self, see: &mut dyn FnMut(&[BlockId])) {
+        for edge in self.tree.edges() {
+            let ids = self.blocks.ids(Run { start: edge.start, len: edge.len });
+            ids.chunks_exact(self.blocks.groups).for_each(&mut *see);
+        }
     }
 
     /// Sizes now.

@@ -121,6 +121,11 @@ impl Tree {
         self.arena.get(node as usize)
     }
 
+    /// Every edge, in no order.
+    pub(super) fn edges(&self) -> impl Iterator<Item = &Node> {
+        self.arena.iter().filter(|node| node.kind == Kind::Edge)
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.arena.capacity() * size_of::<Node>() + self.branches.bytes() + self.spaces.bytes()
     }
