@@ -325,6 +325,12 @@ impl Run {
         assert_eq!(stats.namespaces, spaces.len());
         assert_eq!(stats.pins, self.model.pins.len());
         assert_eq!(self.index.free_blocks(), self.model.capacity - stats.blocks);
+        let mut seen = Vec::new();
+        self.index.for_each_block(&mut |ids| seen.push(ids.to_vec()));
+        let mut want: Vec<_> = self.model.entries.values().map(|e| e.ids.clone()).collect();
+        seen.sort_unstable();
+        want.sort_unstable();
+        assert_eq!(seen, want);
     }
 }
 

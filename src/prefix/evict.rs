@@ -67,7 +67,6 @@ impl PrefixIndex {
         let node = &mut self.tree[leaf];
         node.len -= blocks;
         node.end -= blocks;
-        node.generation = node.generation.wrapping_add(1);
         let (start, len, stamp) = (node.start, node.len, node.stamp);
         self.blocks.give(Run { start: start + len, len: blocks });
         if len > 0 {
