@@ -19,6 +19,8 @@ mod math;
 mod plan;
 mod prefill;
 mod scalar;
+#[cfg(feature = "std")]
+mod threads;
 mod vector;
 
 #[cfg(target_arch = "aarch64")]
@@ -30,4 +32,6 @@ pub use args::{AttendArgs, BlockTables, KvView, RowsView};
 pub use attend::attend;
 pub use executor::{Executor, Serial};
 pub use level::CpuLevel;
+#[cfg(feature = "std")]
+pub use threads::Threads;
 pub use plan::{AttendMaxima, attend_workspace_bytes};
