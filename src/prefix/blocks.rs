@@ -338,7 +338,7 @@ mod tests {
             for _ in 0..4000 {
                 x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let r = (x >> 33) as u32;
-                if r % 3 != 0 && blocks.free() > 0 {
+                if !r.is_multiple_of(3) && blocks.free() > 0 {
                     let want = 1 + (r >> 8) % blocks.free().min(20);
                     blocks.take(want, &mut held).unwrap();
                 } else if !held.is_empty() {
