@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+pub mod capi;
 pub mod dtype;
 pub mod error;
 pub mod ids;
