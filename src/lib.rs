@@ -10,7 +10,9 @@
 
 extern crate alloc;
 
+pub mod attention;
 pub mod capi;
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ids;

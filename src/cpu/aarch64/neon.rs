@@ -1,0 +1,140 @@
+//! Advanced SIMD: four lanes.
+
+use core::arch::aarch64::*;
+
+use crate::cpu::vector::Vector;
+
+/// Four f32 lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x4(float32x4_t);
+
+/// `n < 4` elements through a buffer.
+#[inline(always)]
+unsafe fn part<T: Copy + Default>(p: *const T, n: usize) -> [T; 4] {
+    let mut buffer = [T::default(); 4];
+    // SAFETY: the caller's promise, and `n` fits the buffer.
+    unsafe { core::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n) };
+    buffer
+}
+
+/// f16 to f32. The intrinsic for it is not stable, the instruction is part of every AArch64.
+#[inline(always)]
+unsafe fn widen_f16(bits: uint16x4_t) -> F32x4 {
+    let wide: float32x4_t;
+    // SAFETY: reads and writes registers only.
+    unsafe {
+        core::arch::asm!("fcvtl {w:v}.4s, {h:v}.4h", w = out(vreg) wide, h = in(vreg) bits,
+            options(pure, nomem, nostack, preserves_flags))
+    };
+    F32x4(wide)
+}
+
+/// bf16 to f32: the sixteen bits become the upper half.
+#[inline(always)]
+unsafe fn widen_bf16(bits: uint16x4_t) -> F32x4 {
+    // SAFETY: the caller's promise.
+    F32x4(unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(bits)) })
+}
+
+// SAFETY: Advanced SIMD is part of every target this file is compiled for.
+#[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
+unsafe impl Vector for F32x4 {
+    const LANES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self(unsafe { vdupq_n_f32(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        Self(unsafe { vld1q_f32(p) })
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> Self {
+        Self(unsafe { vld1q_f32(part(p, n).as_ptr()) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe { vst1q_f32(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        unsafe { widen_f16(vld1_u16(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_part(p: *const u16, n: usize) -> Self {
+        unsafe { widen_f16(vld1_u16(part(p, n).as_ptr())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        unsafe { widen_bf16(vld1_u16(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self {
+        unsafe { widen_bf16(vld1_u16(part(p, n).as_ptr())) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(unsafe { vaddq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        Self(unsafe { vsubq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        Self(unsafe { vmulq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        Self(unsafe { vdivq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        Self(unsafe { vfmaq_f32(c.0, self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        Self(unsafe { vmaxq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        Self(unsafe { vminq_f32(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn above(self, x: Self, floor: Self) -> Self {
+        unsafe {
+            let keep = vcgeq_f32(x.0, floor.0);
+            Self(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(self.0), keep)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe { vaddvq_f32(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn top(self) -> f32 {
+        unsafe { vmaxvq_f32(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [Self; 4], p: *mut f32) {
+        unsafe {
+            let ab = vpaddq_f32(v[0].0, v[1].0);
+            let cd = vpaddq_f32(v[2].0, v[3].0);
+            vst1q_f32(p, vpaddq_f32(ab, cd));
+        }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Self(unsafe { vrndnq_f32(self.0) })
+    }
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        unsafe {
+            let biased = vaddq_s32(vcvtq_s32_f32(n.0), vdupq_n_s32(127));
+            Self(vmulq_f32(self.0, vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))))
+        }
+    }
+}
+
+crate::cpu::kernels::instantiate!(kernels, F32x4, "neon");

@@ -1,0 +1,72 @@
+//! The kernels of each level: one table a level, filled by the leaf files.
+//!
+//! A leaf instantiates the generic kernels inside functions that enable its instructions; the
+//! driver picks a table once a call and knows nothing of instruction sets.
+
+use super::job::Job;
+use super::level::CpuLevel;
+use crate::dtype::KvFormat;
+
+/// A kernel: reads the job's K, V and Q and writes its states.
+///
+/// # Safety
+/// The CPU must have the level the kernel was compiled for, and every pointer of the job must be
+/// valid as its field documents.
+pub(crate) type Kernel = unsafe fn(&Job<'_>);
+
+/// The kernels of one level and format.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernels {
+    /// For at most [`DECODE_ROWS`](super::decode::DECODE_ROWS) query rows.
+    pub decode: Kernel,
+    /// For any number of query rows up to [`TILE_ROWS`](super::prefill::TILE_ROWS).
+    pub tile: Kernel,
+}
+
+impl Kernels {
+    /// The kernels for `format` at `level`, which must be available.
+    pub fn of(level: CpuLevel, format: KvFormat) -> Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2 => super::x86_64::avx2::kernels(format),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512 => super::x86_64::avx512::kernels(format),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::Neon => super::aarch64::neon::kernels(format),
+            _ => super::scalar::kernels(format),
+        }
+    }
+}
+
+/// Instantiates the generic kernels at one level: `instantiate!(vector, "features")` makes a
+/// function `kernels(format)`.
+macro_rules! instantiate {
+    ($name:ident, $vector:ty $(, $features:literal)?) => {
+        /// The kernels of this level for `format`.
+        pub(crate) fn $name(format: $crate::dtype::KvFormat) -> $crate::cpu::kernels::Kernels {
+            use $crate::cpu::{decode, job::Job, kernels::Kernels, prefill, vector::Stored};
+            use $crate::dtype::{KvFormat, bf16, f16};
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
+                // SAFETY: the caller's promise; the features are enabled here.
+                unsafe { decode::decode::<$vector, S>(job) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn tile_kernel<S: Stored>(job: &Job<'_>) {
+                // SAFETY: the caller's promise; the features are enabled here.
+                unsafe { prefill::tile::<$vector, S>(job) }
+            }
+            match format {
+                KvFormat::F32 => Kernels { decode: decode_kernel::<f32>, tile: tile_kernel::<f32> },
+                KvFormat::F16 => Kernels { decode: decode_kernel::<f16>, tile: tile_kernel::<f16> },
+                KvFormat::Bf16 => {
+                    Kernels { decode: decode_kernel::<bf16>, tile: tile_kernel::<bf16> }
+                }
+            }
+        }
+    };
+}
+pub(crate) use instantiate;

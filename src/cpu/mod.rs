@@ -1,0 +1,28 @@
+//! Attention and append on the CPU: SIMD kernels over block tables.
+//!
+//! One call takes raw pointers, strides and tables ([`AttendArgs`]), cuts the work into jobs at
+//! boundaries that depend on each sequence alone, and runs them on an [`Executor`]; so a sequence
+//! gets the same bits whatever the number of threads and whatever else is in the batch. Kernels
+//! are one generic algorithm over a small vector trait, instantiated a level ([`CpuLevel`]).
+//!
+//! Knows nothing of caches, pools or threads; allocates nothing.
+
+mod args;
+mod decode;
+mod executor;
+mod job;
+mod kernels;
+mod level;
+mod math;
+mod prefill;
+mod scalar;
+mod vector;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+pub use args::{AttendArgs, BlockTables, KvView, RowsView};
+pub use executor::{Executor, Serial};
+pub use level::CpuLevel;

@@ -1,0 +1,237 @@
+//! The small vector trait that the generic kernels are written in, and its one-lane form.
+//!
+//! Every kernel is one `#[inline(always)]` function over [`Vector`]; a leaf file per instruction
+//! set implements the trait and instantiates the kernels inside `#[target_feature]` functions.
+//! Closures must not appear in kernels: a closure's body does not get the enabled features.
+//! Nothing here knows of attention.
+
+use crate::dtype::{Element, KvFormat, bf16, f16};
+
+/// A register of f32 lanes.
+///
+/// # Safety
+/// Every function may only be called on a CPU that has the instructions of the implementing type,
+/// and pointers must be valid for what the function says it reads or writes. No alignment beyond
+/// the element's is needed.
+pub(crate) unsafe trait Vector: Copy {
+    /// Lanes: a power of two, at most 16.
+    const LANES: usize;
+
+    /// `x` in every lane.
+    unsafe fn splat(x: f32) -> Self;
+    /// Reads `LANES` f32.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Reads `n < LANES` f32 and nothing after them; the other lanes are 0.
+    unsafe fn load_part(p: *const f32, n: usize) -> Self;
+    /// Writes `LANES` f32.
+    unsafe fn store(self, p: *mut f32);
+    /// Reads and widens `LANES` f16.
+    unsafe fn load_f16(p: *const u16) -> Self;
+    /// Reads and widens `n < LANES` f16 and nothing after them; the other lanes are 0.
+    unsafe fn load_f16_part(p: *const u16, n: usize) -> Self;
+    /// Reads and widens `LANES` bf16.
+    unsafe fn load_bf16(p: *const u16) -> Self;
+    /// Reads and widens `n < LANES` bf16 and nothing after them; the other lanes are 0.
+    unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self;
+    /// `self + b`.
+    unsafe fn add(self, b: Self) -> Self;
+    /// `self - b`.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// `self * b`.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// `self / b`.
+    unsafe fn div(self, b: Self) -> Self;
+    /// `self * b + c` (rounded once where the machine can).
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+    /// The larger of each lane; unspecified which operand where one is NaN.
+    unsafe fn max(self, b: Self) -> Self;
+    /// The smaller of each lane; unspecified which operand where one is NaN.
+    unsafe fn min(self, b: Self) -> Self;
+    /// `self` in the lanes where `x >= floor`, 0 in the others.
+    unsafe fn above(self, x: Self, floor: Self) -> Self;
+    /// Sum of the lanes, in an order fixed for the type.
+    unsafe fn sum(self) -> f32;
+    /// Largest lane.
+    unsafe fn top(self) -> f32;
+    /// Writes the lane sums of `v[0..4]` to `p[0..4]`.
+    unsafe fn sum4(v: [Self; 4], p: *mut f32);
+    /// `self` rounded to the nearest integer, ties to even; `|self| < 2^22`.
+    unsafe fn round(self) -> Self;
+    /// `self * 2^n` for integral `n` in -126..=127.
+    unsafe fn scale2(self, n: Self) -> Self;
+}
+
+/// Hints that the cache line at `p` will be read soon. Any address is allowed.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a prefetch of any address is harmless, and SSE is part of x86-64.
+    unsafe {
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(p.cast())
+    };
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+    };
+    #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    let _ = p;
+}
+
+/// A stored element type, as kernels read it.
+pub(crate) trait Stored: Copy + 'static {
+    /// Its format.
+    const FORMAT: KvFormat;
+    /// Bytes of one element.
+    const BYTES: usize;
+
+    /// Reads and widens `V::LANES` elements.
+    ///
+    /// # Safety
+    /// As for [`Vector`].
+    unsafe fn load<V: Vector>(p: *const u8) -> V;
+
+    /// Reads and widens `n < V::LANES` elements; the other lanes are 0.
+    ///
+    /// # Safety
+    /// As for [`Vector`].
+    unsafe fn load_part<V: Vector>(p: *const u8, n: usize) -> V;
+}
+
+macro_rules! stored {
+    ($element:ty, $format:ident, $bits:ty, $load:ident, $part:ident) => {
+        impl Stored for $element {
+            const FORMAT: KvFormat = KvFormat::$format;
+            const BYTES: usize = size_of::<$element>();
+
+            #[inline(always)]
+            unsafe fn load<V: Vector>(p: *const u8) -> V {
+                // SAFETY: the caller's promise.
+                unsafe { V::$load(p.cast::<$bits>()) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_part<V: Vector>(p: *const u8, n: usize) -> V {
+                // SAFETY: the caller's promise.
+                unsafe { V::$part(p.cast::<$bits>(), n) }
+            }
+        }
+    };
+}
+stored!(f32, F32, f32, load, load_part);
+stored!(f16, F16, u16, load_f16, load_f16_part);
+stored!(bf16, Bf16, u16, load_bf16, load_bf16_part);
+
+/// One lane: the kernels in plain Rust.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct One(f32);
+
+// SAFETY: needs no instructions beyond the target's own.
+#[allow(clippy::undocumented_unsafe_blocks)] // pointers: the callers' promise, as the trait says
+unsafe impl Vector for One {
+    const LANES: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        One(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        One(unsafe { p.read() })
+    }
+    #[inline(always)]
+    unsafe fn load_part(_: *const f32, _: usize) -> Self {
+        One(0.0)
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe { p.write(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        One(Element::to_f32(f16::from_bits(unsafe { p.read() })))
+    }
+    #[inline(always)]
+    unsafe fn load_f16_part(_: *const u16, _: usize) -> Self {
+        One(0.0)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        One(Element::to_f32(bf16::from_bits(unsafe { p.read() })))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_part(_: *const u16, _: usize) -> Self {
+        One(0.0)
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        One(self.0 + b.0)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        One(self.0 - b.0)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        One(self.0 * b.0)
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        One(self.0 / b.0)
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        One(self.0 * b.0 + c.0)
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        One(if self.0 > b.0 { self.0 } else { b.0 })
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        One(if self.0 < b.0 { self.0 } else { b.0 })
+    }
+    #[inline(always)]
+    unsafe fn above(self, x: Self, floor: Self) -> Self {
+        One(if x.0 >= floor.0 { self.0 } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        self.0
+    }
+    #[inline(always)]
+    unsafe fn top(self) -> f32 {
+        self.0
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [Self; 4], p: *mut f32) {
+        unsafe { p.cast::<[f32; 4]>().write_unaligned([v[0].0, v[1].0, v[2].0, v[3].0]) }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it drops the fraction
+        One((self.0 + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        One(self.0 * f32::from_bits(((n.0 as i32 + 127) as u32) << 23))
+    }
+}
+
+/// Vectors whose machine multiplies pairs of bf16 into f32 lanes.
+///
+/// # Safety
+/// As for [`Vector`].
+pub(crate) unsafe trait PairDot: Vector {
+    /// `2 * LANES` bf16: lane `i` holds elements `2i` (low half) and `2i + 1`.
+    type Pairs: Copy;
+
+    /// Reads `2 * LANES` bf16.
+    unsafe fn load_pairs(p: *const u16) -> Self::Pairs;
+    /// Reads `n < 2 * LANES` bf16 and nothing after them; the others are 0.
+    unsafe fn load_pairs_part(p: *const u16, n: usize) -> Self::Pairs;
+    /// The same pair in every lane: the low half of `bits` is the even element.
+    unsafe fn splat_pair(bits: u32) -> Self::Pairs;
+    /// `self[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`.
+    unsafe fn dot_pairs(self, a: Self::Pairs, b: Self::Pairs) -> Self;
+}

@@ -1,0 +1,147 @@
+//! AVX2 with FMA and F16C: eight lanes.
+
+use core::arch::x86_64::*;
+
+use crate::cpu::vector::Vector;
+
+/// Eight f32 lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x8(__m256);
+
+/// A mask of the lanes below `n`.
+#[inline(always)]
+unsafe fn below(n: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
+    }
+}
+
+/// `n < 8` 16-bit elements through a buffer: AVX2 has no masked load of that width.
+#[inline(always)]
+unsafe fn part16(p: *const u16, n: usize) -> __m128i {
+    let mut buffer = [0u16; 8];
+    // SAFETY: the caller's promise, and `n` fits the buffer.
+    unsafe {
+        core::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+        _mm_loadu_si128(buffer.as_ptr().cast())
+    }
+}
+
+/// bf16 to f32: the sixteen bits become the upper half.
+#[inline(always)]
+unsafe fn widen(bits: __m128i) -> F32x8 {
+    // SAFETY: the caller's promise.
+    F32x8(unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))) })
+}
+
+// SAFETY: only called where AVX2, FMA and F16C are enabled.
+#[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
+unsafe impl Vector for F32x8 {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self(unsafe { _mm256_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        Self(unsafe { _mm256_loadu_ps(p) })
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> Self {
+        Self(unsafe { _mm256_maskload_ps(p, below(n)) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe { _mm256_storeu_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_f16_part(p: *const u16, n: usize) -> Self {
+        Self(unsafe { _mm256_cvtph_ps(part16(p, n)) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        unsafe { widen(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self {
+        unsafe { widen(part16(p, n)) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(unsafe { _mm256_add_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        Self(unsafe { _mm256_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        Self(unsafe { _mm256_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        Self(unsafe { _mm256_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        Self(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        Self(unsafe { _mm256_max_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        Self(unsafe { _mm256_min_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn above(self, x: Self, floor: Self) -> Self {
+        Self(unsafe { _mm256_and_ps(self.0, _mm256_cmp_ps::<_CMP_GE_OQ>(x.0, floor.0)) })
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps(self.0, 1));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn top(self) -> f32 {
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps(self.0, 1));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [Self; 4], p: *mut f32) {
+        unsafe {
+            let quads =
+                _mm256_hadd_ps(_mm256_hadd_ps(v[0].0, v[1].0), _mm256_hadd_ps(v[2].0, v[3].0));
+            let four = _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1));
+            _mm_storeu_ps(p, four);
+        }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Self(unsafe {
+            _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)
+        })
+    }
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        unsafe {
+            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.0), _mm256_set1_epi32(127));
+            Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))))
+        }
+    }
+}
+
+crate::cpu::kernels::instantiate!(kernels, F32x8, "avx2,fma,f16c");

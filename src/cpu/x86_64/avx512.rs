@@ -1,0 +1,173 @@
+//! AVX-512: sixteen lanes, and pairs of bf16 where the CPU multiplies them itself.
+
+use core::arch::x86_64::*;
+
+use crate::cpu::vector::{PairDot, Vector};
+
+/// Sixteen f32 lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x16(pub __m512);
+
+/// A mask of the lanes below `n`.
+#[inline(always)]
+fn below(n: usize) -> u16 {
+    ((1u32 << n) - 1) as u16
+}
+
+// SAFETY: only called where AVX-512 F, BW, VL, DQ are enabled.
+#[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
+unsafe impl Vector for F32x16 {
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self(unsafe { _mm512_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        Self(unsafe { _mm512_loadu_ps(p) })
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> Self {
+        Self(unsafe { _mm512_maskz_loadu_ps(below(n), p) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe { _mm512_storeu_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_f16_part(p: *const u16, n: usize) -> Self {
+        Self(unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(below(n), p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        unsafe { widen(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self {
+        unsafe { widen(_mm256_maskz_loadu_epi16(below(n), p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(unsafe { _mm512_add_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        Self(unsafe { _mm512_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        Self(unsafe { _mm512_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        Self(unsafe { _mm512_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        Self(unsafe { _mm512_max_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        Self(unsafe { _mm512_min_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn above(self, x: Self, floor: Self) -> Self {
+        unsafe {
+            let keep = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x.0, floor.0);
+            Self(_mm512_maskz_mov_ps(keep, self.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn top(self) -> f32 {
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [Self; 4], p: *mut f32) {
+        unsafe {
+            let ab = _mm512_add_ps(
+                _mm512_unpacklo_ps(v[0].0, v[1].0),
+                _mm512_unpackhi_ps(v[0].0, v[1].0),
+            );
+            let cd = _mm512_add_ps(
+                _mm512_unpacklo_ps(v[2].0, v[3].0),
+                _mm512_unpackhi_ps(v[2].0, v[3].0),
+            );
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let lo = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let hi = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            let quads = _mm512_add_ps(lo, hi);
+            let half =
+                _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+            let four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+            _mm_storeu_ps(p, four);
+        }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Self(unsafe { _mm512_roundscale_ps::<0>(self.0) })
+    }
+    #[inline(always)]
+    unsafe fn scale2(self, n: Self) -> Self {
+        Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
+    }
+}
+
+/// bf16 to f32: the sixteen bits become the upper half.
+#[inline(always)]
+unsafe fn widen(bits: __m256i) -> F32x16 {
+    // SAFETY: the caller's promise.
+    F32x16(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))) })
+}
+
+// SAFETY: only called where AVX512_BF16 is enabled too.
+#[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
+unsafe impl PairDot for F32x16 {
+    type Pairs = __m512i;
+
+    #[inline(always)]
+    unsafe fn load_pairs(p: *const u16) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs_part(p: *const u16, n: usize) -> __m512i {
+        unsafe { _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as u32, p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(bits: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(bits as i32) }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(self, a: __m512i, b: __m512i) -> Self {
+        unsafe {
+            let (a, b) = (
+                core::mem::transmute::<__m512i, __m512bh>(a),
+                core::mem::transmute::<__m512i, __m512bh>(b),
+            );
+            Self(_mm512_dpbf16_ps(self.0, a, b))
+        }
+    }
+}
+
+crate::cpu::kernels::instantiate!(
+    kernels,
+    F32x16,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+);
+
+/// The kernels of the level with bf16 dot products: those of [`kernels`] except for bf16.
+pub(crate) fn kernels_bf16(format: crate::dtype::KvFormat) -> crate::cpu::kernels::Kernels {
+    kernels(format)
+}
