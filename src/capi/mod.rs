@@ -14,9 +14,11 @@
 //! adds nothing to it.
 #![allow(non_camel_case_types)]
 
+pub mod info;
 pub mod status;
 
 mod handle;
 mod pointer;
 
+pub use info::*;
 pub use status::*;
