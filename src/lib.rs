@@ -17,5 +17,6 @@ pub mod dtype;
 pub mod error;
 pub mod ids;
 pub mod layout;
+pub mod pool;
 
 pub use error::{Error, Result, Status};
