@@ -59,22 +59,31 @@ struct Tile {
     v: [*const u8; TILE],
     /// Keys in the tile.
     keys: usize,
-    /// Some of them lie in bad blocks; those have the address of zeros.
+    /// Some of them lie in bad blocks; those have the address of `zeros`.
     bad: bool,
+    /// As long as the longest row.
+    zeros: *const u8,
 }
 
 impl Tile {
-    fn empty() -> Self {
-        Tile { k: [core::ptr::null(); TILE], v: [core::ptr::null(); TILE], keys: 0, bad: false }
+    #[inline(always)]
+    fn empty(zeros: *const u8) -> Self {
+        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros }
+    }
+
+    /// Whether key `t` lies in a bad block.
+    #[inline(always)]
+    fn masked(&self, t: usize) -> bool {
+        self.k[t] == self.zeros
     }
 
     /// Looks up the keys from `at`, at most a tile of them and none from `end`. The rest of the
-    /// last group of four gets the address of `zeros`, which has room for the longest row.
+    /// last group of four gets the address of `zeros`.
     ///
     /// # Safety
     /// As for [`Blocks::segment`].
     #[inline(always)]
-    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32, zeros: *const u8) {
+    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
         self.keys = (end.saturating_sub(at) as usize).min(TILE);
         self.bad = false;
         let mut i = 0;
@@ -85,7 +94,7 @@ impl Tile {
             let (mut k_step, mut v_step) = (blocks.k_token_bytes, blocks.v_token_bytes);
             if k.is_null() {
                 self.bad = true;
-                (k, v, k_step, v_step) = (zeros, zeros, 0, 0);
+                (k, v, k_step, v_step) = (self.zeros, self.zeros, 0, 0);
             }
             for j in i..i + run.tokens {
                 self.k[j] = k;
@@ -96,8 +105,8 @@ impl Tile {
             i += run.tokens;
         }
         while i % 4 != 0 {
-            self.k[i] = zeros;
-            self.v[i] = zeros;
+            self.k[i] = self.zeros;
+            self.v[i] = self.zeros;
             i += 1;
         }
     }
@@ -119,18 +128,18 @@ unsafe fn stream<V: Vector, S: Stored, const R: usize, const G: usize>(
         let zeros = s.add(DECODE_ROWS * TILE);
         core::ptr::write_bytes(q, 0, R * G * k_pad);
         core::ptr::write_bytes(o, 0, R * G * v_pad);
-        core::ptr::write_bytes(zeros, 0, job.k_dim.max(job.v_dim));
+        core::ptr::write_bytes(zeros, 0, pad(job.k_dim.max(job.v_dim)));
         for r in 0..rows {
             Job::widen_row(job.q_dtype, job.q_row(row + r), job.k_dim, q.add(r * k_pad));
         }
         let zeros = zeros.cast_const().cast::<u8>();
         let (mut m, mut l) = ([f32::NEG_INFINITY; 8], [0.0f32; 8]);
 
-        let (mut now, mut next) = (Tile::empty(), Tile::empty());
-        now.fill(&job.blocks, job.kv_start, job.kv_end, zeros);
+        let (mut now, mut next) = (Tile::empty(zeros), Tile::empty(zeros));
+        now.fill(&job.blocks, job.kv_start, job.kv_end);
         let mut at = job.kv_start;
         while at < job.kv_end {
-            next.fill(&job.blocks, at.saturating_add(TILE as u32), job.kv_end, zeros);
+            next.fill(&job.blocks, at.saturating_add(TILE as u32), job.kv_end);
             for g in 0..G {
                 scores::<V, S, R>(
                     q.add(g * R * k_pad),
@@ -142,11 +151,10 @@ unsafe fn stream<V: Vector, S: Stored, const R: usize, const G: usize>(
                     g == 0,
                 );
             }
-            let mut p_max = 0.0f32;
             for r in 0..rows {
                 let s = s.add(r * TILE);
-                mask(job, row + r, at, &now, s);
-                let (top, grow) = soften::<V>(job, row + r, at, now.keys, s, m[r], &mut l[r]);
+                score::<V>(job, row + r, at, &now, s);
+                let (top, grow) = soften::<V>(now.keys, s, m[r], &mut l[r]);
                 if grow != 1.0 {
                     let (o, grow) = (o.add(r * v_pad), V::splat(grow));
                     for c in (0..v_pad).step_by(V::LANES) {
@@ -154,7 +162,6 @@ unsafe fn stream<V: Vector, S: Stored, const R: usize, const G: usize>(
                     }
                 }
                 m[r] = top;
-                p_max = p_max.max(top);
             }
             for g in 0..G {
                 values::<V, S, R>(
@@ -247,16 +254,41 @@ unsafe fn prefetch_rows(rows: &[*const u8; TILE], keys: usize, t: usize, bytes: 
     }
 }
 
-/// Puts -inf in place of the scores that the row must not see, and behind the last key to a
-/// multiple of the widest vector.
+/// Turns dot products into scores: scale, soft-cap, ALiBi; -inf for what the row must not see and
+/// behind the last key to a multiple of the widest vector.
 #[inline(always)]
-unsafe fn mask(job: &Job<'_>, row: usize, at: u32, tile: &Tile, s: *mut f32) {
+unsafe fn score<V: Vector>(job: &Job<'_>, row: usize, at: u32, tile: &Tile, s: *mut f32) {
     let (from, to) = job.visible(row / job.group);
     let keys = tile.keys;
     let from = (from.saturating_sub(at) as usize).min(keys);
     let to = (to.saturating_sub(at) as usize).min(keys);
     // SAFETY: the caller's promise: `s` has a tile.
     unsafe {
+        let scale = V::splat(job.scale);
+        for t in (0..keys).step_by(V::LANES) {
+            V::load(s.add(t)).mul(scale).store(s.add(t));
+        }
+        if let Some(cap) = job.softcap {
+            let (cap, inverse) = (V::splat(cap), V::splat(1.0 / cap));
+            for t in (0..keys).step_by(V::LANES) {
+                tanh(V::load(s.add(t)).mul(inverse)).mul(cap).store(s.add(t));
+            }
+        }
+        if let Some(slopes) = job.alibi {
+            let slope = slopes[row % job.group];
+            let position = job.q_pos + (row / job.group) as i64;
+            let first = i64::from(at) - position;
+            for t in 0..keys {
+                *s.add(t) += slope * (first + t as i64) as f32;
+            }
+        }
+        if tile.bad {
+            for t in 0..keys {
+                if tile.masked(t) {
+                    s.add(t).write(f32::NEG_INFINITY);
+                }
+            }
+        }
         for t in 0..from {
             s.add(t).write(f32::NEG_INFINITY);
         }
@@ -269,24 +301,13 @@ unsafe fn mask(job: &Job<'_>, row: usize, at: u32, tile: &Tile, s: *mut f32) {
 /// Turns raw dot products into probabilities relative to the new maximum, in place; returns it
 /// and the factor that brings older sums to it.
 #[inline(always)]
-unsafe fn soften<V: Vector>(
-    job: &Job<'_>,
-    row: usize,
-    at: u32,
-    keys: usize,
-    s: *mut f32,
-    m: f32,
-    l: &mut f32,
-) -> (f32, f32) {
+unsafe fn soften<V: Vector>(keys: usize, s: *mut f32, m: f32, l: &mut f32) -> (f32, f32) {
     // SAFETY: the caller's promise.
     unsafe {
         let keys = keys.next_multiple_of(PAD);
-        let scale = V::splat(job.scale);
         let mut top = V::splat(f32::NEG_INFINITY);
         for t in (0..keys).step_by(V::LANES) {
-            let x = V::load(s.add(t)).mul(scale);
-            x.store(s.add(t));
-            top = top.max(x);
+            top = top.max(V::load(s.add(t)));
         }
         let top = top.top().max(m);
         if top == f32::NEG_INFINITY {
@@ -301,7 +322,6 @@ unsafe fn soften<V: Vector>(
             p.store(s.add(t));
             sum = sum.add(p);
         }
-        let _ = (row, at, tanh::<V>);
         let grow = if m == top { 1.0 } else { exp(V::splat(m - top)).top() };
         *l = *l * grow + sum.sum();
         (top, grow)

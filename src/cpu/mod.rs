@@ -8,12 +8,15 @@
 //! Knows nothing of caches, pools or threads; allocates nothing.
 
 mod args;
+mod attend;
 mod decode;
 mod executor;
+mod finish;
 mod job;
 mod kernels;
 mod level;
 mod math;
+mod plan;
 mod prefill;
 mod scalar;
 mod vector;
@@ -24,5 +27,7 @@ mod aarch64;
 mod x86_64;
 
 pub use args::{AttendArgs, BlockTables, KvView, RowsView};
+pub use attend::attend;
 pub use executor::{Executor, Serial};
 pub use level::CpuLevel;
+pub use plan::{AttendMaxima, attend_workspace_bytes};

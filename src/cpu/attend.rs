@@ -1,0 +1,285 @@
+//! The attention call: check, cut, run the jobs, merge what was split.
+//!
+//! Two passes over an executor: one runs the jobs, of which those of unsplit sequences write their
+//! outputs at once; the other merges the states of split ones, always in the order of the keys.
+
+use super::args::{AttendArgs, Sequence};
+use super::executor::Executor;
+use super::finish::{Part, finish_row};
+use super::job::{Blocks, Job, States};
+use super::kernels::Kernels;
+use super::level::CpuLevel;
+use super::plan::{Cell, Cut, SeqCut, Start, Workspace};
+use crate::error::{Error, Result};
+
+/// Attention over a paged cache for a ragged batch: decode, chunked prefill and latent attention
+/// in one call.
+///
+/// Row by row it computes what [`crate::attention`] defines. A row's bits depend on its own
+/// sequence, the shape and the level alone. `workspace` needs
+/// [`attend_workspace_bytes`](super::attend_workspace_bytes) for maxima that cover the call; its
+/// contents are of no consequence before and after. Nothing is allocated.
+///
+/// Outputs over parts of the keys (other calls with the same queries) combine with
+/// [`merge_states`](crate::attention::merge_states); a sink must then be given to one call only.
+///
+/// # Errors
+/// `InvalidArgument`, `NullPointer`, `Misaligned` or `Overflow` for arguments outside their
+/// documented ranges, `Unsupported` for a level this CPU lacks, `BufferTooSmall` with the bytes
+/// needed. Nothing has been written then.
+///
+/// # Safety
+/// `q_indptr`, `kv_lens` and the block tables must be readable to the lengths that `seqs` and
+/// `kv_lens` imply (a dense table has an entry for each block of a sequence's length); K, V and Q
+/// must be readable, and `out` and `lse` writable, at every row that sizes, strides and valid
+/// table entries lead to. Nobody may write the former or touch the latter during the call, rows of
+/// `out` must not overlap each other, and `out`, `lse` and `workspace` must not overlap anything
+/// else the call uses.
+pub unsafe fn attend(
+    args: &AttendArgs<'_>,
+    level: CpuLevel,
+    executor: &(impl Executor + ?Sized),
+    workspace: &mut [u8],
+) -> Result<()> {
+    if !level.is_available() {
+        return Err(Error::Unsupported { what: "the CPU level" });
+    }
+    // SAFETY: the caller's promise.
+    unsafe { args.check() }?;
+    let call =
+        Call { args, cut: Cut::new(&args.shape), kernels: Kernels::of(level, args.kv.format) };
+    let mut totals = Start { units: 0, merges: 0, floats: 0 };
+    for s in 0..args.seqs {
+        // SAFETY: the caller's promise, and `s < seqs`.
+        totals = call.after(totals, unsafe { args.sequence(s) }?)?;
+    }
+    let workers = executor.workers().max(1);
+    let memory = Workspace::new(workspace, &args.shape, args.seqs, workers, totals.floats)?;
+    let mut start = Start { units: 0, merges: 0, floats: 0 };
+    for s in 0..args.seqs {
+        // SAFETY: `s < seqs`.
+        unsafe {
+            memory.set_start(s, start);
+            start = call.after(start, args.sequence(s)?)?;
+        }
+    }
+    // The totals fit in usize: `after` checks.
+    executor.run(totals.units as usize, &|worker, unit| {
+        // SAFETY: units are below the total and run once each; workers do not overlap.
+        unsafe { call.run_unit(&memory, worker, unit as u64) }
+    });
+    if totals.merges != 0 {
+        executor.run(totals.merges as usize, &|_, unit| {
+            // SAFETY: as above; every state has been written.
+            unsafe { call.run_merge(&memory, unit as u64) }
+        });
+    }
+    Ok(())
+}
+
+/// One call, its arguments checked.
+struct Call<'a> {
+    args: &'a AttendArgs<'a>,
+    cut: Cut,
+    kernels: Kernels,
+}
+
+impl Call<'_> {
+    /// What precedes the sequence after `seq`.
+    fn after(&self, start: Start, seq: Sequence) -> Result<Start> {
+        let cut = self.seq_cut(&seq);
+        let overflow = Error::Overflow { what: "units of work" };
+        let units = cut.cells.checked_mul(u64::from(cut.splits)).ok_or(overflow)?;
+        let units = start.units.checked_add(units).ok_or(overflow)?;
+        usize::try_from(units).map_err(|_| overflow)?;
+        let merges = start.merges + if cut.splits > 1 { cut.cells } else { 0 };
+        let floats =
+            start.floats.checked_add(cut.state_floats(&self.args.shape)).ok_or(overflow)?;
+        Ok(Start { units, merges, floats })
+    }
+
+    /// First key that any row of the sequence sees.
+    fn first_key(&self, seq: &Sequence) -> u32 {
+        let window = self.args.scoring.window.map_or(i64::MAX, i64::from);
+        let first = i64::from(seq.kv_len) - i64::from(seq.q_tokens) + 1;
+        first.saturating_sub(window).clamp(0, i64::from(seq.kv_len)) as u32
+    }
+
+    fn seq_cut(&self, seq: &Sequence) -> SeqCut {
+        self.cut.sequence(seq.q_tokens, self.first_key(seq), seq.kv_len)
+    }
+
+    /// Runs the job of one cell and split; writes the outputs if it is the only split.
+    ///
+    /// # Safety
+    /// The promise of [`attend`]; `unit` must be below the total, and `worker` not in use.
+    unsafe fn run_unit(&self, memory: &Workspace, worker: usize, unit: u64) {
+        // SAFETY: the caller's promise; the sequence has been checked.
+        unsafe {
+            let (s, start) = memory.find(unit, |start| start.units);
+            let Ok(seq) = self.args.sequence(s) else { return };
+            let cut = self.seq_cut(&seq);
+            let unit = unit - start.units;
+            let (cell, split) = (unit / u64::from(cut.splits), unit % u64::from(cut.splits));
+            let cell = cut.cell(cell);
+            let (scratch, private) = memory.worker(worker);
+            let v_dim = self.args.shape.v_dim as usize;
+            let states = if cut.splits == 1 {
+                let rows = cell.rows();
+                States { m: private, l: private.add(rows), o: private.add(2 * rows) }
+            } else {
+                self.states(memory, &start, &cut, &cell, split as u32)
+            };
+            self.run_job(&seq, &cut, &cell, split as u32, states, scratch);
+            if cut.splits == 1 {
+                for r in 0..cell.rows() {
+                    let part = Part {
+                        m: states.m.add(r).read(),
+                        l: states.l.add(r).read(),
+                        o: states.o.add(r * v_dim),
+                    };
+                    self.write_row(&seq, &cell, r, &[part]);
+                }
+            }
+        }
+    }
+
+    /// The states of one cell and split among those that wait for a merge.
+    fn states(
+        &self,
+        memory: &Workspace,
+        start: &Start,
+        cut: &SeqCut,
+        cell: &Cell,
+        split: u32,
+    ) -> States {
+        let (rows, v_dim) = (cut.rows(&self.args.shape), u64::from(self.args.shape.v_dim));
+        let base = start.floats + u64::from(split) * rows * (v_dim + 2);
+        States {
+            m: memory.states(base + cell.first_row),
+            l: memory.states(base + rows + cell.first_row),
+            o: memory.states(base + 2 * rows + cell.first_row * v_dim),
+        }
+    }
+
+    /// Computes the states of one cell over one split.
+    unsafe fn run_job(
+        &self,
+        seq: &Sequence,
+        cut: &SeqCut,
+        cell: &Cell,
+        split: u32,
+        states: States,
+        scratch: *mut u8,
+    ) {
+        let (args, kv) = (self.args, &self.args.kv);
+        let bytes = kv.format.dtype().bytes() as isize;
+        let at = |base: *mut u8, head_stride: i64| {
+            base.wrapping_offset(cell.kv_head as isize * head_stride as isize * bytes).cast_const()
+        };
+        let k = at(kv.k, kv.k_strides.head);
+        let (v, v_strides) = if args.shape.v_in_k {
+            (k, kv.k_strides)
+        } else {
+            (at(kv.v, kv.v_strides.head), kv.v_strides)
+        };
+        let q_bytes = args.q.dtype.bytes() as isize;
+        let heads = cell.head as usize..(cell.head + cell.heads) as usize;
+        let (from, to) = cut.split(split);
+        let mut job = Job {
+            group: cell.heads as usize,
+            tokens: cell.tokens as usize,
+            k_dim: args.shape.k_dim as usize,
+            v_dim: args.shape.v_dim as usize,
+            v_in_k: args.shape.v_in_k,
+            q: args.q.row(seq.q_start + cell.token, cell.head),
+            q_dtype: args.q.dtype,
+            q_token_bytes: args.q.token_stride as isize * q_bytes,
+            q_head_bytes: args.q.head_stride as isize * q_bytes,
+            q_pos: i64::from(seq.kv_len) - i64::from(seq.q_tokens) + i64::from(cell.token),
+            blocks: Blocks {
+                table: seq.table,
+                num_blocks: kv.num_blocks,
+                block_tokens: kv.block_tokens,
+                k,
+                v,
+                k_block_bytes: kv.k_strides.block as isize * bytes,
+                k_token_bytes: kv.k_strides.token as isize * bytes,
+                v_block_bytes: v_strides.block as isize * bytes,
+                v_token_bytes: v_strides.token as isize * bytes,
+                bad_block: args.bad_block,
+            },
+            kv_start: from,
+            kv_end: to.min(seq.kv_len),
+            scale: args.scoring.scale,
+            causal: args.scoring.causal,
+            window: args.scoring.window.unwrap_or(u32::MAX),
+            softcap: args.scoring.softcap,
+            alibi: args.scoring.alibi.map(|slopes| &slopes[heads]),
+            states,
+            scratch,
+        };
+        job.kv_start = job.visible(0).0;
+        job.kv_end = job.visible(job.tokens - 1).1;
+        // SAFETY: the caller's promise; the level was checked, and scratch is the worker's own.
+        unsafe {
+            if job.kv_start >= job.kv_end {
+                for r in 0..job.rows() {
+                    states.m.add(r).write(f32::NEG_INFINITY);
+                    states.l.add(r).write(0.0);
+                }
+            } else if cut.decode {
+                (self.kernels.decode)(&job)
+            } else {
+                (self.kernels.tile)(&job)
+            }
+        }
+    }
+
+    /// Merges the splits of one cell.
+    ///
+    /// # Safety
+    /// The promise of [`attend`]; `unit` must be below the total, and the states written.
+    unsafe fn run_merge(&self, memory: &Workspace, unit: u64) {
+        // SAFETY: the caller's promise; the sequence has been checked.
+        unsafe {
+            let (s, start) = memory.find(unit, |start| start.merges);
+            let Ok(seq) = self.args.sequence(s) else { return };
+            let cut = self.seq_cut(&seq);
+            let cell = cut.cell(unit - start.merges);
+            let v_dim = self.args.shape.v_dim as usize;
+            let mut parts = [Part::EMPTY; MAX_PARTS];
+            for r in 0..cell.rows() {
+                for split in 0..cut.splits {
+                    let states = self.states(memory, &start, &cut, &cell, split);
+                    parts[split as usize] = Part {
+                        m: states.m.add(r).read(),
+                        l: states.l.add(r).read(),
+                        o: states.o.add(r * v_dim),
+                    };
+                }
+                self.write_row(&seq, &cell, r, &parts[..cut.splits as usize]);
+            }
+        }
+    }
+
+    /// Merges the parts of row `r` of a cell and writes its output and LSE.
+    unsafe fn write_row(&self, seq: &Sequence, cell: &Cell, r: usize, parts: &[Part]) {
+        let args = self.args;
+        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
+        let head = cell.head + (r % cell.heads as usize) as u32;
+        let sink = args.scoring.sinks.map(|sinks| sinks[head as usize]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let out = args.out.row(token, head);
+            let lse = finish_row(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
+            if !args.lse.is_null() {
+                let row = token as usize * args.shape.q_heads as usize + head as usize;
+                args.lse.add(row).write(lse);
+            }
+        }
+    }
+}
+
+/// The most splits of a cell.
+const MAX_PARTS: usize = super::plan::MAX_SPLITS as usize + 1;

@@ -1,0 +1,507 @@
+//! Cases of the conformance table: random inputs in any layout, the call, the comparison.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use kvcache::attention::{
+    HeadShape, PagedKv, ReferenceOutput, Scoring, merge_states, reference_attention,
+};
+use kvcache::cpu::{
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RowsView, attend,
+    attend_workspace_bytes,
+};
+use kvcache::dtype::{DType, KvFormat, Rows, bf16, f16};
+use kvcache::layout::Strides;
+
+/// SplitMix64.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Rng(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal: mean 0, variance 1.
+    pub fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..6).map(|_| self.next() as f64 / u64::MAX as f64 - 0.5).sum();
+        (sum * std::f64::consts::SQRT_2) as f32
+    }
+}
+
+/// Elements of a run-time type.
+pub enum Buffer {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Buffer {
+    pub fn filled(dtype: DType, elements: usize, mut next: impl FnMut() -> f32) -> Self {
+        match dtype {
+            DType::F32 => Buffer::F32((0..elements).map(|_| next()).collect()),
+            DType::F16 => Buffer::F16((0..elements).map(|_| f16::from_f32(next())).collect()),
+            _ => Buffer::Bf16((0..elements).map(|_| bf16::from_f32(next())).collect()),
+        }
+    }
+
+    pub fn rows(&self) -> Rows<'_> {
+        match self {
+            Buffer::F32(x) => Rows::F32(x),
+            Buffer::F16(x) => Rows::F16(x),
+            Buffer::Bf16(x) => Rows::Bf16(x),
+        }
+    }
+
+    pub fn ptr(&self) -> *mut u8 {
+        self.rows().as_ptr().cast_mut()
+    }
+
+    pub fn get(&self, i: usize) -> f32 {
+        match self {
+            Buffer::F32(x) => x[i],
+            Buffer::F16(x) => x[i].to_f32(),
+            Buffer::Bf16(x) => x[i].to_f32(),
+        }
+    }
+}
+
+/// Threads of its own for each run.
+struct Threads(usize);
+
+// SAFETY: a counter hands out each index once, and each thread has its own number.
+unsafe impl Executor for Threads {
+    fn workers(&self) -> usize {
+        self.0
+    }
+
+    fn run(&self, units: usize, unit: &(dyn Fn(usize, usize) + Sync)) {
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for worker in 0..self.0 {
+                let next = &next;
+                scope.spawn(move || {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        if index >= units {
+                            break;
+                        }
+                        unit(worker, index);
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Layout {
+    Native,
+    Nhd,
+    Hnd,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Tables {
+    Dense,
+    Csr,
+}
+
+/// What is computed; the inputs follow from the seed.
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub shape: HeadShape,
+    pub format: KvFormat,
+    pub q_dtype: DType,
+    pub out_dtype: DType,
+    pub layout: Layout,
+    pub tables: Tables,
+    pub block_tokens: u32,
+    /// Query tokens and cached tokens of each sequence.
+    pub lengths: Vec<(u32, u32)>,
+    pub causal: bool,
+    pub window: Option<u32>,
+    pub softcap: Option<f32>,
+    pub sinks: bool,
+    pub alibi: bool,
+    pub scale: Option<f32>,
+    pub seed: u64,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Case {
+            shape: HeadShape { q_heads: 8, kv_heads: 2, k_dim: 64, v_dim: 64, v_in_k: false },
+            format: KvFormat::F32,
+            q_dtype: DType::F32,
+            out_dtype: DType::F32,
+            layout: Layout::Native,
+            tables: Tables::Dense,
+            block_tokens: 16,
+            lengths: vec![(1, 100), (1, 1), (5, 5), (1, 0), (0, 9), (2, 64), (19, 83), (0, 0)],
+            causal: true,
+            window: None,
+            softcap: None,
+            sinks: false,
+            alibi: false,
+            scale: None,
+            seed: 1,
+        }
+    }
+}
+
+impl Case {
+    pub fn random(rng: &mut Rng, round: usize) -> Case {
+        let kv_heads = rng.pick(&[1, 1, 2, 3]);
+        let group = rng.pick(&[1, 2, 3, 4, 7, 8, 16]);
+        let dims = [8, 16, 32, 40, 64, 80, 128, 136];
+        let v_in_k = kv_heads == 1 && rng.below(4) == 0;
+        let (k_dim, v_dim) = (rng.pick(&dims), rng.pick(&dims));
+        let v_dim = if v_in_k { v_dim.min(k_dim) } else { v_dim };
+        let shape = HeadShape { q_heads: kv_heads * group, kv_heads, k_dim, v_dim, v_in_k };
+        let dtypes = [DType::F32, DType::F16, DType::Bf16];
+        let lengths = (0..1 + rng.below(4))
+            .map(|_| {
+                let kv = rng.pick(&[0, 1, 15, 16, 63, 64, 65, 130, 257]) + rng.below(3) as u32;
+                (rng.pick(&[0, 1, 1, 2, 3, 9, 33, 70]).min(kv), kv)
+            })
+            .collect();
+        let any = |rng: &mut Rng| rng.below(3) == 0;
+        Case {
+            shape,
+            format: rng.pick(KvFormat::ALL),
+            q_dtype: rng.pick(&dtypes),
+            out_dtype: rng.pick(&dtypes),
+            layout: rng.pick(&[Layout::Native, Layout::Nhd, Layout::Hnd]),
+            tables: rng.pick(&[Tables::Dense, Tables::Csr]),
+            block_tokens: rng.pick(&[1, 2, 3, 16, 32, 64, 256]),
+            lengths,
+            causal: rng.below(4) != 0,
+            window: any(rng).then(|| 1 + rng.below(80) as u32),
+            softcap: any(rng).then(|| 1.0 + rng.below(30) as f32),
+            sinks: any(rng),
+            alibi: any(rng),
+            scale: any(rng).then(|| rng.normal()),
+            seed: round as u64,
+        }
+    }
+
+    /// Draws the inputs and computes the reference.
+    pub fn build(&self) -> Instance {
+        let mut rng = Rng::new(self.seed);
+        let (shape, bt) = (&self.shape, self.block_tokens as usize);
+        let heads = shape.kv_heads as i64;
+        let needed: usize = self.lengths.iter().map(|l| (l.1 as usize).div_ceil(bt)).sum();
+        let num_blocks = needed + 3;
+        // A random order of blocks; the rest stays unused and full of NaN.
+        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
+        for i in (1..order.len()).rev() {
+            order.swap(i, rng.below(i + 1));
+        }
+        let mut tables = Vec::new();
+        for &(_, kv) in &self.lengths {
+            tables.push(order.split_off(order.len() - (kv as usize).div_ceil(bt)));
+        }
+        let (k_dim, v_dim) = (i64::from(shape.k_dim), i64::from(shape.v_dim));
+        let bt = bt as i64;
+        let strides = |dim: i64, block: i64| match self.layout {
+            Layout::Nhd => Strides { block, head: dim, token: heads * dim },
+            _ => Strides { block, head: bt * dim, token: dim },
+        };
+        // Native: K and V of a block in one run; else a tensor each.
+        let together = matches!(self.layout, Layout::Native) && !shape.v_in_k;
+        let (k_block, v_block) = (heads * bt * k_dim, heads * bt * v_dim);
+        let block = k_block + v_block;
+        let (k_strides, v_strides) = if together {
+            (strides(k_dim, block), strides(v_dim, block))
+        } else if shape.v_in_k {
+            (strides(k_dim, k_block), strides(k_dim, k_block))
+        } else {
+            (strides(k_dim, k_block), strides(v_dim, v_block))
+        };
+        let dtype = self.format.dtype();
+        let elements = |block: i64| num_blocks * block as usize;
+        let k_elements = if together { elements(block) } else { elements(k_block) };
+        let v_elements = if together || shape.v_in_k { 0 } else { elements(v_block) };
+        let mut random = || rng.normal();
+        let k = Buffer::filled(dtype, k_elements, &mut random);
+        let v = Buffer::filled(dtype, v_elements, &mut random);
+        let mut q_indptr = vec![0];
+        for l in &self.lengths {
+            q_indptr.push(q_indptr[q_indptr.len() - 1] + l.0 as i32);
+        }
+        let total = q_indptr[self.lengths.len()] as usize;
+        let heads = shape.q_heads as usize;
+        let q = Buffer::filled(self.q_dtype, total * heads * k_dim as usize, &mut random);
+        let sinks = (0..heads).map(|_| 2.0 * random()).collect();
+        let alibi = (0..heads).map(|_| random().abs() * 0.1).collect();
+        let mut instance = Instance {
+            case: self.clone(),
+            k,
+            v,
+            together,
+            v_offset: if together { k_block as usize } else { 0 },
+            k_strides,
+            v_strides,
+            num_blocks,
+            tables,
+            q,
+            q_indptr,
+            sinks,
+            alibi,
+            want: ReferenceOutput { out: Vec::new(), lse: Vec::new() },
+        };
+        instance.want = instance.reference();
+        instance
+    }
+}
+
+/// A case with its inputs and the right answer.
+pub struct Instance {
+    case: Case,
+    k: Buffer,
+    v: Buffer,
+    /// V lies in the memory of K.
+    together: bool,
+    v_offset: usize,
+    k_strides: Strides,
+    v_strides: Strides,
+    num_blocks: usize,
+    tables: Vec<Vec<i32>>,
+    q: Buffer,
+    q_indptr: Vec<i32>,
+    sinks: Vec<f32>,
+    alibi: Vec<f32>,
+    want: ReferenceOutput,
+}
+
+impl Instance {
+    fn scoring(&self) -> Scoring<'_> {
+        let case = &self.case;
+        let plain = Scoring::causal(case.shape.k_dim);
+        Scoring {
+            scale: case.scale.unwrap_or(plain.scale),
+            causal: case.causal,
+            window: case.window,
+            softcap: case.softcap,
+            sinks: case.sinks.then_some(&self.sinks[..]),
+            alibi: case.alibi.then_some(&self.alibi[..]),
+        }
+    }
+
+    fn reference(&self) -> ReferenceOutput {
+        let v = if self.together || self.case.shape.v_in_k { &self.k } else { &self.v };
+        let kv = PagedKv {
+            k: self.k.rows(),
+            v: v.rows(),
+            k_offset: 0,
+            v_offset: self.v_offset,
+            k_strides: self.k_strides,
+            v_strides: self.v_strides,
+            block_tokens: self.case.block_tokens as usize,
+            num_blocks: self.num_blocks,
+            tables: self.tables.iter().map(|table| &table[..]).collect(),
+        };
+        let q_indptr: Vec<usize> = self.q_indptr.iter().map(|&i| i as usize).collect();
+        let kv_lens: Vec<usize> = self.case.lengths.iter().map(|l| l.1 as usize).collect();
+        let shape = &self.case.shape;
+        reference_attention(shape, &self.scoring(), &kv, self.q.rows(), &q_indptr, &kv_lens)
+            .unwrap()
+    }
+
+    /// Replaces some entry that is looked up by `bad`, and computes the reference again.
+    pub fn spoil(&mut self, rng: &mut Rng, bad: i32) {
+        let used: Vec<usize> = (0..self.tables.len())
+            .filter(|&s| self.case.lengths[s].0 > 0 && !self.tables[s].is_empty())
+            .collect();
+        let s = rng.pick(&used);
+        let at = rng.below(self.tables[s].len());
+        self.tables[s][at] = bad;
+        self.want = self.reference();
+    }
+
+    /// Writes `value` over table entries without computing the reference again.
+    pub fn set_entries(&mut self, at: &[(usize, Range<usize>)], value: i32) {
+        for (s, range) in at {
+            self.tables[*s][range.clone()].fill(value);
+        }
+    }
+
+    /// Runs the sequences `seqs` and returns out and LSE of their tokens, and the flag.
+    fn call(
+        &self,
+        level: CpuLevel,
+        threads: usize,
+        seqs: Range<usize>,
+        scoring: Scoring<'_>,
+        keys: Option<(usize, &[u32])>,
+    ) -> (Buffer, Vec<f32>, bool) {
+        let (case, shape) = (&self.case, &self.case.shape);
+        let first = self.q_indptr[seqs.start];
+        let q_indptr: Vec<i32> =
+            self.q_indptr[seqs.start..=seqs.end].iter().map(|i| i - first).collect();
+        let (skip, kv_lens) = match keys {
+            None => (0, case.lengths[seqs.clone()].iter().map(|l| l.1 as i32).collect()),
+            Some((skip, lens)) => (skip, lens.iter().map(|&l| l as i32).collect::<Vec<_>>()),
+        };
+        let widest = self.tables.iter().map(Vec::len).max().unwrap_or(0) + 1;
+        let mut flat = Vec::new();
+        let mut indptr = vec![0];
+        for table in &self.tables[seqs.clone()] {
+            flat.extend_from_slice(&table[skip.min(table.len())..]);
+            if matches!(case.tables, Tables::Dense) {
+                // Entries past the length must never be read: poison.
+                flat.resize(indptr.len() * widest, i32::MIN);
+            }
+            indptr.push(flat.len() as i32);
+        }
+        flat.push(i32::MIN);
+        let tables = match case.tables {
+            Tables::Dense => BlockTables::Dense { table: flat.as_ptr(), stride: widest as i64 },
+            Tables::Csr => BlockTables::Csr { indptr: indptr.as_ptr(), indices: flat.as_ptr() },
+        };
+        let v = if self.together {
+            let bytes = self.v_offset * case.format.dtype().bytes() as usize;
+            self.k.ptr().wrapping_add(bytes)
+        } else {
+            self.v.ptr()
+        };
+        let tokens = q_indptr[seqs.len()] as usize;
+        let heads = shape.q_heads as usize;
+        let out_elements = tokens * heads * shape.v_dim as usize;
+        let out = Buffer::filled(case.out_dtype, out_elements, || f32::NAN);
+        let mut lse = vec![f32::NAN; tokens * heads];
+        let flag = AtomicU32::new(0);
+        let q_row = first as usize * heads * shape.k_dim as usize;
+        let q = self.q.ptr().wrapping_add(q_row * case.q_dtype.bytes() as usize);
+        let args = AttendArgs {
+            shape: *shape,
+            scoring,
+            kv: KvView {
+                k: self.k.ptr(),
+                v,
+                format: case.format,
+                k_strides: self.k_strides,
+                v_strides: self.v_strides,
+                num_blocks: self.num_blocks as u32,
+                block_tokens: case.block_tokens,
+            },
+            tables,
+            seqs: seqs.len() as u32,
+            q_indptr: q_indptr.as_ptr(),
+            kv_lens: kv_lens.as_ptr(),
+            q: RowsView::contiguous(q, case.q_dtype, shape.q_heads, shape.k_dim),
+            out: RowsView::contiguous(out.ptr(), case.out_dtype, shape.q_heads, shape.v_dim),
+            lse: lse.as_mut_ptr(),
+            bad_block: Some(&flag),
+        };
+        let maxima = AttendMaxima {
+            seqs: args.seqs,
+            q_tokens: tokens as u32,
+            kv_len: kv_lens.iter().copied().max().unwrap_or(0) as u32,
+            workers: threads,
+        };
+        let bytes = attend_workspace_bytes(shape, &maxima).unwrap();
+        let mut workspace = vec![0xff; bytes as usize];
+        // SAFETY: all buffers live here and have the documented sizes.
+        unsafe { attend(&args, level, &Threads(threads), &mut workspace) }.unwrap();
+        (out, lse, flag.load(Ordering::Relaxed) != 0)
+    }
+
+    /// Runs at `level` and compares with the reference; returns whether a bad block was reported.
+    pub fn check(&self, level: CpuLevel) -> bool {
+        let (out, lse, flag) = self.call(level, 1, 0..self.tables.len(), self.scoring(), None);
+        self.compare(level, |i| out.get(i), &lse);
+        flag
+    }
+
+    fn compare(&self, level: CpuLevel, out: impl Fn(usize) -> f32, lse: &[f32]) {
+        let rounding = match self.case.out_dtype {
+            DType::F32 => 0.0,
+            DType::F16 => 2f64.powi(-11),
+            _ => 2f64.powi(-8),
+        };
+        let tolerance = 4e-5;
+        for (i, &want) in self.want.out.iter().enumerate() {
+            let got = f64::from(out(i));
+            let error = (got - want).abs();
+            if !(error <= tolerance + rounding * want.abs()) {
+                let (dim, heads) = (self.case.shape.v_dim, self.case.shape.q_heads);
+                let (row, c) = (i / dim as usize, i % dim as usize);
+                let (token, head) = (row / heads as usize, row % heads as usize);
+                panic!(
+                    "{level:?}: token {token} head {head} channel {c}: {got}, want {want}\n{:?}",
+                    self.case
+                );
+            }
+        }
+        for (i, (&got, &want)) in lse.iter().zip(&self.want.lse).enumerate() {
+            let same = f64::from(got) == want;
+            if !same && !((f64::from(got) - want).abs() <= 2e-5 * (1.0 + want.abs())) {
+                panic!("{level:?}: LSE of row {i}: {got}, want {want}\n{:?}", self.case);
+            }
+        }
+    }
+
+    /// The bits of out and LSE.
+    pub fn run(&self, level: CpuLevel, threads: usize) -> (Vec<u32>, Vec<u32>) {
+        self.bits(self.call(level, threads, 0..self.tables.len(), self.scoring(), None))
+    }
+
+    /// The bits of one sequence, called by itself.
+    pub fn run_alone(&self, level: CpuLevel, s: usize) -> (Vec<u32>, Vec<u32>) {
+        self.bits(self.call(level, 2, s..s + 1, self.scoring(), None))
+    }
+
+    fn bits(&self, (out, lse, _): (Buffer, Vec<f32>, bool)) -> (Vec<u32>, Vec<u32>) {
+        let elements = out.rows().elements();
+        let out = (0..elements).map(|i| out.get(i).to_bits()).collect();
+        (out, lse.iter().map(|x| x.to_bits()).collect())
+    }
+
+    /// The elements of out and of LSE that belong to sequence `s`.
+    pub fn rows_of(&self, s: usize) -> (Range<usize>, Range<usize>) {
+        let heads = self.case.shape.q_heads as usize;
+        let rows = self.q_indptr[s] as usize * heads..self.q_indptr[s + 1] as usize * heads;
+        let dim = self.case.shape.v_dim as usize;
+        (rows.start * dim..rows.end * dim, rows)
+    }
+
+    /// Runs each sequence over its first `cuts[s]` keys (whole blocks) and over the rest, merges
+    /// the two, and compares.
+    pub fn check_parts(&self, level: CpuLevel, cuts: &[u32]) {
+        let dim = self.case.shape.v_dim as usize;
+        let (mut out, mut lse) = (Vec::new(), Vec::new());
+        for (s, &cut) in cuts.iter().enumerate() {
+            let blocks = (cut / self.case.block_tokens) as usize;
+            let rest = self.case.lengths[s].1 - cut;
+            let part = |skip, len: u32| {
+                let (out, lse, _) =
+                    self.call(level, 1, s..s + 1, self.scoring(), Some((skip, &[len])));
+                let out: Vec<f32> = (0..out.rows().elements()).map(|i| out.get(i)).collect();
+                (out, lse)
+            };
+            let (mut a, mut a_lse) = part(0, cut);
+            let (b, b_lse) = part(blocks, rest);
+            merge_states(&mut a, &mut a_lse, &b, &b_lse, dim).unwrap();
+            out.extend(a);
+            lse.extend(a_lse);
+        }
+        self.compare(level, |i| out[i], &lse);
+    }
+}
