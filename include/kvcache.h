@@ -105,6 +105,12 @@ uint64_t kvc_status_text(kvc_status status, char *buf, uint64_t len);
 // Threads: thread-safe; each thread has its own text.
 uint64_t kvc_last_error(char *buf, uint64_t len);
 
+// The blocks that were missing at the last KVC_ERR_OUT_OF_BLOCKS of this thread: how many must be
+// freed before the same call can succeed. 0 before the first.
+//
+// Threads: thread-safe; each thread has its own number.
+uint32_t kvc_last_missing_blocks(void);
+
 // ----------------------------------------------------------------------------------------------
 // Which library this is
 // ----------------------------------------------------------------------------------------------
@@ -151,6 +157,216 @@ const char *kvc_version(void);
 //
 // Threads: thread-safe.
 uint64_t kvc_build_info(char *buf, uint64_t len);
+
+// ----------------------------------------------------------------------------------------------
+// attend: the kernels alone, on the caller's own memory
+// ----------------------------------------------------------------------------------------------
+// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
+// attention alike.
+//
+// Sequence s has the query tokens q_indptr[s] to q_indptr[s + 1] of q, and kv_lens[s] cached
+// tokens, those of its queries included: its last query is its last cached token. Query head h
+// reads KV head h / (q_heads / kv_heads).
+//
+// Element (block, head, token, channel) of K lies at k[block * k_block_stride + head *
+// k_head_stride + token * k_token_stride + channel], so the library's own layout, NHD and HND are
+// all of this form.
+typedef struct {
+    // sizeof(kvc_attend_desc); kvc_attend_desc_init sets it.
+    uint32_t struct_size;
+    // Query heads: a multiple of kv_heads.
+    uint32_t q_heads;
+    // KV heads.
+    uint32_t kv_heads;
+    // Channels of query and key rows: a multiple of 8, to 256 (576 with v_in_k).
+    uint32_t k_dim;
+    // Channels of value and output rows: a multiple of 8.
+    uint32_t v_dim;
+    // 1: values are the first v_dim channels of the keys (latent attention; kv_heads is 1).
+    uint32_t v_in_k;
+    // KVC_FORMAT_* of K and V.
+    uint32_t format;
+    // KVC_DTYPE_* of q.
+    uint32_t q_dtype;
+    // KVC_DTYPE_* of out.
+    uint32_t out_dtype;
+    // Tokens of a block.
+    uint32_t block_tokens;
+    // Blocks that k and v have.
+    uint32_t num_blocks;
+    // Sequences in the batch.
+    uint32_t seqs;
+    // 1 (the default): a query sees no key after its own position.
+    uint32_t causal;
+    // Keys that a query sees, its own included, counted back; 0 for all.
+    uint32_t window;
+    // Factor of the dot product; 0 for 1 / sqrt(k_dim).
+    float scale;
+    // Logit soft-cap; 0 for none.
+    float softcap;
+    // 1 (the default): the calling thread does the work alone. 0: a thread a core, which the
+    // library keeps from the first such call on. The result does not depend on it.
+    uint32_t threads;
+    // 0.
+    uint32_t reserved;
+    // Keys.
+    const void *k;
+    // Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    int64_t k_block_stride;
+    // Elements from a KV head to the next.
+    int64_t k_head_stride;
+    // Elements from a token to the next.
+    int64_t k_token_stride;
+    // Values. Ignored with v_in_k.
+    const void *v;
+    // Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    int64_t v_block_stride;
+    // Elements from a KV head to the next.
+    int64_t v_head_stride;
+    // Elements from a token to the next.
+    int64_t v_token_stride;
+    // Block ids. Without table_indptr: [seqs][table_stride]; entry i of a sequence holds its
+    // tokens i * block_tokens and on. Entries past its length are never read.
+    const int32_t *table;
+    // Entries from one sequence's row to the next. Ignored with table_indptr.
+    int64_t table_stride;
+    // NULL, or [seqs + 1]: sequence s has table[table_indptr[s]] to table[table_indptr[s + 1]].
+    const int32_t *table_indptr;
+    // [seqs + 1] offsets of query tokens, from 0, never decreasing.
+    const int32_t *q_indptr;
+    // [seqs] cached tokens.
+    const int32_t *kv_lens;
+    // Queries [query token][q_head][k_dim].
+    const void *q;
+    // Elements from a token to the next. Both 0: contiguous.
+    int64_t q_token_stride;
+    // Elements from a head to the next.
+    int64_t q_head_stride;
+    // Outputs [query token][q_head][v_dim]. Must overlap nothing else.
+    void *out;
+    // Elements from a token to the next. Both 0: contiguous.
+    int64_t out_token_stride;
+    // Elements from a head to the next.
+    int64_t out_head_stride;
+    // NULL, or [query token][q_head]: natural logarithm of each softmax denominator. A row that
+    // sees no key has output 0 and -inf here.
+    float *lse;
+    // NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    const float *sinks;
+    // NULL, or [q_heads]: ALiBi slopes.
+    const float *alibi;
+    // NULL, or a word that is set to 1 where a block table has an entry that is not a block;
+    // the keys of such an entry are masked and never read.
+    uint32_t *bad_block;
+    // Memory for the call, of no consequence before and after. kvc_attend_workspace_size says how
+    // much.
+    void *workspace;
+    // Its size.
+    uint64_t workspace_bytes;
+} kvc_attend_desc;
+
+// Fills a kvc_attend_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_attend_desc_init(kvc_attend_desc *desc, uint32_t struct_size);
+
+// Writes an upper bound of the workspace of kvc_attend to `out_bytes`, for every call with the
+// heads, dimensions and threads of `desc`, at most `desc->seqs` sequences, `max_q_tokens` query
+// tokens in all and `max_kv_tokens` cached tokens a sequence. No pointer of `desc` is followed.
+//
+// Threads: thread-safe.
+kvc_status kvc_attend_workspace_size(const kvc_attend_desc *desc,
+                                     uint32_t max_q_tokens,
+                                     uint32_t max_kv_tokens,
+                                     uint64_t *out_bytes);
+
+// Computes attention for the batch that `desc` describes, and writes its outputs. Allocates
+// nothing and keeps nothing. Bad arguments are answered before anything is written.
+//
+// Threads: thread-safe, where calls share no outputs and no workspace.
+kvc_status kvc_attend(const kvc_attend_desc *desc);
+
+// Writes the name of the kernel that kvc_attend would run for a sequence with `q_tokens` query
+// tokens to `buf`, with a NUL: operation, device, instruction set, storage format. `len` is the
+// size of `buf`; KVC_ERR_BUFFER_TOO_SMALL where the name does not fit (64 bytes are enough). No
+// pointer of `desc` is followed.
+//
+// Threads: thread-safe.
+kvc_status kvc_attend_kernel(const kvc_attend_desc *desc,
+                             uint32_t q_tokens,
+                             char *buf,
+                             uint64_t len);
+
+// Merges attention over two disjoint sets of keys, row by row, into the first: `out` and `other`
+// hold `rows` rows of `v_dim` outputs, `lse` and `other_lse` one value a row. A row with an LSE of
+// -inf has seen no key. Sinks must have been given to one of the two only.
+//
+// Threads: thread-safe.
+kvc_status kvc_merge_states(float *out,
+                            float *lse,
+                            const float *other,
+                            const float *other_lse,
+                            uint64_t rows,
+                            uint32_t v_dim);
+
+// ----------------------------------------------------------------------------------------------
+// pool: blocks, references, nothing else
+// ----------------------------------------------------------------------------------------------
+// Blocks 0 to n - 1, each free or held by as many holders as retained it. For engines that keep
+// their own tables and tensors; a kvc_cache has pools of its own.
+typedef struct kvc_pool kvc_pool;
+
+// What a pool holds now. blocks = free_blocks + held_blocks.
+typedef struct {
+    // Blocks of the pool.
+    uint32_t blocks;
+    // Blocks that nobody holds.
+    uint32_t free_blocks;
+    // Blocks with at least one holder.
+    uint32_t held_blocks;
+    // 0.
+    uint32_t reserved;
+} kvc_pool_counts;
+
+// Makes a pool of `blocks` free blocks, 1 to 2^31 - 1, 8 bytes of memory each. Later calls
+// allocate nothing.
+//
+// Threads: thread-safe.
+kvc_status kvc_pool_create(uint32_t blocks, kvc_pool **out);
+
+// Ends a pool. NULL is accepted.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_destroy(kvc_pool *pool);
+
+// Takes `n` free blocks, all or none, and writes their ids to `out[n]`. Each has one holder, the
+// caller. KVC_ERR_OUT_OF_BLOCKS where fewer are free; kvc_last_missing_blocks() says how many
+// were missing.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_allocate_n(kvc_pool *pool, uint32_t n, int32_t *out);
+
+// Adds a holder to each of `n` blocks, all or none. A block may occur several times.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_retain_n(kvc_pool *pool, const int32_t *blocks, uint32_t n);
+
+// Takes a holder from each of `n` blocks, all or none; a block without holders is free. A block
+// may occur as often as it has holders. Writes how many became free to `out_freed`, which may be
+// NULL.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_free_n(kvc_pool *pool, const int32_t *blocks, uint32_t n, uint32_t *out_freed);
+
+// Writes how many hold `block` to `out_refs`: 0 where it is free or not a block of the pool.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_refs(const kvc_pool *pool, int32_t block, uint32_t *out_refs);
+
+// Writes the pool's counts to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: per-handle.
+kvc_status kvc_pool_stats(const kvc_pool *pool, kvc_pool_counts *out, uint64_t out_bytes);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -14,11 +14,15 @@
 //! adds nothing to it.
 #![allow(non_camel_case_types)]
 
+pub mod attend;
 pub mod info;
+pub mod pool;
 pub mod status;
 
 mod handle;
 mod pointer;
 
+pub use attend::*;
 pub use info::*;
+pub use pool::*;
 pub use status::*;

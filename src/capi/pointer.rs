@@ -11,6 +11,7 @@ use core::ptr;
 
 use crate::dtype::{DType, Rows, RowsMut, bf16, f16};
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 
 /// NULL and alignment of a pointer.
 fn check<T>(pointer: *const T, what: &'static str) -> Result<()> {
@@ -32,10 +33,10 @@ fn span<T>(count: u64, what: &'static str) -> Result<usize> {
     }
 }
 
-/// A type that every bit pattern is a valid value of, without padding.
+/// A type that every bit pattern is a valid value of.
 ///
 /// # Safety
-/// Must be `repr(C)` or primitive, of integers, floats and raw pointers, without padding.
+/// Must be `repr(C)`, transparent or primitive, of integers, floats and raw pointers.
 pub(crate) unsafe trait Plain: Copy {}
 // SAFETY: primitives.
 unsafe impl Plain for u8 {}
@@ -47,6 +48,8 @@ unsafe impl Plain for u32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: primitives.
 unsafe impl Plain for f32 {}
+// SAFETY: transparent over u32.
+unsafe impl Plain for BlockId {}
 // SAFETY: transparent over u16.
 unsafe impl Plain for f16 {}
 // SAFETY: transparent over u16.
@@ -60,6 +63,18 @@ pub(crate) unsafe fn out<'a, T>(out: *mut T, what: &'static str) -> Result<&'a m
     check(out, what)?;
     // SAFETY: the caller's promise; MaybeUninit asks for no valid value.
     Ok(unsafe { &mut *out.cast::<MaybeUninit<T>>() })
+}
+
+/// A place for a result that the caller may not want.
+///
+/// # Safety
+/// As for [`out`].
+pub(crate) unsafe fn maybe_out<'a, T>(
+    pointer: *mut T,
+    what: &'static str,
+) -> Result<Option<&'a mut MaybeUninit<T>>> {
+    // SAFETY: the caller's promise.
+    if pointer.is_null() { Ok(None) } else { unsafe { out(pointer, what) }.map(Some) }
 }
 
 /// `count` elements to read. A count of 0 needs no pointer.
@@ -139,6 +154,20 @@ pub(crate) unsafe fn rows_out<'a>(
             DType::Bf16 => RowsMut::Bf16(slice_out(pointer.cast(), elements, what)?),
         })
     }
+}
+
+/// Refuses memory that overlaps the first range or the second: those that a call writes. Ranges
+/// are (address, bytes).
+pub(crate) fn disjoint(ranges: &[(usize, u64)]) -> Result<()> {
+    for (i, &(a, a_bytes)) in ranges.iter().enumerate().take(2) {
+        for &(b, b_bytes) in &ranges[i + 1..] {
+            let (a, b) = (a as u64, b as u64);
+            if a < b.saturating_add(b_bytes) && b < a.saturating_add(a_bytes) {
+                return Err(Error::invalid("pointers", "what is written must overlap nothing"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A flag: 0 or 1.

@@ -133,6 +133,15 @@ pub unsafe extern "C" fn kvc_last_error(buf: *mut c_char, len: u64) -> u64 {
     last::with(|text| unsafe { pointer::copy_text(text, buf, len) })
 }
 
+/// The blocks that were missing at the last KVC_ERR_OUT_OF_BLOCKS of this thread: how many must be
+/// freed before the same call can succeed. 0 before the first.
+///
+/// Threads: thread-safe; each thread has its own number.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvc_last_missing_blocks() -> u32 {
+    last::missing()
+}
+
 fn text_of(code: kvc_status) -> &'static str {
     match CODES.iter().find(|(known, _)| *known == code) {
         Some((_, status)) => status.text(),
@@ -171,7 +180,7 @@ fn report(result: Result<()>) -> kvc_status {
 /// The last error of each thread, with its details.
 #[cfg(feature = "std")]
 mod last {
-    use core::cell::RefCell;
+    use core::cell::{Cell, RefCell};
     use core::fmt::{self, Write};
 
     use crate::error::Error;
@@ -198,9 +207,17 @@ mod last {
 
     std::thread_local! {
         static TEXT: RefCell<Text> = const { RefCell::new(Text { bytes: [0; BYTES], len: 0 }) };
+        static MISSING: Cell<u32> = const { Cell::new(0) };
+    }
+
+    pub(super) fn missing() -> u32 {
+        MISSING.get()
     }
 
     pub(super) fn set(error: &Error) {
+        if let Error::OutOfBlocks { missing, .. } = error {
+            MISSING.set(*missing);
+        }
         TEXT.with_borrow_mut(|text| {
             text.len = 0;
             let _ = write!(text, "{}: {error}", error.status().text());
@@ -215,13 +232,21 @@ mod last {
 /// Without threads to tell apart: the text of the last code.
 #[cfg(not(feature = "std"))]
 mod last {
-    use core::sync::atomic::{AtomicI32, Ordering};
+    use core::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
     use crate::error::Error;
 
     static CODE: AtomicI32 = AtomicI32::new(0);
+    static MISSING: AtomicU32 = AtomicU32::new(0);
+
+    pub(super) fn missing() -> u32 {
+        MISSING.load(Ordering::Relaxed)
+    }
 
     pub(super) fn set(error: &Error) {
+        if let Error::OutOfBlocks { missing, .. } = error {
+            MISSING.store(*missing, Ordering::Relaxed);
+        }
         CODE.store(error.status() as i32, Ordering::Relaxed);
     }
 
