@@ -5,6 +5,9 @@
 //! neighbouring words instead of waiting for one link after the other. Last freed, first reused:
 //! the block whose memory is most likely still in a cache. Every call either does what it says or
 //! leaves the pool as it was. Knows nothing of sequences, tokens or bytes.
+//!
+//! A prefix index is one more holder, and a marked one ([`BlockPool::cache`]): so the pool can tell
+//! at any time how many blocks nobody but the index holds, which is what eviction could free.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -15,12 +18,21 @@ use crate::ids::BlockId;
 /// The blocks of one layer group. Not synchronised: one owner, or a lock around it.
 #[derive(Debug)]
 pub struct BlockPool {
-    /// Holders of each block; 0 means free.
+    /// Holders of each block, and [`CACHED`] where the index is one of them; 0 means free.
     refs: Box<[u32]>,
     /// The free ids are `free[..free_len]`; the last is the next to be given out.
     free: Box<[u32]>,
     free_len: usize,
+    /// Blocks whose only holder is the index.
+    cached: u32,
 }
+
+/// The mark of a block that the prefix index holds.
+const CACHED: u32 = 1 << 31;
+/// The word of a block that only the index holds.
+const ONLY_CACHED: u32 = CACHED | 1;
+/// The most holders.
+const MAX_REFS: u32 = CACHED - 1;
 
 /// An empty array of `len` words that `fill` completes, or an error where memory is refused.
 fn words(len: usize, fill: impl FnOnce(&mut Vec<u32>)) -> Result<Box<[u32]>> {
@@ -47,6 +59,7 @@ impl BlockPool {
             refs: words(n, |v| v.resize(n, 0))?,
             free: words(n, |v| v.extend((0..blocks).rev()))?,
             free_len: n,
+            cached: 0,
         })
     }
 
@@ -62,10 +75,49 @@ impl BlockPool {
         self.free_len as u32
     }
 
+    /// How many blocks are held by the prefix index alone.
+    #[inline]
+    pub fn cached_blocks(&self) -> u32 {
+        self.cached
+    }
+
     /// How many hold `block`: 0 if it is free or not a block of this pool.
     #[inline]
     pub fn refs(&self, block: BlockId) -> u32 {
-        self.refs.get(block.index()).copied().unwrap_or(0)
+        self.refs.get(block.index()).copied().unwrap_or(0) & !CACHED
+    }
+
+    /// Whether the prefix index holds `block`.
+    #[inline]
+    pub fn is_cached(&self, block: BlockId) -> bool {
+        self.refs.get(block.index()).is_some_and(|word| word & CACHED != 0)
+    }
+
+    /// Adds the prefix index to the holders of `block`.
+    ///
+    /// # Errors
+    /// `BadBlock` if the block is not held by anyone or is cached already, `Overflow`.
+    pub fn cache(&mut self, block: BlockId) -> Result<()> {
+        if self.is_cached(block) {
+            return Err(Error::BadBlock { block: block.0 });
+        }
+        self.retain(block)?;
+        self.refs[block.index()] |= CACHED;
+        Ok(())
+    }
+
+    /// Takes the prefix index from the holders of `block`; true if the block is free now.
+    ///
+    /// # Errors
+    /// `BadBlock` if it is not cached.
+    pub fn uncache(&mut self, block: BlockId) -> Result<bool> {
+        if !self.is_cached(block) {
+            return Err(Error::BadBlock { block: block.0 });
+        }
+        let word = &mut self.refs[block.index()];
+        self.cached -= u32::from(*word == ONLY_CACHED);
+        *word &= !CACHED;
+        self.release(block)
     }
 
     /// Takes a free block; the caller holds its only reference.
@@ -109,9 +161,12 @@ impl BlockPool {
     pub fn retain(&mut self, block: BlockId) -> Result<()> {
         match self.refs.get_mut(block.index()) {
             None | Some(0) => Err(Error::BadBlock { block: block.0 }),
-            Some(&mut u32::MAX) => Err(Error::Overflow { what: "reference count" }),
-            Some(refs) => {
-                *refs += 1;
+            Some(word) if *word & !CACHED == MAX_REFS => {
+                Err(Error::Overflow { what: "reference count" })
+            }
+            Some(word) => {
+                self.cached -= u32::from(*word == ONLY_CACHED);
+                *word += 1;
                 Ok(())
             }
         }
@@ -126,6 +181,7 @@ impl BlockPool {
             if let Err(error) = self.retain(block) {
                 for done in &blocks[..i] {
                     self.refs[done.index()] -= 1;
+                    self.cached += u32::from(self.refs[done.index()] == ONLY_CACHED);
                 }
                 return Err(error);
             }
@@ -140,9 +196,11 @@ impl BlockPool {
     #[inline]
     pub fn release(&mut self, block: BlockId) -> Result<bool> {
         match self.refs.get_mut(block.index()) {
-            None | Some(0) => Err(Error::BadBlock { block: block.0 }),
+            // The index gives its reference up by `uncache`, nobody else for it.
+            None | Some(0 | &mut ONLY_CACHED) => Err(Error::BadBlock { block: block.0 }),
             Some(refs) => {
                 *refs -= 1;
+                self.cached += u32::from(*refs == ONLY_CACHED);
                 let freed = *refs == 0;
                 if freed {
                     self.free[self.free_len] = block.0;
@@ -165,15 +223,17 @@ impl BlockPool {
         let mut len = before;
         for (i, block) in blocks.iter().enumerate().rev() {
             match self.refs.get_mut(block.index()) {
-                None | Some(0) => {
+                None | Some(0 | &mut ONLY_CACHED) => {
                     // Below `before` the stack was not written: giving the counts back undoes all.
                     for done in &blocks[i + 1..] {
+                        self.cached -= u32::from(self.refs[done.index()] == ONLY_CACHED);
                         self.refs[done.index()] += 1;
                     }
                     return Err(Error::BadBlock { block: block.0 });
                 }
                 Some(refs) => {
                     *refs -= 1;
+                    self.cached += u32::from(*refs == ONLY_CACHED);
                     // A held block means that the stack is not full: the slot exists.
                     self.free[len] = block.0;
                     len += usize::from(*refs == 0);
@@ -204,9 +264,12 @@ impl BlockPool {
             }
         }
         for (mark, refs) in seen.iter().zip(&self.refs) {
-            if (*mark == 1) != (*refs == 0) {
+            if (*mark == 1) != (*refs == 0) || *refs == CACHED {
                 return broken("pool: a block is both free and held, or neither");
             }
+        }
+        if self.refs.iter().filter(|&&word| word == ONLY_CACHED).count() != self.cached as usize {
+            return broken("pool: the count of cached blocks is wrong");
         }
         Ok(())
     }
@@ -267,10 +330,10 @@ mod tests {
     fn counts_cannot_overflow_or_go_below_zero() {
         let mut pool = BlockPool::new(2).unwrap();
         let b = pool.allocate().unwrap();
-        pool.refs[b.index()] = u32::MAX - 1;
+        pool.refs[b.index()] = MAX_REFS - 1;
         let error = Err(Error::Overflow { what: "reference count" });
         assert_eq!(pool.retain_n(&[b, b]), error);
-        assert_eq!(pool.refs(b), u32::MAX - 1);
+        assert_eq!(pool.refs(b), MAX_REFS - 1);
         pool.retain(b).unwrap();
         assert_eq!(pool.retain(b), error);
         pool.refs[b.index()] = 1;
@@ -281,9 +344,42 @@ mod tests {
     }
 
     #[test]
+    fn the_index_is_one_holder_more() {
+        let mut pool = BlockPool::new(4).unwrap();
+        let b = pool.allocate().unwrap();
+        assert!(pool.uncache(b).is_err() && pool.cache(BlockId(1)).is_err());
+        pool.cache(b).unwrap();
+        assert!(pool.cache(b).is_err());
+        assert_eq!((pool.refs(b), pool.cached_blocks()), (2, 0));
+        assert_eq!(pool.free_n(&[b]), Ok(0));
+        assert_eq!((pool.refs(b), pool.cached_blocks(), pool.free_blocks()), (1, 1, 3));
+        // The index's own reference is not for others to give up.
+        assert!(pool.release(b).is_err() && pool.free_n(&[b]).is_err());
+        pool.audit().unwrap();
+        pool.retain_n(&[b, b]).unwrap();
+        assert!(
+            pool.free_n(&[BlockId(3), b, b]).is_err() && pool.retain_n(&[b, BlockId(3)]).is_err()
+        );
+        assert_eq!((pool.refs(b), pool.cached_blocks()), (3, 0));
+        assert_eq!(pool.uncache(b), Ok(false));
+        assert_eq!(pool.free_n(&[b, b]), Ok(1));
+        let c = pool.allocate().unwrap();
+        pool.cache(c).unwrap();
+        assert_eq!((pool.release(c), pool.uncache(c)), (Ok(false), Ok(true)));
+        assert_eq!(pool.free_blocks(), 4);
+        pool.audit().unwrap();
+    }
+
+    #[test]
     fn the_audit_notices_damage() {
-        let damage: [fn(&mut BlockPool); 4] =
-            [|p| p.refs[3] = 1, |p| p.free[0] = p.free[1], |p| p.free_len -= 1, |p| p.free[1] = 77];
+        let damage: [fn(&mut BlockPool); 6] = [
+            |p| p.cached = 1,
+            |p| p.refs[3] = CACHED,
+            |p| p.refs[3] = 1,
+            |p| p.free[0] = p.free[1],
+            |p| p.free_len -= 1,
+            |p| p.free[1] = 77,
+        ];
         for harm in damage {
             let mut pool = BlockPool::new(4).unwrap();
             pool.audit().unwrap();

@@ -3,8 +3,8 @@
 //! A pool owns the ids `0..blocks` and a reference count each; a table lists the blocks of one
 //! sequence in order. Sharing is a reference more, never a copy; the one copy there is, that of a
 //! shared, partly full last block before it is written, is described by a [`BlockCopy`] and done
-//! by the caller. Nothing here knows what a block holds, where its bytes are, or that a prefix
-//! index exists: the index is one more holder of references.
+//! by the caller. Nothing here knows what a block holds, where its bytes are, or what a prefix
+//! index is: the index is one more holder of references, which the pool marks and counts.
 //!
 //! ```
 //! use kvcache::pool::{BlockPool, BlockTable};

@@ -1,0 +1,76 @@
+//! The command line.
+
+use std::error::Error;
+use std::str::FromStr;
+
+use kvcache::dtype::KvFormat;
+
+pub const USAGE: &str = "\
+usage: cargo run --release --example generate -- [options]
+  --prompt TEXT        a prompt after the system prompt; repeat for more (default: 8 built-in ones)
+  --batch N            sequences that run at once (default 4)
+  --max-tokens N       tokens to generate for each prompt (default 64)
+  --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16)
+  --dtype f32|f16|bf16 how K and V are stored (default bf16)
+  --threads N          threads (default: one a core)
+  --temperature T      0 is greedy (default 0)
+  --seed N             seed of the draw where the temperature is not 0 (default 0)
+  --check              compare with a plain forward pass without a cache
+  --json               print the figures as one JSON object";
+
+pub struct Args {
+    pub prompts: Vec<String>,
+    pub batch: usize,
+    pub max_tokens: usize,
+    pub block_tokens: u32,
+    pub format: KvFormat,
+    pub threads: u32,
+    pub temperature: f32,
+    pub seed: u64,
+    pub check: bool,
+    pub json: bool,
+}
+
+impl Args {
+    pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, Box<dyn Error>> {
+        let mut args = Self {
+            prompts: Vec::new(),
+            batch: 4,
+            max_tokens: 64,
+            block_tokens: 16,
+            format: KvFormat::Bf16,
+            threads: 0,
+            temperature: 0.0,
+            seed: 0,
+            check: false,
+            json: false,
+        };
+        while let Some(flag) = words.next() {
+            let mut value = || words.next().ok_or_else(|| format!("{flag} needs a value"));
+            match flag.as_str() {
+                "--prompt" => args.prompts.push(value()?),
+                "--batch" => args.batch = number(&flag, &value()?)?,
+                "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
+                "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
+                "--dtype" => args.format = KvFormat::from_name(&value()?)?,
+                "--threads" => args.threads = number(&flag, &value()?)?,
+                "--temperature" => args.temperature = number(&flag, &value()?)?,
+                "--seed" => args.seed = number(&flag, &value()?)?,
+                "--check" => args.check = true,
+                "--json" => args.json = true,
+                _ => return Err(format!("unknown option {flag}").into()),
+            }
+        }
+        if args.batch == 0 || args.max_tokens == 0 {
+            return Err("--batch and --max-tokens must be at least 1".into());
+        }
+        if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+            return Err("--temperature must be 0 or more".into());
+        }
+        Ok(args)
+    }
+}
+
+fn number<T: FromStr>(flag: &str, text: &str) -> Result<T, Box<dyn Error>> {
+    text.parse().map_err(|_| format!("{flag} cannot be {text}").into())
+}

@@ -1,0 +1,141 @@
+//! The same texts through a plain forward pass with no cache: everything recomputed, attention in
+//! f64, written without the library. Since attention is causal, one pass over a finished text gives
+//! the logits of every step.
+//!
+//! K and V are rounded to the cache's number format, since that is what the format means; every
+//! other difference is the cache's and the kernels'.
+
+use std::error::Error;
+
+use kvcache::dtype::{KvFormat, bf16, f16};
+
+use crate::model::{Attention, Config, Model};
+use crate::sample::argmax;
+use crate::serve::Output;
+
+pub struct Report {
+    /// Largest difference of a logit, relative to the largest logit of its step.
+    pub max_relative_error: f64,
+    pub tokens_equal: bool,
+    /// What rounding alone may cause in this format.
+    pub tolerance: f64,
+}
+
+impl Report {
+    pub fn passed(&self) -> bool {
+        // NaN must not pass.
+        self.tokens_equal && self.max_relative_error <= self.tolerance
+    }
+}
+
+struct Plain<'a> {
+    config: &'a Config,
+    format: KvFormat,
+}
+
+pub fn check(
+    model: &Model,
+    format: KvFormat,
+    prompts: &[Vec<u32>],
+    outputs: &[Output],
+    greedy: bool,
+) -> Result<Report, Box<dyn Error>> {
+    // One part in 2^22 of f32 kernels and sums of a few hundred terms; and, where K and V are
+    // rounded, a last place that falls the other way after such a difference.
+    let tolerance = match format {
+        KvFormat::F32 => 2e-5,
+        KvFormat::F16 => 2e-3,
+        _ => 2e-2,
+    };
+    let mut report = Report { max_relative_error: 0.0, tokens_equal: true, tolerance };
+    for (prompt, output) in prompts.iter().zip(outputs) {
+        let text: Vec<u32> = prompt.iter().chain(&output.tokens).copied().collect();
+        let steps: Vec<usize> = (prompt.len() - 1..text.len() - 1).collect();
+        let attention = &mut Plain { config: &model.config, format };
+        let plain = model.forward(&text[..text.len() - 1], &steps, attention)?;
+        for (step, plain) in plain.chunks_exact(model.config.vocab).enumerate() {
+            let cached = &output.logits[step];
+            let largest = plain.iter().fold(0.0f64, |max, &x| max.max(f64::from(x).abs()));
+            for (&a, &b) in cached.iter().zip(plain) {
+                let error = (f64::from(a) - f64::from(b)).abs() / largest;
+                if !(error <= report.max_relative_error) {
+                    report.max_relative_error = error;
+                }
+            }
+            report.tokens_equal &= !greedy || argmax(plain) == output.tokens[step];
+        }
+    }
+    Ok(report)
+}
+
+impl Attention for Plain<'_> {
+    fn attend(
+        &mut self,
+        _layer: usize,
+        q: &mut [f32],
+        k: &mut [f32],
+        v: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), Box<dyn Error>> {
+        let c = self.config;
+        let (q_row, kv_row) = (c.q_heads * c.head_dim, c.kv_heads * c.head_dim);
+        rotate(q, q_row, c);
+        rotate(k, kv_row, c);
+        let round = |x: f32| match self.format {
+            KvFormat::F16 => f64::from(f16::from_f32(x)),
+            KvFormat::Bf16 => f64::from(bf16::from_f32(x)),
+            _ => f64::from(x),
+        };
+        let keys: Vec<f64> = k.iter().map(|&x| round(x)).collect();
+        let values: Vec<f64> = v.iter().map(|&x| round(x)).collect();
+        let scale = 1.0 / (c.head_dim as f64).sqrt();
+        for (token, (q, out)) in q.chunks_exact(q_row).zip(out.chunks_exact_mut(q_row)).enumerate()
+        {
+            let heads = q.chunks_exact(c.head_dim).zip(out.chunks_exact_mut(c.head_dim));
+            for (head, (q, out)) in heads.enumerate() {
+                let kv = head / (c.q_heads / c.kv_heads) * c.head_dim;
+                let scores: Vec<f64> = (0..=token)
+                    .map(|at| {
+                        row(&keys, at * kv_row + kv, c)
+                            .iter()
+                            .zip(q)
+                            .map(|(k, &q)| k * f64::from(q))
+                            .sum::<f64>()
+                            * scale
+                    })
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                let mut sum = vec![0.0; c.head_dim];
+                for (at, weight) in weights.iter().enumerate() {
+                    sum.iter_mut()
+                        .zip(row(&values, at * kv_row + kv, c))
+                        .for_each(|(s, v)| *s += weight * v);
+                }
+                out.iter_mut().zip(sum).for_each(|(o, s)| *o = (s / total) as f32);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn row<'a>(rows: &'a [f64], at: usize, c: &Config) -> &'a [f64] {
+    &rows[at..at + c.head_dim]
+}
+
+/// Rotary embedding of consecutive positions from 0, the two halves of a head as pairs.
+fn rotate(rows: &mut [f32], row: usize, c: &Config) {
+    let half = c.head_dim / 2;
+    for (position, row) in rows.chunks_exact_mut(row).enumerate() {
+        for head in row.chunks_exact_mut(c.head_dim) {
+            for i in 0..half {
+                let power = -2.0 * i as f64 / c.head_dim as f64;
+                let (sin, cos) = (position as f64 * f64::from(c.rope_theta).powf(power)).sin_cos();
+                let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+                head[i] = (a * cos - b * sin) as f32;
+                head[i + half] = (b * cos + a * sin) as f32;
+            }
+        }
+    }
+}

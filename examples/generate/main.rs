@@ -1,0 +1,131 @@
+//! Serves a small language model from libkvcache: eight prompts that share a system prompt, run
+//! with continuous batching over a paged, prefix-shared cache. Prints what each sequence wrote and
+//! what the cache saved.
+//!
+//! | file | job |
+//! |---|---|
+//! | `serve.rs` | the engine: continuous batching over one `KvCache` |
+//! | `model.rs` | the Llama model without attention |
+//! | `check.rs` | `--check`: the same without a cache, in f64 |
+//! | `tokenizer.rs`, `sample.rs`, `args.rs`, `report.rs` | text to tokens, tokens from logits, command line, output |
+//! | `model/`, `train/` | the weights, and the script that made them |
+
+mod args;
+mod check;
+mod model;
+mod report;
+mod sample;
+mod serve;
+mod tokenizer;
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use kvcache::cache::{CacheOptions, KvCache};
+use kvcache::layout::{CacheSpec, GroupSpec};
+
+use args::{Args, USAGE};
+use model::Model;
+use report::Progress;
+use sample::Sampler;
+use tokenizer::Tokenizer;
+
+fn main() -> ExitCode {
+    if std::env::args().any(|word| word == "--help" || word == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let args = match Args::parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("generate: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("generate: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// True unless the check failed.
+fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
+    let model = Model::load(&folder)?;
+    let tokenizer = Tokenizer::parse(&fs::read_to_string(folder.join("tokenizer.txt"))?)?;
+    if args.threads > 0 {
+        // The model's own matrix products.
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads as usize).build_global()?;
+    }
+
+    let system = include_str!("system.txt");
+    let questions: Vec<String> = if args.prompts.is_empty() {
+        include_str!("prompts.txt").lines().map(String::from).collect()
+    } else {
+        args.prompts.clone()
+    };
+    let prompts: Vec<Vec<u32>> = questions
+        .iter()
+        .map(|question| tokenizer.encode(&format!("{}\n\n{question}", system.trim_end())))
+        .collect();
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + args.max_tokens;
+    let c = &model.config;
+    if longest > c.max_tokens {
+        return Err(format!("{longest} tokens are past the model's {}", c.max_tokens).into());
+    }
+
+    let group =
+        GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, args.format);
+    let spec = CacheSpec::uniform(args.block_tokens, group);
+    // Room for a full batch, and for every prompt to stay in the index.
+    let blocks = (args.batch + prompts.len()) * longest.div_ceil(args.block_tokens as usize);
+    let options = CacheOptions {
+        blocks: u32::try_from(blocks)?,
+        max_seqs: u32::try_from(args.batch)?,
+        threads: args.threads,
+        prefix_reuse: true,
+    };
+    let mut cache = KvCache::new(&spec, &options)?;
+
+    let limits =
+        serve::Limits { batch: args.batch, max_tokens: args.max_tokens, keep_logits: args.check };
+    let mut sampler = Sampler::new(args.temperature, args.seed);
+    let mut progress = Progress::new(prompts.len() * args.max_tokens);
+    let (outputs, figures) =
+        serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |n| progress.at(n))?;
+    progress.end();
+    let checked = if args.check {
+        Some(check::check(&model, args.format, &prompts, &outputs, args.temperature == 0.0)?)
+    } else {
+        None
+    };
+
+    let texts: Vec<String> =
+        outputs.iter().map(|output| tokenizer.decode(&output.tokens)).collect();
+    let report = report::Report {
+        questions: &questions,
+        texts: &texts,
+        outputs: &outputs,
+        figures: &figures,
+        stats: cache.stats(),
+        block_tokens: args.block_tokens.into(),
+        contiguous_bytes: report::contiguous_bytes(
+            &cache,
+            args.batch.min(prompts.len()),
+            c.max_tokens,
+        ),
+        checked: checked.as_ref(),
+    };
+    if args.json {
+        report.print_json()?
+    } else {
+        report.print(&model, args)
+    }
+    Ok(checked.is_none_or(|check| check.passed()))
+}

@@ -1,0 +1,191 @@
+//! The whole cache behind one type: pool, prefix index, storage and kernels.
+//!
+//! An engine runs in steps. For each it names the sequences and their new tokens
+//! ([`KvCache::begin`]), then for each layer writes keys and values ([`KvCache::append`]) and reads
+//! attention ([`KvCache::attend`]), then makes the tokens part of the sequences
+//! ([`KvCache::commit`]), which also publishes full blocks to the prefix index. Nothing that a step
+//! wrote can be found by another sequence before its commit.
+//!
+//! Every block of a layer group is exactly one of free, cached (in the prefix index, used by no
+//! sequence) or referenced. Bad input is answered by an error and changes nothing; running out of
+//! blocks is an answer too, and says how many were missing after everything evictable is counted.
+//!
+//! One `KvCache` is used from one thread at a time; kernels spread over its own threads.
+
+mod audit;
+mod lifecycle;
+mod sequence;
+mod stats;
+mod step;
+mod steps;
+mod threads;
+
+pub use sequence::MAX_SEQS;
+pub use stats::CacheStats;
+pub use step::{Step, Work};
+pub use threads::Threads;
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cpu::KvStore;
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, SeqId};
+use crate::layout::CacheSpec;
+use crate::pool::BlockPool;
+use crate::prefix::{Hit, PrefixIndex};
+
+use sequence::Sequences;
+
+/// Sizes and policies of a cache.
+#[derive(Debug, Clone)]
+pub struct CacheOptions {
+    /// Blocks of each layer group.
+    pub blocks: u32,
+    /// Sequences that may live at once: 1 to 65,536.
+    pub max_seqs: u32,
+    /// Threads for kernels; 0 for one a core.
+    pub threads: u32,
+    /// Publish committed blocks to the prefix index, and start sequences from it.
+    pub prefix_reuse: bool,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self { blocks: 1024, max_seqs: 256, threads: 0, prefix_reuse: true }
+    }
+}
+
+/// A layer, by its group and its place in the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerId {
+    /// Index of the group in [`CacheSpec::groups`].
+    pub group: u32,
+    /// Layer within the group.
+    pub layer: u32,
+}
+
+impl LayerId {
+    /// Layer `layer` of the first group: all there is in a uniform model.
+    pub const fn uniform(layer: u32) -> Self {
+        Self { group: 0, layer }
+    }
+}
+
+/// A sequence that was started, and how much of its prompt needs no computing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Started {
+    /// The new sequence.
+    pub seq: SeqId,
+    /// Leading prompt tokens whose K and V it already holds; less than the prompt's length.
+    pub cached_tokens: u32,
+}
+
+/// A paged, prefix-shared KV cache with its storage.
+#[derive(Debug)]
+pub struct KvCache {
+    id: u64,
+    spec: CacheSpec,
+    stores: Vec<KvStore>,
+    pools: Vec<BlockPool>,
+    prefix: Option<PrefixIndex>,
+    sequences: Sequences,
+    threads: Threads,
+    totals: stats::Totals,
+    // Buffers that calls reuse.
+    hit: Hit,
+    ids: Vec<BlockId>,
+    tails: Vec<BlockId>,
+    workspace: Vec<u8>,
+}
+
+/// Tells the caches of a process apart, so that a step cannot be used with another.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl KvCache {
+    /// Allocates a cache: `options.blocks` blocks for each group of the spec.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an impossible spec or option, `Overflow` and `OutOfMemory` for one
+    /// that does not fit.
+    pub fn new(spec: &CacheSpec, options: &CacheOptions) -> Result<Self> {
+        let layouts = spec.layouts()?;
+        if options.blocks == 0 {
+            return Err(Error::invalid("blocks", "must be at least 1"));
+        }
+        let sequences = Sequences::new(options.max_seqs)?;
+        let pools =
+            layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
+        let prefix = if options.prefix_reuse {
+            let groups = layouts.len() as u32;
+            Some(PrefixIndex::new(spec.block_tokens, groups, options.blocks)?)
+        } else {
+            None
+        };
+        let threads = Threads::new(options.threads)?;
+        let stores = layouts
+            .into_iter()
+            .map(|layout| KvStore::new(layout, options.blocks))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            // Relaxed: only uniqueness matters.
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            spec: spec.clone(),
+            stores,
+            pools,
+            prefix,
+            sequences,
+            threads,
+            totals: stats::Totals::default(),
+            hit: Hit::default(),
+            ids: Vec::new(),
+            tails: Vec::new(),
+            workspace: Vec::new(),
+        })
+    }
+
+    /// The spec it was made from.
+    pub fn spec(&self) -> &CacheSpec {
+        &self.spec
+    }
+
+    /// Makes `needed[group]` blocks allocatable by evicting from the prefix index, or says how
+    /// many are missing and evicts nothing.
+    fn reserve(&mut self, needed: impl Fn(usize) -> u32) -> Result<()> {
+        let mut evict = 0;
+        for (group, pool) in self.pools.iter().enumerate() {
+            let lacking = needed(group).saturating_sub(pool.free_blocks());
+            if lacking > pool.cached_blocks() {
+                let missing = lacking - pool.cached_blocks();
+                return Err(Error::OutOfBlocks { needed: needed(group), missing });
+            }
+            evict = evict.max(lacking);
+        }
+        if evict > 0 {
+            self.evict(evict)?;
+        }
+        Ok(())
+    }
+
+    /// Takes `blocks` blocks of each group out of the prefix index, least recently used first.
+    fn evict(&mut self, blocks: u32) -> Result<()> {
+        let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
+        // A sequence that uses a block uses all before it, so every unreferenced block has only
+        // unreferenced blocks after it and will be a leaf in its turn.
+        let unused = |pools: &[BlockPool], ids: &[BlockId]| {
+            ids.iter().zip(pools).all(|(&id, pool)| id == BlockId::NONE || pool.refs(id) == 1)
+        };
+        self.ids.clear();
+        let (pools, evicted) = (&self.pools, &mut self.ids);
+        prefix.evict(blocks, &mut |ids| unused(pools, ids), &mut |ids| evicted.extend_from_slice(ids));
+        for ids in self.ids.chunks_exact(self.pools.len()) {
+            self.totals.evicted_blocks += 1;
+            for (&id, pool) in ids.iter().zip(&mut self.pools) {
+                if id != BlockId::NONE {
+                    pool.uncache(id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! The K and V of one layer group in memory, behind a safe interface: append, attend, copy.
+//!
+//! Owns its memory and knows its layout, so that everything a caller gives can be checked against
+//! them; the kernels below take raw pointers. It knows block ids, not who holds them.
+
+use alloc::vec::Vec;
+use core::ptr;
+
+use super::args::{AttendArgs, BlockTables, KvView, RowsView};
+use super::memory::Memory;
+use super::{AppendArgs, Executor, Rope};
+use crate::attention::{HeadShape, Scoring};
+use crate::dtype::{Rows, RowsMut};
+use crate::error::{Error, Result};
+use crate::ids::BlockId;
+use crate::layout::GroupLayout;
+
+/// The ragged batch of one call, as [`AttendArgs`] describes it, in slices.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendBatch<'a> {
+    /// `[seqs + 1]` offsets of query tokens, from 0.
+    pub q_indptr: &'a [i32],
+    /// `[seqs]` cached tokens.
+    pub kv_lens: &'a [i32],
+    /// `[seqs + 1]` offsets into `indices`, from 0.
+    pub indptr: &'a [i32],
+    /// Block ids.
+    pub indices: &'a [i32],
+}
+
+/// `blocks` blocks of one layer group.
+#[derive(Debug)]
+pub struct KvStore {
+    layout: GroupLayout,
+    blocks: u32,
+    memory: Memory,
+}
+
+impl KvStore {
+    /// Allocates and zeroes the blocks.
+    ///
+    /// # Errors
+    /// `Overflow`, `OutOfMemory`.
+    pub fn new(layout: GroupLayout, blocks: u32) -> Result<Self> {
+        if blocks > i32::MAX as u32 {
+            return Err(Error::invalid("blocks", "must fit in 31 bits"));
+        }
+        let memory = Memory::zeroed(layout.pool_bytes(u64::from(blocks))?)?;
+        Ok(Self { layout, blocks, memory })
+    }
+
+    /// Where things lie in a block.
+    pub fn layout(&self) -> &GroupLayout {
+        &self.layout
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
+    /// K and V of one layer, as the kernels take them. Valid while the store lives; following the
+    /// pointers is up to the caller's `unsafe`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a layer that the layout does not have.
+    pub fn view(&self, layer: u32) -> Result<KvView> {
+        let spec = self.layout.spec();
+        if layer >= spec.layers {
+            return Err(Error::invalid("layer", "is not in the group"));
+        }
+        // The offsets are below one block's bytes, which were allocated or are not read.
+        let at = |bytes: u64| self.memory.start().wrapping_add(bytes as usize);
+        Ok(KvView {
+            k: at(self.layout.k_offset(layer)),
+            v: at(self.layout.v_offset(layer)),
+            format: spec.format,
+            k_strides: self.layout.k_strides(),
+            v_strides: self.layout.v_strides(),
+            num_blocks: self.blocks,
+            block_tokens: self.layout.block_tokens(),
+        })
+    }
+
+    /// Writes the rows of new tokens: row `i` goes to slot `slots[i]`
+    /// (`block * block_tokens + offset`), -1 to nowhere. `k` is `[slots][kv_heads][k_dim]`, `v`
+    /// `[slots][kv_heads][v_dim]`, empty where values lie in keys. With `rope`, keys are rotated to
+    /// the positions that stand beside it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for lengths that do not fit together, `BadBlock` for a slot outside the
+    /// store. Nothing is written then.
+    pub fn append(
+        &mut self,
+        layer: u32,
+        slots: &[i64],
+        k: Rows,
+        v: Rows,
+        rope: Option<(&Rope, &[u32])>,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        let spec = self.layout.spec();
+        let shape = self.shape(spec.kv_heads);
+        check_len("k", k.elements(), slots.len(), shape.kv_heads, shape.k_dim)?;
+        check_len("v", v.elements(), slots.len(), shape.kv_heads, if spec.v_in_k { 0 } else { shape.v_dim })?;
+        if rope.is_some_and(|(_, positions)| positions.len() != slots.len()) {
+            return Err(Error::invalid("positions", "must have one entry a row"));
+        }
+        let args = AppendArgs {
+            shape,
+            kv: self.view(layer)?,
+            slots: slots.as_ptr(),
+            rows: u32::try_from(slots.len()).map_err(|_| Error::Overflow { what: "rows" })?,
+            k: RowsView::contiguous(k.as_ptr().cast_mut(), k.dtype(), shape.kv_heads, shape.k_dim),
+            v: RowsView::contiguous(v.as_ptr().cast_mut(), v.dtype(), shape.kv_heads, shape.v_dim),
+            rope: rope.map(|(rope, positions)| (rope, positions.as_ptr())),
+        };
+        // SAFETY: lengths were checked against the slices, the view is this store's own memory, and
+        // `&mut self` keeps readers out.
+        unsafe { super::append(&args, executor) }
+    }
+
+    /// Attention of query rows over the store. `q` is `[rows][q_heads][k_dim]`, `out`
+    /// `[rows][q_heads][v_dim]`, `lse` `[rows][q_heads]`; `rows` is the last entry of `q_indptr`,
+    /// and `q_heads` follows from the length of `q`. `workspace` grows to what is needed.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for lengths that do not fit together or a batch that is not ragged rows,
+    /// `BadBlock` for a table entry outside the store (the output is then unspecified).
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend(
+        &self,
+        layer: u32,
+        batch: &AttendBatch,
+        q: Rows,
+        mut out: RowsMut,
+        lse: Option<&mut [f32]>,
+        scoring: &Scoring,
+        workspace: &mut Vec<u8>,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        let seqs = batch.kv_lens.len();
+        if batch.q_indptr.len() != seqs + 1 || batch.indptr.len() != seqs + 1 {
+            return Err(Error::invalid("q_indptr, indptr", "must have one entry more than kv_lens"));
+        }
+        let rows = batch.q_indptr[seqs];
+        let rows = usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
+        if batch.indptr[0] < 0 || batch.indptr[seqs] as i64 > batch.indices.len() as i64 {
+            return Err(Error::invalid("indptr", "must stay within indices"));
+        }
+        let spec = self.layout.spec();
+        let row = rows * spec.k_dim as usize;
+        if rows == 0 {
+            return Ok(());
+        }
+        if q.elements() == 0 || q.elements() % row != 0 || q.elements() / row > 1 << 16 {
+            return Err(Error::invalid("q", "must be [rows][q_heads][k_dim]"));
+        }
+        let shape = self.shape((q.elements() / row) as u32);
+        check_len("out", out.elements(), rows, shape.q_heads, shape.v_dim)?;
+        if lse.as_ref().is_some_and(|lse| lse.len() != rows * shape.q_heads as usize) {
+            return Err(Error::invalid("lse", "must be [rows][q_heads]"));
+        }
+        let bad_block = core::sync::atomic::AtomicU32::new(0);
+        let args = AttendArgs {
+            shape,
+            scoring: *scoring,
+            kv: self.view(layer)?,
+            tables: BlockTables::Csr {
+                indptr: batch.indptr.as_ptr(),
+                indices: batch.indices.as_ptr(),
+            },
+            seqs: u32::try_from(seqs).map_err(|_| Error::Overflow { what: "seqs" })?,
+            q_indptr: batch.q_indptr.as_ptr(),
+            kv_lens: batch.kv_lens.as_ptr(),
+            q: RowsView::contiguous(q.as_ptr().cast_mut(), q.dtype(), shape.q_heads, shape.k_dim),
+            out: RowsView::contiguous(out.as_mut_ptr(), out.dtype(), shape.q_heads, shape.v_dim),
+            lse: lse.map_or(ptr::null_mut(), |lse| lse.as_mut_ptr()),
+            bad_block: Some(&bad_block),
+        };
+        // SAFETY: the slices are as long as the arguments say: `check` inside holds every offset
+        // of `q_indptr` and `indptr` between 0 and the last, which were compared with the lengths.
+        unsafe {
+            let bytes = super::attend_workspace_bytes(&args, executor.workers())?;
+            if workspace.len() < bytes {
+                workspace.try_reserve(bytes - workspace.len()).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
+                workspace.resize(bytes, 0);
+            }
+            super::attend(&args, workspace, executor)?;
+        }
+        match bad_block.into_inner() {
+            0 => Ok(()),
+            _ => Err(Error::BadBlock { block: u32::MAX }),
+        }
+    }
+
+    /// Copies the first `tokens` tokens of a block, all layers, to another.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` for more tokens than a block has.
+    pub fn copy_tokens(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
+        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= self.blocks) {
+            return Err(Error::BadBlock { block: bad.0 });
+        }
+        if tokens > self.layout.block_tokens() {
+            return Err(Error::invalid("tokens", "must be at most block_tokens"));
+        }
+        let start = |id: BlockId| id.index() * self.layout.block_bytes() as usize;
+        let (from, to) = (start(src), start(dst));
+        for (offset, token_bytes) in self.layout.runs() {
+            let bytes = token_bytes as usize * tokens as usize;
+            // SAFETY: both blocks are in the memory, a run lies within a block, and `copy` allows
+            // them to be the same block.
+            unsafe {
+                let base = self.memory.start().add(offset as usize);
+                ptr::copy(base.add(from), base.add(to), bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn shape(&self, q_heads: u32) -> HeadShape {
+        let spec = self.layout.spec();
+        HeadShape {
+            q_heads,
+            kv_heads: spec.kv_heads,
+            k_dim: spec.k_dim,
+            v_dim: spec.v_dim,
+            v_in_k: spec.v_in_k,
+        }
+    }
+}
+
+fn check_len(what: &'static str, elements: usize, rows: usize, heads: u32, dim: u32) -> Result<()> {
+    let expected = (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
+    if expected == Some(elements as u64) {
+        Ok(())
+    } else {
+        Err(Error::invalid(what, "must be [rows][heads][dim], contiguous"))
+    }
+}

@@ -1,0 +1,339 @@
+//! The facade against the plainest model there is: sequences as token lists, and K and V as a
+//! function of all tokens up to a position, as in a real network. Whatever is shared, copied,
+//! evicted or merged, attention must read what that function says.
+
+use kvcache::Error;
+use kvcache::attention::Scoring;
+use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
+use kvcache::dtype::KvFormat;
+use kvcache::ids::{Namespace, SeqId};
+use kvcache::layout::{CacheSpec, GroupSpec};
+
+const LAYERS: u32 = 2;
+const KV_HEADS: usize = 2;
+const Q_HEADS: usize = 4;
+const DIM: usize = 16;
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = mix(self.0.wrapping_add(0x9e37_79b9_7f4a_7c15));
+        self.0
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 33) as usize % n.max(1)
+    }
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// K (`side` 0) or V (1) of the last of `history`, one row of all heads.
+fn kv_row(namespace: u64, history: &[u32], layer: u32, side: u64) -> Vec<f32> {
+    let seed = history.iter().fold(mix(namespace ^ 77), |h, &t| mix(h ^ u64::from(t) ^ 0x5bd1));
+    let mut rng = Rng(seed ^ u64::from(layer) << 32 ^ side << 48);
+    (0..KV_HEADS * DIM).map(|_| (rng.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+}
+
+struct Harness {
+    cache: KvCache,
+    step: Step,
+    rng: Rng,
+    /// Live sequences: id, namespace, tokens.
+    live: Vec<(SeqId, u64, Vec<u32>)>,
+}
+
+impl Harness {
+    fn new(seed: u64, blocks: u32, prefix_reuse: bool) -> Self {
+        let group = GroupSpec::uniform(LAYERS, KV_HEADS as u32, DIM as u32, KvFormat::F32);
+        // Two groups, so that tables, pools and the index go through the general case.
+        let spec = CacheSpec { block_tokens: 16, groups: vec![group.clone(), group] };
+        let options = CacheOptions { blocks, max_seqs: 6, threads: 1, prefix_reuse };
+        let cache = KvCache::new(&spec, &options).unwrap();
+        Self { cache, step: Step::new(), rng: Rng(seed), live: Vec::new() }
+    }
+
+    /// A prompt that likely shares a beginning with another: few tokens, few namespaces.
+    fn prompt(&mut self) -> Vec<u32> {
+        let base = self.rng.below(3) as u32;
+        let length = 1 + self.rng.below(90);
+        let fork = self.rng.below(90);
+        let tail = self.rng.below(4) as u32;
+        (0..length).map(|at| if at < fork { base } else { 10 + tail }).collect()
+    }
+
+    fn start(&mut self) {
+        let namespace = self.rng.below(2) as u64;
+        let prompt = self.prompt();
+        match self.cache.start(&prompt, Namespace(namespace)) {
+            Ok(started) => {
+                let held = &prompt[..started.cached_tokens as usize];
+                assert!(held.len() < prompt.len());
+                self.live.push((started.seq, namespace, held.to_vec()));
+                let rest = prompt[held.len()..].to_vec();
+                let last = self.live.len() - 1;
+                self.step(&[(last, rest)]);
+            }
+            Err(Error::OutOfSequences { limit }) => assert_eq!(self.live.len(), limit as usize),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Runs one step over some live sequences and checks what attention reads.
+    fn step(&mut self, work: &[(usize, Vec<u32>)]) {
+        let items: Vec<Work> =
+            work.iter().map(|(at, tokens)| Work { seq: self.live[*at].0, tokens }).collect();
+        let before = self.cache.stats();
+        match self.cache.begin(&mut self.step, &items) {
+            Ok(()) => {}
+            Err(Error::OutOfBlocks { needed, missing }) => {
+                assert!(missing > 0 && missing <= needed);
+                assert_eq!(missing, needed - before.free_blocks - before.cached_blocks);
+                assert_eq!(self.cache.stats(), before);
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        let histories: Vec<(u64, Vec<u32>, usize)> = work
+            .iter()
+            .map(|(at, tokens)| {
+                let (_, namespace, held) = &self.live[*at];
+                (*namespace, [held.as_slice(), tokens].concat(), held.len())
+            })
+            .collect();
+        for group in 0..2 {
+            for layer in 0..LAYERS {
+                self.layer(&histories, LayerId { group, layer });
+            }
+        }
+        if self.rng.below(8) == 0 {
+            self.cache.cancel(&mut self.step).unwrap();
+        } else {
+            self.cache.commit(&mut self.step).unwrap();
+            for ((at, tokens), (_, history, _)) in work.iter().zip(&histories) {
+                assert!(!tokens.is_empty());
+                self.live[*at].2 = history.clone();
+            }
+        }
+        self.cache.audit().unwrap();
+    }
+
+    fn layer(&mut self, histories: &[(u64, Vec<u32>, usize)], id: LayerId) {
+        let salt = id.layer + 100 * id.group;
+        let rows = |side: u64| -> Vec<f32> {
+            let row = |(ns, tokens, held): &(u64, Vec<u32>, usize)| -> Vec<f32> {
+                (*held..tokens.len())
+                    .flat_map(|at| kv_row(*ns, &tokens[..=at], salt, side))
+                    .collect()
+            };
+            histories.iter().flat_map(row).collect()
+        };
+        let (k, v) = (rows(0), rows(1));
+        self.cache.append(&self.step, id, k.as_slice().into(), v.as_slice().into(), None).unwrap();
+        let count = self.step.rows() * Q_HEADS * DIM;
+        let q: Vec<f32> = (0..count).map(|_| self.rng.below(1000) as f32 / 250.0 - 2.0).collect();
+        let mut out = vec![f32::NAN; count];
+        let scoring = Scoring::causal(DIM as u32);
+        let out_rows = out.as_mut_slice().into();
+        self.cache.attend(&self.step, id, q.as_slice().into(), out_rows, &scoring, None).unwrap();
+        let mut at = 0;
+        for (namespace, tokens, held) in histories {
+            let keys: Vec<_> =
+                (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 0)).collect();
+            let values: Vec<_> =
+                (1..=tokens.len()).map(|n| kv_row(*namespace, &tokens[..n], salt, 1)).collect();
+            for position in *held..tokens.len() {
+                for head in 0..Q_HEADS {
+                    let row = at..at + DIM;
+                    let kv = head / (Q_HEADS / KV_HEADS) * DIM;
+                    check_row(
+                        &q[row.clone()],
+                        &out[row],
+                        &keys[..=position],
+                        &values[..=position],
+                        kv,
+                    );
+                    at += DIM;
+                }
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        let live = self.live.len();
+        match self.rng.below(10) {
+            0..=2 => self.start(),
+            3..=5 if live > 0 => {
+                let mut work = Vec::new();
+                for at in 0..live {
+                    if self.rng.below(2) == 0 {
+                        let count = 1 + self.rng.below(20);
+                        let token = self.rng.below(3) as u32;
+                        work.push((at, vec![token; count]));
+                    }
+                }
+                if !work.is_empty() {
+                    self.step(&work);
+                }
+            }
+            6 if live > 0 => {
+                let at = self.rng.below(live);
+                let (seq, namespace, tokens) = self.live[at].clone();
+                match self.cache.fork(seq) {
+                    Ok(child) => self.live.push((child, namespace, tokens)),
+                    Err(error) => assert!(matches!(error, Error::OutOfSequences { .. })),
+                }
+            }
+            7 if live > 0 => {
+                let at = self.rng.below(live);
+                let keep = self.rng.below(self.live[at].2.len() + 1);
+                self.cache.truncate(self.live[at].0, keep as u32).unwrap();
+                self.live[at].2.truncate(keep);
+            }
+            8 if live > 0 => {
+                let at = self.rng.below(live);
+                let (seq, ..) = self.live.swap_remove(at);
+                self.cache.release(seq).unwrap();
+                assert_eq!(self.cache.release(seq), Err(Error::StaleHandle { what: "sequence" }));
+            }
+            9 if self.rng.below(10) == 0 => self.cache.clear_prefix().unwrap(),
+            _ => {}
+        }
+        self.cache.audit().unwrap();
+        for (seq, _, tokens) in &self.live {
+            assert_eq!(self.cache.tokens(*seq).unwrap(), tokens);
+        }
+    }
+}
+
+fn check_row(q: &[f32], out: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: usize) {
+    let dot = |key: &Vec<f32>| -> f64 {
+        q.iter().zip(&key[kv..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    let scores: Vec<f64> = keys.iter().map(|key| dot(key) / (DIM as f64).sqrt()).collect();
+    let max = scores.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    for (channel, &out) in out.iter().enumerate() {
+        let sum =
+            weights.iter().zip(values).map(|(w, v)| w * f64::from(v[kv + channel])).sum::<f64>();
+        let error = (f64::from(out) - sum / total).abs();
+        assert!(error <= 1e-5, "channel {channel}: {out} for {}", sum / total);
+    }
+}
+
+#[test]
+fn random_lives_read_what_they_wrote() {
+    for seed in 0..24 {
+        // Tight, so that eviction and running out happen; ample, so that hits do.
+        let blocks = [9, 14, 30, 120][seed as usize % 4];
+        let mut harness = Harness::new(mix(seed), blocks, seed % 6 != 5);
+        for _ in 0..120 {
+            harness.act();
+        }
+        let stats = harness.cache.stats();
+        if blocks == 30 && seed % 6 != 5 {
+            assert!(
+                stats.hit_tokens > 0 && stats.evicted_blocks > 0 && stats.copied_blocks > 0,
+                "{stats:?}"
+            );
+        }
+        for (seq, ..) in harness.live.drain(..) {
+            harness.cache.release(seq).unwrap();
+        }
+        harness.cache.clear_prefix().unwrap();
+        assert_eq!(harness.cache.stats().free_blocks, blocks);
+    }
+}
+
+#[test]
+fn a_second_prompt_shares_whole_blocks_and_copies_the_tail() {
+    let mut harness = Harness::new(1, 64, true);
+    let prompt: Vec<u32> = (0..50).collect();
+    let first = harness.cache.start(&prompt, Namespace(3)).unwrap();
+    assert_eq!(first.cached_tokens, 0);
+    harness.live.push((first.seq, 3, Vec::new()));
+    harness.rng = Rng(4);
+    let work = [Work { seq: first.seq, tokens: &prompt }];
+    harness.cache.begin(&mut harness.step, &work).unwrap();
+    harness.cache.commit(&mut harness.step).unwrap();
+    // 50 tokens are 3 whole blocks and 2 tokens; only whole blocks are published.
+    let mut other = prompt.clone();
+    other[40] = 1000;
+    let second = harness.cache.start(&other, Namespace(3)).unwrap();
+    assert_eq!(second.cached_tokens, 40);
+    let shared = |group| {
+        let (a, b) =
+            (harness.cache.blocks(first.seq, group), harness.cache.blocks(second.seq, group));
+        a.unwrap().iter().zip(b.unwrap()).take_while(|(a, b)| a == b).count()
+    };
+    assert_eq!((shared(0), shared(1)), (2, 2));
+    // Nothing is shared across namespaces, nor all of a prompt.
+    assert_eq!(harness.cache.start(&prompt, Namespace(4)).unwrap().cached_tokens, 0);
+    assert_eq!(harness.cache.start(&prompt[..48], Namespace(3)).unwrap().cached_tokens, 47);
+    harness.cache.audit().unwrap();
+}
+
+#[test]
+fn misuse_is_an_error_and_changes_nothing() {
+    let mut harness = Harness::new(1, 8, true);
+    let cache = &mut harness.cache;
+    assert!(cache.start(&[], Namespace(0)).is_err());
+    let seq = cache.start(&[1, 2], Namespace(0)).unwrap().seq;
+    let mut step = Step::new();
+    let before = cache.stats();
+    let work = |seq, tokens| Work { seq, tokens };
+    assert!(cache.begin(&mut step, &[]).is_err());
+    assert!(cache.begin(&mut step, &[work(seq, &[])]).is_err());
+    assert!(cache.begin(&mut step, &[work(seq, &[1]), work(seq, &[2])]).is_err());
+    assert!(cache.begin(&mut step, &[work(seq, &[1]), work(SeqId(0), &[2])]).is_err());
+    assert!(matches!(
+        cache.begin(&mut step, &[work(seq, &[1; 8 * 16 + 1])]),
+        Err(Error::OutOfBlocks { needed: 9, missing: 1 })
+    ));
+    assert_eq!(cache.stats(), before);
+    assert!(!step.is_open());
+
+    cache.begin(&mut step, &[work(seq, &[1, 2])]).unwrap();
+    let layer = LayerId::uniform(0);
+    let row = vec![0.0f32; 2 * KV_HEADS * DIM];
+    let append = |cache: &mut KvCache, step: &Step, layer, k: &[f32]| {
+        cache.append(step, layer, k.into(), row.as_slice().into(), None)
+    };
+    assert!(append(cache, &step, layer, &row[1..]).is_err());
+    assert!(append(cache, &step, LayerId { group: 2, layer: 0 }, &row).is_err());
+    assert!(append(cache, &step, LayerId { group: 0, layer: LAYERS }, &row).is_err());
+    assert!(append(cache, &Step::new(), layer, &row).is_err());
+    assert!(cache.begin(&mut step, &[work(seq, &[1])]).is_err());
+    assert!(cache.begin(&mut Step::new(), &[work(seq, &[1])]).is_err());
+    assert!(
+        cache.release(seq).is_err() && cache.fork(seq).is_err() && cache.truncate(seq, 0).is_err()
+    );
+    let mut other = Harness::new(2, 8, true).cache;
+    assert!(append(&mut other, &step, layer, &row).is_err() && other.commit(&mut step).is_err());
+    append(cache, &step, layer, &row).unwrap();
+    cache.commit(&mut step).unwrap();
+    assert!(cache.commit(&mut step).is_err() && cache.cancel(&mut step).is_err());
+    assert!(cache.truncate(seq, 3).is_err());
+    cache.audit().unwrap();
+}
+
+#[test]
+fn impossible_options_are_refused() {
+    let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 64, KvFormat::F16));
+    let refuse =
+        |spec: &CacheSpec, options: CacheOptions| KvCache::new(spec, &options).unwrap_err();
+    let options = CacheOptions::default();
+    refuse(&spec, CacheOptions { blocks: 0, ..options.clone() });
+    refuse(&spec, CacheOptions { max_seqs: 0, ..options.clone() });
+    refuse(&spec, CacheOptions { max_seqs: u32::MAX, ..options.clone() });
+    refuse(&spec, CacheOptions { threads: u32::MAX, ..options.clone() });
+    refuse(&CacheSpec { groups: Vec::new(), ..spec.clone() }, options.clone());
+    let huge = CacheSpec::uniform(256, GroupSpec::uniform(1 << 20, 1 << 10, 256, KvFormat::F32));
+    let blocks = i32::MAX as u32;
+    assert!(matches!(refuse(&huge, CacheOptions { blocks, ..options }), Error::Overflow { .. }));
+}
