@@ -18,5 +18,6 @@ pub mod error;
 pub mod ids;
 pub mod layout;
 pub mod pool;
+pub mod prefix;
 
 pub use error::{Error, Result, Status};

@@ -1,0 +1,206 @@
+//! The prefix index: which token sequences are cached, and in which blocks of the pools.
+//!
+//! A radix tree over token ids with compressed edges. Blocks are stored and evicted whole; matching
+//! is by token, so that a hit also names the block that agrees with the query for a part of its
+//! tokens. Every match is a comparison of tokens: hashes only find where to compare, and can never
+//! make a false hit, neither of tokens nor of namespaces. Each entry carries one block id per layer
+//! group, ids that mean nothing here: the index knows no pool, and whoever inserts a block holds a
+//! reference for the index, and gives it up when the index reports the block as evicted.
+//!
+//! # Reading and writing
+//! [`PrefixIndex::lookup`] takes `&self` and writes nothing, so any number of threads may look up
+//! under a shared lock. Recency is apart from it: [`PrefixIndex::touch`] and [`PrefixIndex::lock`]
+//! take the [`Position`] of a hit. A touch is one store of a clock reading to one node, because the
+//! recency of everything above follows from it when it is needed, at eviction; so it can become an
+//! atomic maximum under the shared lock. The one case that cannot is a position inside an edge,
+//! which is first split there: recency and pins are exact to the block.
+//!
+//! # Positions
+//! A position stays good while other sequences are inserted, locked and evicted. Once a block of
+//! the edge that it ended in is evicted or removed it is stale, and refused.
+//!
+//! # Recency
+//! Least recently used, leaf first: of all blocks that nothing hangs below, the one whose last
+//! touch (or insertion, or a touch of anything that hung below it) is longest ago goes first.
+//!
+//! ```
+//! use kvcache::ids::{BlockId, Namespace};
+//! use kvcache::prefix::{Hit, PrefixIndex};
+//!
+//! let mut index = PrefixIndex::new(4, 1, 100)?; // blocks of 4 tokens, one group
+//! let (space, mut hit, mut same) = (Namespace(0), Hit::default(), Vec::new());
+//! index.insert(space, &[1, 2, 3, 4, 5, 6, 7, 8], &[BlockId(10), BlockId(11)], &mut same)?;
+//!
+//! index.lookup(space, &[1, 2, 3, 4, 5, 6, 9], usize::MAX, &mut hit);
+//! assert_eq!((hit.tokens, hit.blocks.as_slice()), (4, &[BlockId(10)][..]));
+//! assert_eq!((hit.tail_tokens, hit.tail_blocks.as_slice()), (2, &[BlockId(11)][..]));
+//! let pin = index.lock(hit.at)?; // block 10 stays
+//! assert_eq!(index.evict(2, &mut |_| true, &mut |ids| assert_eq!(ids, [BlockId(11)])), 1);
+//! index.unlock(pin)?;
+//! # Ok::<(), kvcache::Error>(())
+//! ```
+
+mod audit;
+mod blocks;
+mod compare;
+mod evict;
+mod insert;
+mod lookup;
+mod pins;
+mod queue;
+mod table;
+mod tree;
+
+use alloc::vec::Vec;
+
+use crate::error::{Error, Result};
+use blocks::{Blocks, Run};
+use pins::Pins;
+use queue::Queue;
+use tree::Tree;
+
+pub use insert::Inserted;
+pub use lookup::Hit;
+pub use pins::PinId;
+
+/// No node, no slot.
+const NIL: u32 = u32::MAX;
+
+/// The index; see the module. Not synchronised: shared access may look up, the rest needs `&mut`.
+#[derive(Debug)]
+pub struct PrefixIndex {
+    blocks: Blocks,
+    tree: Tree,
+    queue: Queue,
+    pins: Pins,
+    /// Raised by every touch: the order of touches, not a time.
+    clock: u64,
+    /// Reused by `insert`.
+    runs: Vec<Run>,
+}
+
+/// A place in the index: the end of a matched or inserted prefix. See the module on how long it
+/// stays good. The default is the empty prefix, which is always good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The edge that had the end when the position was made; `NIL` for the empty prefix.
+    node: u32,
+    generation: u32,
+    /// Blocks from the root.
+    blocks: u32,
+}
+
+impl Default for Position {
+    fn default() -> Self {
+        Position { node: NIL, generation: 0, blocks: 0 }
+    }
+}
+
+impl Position {
+    /// How many whole blocks the prefix has.
+    pub fn blocks(&self) -> usize {
+        self.blocks as usize
+    }
+}
+
+/// Sizes of an index at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// Block entries cached.
+    pub blocks: usize,
+    /// Block entries that fit.
+    pub capacity_blocks: usize,
+    /// Namespaces that have an entry.
+    pub namespaces: usize,
+    /// Nodes of the tree: namespaces, edges and forks.
+    pub nodes: usize,
+    /// Pins not yet unlocked.
+    pub pins: usize,
+    /// Memory in use, in bytes: storage ever used, nodes, tables and queue.
+    pub bytes: usize,
+}
+
+impl PrefixIndex {
+    /// The most blocks an index can have.
+    pub const MAX_BLOCKS: u32 = 1 << 30;
+
+    /// An empty index of blocks of `block_tokens` tokens with one id for each of `groups` layer
+    /// groups, and room for `capacity_blocks` of them, which is reserved now and used as needed.
+    /// Nodes are allocated as the tree grows; an index that has been full allocates no more.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if a number is 0, or `capacity_blocks` past [`Self::MAX_BLOCKS`], or the
+    /// others past 2^16; `OutOfMemory` where the system refuses the storage.
+    pub fn new(block_tokens: usize, groups: usize, capacity_blocks: u32) -> Result<Self> {
+        if block_tokens == 0 || block_tokens > 1 << 16 {
+            return Err(Error::invalid("block_tokens", "must be 1 to 65536"));
+        }
+        if groups == 0 || groups > 1 << 16 {
+            return Err(Error::invalid("groups", "must be 1 to 65536"));
+        }
+        if capacity_blocks == 0 || capacity_blocks > Self::MAX_BLOCKS {
+            return Err(Error::invalid("capacity_blocks", "must be 1 to 2^30"));
+        }
+        let blocks = Blocks::new(block_tokens, groups, capacity_blocks)?;
+        let tree = Tree::new(blocks.address());
+        let (queue, pins) = (Queue::new(), Pins::new());
+        Ok(PrefixIndex { blocks, tree, queue, pins, clock: 0, runs: Vec::new() })
+    }
+
+    /// Tokens of a block.
+    pub fn block_tokens(&self) -> usize {
+        self.blocks.block_tokens
+    }
+
+    /// Ids of a block entry.
+    pub fn groups(&self) -> usize {
+        self.blocks.groups
+    }
+
+    /// How many block entries are cached.
+    pub fn len_blocks(&self) -> usize {
+        self.blocks.used() as usize
+    }
+
+    /// How many block entries can be inserted before something must be evicted.
+    pub fn free_blocks(&self) -> usize {
+        self.blocks.free() as usize
+    }
+
+    /// Sizes now.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            blocks: self.len_blocks(),
+            capacity_blocks: self.blocks.capacity() as usize,
+            namespaces: self.tree.spaces.len(),
+            nodes: self.tree.live(),
+            pins: self.pins.live(),
+            bytes: self.blocks.bytes()
+                + self.tree.bytes()
+                + self.queue.bytes()
+                + self.pins.bytes()
+                + self.runs.capacity() * size_of::<Run>(),
+        }
+    }
+
+    /// Makes room for `nodes` further nodes in the tree and in the queue.
+    fn reserve_nodes(&mut self, nodes: usize) -> Result<()> {
+        let places = self.tree.reserve(nodes)?;
+        self.queue.reserve(places)
+    }
+
+    /// The next reading of the clock.
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Queues `edge` for eviction if it is a leaf that nothing pins and is not queued already.
+    fn queue_if_leaf(&mut self, edge: u32) {
+        let node = &mut self.tree[edge];
+        if node.child == NIL && node.pins == 0 && !node.queued {
+            node.queued = true;
+            self.queue.push(node.stamp, edge);
+        }
+    }
+}
