@@ -24,7 +24,7 @@ mod header {
         //TMP("plan", "plan: how much memory a cache takes, and what fits"),
         ("attend", "attend: the kernels alone, on the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),
-        //TMP("prefix", "prefix: which token sequences are cached in which blocks"),
+        ("prefix", "prefix: which token sequences are cached in which blocks"),
         //TMP("cache", "cache: the whole KV cache"),
         //TMP("seq", "seq: the sequences of a cache"),
         //TMP("step", "step: one forward pass over a batch"),

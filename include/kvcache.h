@@ -368,6 +368,139 @@ kvc_status kvc_pool_refs(const kvc_pool *pool, int32_t block, uint32_t *out_refs
 // Threads: per-handle.
 kvc_status kvc_pool_stats(const kvc_pool *pool, kvc_pool_counts *out, uint64_t out_bytes);
 
+// ----------------------------------------------------------------------------------------------
+// prefix: which token sequences are cached in which blocks
+// ----------------------------------------------------------------------------------------------
+// An exact radix index over token ids: which token sequences are cached, in which blocks of the
+// engine's own pools. Blocks are stored and evicted whole; matching is by token. It holds no
+// blocks: the engine retains what it inserts and frees what is reported as evicted.
+typedef struct kvc_prefix kvc_prefix;
+
+// The end of a matched or inserted prefix, to lock it. Good until blocks at its end are evicted,
+// then refused. Its fields mean nothing to the caller. This struct never grows.
+typedef struct {
+    // Private.
+    uint32_t parts[3];
+    // 0.
+    uint32_t reserved;
+} kvc_prefix_position;
+
+// What a lookup found.
+typedef struct {
+    // Tokens covered by whole blocks.
+    uint64_t tokens;
+    // Ids of those blocks, written to out_blocks as [block][group]: blocks times groups.
+    uint64_t block_ids;
+    // How many tokens after those agree with one more cached block, for copying from: fewer than
+    // a block has. Its ids, one a group, are in out_tail_blocks.
+    uint64_t tail_tokens;
+    // The end of the whole blocks.
+    kvc_prefix_position at;
+} kvc_prefix_hit;
+
+// What an insertion did.
+typedef struct {
+    // Leading blocks that were cached already, under the ids in out_present: use those, and give
+    // the duplicates up.
+    uint64_t present_blocks;
+    // Blocks after those that are cached now: retain their ids for the index. Fewer than the rest
+    // where the index is full.
+    uint64_t stored_blocks;
+    // The end of both.
+    kvc_prefix_position at;
+} kvc_prefix_inserted;
+
+// Sizes of an index.
+typedef struct {
+    // Block entries cached.
+    uint64_t blocks;
+    // Block entries that fit.
+    uint64_t capacity_blocks;
+    // Name spaces that have an entry.
+    uint64_t name_spaces;
+    // Nodes of the tree.
+    uint64_t nodes;
+    // Pins not yet unlocked.
+    uint64_t pins;
+    // Memory in use.
+    uint64_t bytes;
+} kvc_prefix_counts;
+
+// Makes an empty index of blocks of `block_tokens` tokens (1 to 65536) with one block id for each
+// of `groups` layer groups (1 to 65536), and room for `capacity_blocks` entries (1 to 2^30).
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_create(uint32_t block_tokens,
+                             uint32_t groups,
+                             uint32_t capacity_blocks,
+                             kvc_prefix **out);
+
+// Ends an index. NULL is accepted.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_destroy(kvc_prefix *prefix);
+
+// Finds the longest cached prefix of the first `max_tokens` of `tokens[token_count]` in
+// `name_space`. Give token_count - 1 as the maximum to leave the last token to be computed, whose
+// logits sampling needs. Writes block ids to `out_blocks[capacity]`; (token_count / block_tokens)
+// * groups is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
+// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_lookup(kvc_prefix *prefix,
+                             uint64_t name_space,
+                             const uint32_t *tokens,
+                             uint64_t token_count,
+                             uint64_t max_tokens,
+                             int32_t *out_blocks,
+                             uint64_t capacity,
+                             int32_t *out_tail_blocks,
+                             kvc_prefix_hit *out);
+
+// Caches `tokens[token_count]`, whole blocks, under `blocks[block][group]`, `block_ids` in all,
+// and marks the sequence as used. Where a leading part was cached already, its ids go to
+// `out_present[capacity]`, which needs room for as many as were present; `block_ids` is always
+// enough. NULL with a capacity of 0 asks for none. -1 stands for a group that has no block.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_insert(kvc_prefix *prefix,
+                             uint64_t name_space,
+                             const uint32_t *tokens,
+                             uint64_t token_count,
+                             const int32_t *blocks,
+                             uint64_t block_ids,
+                             int32_t *out_present,
+                             uint64_t capacity,
+                             kvc_prefix_inserted *out);
+
+// Pins the prefix that ends at `at`, so that no eviction takes it, marks it as used, and writes
+// the pin to `out_pin`. KVC_ERR_STALE_HANDLE where it is no longer cached.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_lock(kvc_prefix *prefix, const kvc_prefix_position *at, uint64_t *out_pin);
+
+// Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_unlock(kvc_prefix *prefix, uint64_t pin);
+
+// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
+// Writes their ids to `out_blocks[capacity]` as [entry][group], for the caller to free, and how
+// many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
+// ids of all that is cached.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_evict(kvc_prefix *prefix,
+                            uint64_t want_blocks,
+                            int32_t *out_blocks,
+                            uint64_t capacity,
+                            uint64_t *out_evicted);
+
+// Writes the index's sizes to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: per-handle.
+kvc_status kvc_prefix_stats(const kvc_prefix *prefix, kvc_prefix_counts *out, uint64_t out_bytes);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

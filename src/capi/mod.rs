@@ -17,6 +17,7 @@
 pub mod attend;
 pub mod info;
 pub mod pool;
+pub mod prefix;
 pub mod status;
 
 mod handle;
@@ -25,4 +26,5 @@ mod pointer;
 pub use attend::*;
 pub use info::*;
 pub use pool::*;
+pub use prefix::*;
 pub use status::*;
