@@ -21,7 +21,7 @@ mod header {
     const NOUNS: &[(&str, &str)] = &[
         ("status", "Status codes and the text of the last error"),
         ("info", "Which library this is"),
-        //TMP("plan", "plan: how much memory a cache takes, and what fits"),
+        ("plan", "plan: how much memory a cache takes, and what fits"),
         ("attend", "attend: the kernels alone, on the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),

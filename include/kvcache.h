@@ -159,6 +159,108 @@ const char *kvc_version(void);
 uint64_t kvc_build_info(char *buf, uint64_t len);
 
 // ----------------------------------------------------------------------------------------------
+// plan: how much memory a cache takes, and what fits
+// ----------------------------------------------------------------------------------------------
+// Layers of a model that share a geometry, a format and a window. A uniform model has one group.
+// In an array all must have the same struct_size, which is the distance from one to the next.
+typedef struct {
+    // sizeof(kvc_group_spec); kvc_group_spec_init sets it.
+    uint32_t struct_size;
+    // Layers in the group.
+    uint32_t layers;
+    // KV heads of each layer: 1 for multi-query and latent attention.
+    uint32_t kv_heads;
+    // Channels of a key row: a multiple of 8, to 256 (576 with v_in_k).
+    uint32_t k_dim;
+    // Channels of a value row: a multiple of 8.
+    uint32_t v_dim;
+    // 1: values are the first v_dim channels of the keys and not stored (latent attention: k_dim
+    // 576, v_dim 512 in DeepSeek-V3).
+    uint32_t v_in_k;
+    // KVC_FORMAT_* of K and V; KVC_FORMAT_BF16 by default.
+    uint32_t format;
+    // Sliding window in tokens, the query's own included; 0 for full attention.
+    uint32_t window;
+} kvc_group_spec;
+
+// What to plan for.
+typedef struct {
+    // sizeof(kvc_plan_options); kvc_plan_options_init sets it.
+    uint32_t struct_size;
+    // Tokens of a block: a power of two, 16 to 256. 16 by default.
+    uint32_t block_tokens;
+    // Share of memory_bytes left to activations and the run time, in millionths. 100000 (a
+    // tenth) by default.
+    uint32_t reserve_ppm;
+    // 0.
+    uint32_t reserved;
+    // Memory of the device.
+    uint64_t memory_bytes;
+    // What the model's weights take of it.
+    uint64_t weight_bytes;
+    // Tokens of each sequence, prompt and answer together.
+    uint64_t context_tokens;
+    // Sequences at the same time. 1 by default.
+    uint64_t batch;
+} kvc_plan_options;
+
+// What a budget holds.
+typedef struct {
+    // Bytes left for keys and values.
+    uint64_t kv_bytes;
+    // Bytes that one more token takes, all groups, while no window is full.
+    uint64_t token_bytes;
+    // Bytes of one sequence of the context, in whole blocks.
+    uint64_t sequence_bytes;
+    // Bytes of the whole batch at the context.
+    uint64_t batch_bytes;
+    // The most sequences of the context that fit; 0 where one is too long.
+    uint64_t max_batch;
+    // The longest context at which the batch fits; UINT64_MAX where every layer has a window and
+    // any length does.
+    uint64_t max_context_tokens;
+    // 1 where batch_bytes fits in kv_bytes.
+    uint32_t fits;
+    // 0.
+    uint32_t reserved;
+} kvc_plan_result;
+
+// One layer group's part of a plan. This struct never grows.
+typedef struct {
+    // Bytes that a token takes in the group while it is held.
+    uint64_t token_bytes;
+    // Bytes of one block.
+    uint64_t block_bytes;
+    // Blocks that one sequence of the context holds.
+    uint64_t sequence_blocks;
+    // Blocks of the group's pool where the budget is split as sequences of the context need it.
+    uint64_t blocks;
+} kvc_plan_group;
+
+// Fills a kvc_group_spec of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_group_spec_init(kvc_group_spec *spec, uint32_t struct_size);
+
+// Fills a kvc_plan_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_plan_options_init(kvc_plan_options *options, uint32_t struct_size);
+
+// Plans a cache of `groups[group_count]` (1 to 16) in the memory that `options` give. Writes the
+// totals to `out`, `out_bytes` (its sizeof) at most, and each group's part to
+// `out_groups[group_count]`, which may be NULL. A workload that does not fit is no error: see
+// `fits`. KVC_ERR_OVERFLOW where a size leaves 64 bits.
+//
+// Threads: thread-safe.
+kvc_status kvc_plan_compute(const kvc_plan_options *options,
+                            const kvc_group_spec *groups,
+                            uint32_t group_count,
+                            kvc_plan_result *out,
+                            uint64_t out_bytes,
+                            kvc_plan_group *out_groups);
+
+// ----------------------------------------------------------------------------------------------
 // attend: the kernels alone, on the caller's own memory
 // ----------------------------------------------------------------------------------------------
 // One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent

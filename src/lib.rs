@@ -12,11 +12,14 @@ extern crate alloc;
 
 pub mod attention;
 pub mod capi;
+#[cfg(feature = "std")]
+pub mod cache;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ids;
 pub mod layout;
+pub mod plan;
 pub mod pool;
 pub mod prefix;
 

@@ -29,6 +29,7 @@ impl KvCache {
         if let Some(prefix) = self.prefix.as_mut() {
             let mut hit = core::mem::take(&mut self.hit);
             prefix.lookup(namespace, prompt, prompt.len() - 1, &mut hit);
+            prefix.touch(hit.at)?;
             let adopted = self.adopt(&mut tables, &hit);
             self.hit = hit;
             cached = adopted?;
@@ -53,26 +54,28 @@ impl KvCache {
             let blocks = hit.blocks.iter().skip(group).step_by(groups).copied();
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
-        let Some(tail) = &hit.tail else { return Ok(hit.tokens) };
+        if hit.tail_tokens == 0 {
+            return Ok(hit.tokens);
+        }
         // Referenced, so that making room for the copy cannot evict what is to be copied.
-        for (pool, &source) in self.pools.iter_mut().zip(&tail.blocks) {
+        for (pool, &source) in self.pools.iter_mut().zip(&hit.tail_blocks) {
             pool.retain(source)?;
         }
         let room = self.reserve(|_| 1);
         if room.is_ok() {
             for (group, table) in tables.iter_mut().enumerate() {
-                let pool = &mut self.pools[group];
-                table.extend(pool, tail.tokens, block_tokens)?;
+                table.extend(&mut self.pools[group], hit.tail_tokens, block_tokens)?;
                 let target = *table.blocks().last().unwrap_or(&BlockId::NONE);
-                self.stores[group].copy_tokens(tail.blocks[group], target, tail.tokens as u32)?;
+                let source = hit.tail_blocks[group];
+                self.stores[group].copy_tokens(source, target, hit.tail_tokens as u32)?;
+                self.totals.copied_blocks += 1;
             }
-            self.totals.copied_blocks += groups as u64;
         }
-        for (pool, &source) in self.pools.iter_mut().zip(&tail.blocks) {
+        for (pool, &source) in self.pools.iter_mut().zip(&hit.tail_blocks) {
             pool.release(source)?;
         }
         // No room for a copy is no error: those tokens are computed instead.
-        Ok(hit.tokens + if room.is_ok() { tail.tokens } else { 0 })
+        Ok(hit.tokens + if room.is_ok() { hit.tail_tokens } else { 0 })
     }
 
     /// A second sequence with the same tokens, sharing every block. Whichever of the two next
@@ -141,7 +144,8 @@ impl KvCache {
     /// `StaleHandle`; `InvalidArgument` for a group that the spec does not have.
     pub fn blocks(&self, seq: SeqId, group: u32) -> Result<&[BlockId]> {
         let tables = &self.sequences.get(seq)?.tables;
-        let table = tables.get(group as usize).ok_or(Error::invalid("group", "is not in the spec"))?;
+        let table =
+            tables.get(group as usize).ok_or(Error::invalid("group", "is not in the spec"))?;
         Ok(table.blocks())
     }
 

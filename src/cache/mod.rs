@@ -18,17 +18,15 @@ mod sequence;
 mod stats;
 mod step;
 mod steps;
-mod threads;
 
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
-pub use threads::Threads;
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cpu::KvStore;
+use crate::cpu::{KvStore, Threads};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
@@ -95,6 +93,7 @@ pub struct KvCache {
     // Buffers that calls reuse.
     hit: Hit,
     ids: Vec<BlockId>,
+    canonical: Vec<BlockId>,
     tails: Vec<BlockId>,
     workspace: Vec<u8>,
 }
@@ -117,8 +116,8 @@ impl KvCache {
         let pools =
             layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {
-            let groups = layouts.len() as u32;
-            Some(PrefixIndex::new(spec.block_tokens, groups, options.blocks)?)
+            let groups = layouts.len();
+            Some(PrefixIndex::new(spec.block_tokens as usize, groups, options.blocks)?)
         } else {
             None
         };
@@ -139,6 +138,7 @@ impl KvCache {
             totals: stats::Totals::default(),
             hit: Hit::default(),
             ids: Vec::new(),
+            canonical: Vec::new(),
             tails: Vec::new(),
             workspace: Vec::new(),
         })
@@ -177,7 +177,9 @@ impl KvCache {
         };
         self.ids.clear();
         let (pools, evicted) = (&self.pools, &mut self.ids);
-        prefix.evict(blocks, &mut |ids| unused(pools, ids), &mut |ids| evicted.extend_from_slice(ids));
+        prefix.evict(blocks as usize, &mut |ids| unused(pools, ids), &mut |ids| {
+            evicted.extend_from_slice(ids)
+        });
         for ids in self.ids.chunks_exact(self.pools.len()) {
             self.totals.evicted_blocks += 1;
             for (&id, pool) in ids.iter().zip(&mut self.pools) {

@@ -5,7 +5,6 @@ use crate::attention::Scoring;
 use crate::cpu::{AttendBatch, Rope};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
-use crate::ids::BlockId;
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
@@ -259,16 +258,16 @@ impl KvCache {
             self.ids.extend(sequence.tables.iter().map(|table| table.blocks()[block]));
         }
         let tokens = &sequence.tokens[..whole * block_tokens];
-        let inserted = prefix.insert(sequence.namespace, tokens, &self.ids)?;
+        let inserted = prefix.insert(sequence.namespace, tokens, &self.ids, &mut self.canonical)?;
         let groups = self.pools.len();
-        for block in sequence.published_blocks..inserted.canonical.len() / groups {
-            for group in 0..groups {
-                let (pool, table) = (&mut self.pools[group], &mut sequence.tables[group]);
-                let canonical: BlockId = inserted.canonical[block * groups + group];
-                if canonical == table.blocks()[block] {
-                    pool.cache(canonical)?;
-                } else {
-                    table.replace(pool, block, canonical)?;
+        for block in sequence.published_blocks..inserted.present + inserted.stored {
+            for (group, table) in sequence.tables.iter_mut().enumerate() {
+                let pool = &mut self.pools[group];
+                let own = table.blocks()[block];
+                if block >= inserted.present {
+                    pool.cache(own)?;
+                } else if self.canonical[block * groups + group] != own {
+                    table.replace(pool, block, self.canonical[block * groups + group])?;
                     self.totals.merged_blocks += 1;
                 }
             }

@@ -16,6 +16,7 @@
 
 pub mod attend;
 pub mod info;
+pub mod plan;
 pub mod pool;
 pub mod prefix;
 pub mod status;
@@ -25,6 +26,7 @@ mod pointer;
 
 pub use attend::*;
 pub use info::*;
+pub use plan::*;
 pub use pool::*;
 pub use prefix::*;
 pub use status::*;

@@ -34,7 +34,8 @@ impl Memory {
         let align = if size >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { PAGE_BYTES };
         let layout = Layout::from_size_align(size, align).map_err(|_| overflow)?;
         // SAFETY: the size is not zero.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Error::OutOfMemory { bytes })?;
+        let start =
+            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Error::OutOfMemory { bytes })?;
         #[cfg(all(feature = "std", target_os = "linux"))]
         if align == HUGE_PAGE_BYTES {
             // Advice only: where it is refused, the memory works as it is.

@@ -16,10 +16,14 @@ mod job;
 mod kernels;
 mod level;
 mod math;
+mod memory;
 mod name;
 mod plan;
 mod prefill;
 mod scalar;
+mod store;
+#[cfg(feature = "std")]
+mod threads;
 mod vector;
 
 #[cfg(target_arch = "aarch64")]

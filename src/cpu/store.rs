@@ -8,7 +8,7 @@ use core::ptr;
 
 use super::args::{AttendArgs, BlockTables, KvView, RowsView};
 use super::memory::Memory;
-use super::{AppendArgs, Executor, Rope};
+use super::{AppendArgs, AttendMaxima, CpuLevel, Executor, Rope, attend_workspace_bytes};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
@@ -33,6 +33,7 @@ pub struct AttendBatch<'a> {
 pub struct KvStore {
     layout: GroupLayout,
     blocks: u32,
+    level: CpuLevel,
     memory: Memory,
 }
 
@@ -40,13 +41,13 @@ impl KvStore {
     /// Allocates and zeroes the blocks.
     ///
     /// # Errors
-    /// `Overflow`, `OutOfMemory`.
+    /// `Overflow`, `OutOfMemory`; `Unsupported` for a `KVCACHE_CPU` that this CPU cannot run.
     pub fn new(layout: GroupLayout, blocks: u32) -> Result<Self> {
         if blocks > i32::MAX as u32 {
             return Err(Error::invalid("blocks", "must fit in 31 bits"));
         }
         let memory = Memory::zeroed(layout.pool_bytes(u64::from(blocks))?)?;
-        Ok(Self { layout, blocks, memory })
+        Ok(Self { layout, blocks, level: CpuLevel::chosen()?, memory })
     }
 
     /// Where things lie in a block.
@@ -102,7 +103,13 @@ impl KvStore {
         let spec = self.layout.spec();
         let shape = self.shape(spec.kv_heads);
         check_len("k", k.elements(), slots.len(), shape.kv_heads, shape.k_dim)?;
-        check_len("v", v.elements(), slots.len(), shape.kv_heads, if spec.v_in_k { 0 } else { shape.v_dim })?;
+        check_len(
+            "v",
+            v.elements(),
+            slots.len(),
+            shape.kv_heads,
+            if spec.v_in_k { 0 } else { shape.v_dim },
+        )?;
         if rope.is_some_and(|(_, positions)| positions.len() != slots.len()) {
             return Err(Error::invalid("positions", "must have one entry a row"));
         }
@@ -141,10 +148,14 @@ impl KvStore {
     ) -> Result<()> {
         let seqs = batch.kv_lens.len();
         if batch.q_indptr.len() != seqs + 1 || batch.indptr.len() != seqs + 1 {
-            return Err(Error::invalid("q_indptr, indptr", "must have one entry more than kv_lens"));
+            return Err(Error::invalid(
+                "q_indptr, indptr",
+                "must have one entry more than kv_lens",
+            ));
         }
         let rows = batch.q_indptr[seqs];
-        let rows = usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
+        let rows =
+            usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
         if batch.indptr[0] < 0 || batch.indptr[seqs] as i64 > batch.indices.len() as i64 {
             return Err(Error::invalid("indptr", "must stay within indices"));
         }
@@ -178,15 +189,17 @@ impl KvStore {
             lse: lse.map_or(ptr::null_mut(), |lse| lse.as_mut_ptr()),
             bad_block: Some(&bad_block),
         };
+        let maxima = AttendMaxima {
+            seqs: args.seqs,
+            q_tokens: rows as u32,
+            kv_len: batch.kv_lens.iter().copied().max().unwrap_or(0).max(0) as u32,
+            workers: executor.workers(),
+        };
+        grow(workspace, attend_workspace_bytes(&shape, &maxima)?)?;
         // SAFETY: the slices are as long as the arguments say: `check` inside holds every offset
         // of `q_indptr` and `indptr` between 0 and the last, which were compared with the lengths.
         unsafe {
-            let bytes = super::attend_workspace_bytes(&args, executor.workers())?;
-            if workspace.len() < bytes {
-                workspace.try_reserve(bytes - workspace.len()).map_err(|_| Error::OutOfMemory { bytes: bytes as u64 })?;
-                workspace.resize(bytes, 0);
-            }
-            super::attend(&args, workspace, executor)?;
+            super::attend(&args, self.level, executor, workspace)?;
         }
         match bad_block.into_inner() {
             0 => Ok(()),
@@ -231,8 +244,19 @@ impl KvStore {
     }
 }
 
+fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {
+    let refused = Error::OutOfMemory { bytes };
+    let size = usize::try_from(bytes).map_err(|_| refused)?;
+    if workspace.len() < size {
+        workspace.try_reserve(size - workspace.len()).map_err(|_| refused)?;
+        workspace.resize(size, 0);
+    }
+    Ok(())
+}
+
 fn check_len(what: &'static str, elements: usize, rows: usize, heads: u32, dim: u32) -> Result<()> {
-    let expected = (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
+    let expected =
+        (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
     if expected == Some(elements as u64) {
         Ok(())
     } else {

@@ -501,13 +501,12 @@ def train(args, model, stream, held, held_bytes):
         muon.buffers = state["muon"]
         step, spent = state["step"], state["spent"]
         print(f"continuing at step {step}", flush=True)
-    forward = torch.compile(model) if args.compile else model
     began = time.monotonic() - spent
     while step < args.steps:
         at = np.random.default_rng([args.seed, step]).integers(0, len(stream) - args.context, args.batch)
         ids = torch.from_numpy(np.stack([stream[a : a + args.context + 1] for a in at]).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(ids[:, :-1])
+            logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(others, 1.0)
@@ -541,7 +540,7 @@ def main():
     parser.add_argument("--python-docs", type=Path, help="Python's HTML documentation")
     parser.add_argument("--out", type=Path, default=HERE.parent / "model")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="streams and checkpoint")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -553,7 +552,6 @@ def main():
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.rust_docs is None:
         sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, check=True)
