@@ -4,7 +4,7 @@
 
 #include "../c/check.h"
 
-static_assert(std::is_same<kvc_status, std::int32_t>::value, "a status is an int32");
+static_assert(std::is_same<kvc_status, int32_t>::value, "a status is an int32");
 
 int main() {
     kvc_abi_0_1();

@@ -90,16 +90,17 @@ pub fn libraries() -> &'static Path {
     })
 }
 
-/// The compiler of C or C++, or `None` where there is none.
+/// The compiler of C or C++ with warnings as errors and the header's directory, or `None` where
+/// there is none.
 pub fn compiler(cpp: bool) -> Option<Command> {
     let mut build = cc::Build::new();
-    build.target(TARGET).host(env!("FFI_HOST")).opt_level(1).debug(true).cpp(cpp);
-    build.cargo_metadata(false).warnings(false);
-    let mut command = build.try_get_compiler().ok()?.to_command();
-    let works = Command::new(command.get_program()).arg("--version").output();
+    build.target(TARGET).host(env!("FFI_HOST")).opt_level(1).cpp(cpp).no_default_flags(true);
+    let tool = build.cargo_metadata(false).try_get_compiler().ok()?;
+    let works = Command::new(tool.path()).arg("--version").output();
     works.is_ok_and(|output| output.status.success()).then(|| {
-        command.args(["-Wall", "-Wextra", "-pedantic", "-Werror"]);
-        command.arg("-I").arg(Path::new(HERE).parent().unwrap().join("include"));
+        let mut command = Command::new(tool.path());
+        command.args(["-O1", "-g", "-Wall", "-Wextra", "-pedantic", "-Werror", "-I"]);
+        command.arg(Path::new(HERE).parent().unwrap().join("include"));
         command
     })
 }

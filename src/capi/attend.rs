@@ -420,7 +420,19 @@ mod threads {
     ) -> Result<R> {
         match threads {
             1 => call(&Serial),
+            #[cfg(feature = "std")]
+            0 => call(a_thread_a_core()?),
+            #[cfg(not(feature = "std"))]
+            0 => Err(Error::Unsupported { what: "threads other than the caller's" }),
             _ => Err(Error::invalid("threads", "must be 0 or 1")),
         }
+    }
+
+    /// Threads that all calls share, and nobody ends.
+    #[cfg(feature = "std")]
+    fn a_thread_a_core() -> Result<&'static crate::cpu::Threads> {
+        static THREADS: std::sync::OnceLock<Result<crate::cpu::Threads>> =
+            std::sync::OnceLock::new();
+        THREADS.get_or_init(|| crate::cpu::Threads::new(0)).as_ref().map_err(|&error| error)
     }
 }

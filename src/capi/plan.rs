@@ -227,14 +227,11 @@ pub unsafe extern "C" fn kvc_plan_compute(
             None
         } else {
             // SAFETY: the caller's promise.
-            Some(unsafe {
-                pointer::slice_out(out_groups, u64::from(group_count), "out_groups")
-            }?)
+            Some(unsafe { pointer::slice_out(out_groups, u64::from(group_count), "out_groups") }?)
         };
         let kvc_plan_options { memory_bytes, weight_bytes, reserve_ppm, .. } = options;
         let budget = Budget { memory_bytes, weight_bytes, reserve_ppm };
-        let workload =
-            Workload { context_tokens: options.context_tokens, batch: options.batch };
+        let workload = Workload { context_tokens: options.context_tokens, batch: options.batch };
         let plan = plan(&spec, &budget, &workload)?;
         let result = kvc_plan_result {
             kv_bytes: plan.kv_bytes,
