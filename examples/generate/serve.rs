@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvcache::attention::Scoring;
 use kvcache::cache::{CacheStats, KvCache, LayerId, Step, Work};
-use kvcache::cpu::Rope;
+use kvcache::cpu::{Rope, RopeStyle};
 use kvcache::ids::{Namespace, SeqId};
 
 use crate::model::{Attention, Model};
@@ -53,6 +53,7 @@ struct Cached<'a> {
     cache: &'a mut KvCache,
     step: &'a Step,
     rope: &'a Rope,
+    head_dim: u32,
     scoring: Scoring<'a>,
 }
 
@@ -66,7 +67,7 @@ impl Attention for Cached<'_> {
         out: &mut [f32],
     ) -> Result<(), Box<dyn Error>> {
         let layer = LayerId::uniform(layer as u32);
-        self.rope.rotate(q, self.step.positions())?;
+        self.rope.rotate(q, self.head_dim, self.step.positions())?;
         let (k, v) = ((&*k).into(), v.into());
         self.cache.append(self.step, layer, k, v, Some(self.rope))?;
         self.cache.attend(self.step, layer, (&*q).into(), out.into(), &self.scoring, None)?;
@@ -83,8 +84,9 @@ pub fn serve(
     sampler: &mut Sampler,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Vec<Output>, Figures), Box<dyn Error>> {
-    let rope = Rope::neox(model.config.head_dim as u32, model.config.rope_theta)?;
-    let scoring = Scoring::causal(model.config.head_dim as u32);
+    let head_dim = model.config.head_dim as u32;
+    let rope = Rope::new(RopeStyle::Halves, head_dim, model.config.rope_theta)?;
+    let scoring = Scoring::causal(head_dim);
     let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
     let mut running: Vec<Running> = Vec::new();
     let mut outputs = vec![Output::default(); prompts.len()];
@@ -108,7 +110,7 @@ pub fn serve(
         let tokens: Vec<u32> = running.iter().flat_map(|run| run.next.iter().copied()).collect();
         let last: Vec<usize> = step.last_rows().collect();
         let clock = Instant::now();
-        let attention = &mut Cached { cache, step: &step, rope: &rope, scoring };
+        let attention = &mut Cached { cache, step: &step, rope: &rope, head_dim, scoring };
         let logits = model.forward(&tokens, &last, attention)?;
         // A step that prefills counts as prefill, the tokens decoded beside it included in its time.
         if admitted.is_some() {

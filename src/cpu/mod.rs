@@ -7,6 +7,7 @@
 //!
 //! Knows nothing of caches, pools or threads; allocates nothing.
 
+mod append;
 mod args;
 mod attend;
 mod decode;
@@ -20,6 +21,7 @@ mod memory;
 mod name;
 mod plan;
 mod prefill;
+mod rope;
 mod scalar;
 mod store;
 #[cfg(feature = "std")]
@@ -31,9 +33,15 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use append::{AppendArgs, append};
 pub use args::{AttendArgs, BlockTables, KvView, RowsView};
 pub use attend::attend;
 pub use executor::{Executor, Serial};
 pub use level::CpuLevel;
 pub use name::kernel_name;
 pub use plan::{AttendMaxima, attend_workspace_bytes};
+pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
+#[cfg(feature = "std")]
+pub(crate) use store::{AttendBatch, KvStore};
+#[cfg(feature = "std")]
+pub use threads::Threads;

@@ -1,0 +1,179 @@
+//! Append: the keys and values of new tokens, converted and scattered to their slots.
+//!
+//! All slots are checked before anything is written. Knows slots, not sequences.
+
+use core::slice;
+
+use half::slice::HalfFloatSliceExt;
+
+use super::Executor;
+use super::args::{KvView, RowsView, check_ptr};
+use super::rope::{MAX_ROPE_PAIRS, Rope};
+use crate::attention::HeadShape;
+use crate::dtype::{DType, bf16, f16};
+use crate::error::{Error, Result};
+use crate::layout::{MAX_HEAD_DIM, Strides};
+
+/// Rows that one unit of work writes.
+const UNIT_ROWS: u32 = 32;
+
+/// New rows of one layer and where they go.
+#[derive(Debug, Clone, Copy)]
+pub struct AppendArgs<'a> {
+    /// Heads and channels; `q_heads` is not used.
+    pub shape: HeadShape,
+    /// The cache. Written.
+    pub kv: KvView,
+    /// `[rows]` slots, `block * block_tokens + offset`; a row with slot -1 is skipped. No two rows
+    /// may name the same slot.
+    pub slots: *const i64,
+    /// New tokens.
+    pub rows: u32,
+    /// New keys, `kv_heads` rows of `k_dim` a token. Only read.
+    pub k: RowsView,
+    /// New values, `kv_heads` rows of `v_dim` a token. Only read, and not at all where values lie
+    /// in keys.
+    pub v: RowsView,
+    /// Rotates the keys to `[rows]` positions on the way.
+    pub rope: Option<(&'a Rope, *const u32)>,
+}
+
+// SAFETY: the pointers are only followed inside `append`, whose contract covers every worker.
+unsafe impl Send for AppendArgs<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for AppendArgs<'_> {}
+
+/// Writes new keys and values to their slots, rounding to nearest even where the stored format has
+/// fewer bits. Allocates nothing.
+///
+/// # Errors
+/// `InvalidArgument`, `NullPointer`, `Misaligned`, `Overflow` for arguments outside their
+/// documented ranges, `BadBlock` for a slot outside the cache. Nothing has been written then.
+///
+/// # Safety
+/// `slots` (and the positions beside `rope`) must have `rows` readable entries; `k` and `v` must be
+/// readable, and the cache writable at every named slot, where sizes and strides lead; slots must
+/// be distinct, and nobody else may touch those slots during the call.
+pub unsafe fn append(args: &AppendArgs<'_>, executor: &dyn Executor) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { args.check() }?;
+    let units = args.rows.div_ceil(UNIT_ROWS);
+    executor.run(units as usize, &|_, unit| {
+        let first = unit as u32 * UNIT_ROWS;
+        for row in first..(first + UNIT_ROWS).min(args.rows) {
+            // SAFETY: checked, and slots are distinct: no two units write the same memory.
+            unsafe { args.write_row(row) };
+        }
+    });
+    Ok(())
+}
+
+impl AppendArgs<'_> {
+    /// # Safety
+    /// As for [`append`].
+    unsafe fn check(&self) -> Result<()> {
+        self.shape.check()?;
+        self.kv.check(&self.shape)?;
+        if self.rows == 0 {
+            return Ok(());
+        }
+        check_ptr("slots", self.slots.cast(), 8)?;
+        self.k.check("k", self.rows, self.shape.kv_heads)?;
+        if !self.shape.v_in_k {
+            self.v.check("v", self.rows, self.shape.kv_heads)?;
+        }
+        if let Some((rope, positions)) = self.rope {
+            rope.check(self.shape.k_dim)?;
+            check_ptr("positions", positions.cast(), 4)?;
+        }
+        let end = i64::from(self.kv.num_blocks) * i64::from(self.kv.block_tokens);
+        for row in 0..self.rows as usize {
+            // SAFETY: the caller's promise.
+            let slot = unsafe { self.slots.add(row).read() };
+            if slot < -1 || slot >= end {
+                let block = slot.div_euclid(i64::from(self.kv.block_tokens));
+                return Err(Error::BadBlock { block: u32::try_from(block).unwrap_or(u32::MAX) });
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`append`], after the checks.
+    unsafe fn write_row(&self, row: u32) {
+        // SAFETY: `row` is below `rows`; the checks hold every address to the caller's promise.
+        unsafe {
+            let slot = self.slots.add(row as usize).read();
+            if slot < 0 {
+                return;
+            }
+            let mut buffer = [(0.0, 0.0); MAX_ROPE_PAIRS];
+            let turn = self.rope.map(|(rope, positions)| {
+                (rope, rope.turn(positions.add(row as usize).read(), &mut buffer))
+            });
+            let (k_dim, v_dim) = (self.shape.k_dim as usize, self.shape.v_dim as usize);
+            for head in 0..self.shape.kv_heads {
+                let to = self.address(self.kv.k, self.kv.k_strides, slot, head);
+                self.write(&self.k, row, head, to, k_dim, turn);
+                if !self.shape.v_in_k {
+                    let to = self.address(self.kv.v, self.kv.v_strides, slot, head);
+                    self.write(&self.v, row, head, to, v_dim, None);
+                }
+            }
+        }
+    }
+
+    fn address(&self, base: *mut u8, strides: Strides, slot: i64, head: u32) -> *mut u8 {
+        let block_tokens = i64::from(self.kv.block_tokens);
+        let elements = slot / block_tokens * strides.block
+            + i64::from(head) * strides.head
+            + slot % block_tokens * strides.token;
+        base.wrapping_offset((elements * i64::from(self.kv.format.dtype().bytes())) as isize)
+    }
+
+    /// # Safety
+    /// As for [`append`]; `to` has room for `dim` elements of the format.
+    unsafe fn write(
+        &self,
+        rows: &RowsView,
+        row: u32,
+        head: u32,
+        to: *mut u8,
+        dim: usize,
+        turn: Option<(&Rope, &[(f32, f32)])>,
+    ) {
+        let from = rows.row(row, head).cast_const();
+        let (source, target) = (rows.dtype, self.kv.format.dtype());
+        // SAFETY: the caller's promise; rows are aligned to their elements.
+        unsafe {
+            if source == target && turn.is_none() {
+                return to.copy_from_nonoverlapping(from, dim * target.bytes() as usize);
+            }
+            let mut wide = [0.0; MAX_HEAD_DIM as usize];
+            let wide = &mut wide[..dim];
+            match source {
+                DType::F32 => wide.copy_from_slice(slice::from_raw_parts(from.cast::<f32>(), dim)),
+                DType::F16 => {
+                    slice::from_raw_parts(from.cast::<f16>(), dim).convert_to_f32_slice(wide);
+                }
+                DType::Bf16 => {
+                    slice::from_raw_parts(from.cast::<bf16>(), dim).convert_to_f32_slice(wide);
+                }
+            }
+            if let Some((rope, turn)) = turn {
+                rope.rotate_head(wide, turn);
+            }
+            match target {
+                DType::F32 => {
+                    slice::from_raw_parts_mut(to.cast::<f32>(), dim).copy_from_slice(wide)
+                }
+                DType::F16 => {
+                    slice::from_raw_parts_mut(to.cast::<f16>(), dim).convert_from_f32_slice(wide);
+                }
+                DType::Bf16 => {
+                    slice::from_raw_parts_mut(to.cast::<bf16>(), dim).convert_from_f32_slice(wide);
+                }
+            }
+        }
+    }
+}
