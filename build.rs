@@ -23,11 +23,12 @@ mod header {
         ("info", "Which library this is"),
         ("plan", "plan: how much memory a cache takes, and what fits"),
         ("attend", "attend: the kernels alone, on the caller's own memory"),
+        ("append", "append: new keys and values into the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),
-        //TMP("cache", "cache: the whole KV cache"),
-        //TMP("seq", "seq: the sequences of a cache"),
-        //TMP("step", "step: one forward pass over a batch"),
+        ("cache", "cache: the whole KV cache"),
+        ("seq", "seq: the sequences of a cache"),
+        ("step", "step: one forward pass over a batch"),
     ];
 
     const HEAD: &str = include_str!("src/capi/header.txt");

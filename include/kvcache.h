@@ -412,6 +412,124 @@ kvc_status kvc_merge_states(float *out,
                             uint32_t v_dim);
 
 // ----------------------------------------------------------------------------------------------
+// append: new keys and values into the caller's own memory
+// ----------------------------------------------------------------------------------------------
+// Pairs are channel i with i + rotary_dim / 2: Llama in Hugging Face's layout, GPT-NeoX, Qwen.
+#define KVC_ROPE_HALVES 1
+
+// Pairs are channel 2 i with 2 i + 1: the paper's layout, GPT-J, DeepSeek.
+#define KVC_ROPE_INTERLEAVED 2
+
+// A rotary position embedding: pairs of channels turned by an angle that grows with the position.
+typedef struct {
+    // sizeof(kvc_rope); kvc_rope_init sets it.
+    uint32_t struct_size;
+    // KVC_ROPE_HALVES (the default) or KVC_ROPE_INTERLEAVED.
+    uint32_t style;
+    // Channels that are rotated: even, 2 to 256.
+    uint32_t rotary_dim;
+    // The first of them; 0 by default (512 for the latent rows of DeepSeek).
+    uint32_t first_channel;
+    // Pair i turns by theta^(-2 i / rotary_dim) a token; 10000 by default.
+    float theta;
+    // Factor of rotated channels (YaRN's attention factor); 1 by default.
+    float scale;
+    // NULL, or [rotary_dim / 2] radians a token in place of theta: what long-context scalings
+    // come down to.
+    const float *frequencies;
+} kvc_rope;
+
+// New rows of one layer, and the blocks that they go to; the layouts are those of
+// kvc_attend_desc.
+typedef struct {
+    // sizeof(kvc_append_desc); kvc_append_desc_init sets it.
+    uint32_t struct_size;
+    // KV heads.
+    uint32_t kv_heads;
+    // Channels of a key row.
+    uint32_t k_dim;
+    // Channels of a value row.
+    uint32_t v_dim;
+    // 1: values are the first v_dim channels of the keys; v and v_rows are ignored.
+    uint32_t v_in_k;
+    // KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even.
+    uint32_t format;
+    // KVC_DTYPE_* of k_rows and v_rows.
+    uint32_t dtype;
+    // Tokens of a block.
+    uint32_t block_tokens;
+    // Blocks that k and v have.
+    uint32_t num_blocks;
+    // New tokens.
+    uint32_t rows;
+    // 1 (the default): the calling thread alone; 0: a thread a core.
+    uint32_t threads;
+    // 0.
+    uint32_t reserved;
+    // Keys of the cache. Written.
+    void *k;
+    // Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    int64_t k_block_stride;
+    // Elements from a KV head to the next.
+    int64_t k_head_stride;
+    // Elements from a token to the next.
+    int64_t k_token_stride;
+    // Values of the cache. Written.
+    void *v;
+    // Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    int64_t v_block_stride;
+    // Elements from a KV head to the next.
+    int64_t v_head_stride;
+    // Elements from a token to the next.
+    int64_t v_token_stride;
+    // [rows] slots, block * block_tokens + offset, no two alike; a row with slot -1 is skipped.
+    const int64_t *slots;
+    // New keys [row][kv_head][k_dim].
+    const void *k_rows;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t k_rows_token_stride;
+    // Elements from a head to the next.
+    int64_t k_rows_head_stride;
+    // New values [row][kv_head][v_dim].
+    const void *v_rows;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t v_rows_token_stride;
+    // Elements from a head to the next.
+    int64_t v_rows_head_stride;
+    // NULL, or how keys are rotated on the way.
+    const kvc_rope *rope;
+    // [rows] positions. Ignored without rope.
+    const uint32_t *positions;
+} kvc_append_desc;
+
+// Fills a kvc_rope of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_rope_init(kvc_rope *rope, uint32_t struct_size);
+
+// Rotates `rows[position_count][heads][head_dim]` in place, each to its position: for queries,
+// where keys are rotated by the library.
+//
+// Threads: thread-safe.
+kvc_status kvc_rope_rotate(const kvc_rope *rope,
+                           float *rows,
+                           uint32_t heads,
+                           uint32_t head_dim,
+                           const uint32_t *positions,
+                           uint64_t position_count);
+
+// Fills a kvc_append_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_append_desc_init(kvc_append_desc *desc, uint32_t struct_size);
+
+// Writes new keys and values to their slots. Allocates nothing. Bad arguments, slots outside the
+// blocks among them, are answered before anything is written.
+//
+// Threads: thread-safe, where calls share no slots.
+kvc_status kvc_append(const kvc_append_desc *desc);
+
+// ----------------------------------------------------------------------------------------------
 // pool: blocks, references, nothing else
 // ----------------------------------------------------------------------------------------------
 // Blocks 0 to n - 1, each free or held by as many holders as retained it. For engines that keep
@@ -602,6 +720,264 @@ kvc_status kvc_prefix_evict(kvc_prefix *prefix,
 //
 // Threads: per-handle.
 kvc_status kvc_prefix_stats(const kvc_prefix *prefix, kvc_prefix_counts *out, uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// cache: the whole KV cache
+// ----------------------------------------------------------------------------------------------
+// The whole cache: block pools, prefix index, storage of K and V, and kernels with threads of
+// their own. Calls on it are thread-safe: one runs at a time and the others wait.
+typedef struct kvc_cache kvc_cache;
+
+// Sizes and policies of a cache.
+typedef struct {
+    // sizeof(kvc_cache_options); kvc_cache_options_init sets it.
+    uint32_t struct_size;
+    // Tokens of a block: a power of two, 16 to 256. 16 by default.
+    uint32_t block_tokens;
+    // Blocks of each layer group. 1024 by default.
+    uint32_t blocks;
+    // Sequences that may live at once, 1 to 65536. 256 by default.
+    uint32_t max_seqs;
+    // Threads for kernels; 0 (the default) for one a core.
+    uint32_t threads;
+    // 1 (the default): publish committed blocks to the prefix index and start sequences from it.
+    uint32_t prefix_reuse;
+} kvc_cache_options;
+
+// What a cache holds now, and what happened since it was created. Block counts are of the first
+// layer group; blocks = free_blocks + cached_blocks + referenced_blocks.
+typedef struct {
+    // Blocks of the pool.
+    uint32_t blocks;
+    // Blocks that hold nothing.
+    uint32_t free_blocks;
+    // Blocks that only the prefix index holds: reusable, and evictable.
+    uint32_t cached_blocks;
+    // Blocks that sequences use.
+    uint32_t referenced_blocks;
+    // Live sequences.
+    uint32_t sequences;
+    // 0.
+    uint32_t reserved;
+    // Tokens that the live sequences hold, shared ones counted for each.
+    uint64_t sequence_tokens;
+    // Unused slots in the last blocks of live sequences, in tokens.
+    uint64_t waste_tokens;
+    // Bytes of one block in all groups.
+    uint64_t block_bytes;
+    // Bytes of the whole pool in all groups.
+    uint64_t pool_bytes;
+    // Prompt tokens given to kvc_seq_start.
+    uint64_t looked_up_tokens;
+    // Those of them that were found.
+    uint64_t hit_tokens;
+    // Entries taken out of the prefix index to make room.
+    uint64_t evicted_blocks;
+    // Blocks copied on write or for a partial hit.
+    uint64_t copied_blocks;
+    // Blocks given back because the index had their tokens already.
+    uint64_t merged_blocks;
+} kvc_cache_counts;
+
+// Fills a kvc_cache_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_options_init(kvc_cache_options *options, uint32_t struct_size);
+
+// Makes a cache of `groups[group_count]` (1 to 16) layer groups, and allocates its memory.
+// `options` may be NULL for the defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_create(const kvc_cache_options *options,
+                            const kvc_group_spec *groups,
+                            uint32_t group_count,
+                            kvc_cache **out);
+
+// Ends a cache with all its sequences and gives its memory back. NULL is accepted.
+// KVC_ERR_INVALID_STATE while another thread is inside it.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_destroy(kvc_cache *cache);
+
+// Drops everything from the prefix index that no sequence uses.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_clear_prefix(kvc_cache *cache);
+
+// Writes the cache's counts to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_stats(const kvc_cache *cache, kvc_cache_counts *out, uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// seq: the sequences of a cache
+// ----------------------------------------------------------------------------------------------
+// A sequence of a cache. The id of a sequence that has ended is refused, not reused at once.
+typedef uint32_t kvc_seq;
+
+// Starts a sequence for `prompt[prompt_tokens]` and writes its id to `out_seq`. It begins with
+// what the prefix index has of the prompt in `name_space`; how many tokens that is goes to
+// `out_cached_tokens`, and is less than `prompt_tokens`: the caller feeds the rest to its steps.
+//
+// `name_space` separates what may share prefixes from what may not (tenant, adapter); the server
+// chooses it.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_start(kvc_cache *cache,
+                         const uint32_t *prompt,
+                         uint64_t prompt_tokens,
+                         uint64_t name_space,
+                         kvc_seq *out_seq,
+                         uint32_t *out_cached_tokens);
+
+// Makes a second sequence with the same tokens, sharing every block, and writes its id to
+// `out_seq`. Whichever of the two next writes to the last, partly full block gets a copy.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_fork(kvc_cache *cache, kvc_seq seq, kvc_seq *out_seq);
+
+// Forgets the tokens of a sequence from position `tokens` on (rejected speculation).
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_truncate(kvc_cache *cache, kvc_seq seq, uint32_t tokens);
+
+// Ends a sequence. Its full blocks stay in the prefix index until they are evicted.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_release(kvc_cache *cache, kvc_seq seq);
+
+// Copies the tokens whose K and V the sequence holds to `out`, and writes how many there are to
+// `out_count`. KVC_ERR_BUFFER_TOO_SMALL where there are more than `capacity`. With an `out` of
+// NULL only the count is written.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_tokens(const kvc_cache *cache,
+                          kvc_seq seq,
+                          uint32_t *out,
+                          uint64_t capacity,
+                          uint64_t *out_count);
+
+// Copies the blocks that hold the sequence in layer group `group` to `out`, in order, and writes
+// how many there are to `out_count`; otherwise as kvc_seq_tokens.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_blocks(const kvc_cache *cache,
+                          kvc_seq seq,
+                          uint32_t group,
+                          int32_t *out,
+                          uint64_t capacity,
+                          uint64_t *out_count);
+
+// ----------------------------------------------------------------------------------------------
+// step: one forward pass over a batch
+// ----------------------------------------------------------------------------------------------
+// A step: begin with the new tokens of each sequence; for each layer append their keys and values
+// and attend; then commit, or cancel. Made once and reused: it keeps its buffers.
+//
+// The rows of a step are the new tokens of all its sequences, in the order of the work.
+typedef struct kvc_step kvc_step;
+
+// How scores are made from dot products.
+typedef struct {
+    // sizeof(kvc_scoring); kvc_scoring_init sets it.
+    uint32_t struct_size;
+    // 1 (the default): a query sees no key after its own position.
+    uint32_t causal;
+    // Keys that a query sees, its own included, counted back; 0 for the group's window.
+    uint32_t window;
+    // Factor of the dot product; 0 for 1 / sqrt(k_dim).
+    float scale;
+    // Logit soft-cap; 0 for none.
+    float softcap;
+    // 0.
+    uint32_t reserved;
+    // NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    const float *sinks;
+    // NULL, or [q_heads]: ALiBi slopes.
+    const float *alibi;
+} kvc_scoring;
+
+// New tokens of one sequence. This struct never grows.
+typedef struct {
+    // A live sequence, at most once in a step.
+    kvc_seq seq;
+    // At least 1.
+    uint32_t token_count;
+    // A chunk of the prompt, or what was sampled last.
+    const uint32_t *tokens;
+} kvc_work;
+
+// Fills a kvc_scoring of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_scoring_init(kvc_scoring *scoring, uint32_t struct_size);
+
+// Makes a step, for any number of passes over any caches.
+//
+// Threads: thread-safe.
+kvc_status kvc_step_create(kvc_step **out);
+
+// Ends a step. NULL is accepted. An open step is cancelled first, if its cache still lives.
+//
+// Threads: per-handle.
+kvc_status kvc_step_destroy(kvc_step *step);
+
+// Opens a step: reserves blocks in `cache` for the new tokens of the sequences that
+// `work[work_count]` names, copying a shared last block before it is written. All or nothing:
+// KVC_ERR_OUT_OF_BLOCKS says how many blocks were missing (kvc_last_missing_blocks).
+//
+// Threads: thread-safe on the cache, per-handle on the step; so are the calls below.
+kvc_status kvc_step_begin(kvc_cache *cache,
+                          kvc_step *step,
+                          const kvc_work *work,
+                          uint32_t work_count);
+
+// Writes the rows of an open step to `out_rows`: the new tokens of all its sequences together. 0
+// where the step is not open. With `out_positions`, which may be NULL, the position of each row
+// in its sequence is written there; `capacity` is its length.
+//
+// Threads: per-handle.
+kvc_status kvc_step_rows(const kvc_step *step,
+                         uint32_t *out_positions,
+                         uint64_t capacity,
+                         uint32_t *out_rows);
+
+// Writes the keys and values of the step's rows in layer `layer` of layer group `group`, rounding
+// to the stored format. `k` is [row][kv_head][k_dim] and `v` [row][kv_head][v_dim] of KVC_DTYPE_*
+// `dtype`; `v` is ignored where values lie in keys. With `rope`, which may be NULL, keys are
+// rotated to their positions on the way.
+kvc_status kvc_step_append(kvc_cache *cache,
+                           const kvc_step *step,
+                           uint32_t group,
+                           uint32_t layer,
+                           const void *k,
+                           const void *v,
+                           uint32_t dtype,
+                           const kvc_rope *rope);
+
+// Computes attention of the step's rows over all that their sequences hold in a layer, the rows'
+// own tokens included. `q` is [row][q_head][k_dim] of `q_dtype`; `out` is [row][q_head][v_dim] of
+// `out_dtype`, and must not overlap `q`. `scoring` may be NULL for its defaults. `lse` may be NULL,
+// or takes [row][q_head] natural logarithms of the softmax denominators.
+kvc_status kvc_step_attend(kvc_cache *cache,
+                           const kvc_step *step,
+                           uint32_t group,
+                           uint32_t layer,
+                           uint32_t q_heads,
+                           const void *q,
+                           uint32_t q_dtype,
+                           void *out,
+                           uint32_t out_dtype,
+                           const kvc_scoring *scoring,
+                           float *lse);
+
+// Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
+// index, and closes the step.
+kvc_status kvc_step_commit(kvc_cache *cache, kvc_step *step);
+
+// Closes the step without its tokens: the sequences are as before kvc_step_begin, and the blocks
+// that it took are free again.
+kvc_status kvc_step_cancel(kvc_cache *cache, kvc_step *step);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -11,9 +11,9 @@
 extern crate alloc;
 
 pub mod attention;
-pub mod capi;
 #[cfg(feature = "std")]
 pub mod cache;
+pub mod capi;
 pub mod cpu;
 pub mod dtype;
 pub mod error;

@@ -5,6 +5,7 @@ use core::sync::atomic::AtomicU32;
 
 use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
+use super::threads;
 use crate::attention::{HeadShape, Scoring, merge_states};
 use crate::cpu::{
     AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
@@ -158,23 +159,14 @@ impl kvc_attend_desc {
     }
 
     fn kv(&self) -> Result<KvView> {
-        let strides = |given: [i64; 3], dim: u32| match given {
-            [0, 0, 0] => {
-                // A head of a block is at most 2^32 * 576 elements; the last product may not fit.
-                let (token, head) = (i64::from(dim), i64::from(dim) * i64::from(self.block_tokens));
-                let block = head.checked_mul(i64::from(self.kv_heads));
-                Ok(Strides { block: block.ok_or(Error::Overflow { what: "K, V" })?, head, token })
-            }
-            [block, head, token] => Ok(Strides { block, head, token }),
-        };
         let k_strides = [self.k_block_stride, self.k_head_stride, self.k_token_stride];
         let v_strides = [self.v_block_stride, self.v_head_stride, self.v_token_stride];
         Ok(KvView {
             k: self.k.cast_mut().cast(),
             v: self.v.cast_mut().cast(),
             format: KvFormat::from_id(self.format)?,
-            k_strides: strides(k_strides, self.k_dim)?,
-            v_strides: strides(v_strides, self.v_dim)?,
+            k_strides: strides(k_strides, self.kv_heads, self.block_tokens, self.k_dim)?,
+            v_strides: strides(v_strides, self.kv_heads, self.block_tokens, self.v_dim)?,
             num_blocks: self.num_blocks,
             block_tokens: self.block_tokens,
         })
@@ -236,6 +228,23 @@ pub(super) unsafe fn per_head<'a>(
     }
     // SAFETY: the caller's promise.
     unsafe { pointer::slice(list, u64::from(q_heads), what) }.map(Some)
+}
+
+/// The strides given (block, head, token), or those of [block][kv_head][token][dim].
+pub(super) fn strides(
+    given: [i64; 3],
+    kv_heads: u32,
+    block_tokens: u32,
+    dim: u32,
+) -> Result<Strides> {
+    let [block, head, token] = given;
+    if given != [0, 0, 0] {
+        return Ok(Strides { block, head, token });
+    }
+    // Two factors fit in 64 bits; the third may not.
+    let (token, head) = (i64::from(dim), i64::from(dim) * i64::from(block_tokens));
+    let block = head.checked_mul(i64::from(kv_heads));
+    Ok(Strides { block: block.ok_or(Error::Overflow { what: "K, V" })?, head, token })
 }
 
 /// Rows with the strides given, or contiguous ones.
@@ -401,38 +410,4 @@ pub unsafe extern "C" fn kvc_merge_states(
             )
         }
     })
-}
-
-/// Who does the work of a call.
-mod threads {
-    use crate::cpu::{Executor, Serial};
-    use crate::error::{Error, Result};
-
-    /// The workers that a workspace must serve.
-    pub(super) fn workers(threads: u32) -> Result<usize> {
-        with(threads, |executor| Ok(executor.workers()))
-    }
-
-    /// Calls `call` with the executor that `threads` means.
-    pub(super) fn with<R>(
-        threads: u32,
-        call: impl FnOnce(&dyn Executor) -> Result<R>,
-    ) -> Result<R> {
-        match threads {
-            1 => call(&Serial),
-            #[cfg(feature = "std")]
-            0 => call(a_thread_a_core()?),
-            #[cfg(not(feature = "std"))]
-            0 => Err(Error::Unsupported { what: "threads other than the caller's" }),
-            _ => Err(Error::invalid("threads", "must be 0 or 1")),
-        }
-    }
-
-    /// Threads that all calls share, and nobody ends.
-    #[cfg(feature = "std")]
-    fn a_thread_a_core() -> Result<&'static crate::cpu::Threads> {
-        static THREADS: std::sync::OnceLock<Result<crate::cpu::Threads>> =
-            std::sync::OnceLock::new();
-        THREADS.get_or_init(|| crate::cpu::Threads::new(0)).as_ref().map_err(|&error| error)
-    }
 }

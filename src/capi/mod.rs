@@ -14,19 +14,34 @@
 //! adds nothing to it.
 #![allow(non_camel_case_types)]
 
+pub mod append;
 pub mod attend;
+#[cfg(feature = "std")]
+pub mod cache;
 pub mod info;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
+#[cfg(feature = "std")]
+pub mod seq;
 pub mod status;
+#[cfg(feature = "std")]
+pub mod step;
 
 mod handle;
 mod pointer;
+mod threads;
 
+pub use append::*;
 pub use attend::*;
+#[cfg(feature = "std")]
+pub use cache::*;
 pub use info::*;
 pub use plan::*;
 pub use pool::*;
 pub use prefix::*;
+#[cfg(feature = "std")]
+pub use seq::*;
 pub use status::*;
+#[cfg(feature = "std")]
+pub use step::*;
