@@ -24,3 +24,8 @@ pub mod pool;
 pub mod prefix;
 
 pub use error::{Error, Result, Status};
+
+/// The Rust program of README.md, compiled and run as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -19,7 +19,7 @@ pub(crate) type Kernel = unsafe fn(&Job<'_>);
 pub(crate) struct Kernels {
     /// For at most [`DECODE_ROWS`](super::decode::DECODE_ROWS) query rows.
     pub decode: Kernel,
-    /// For any number of query rows up to [`TILE_ROWS`](super::prefill::TILE_ROWS).
+    /// For any number of query rows up to [`tile_rows`](super::prefill::tile_rows).
     pub tile: Kernel,
 }
 

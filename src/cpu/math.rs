@@ -33,6 +33,29 @@ pub(crate) unsafe fn exp<V: Vector>(x: V) -> V {
     }
 }
 
+/// `2^x` for `x <= 0`, relative error below 2^-22; exactly 0 below -126 (so for -inf). NaN gives an
+/// unspecified value.
+///
+/// # Safety
+/// As for [`Vector`].
+#[inline(always)]
+pub(crate) unsafe fn exp2<V: Vector>(x: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let floor = V::splat(-126.0);
+        let clamped = x.max(floor);
+        let n = clamped.round();
+        let f = clamped.sub(n);
+        // Minimax polynomial of 2^f for |f| <= 1/2, exact at 0.
+        let p = V::splat(1.326_472_7e-3).fma(f, V::splat(9.671_513e-3));
+        let p = p.fma(f, V::splat(5.550_733_6e-2));
+        let p = p.fma(f, V::splat(2.402_224_2e-1));
+        let p = p.fma(f, V::splat(6.931_47e-1));
+        let p = p.fma(f, V::splat(1.0));
+        p.scale2(n).above(x, floor)
+    }
+}
+
 /// `tanh(x)` from [`exp`], absolute error below 2^-22.
 ///
 /// # Safety
@@ -70,6 +93,22 @@ mod tests {
         assert_eq!(exp1(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp1(-88.0), 0.0);
         assert!(exp1(f32::INFINITY).is_finite());
+    }
+
+    #[test]
+    fn exp2_is_within_its_error() {
+        let mut x = -126.0f32;
+        while x <= 0.0 {
+            // SAFETY: one lane needs nothing.
+            let got = f64::from(unsafe { exp2(One::splat(x)).sum() });
+            let error = (got / f64::from(x).exp2() - 1.0).abs();
+            assert!(error <= 2f64.powi(-22), "2^{x} = {got}: {error:e}");
+            x += 0.013_7;
+        }
+        for (x, want) in [(0.0, 1.0), (-1.0, 0.5), (-126.5, 0.0), (f32::NEG_INFINITY, 0.0)] {
+            // SAFETY: one lane needs nothing.
+            assert_eq!(unsafe { exp2(One::splat(x)).sum() }, want);
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! result. Pure arithmetic; reads no memory of the caller.
 
 use super::decode::{self, DECODE_ROWS};
-use super::prefill::{self, TILE_ROWS};
+use super::prefill;
 use crate::attention::HeadShape;
 use crate::error::{Error, Result};
 
@@ -73,7 +73,13 @@ fn index_bytes(seqs: u32) -> u64 {
 
 /// Scratch of one worker: that of the kernels, then the states of a job that needs no merge.
 fn worker_bytes(shape: &HeadShape) -> u64 {
-    kernel_bytes(shape) + (TILE_ROWS as u64 * state_floats(shape) * 4).next_multiple_of(ALIGN)
+    let rows = u64::from(tile_rows(shape).max(DECODE_ROWS as u32));
+    kernel_bytes(shape) + (rows * state_floats(shape) * 4).next_multiple_of(ALIGN)
+}
+
+/// The most rows of one job of the tile kernel.
+fn tile_rows(shape: &HeadShape) -> u32 {
+    prefill::tile_rows(shape.k_dim as usize, shape.v_dim as usize) as u32
 }
 
 fn kernel_bytes(shape: &HeadShape) -> u64 {
@@ -101,13 +107,14 @@ pub(crate) struct Cut {
 impl Cut {
     pub fn new(shape: &HeadShape) -> Self {
         let group = shape.group();
-        let tile_heads = group.min(TILE_ROWS as u32);
+        let rows = tile_rows(shape);
+        let tile_heads = group.min(rows);
         Self {
             group,
             kv_heads: shape.kv_heads,
             head_tiles: group.div_ceil(tile_heads),
             tile_heads,
-            tile_tokens: TILE_ROWS as u32 / tile_heads,
+            tile_tokens: rows / tile_heads,
             decode_tokens: DECODE_ROWS as u32 / group,
         }
     }
@@ -330,11 +337,12 @@ mod tests {
             let (shape, cut) = (shape(q_heads, kv_heads), Cut::new(&shape(q_heads, kv_heads)));
             for tokens in [1u32, 2, 3, 9, 31, 32, 33, 200] {
                 let seq = cut.sequence(tokens, 0, 5000);
+                let rows = tile_rows(&shape) as usize;
                 let mut seen = alloc::vec![0; (tokens * q_heads) as usize];
                 let mut by_state = seen.clone();
                 for index in 0..seq.cells {
                     let cell = seq.cell(index);
-                    assert!(cell.rows() <= if seq.decode { DECODE_ROWS } else { TILE_ROWS });
+                    assert!(cell.rows() <= if seq.decode { DECODE_ROWS } else { rows });
                     assert_eq!(cell.head / shape.group(), cell.kv_head);
                     for r in 0..cell.rows() {
                         by_state[cell.first_row as usize + r] += 1;

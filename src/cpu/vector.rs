@@ -16,6 +16,8 @@ use crate::dtype::{Element, KvFormat, bf16, f16};
 pub(crate) unsafe trait Vector: Copy {
     /// Lanes: a power of two, at most 16.
     const LANES: usize;
+    /// Whether the machine has 32 registers of this kind, and not 16.
+    const MANY_REGISTERS: bool;
 
     /// `x` in every lane.
     unsafe fn splat(x: f32) -> Self;
@@ -59,6 +61,17 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn round(self) -> Self;
     /// `self * 2^n` for integral `n` in -126..=127.
     unsafe fn scale2(self, n: Self) -> Self;
+    /// Transposes `LANES` rows of `LANES` 32-bit elements: element `(i, j)` is read at
+    /// `from + i * from_stride + j` and written at `to + j * to_stride + i`.
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: the caller's promise.
+                unsafe { to.add(j * to_stride + i).write(from.add(i * from_stride + j).read()) };
+            }
+        }
+    }
 }
 
 /// Hints that the cache line at `p` will be read soon. Any address is allowed.
@@ -130,6 +143,7 @@ pub(crate) struct One(f32);
 #[allow(clippy::undocumented_unsafe_blocks)] // pointers: the callers' promise, as the trait says
 unsafe impl Vector for One {
     const LANES: usize = 1;
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -234,4 +248,10 @@ pub(crate) unsafe trait PairDot: Vector {
     unsafe fn splat_pair(bits: u32) -> Self::Pairs;
     /// `self[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`.
     unsafe fn dot_pairs(self, a: Self::Pairs, b: Self::Pairs) -> Self;
+    /// Writes `2 * LANES` bf16.
+    unsafe fn store_pairs(pairs: Self::Pairs, p: *mut u16);
+    /// `low` and then `high`, rounded to nearest even (subnormal values may become 0).
+    unsafe fn round_pairs(low: Self, high: Self) -> Self::Pairs;
+    /// Reads `LANES` bf16 at each pointer: lane `i` holds `even[i]` (low half) and `odd[i]`.
+    unsafe fn zip(even: *const u16, odd: *const u16) -> Self::Pairs;
 }

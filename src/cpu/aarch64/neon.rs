@@ -40,6 +40,7 @@ unsafe fn widen_bf16(bits: uint16x4_t) -> F32x4 {
 #[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
 unsafe impl Vector for F32x4 {
     const LANES: usize = 4;
+    const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -133,6 +134,20 @@ unsafe impl Vector for F32x4 {
         unsafe {
             let biased = vaddq_s32(vcvtq_s32_f32(n.0), vdupq_n_s32(127));
             Self(vmulq_f32(self.0, vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            let (a, b) = (vld1q_u32(from), vld1q_u32(from.add(from_stride)));
+            let (c, d) =
+                (vld1q_u32(from.add(2 * from_stride)), vld1q_u32(from.add(3 * from_stride)));
+            let (ac0, ac1) = (vzip1q_u32(a, c), vzip2q_u32(a, c));
+            let (bd0, bd1) = (vzip1q_u32(b, d), vzip2q_u32(b, d));
+            vst1q_u32(to, vzip1q_u32(ac0, bd0));
+            vst1q_u32(to.add(to_stride), vzip2q_u32(ac0, bd0));
+            vst1q_u32(to.add(2 * to_stride), vzip1q_u32(ac1, bd1));
+            vst1q_u32(to.add(3 * to_stride), vzip2q_u32(ac1, bd1));
         }
     }
 }

@@ -39,6 +39,7 @@ unsafe fn widen(bits: __m128i) -> F32x8 {
 #[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
 unsafe impl Vector for F32x8 {
     const LANES: usize = 8;
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -140,6 +141,33 @@ unsafe impl Vector for F32x8 {
         unsafe {
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.0), _mm256_set1_epi32(127));
             Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            let mut r = [_mm256_setzero_ps(); 8];
+            let mut t = r;
+            for i in 0..8 {
+                r[i] = _mm256_loadu_ps(from.add(i * from_stride).cast());
+            }
+            // Within 128-bit halves: pairs of rows, then quadruples; then the halves.
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            for i in 0..2 {
+                r[4 * i] = _mm256_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 1] = _mm256_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 2] = _mm256_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                r[4 * i + 3] = _mm256_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                let low = _mm256_permute2f128_ps::<0x20>(r[i], r[i + 4]);
+                let high = _mm256_permute2f128_ps::<0x31>(r[i], r[i + 4]);
+                _mm256_storeu_ps(to.add(i * to_stride).cast(), low);
+                _mm256_storeu_ps(to.add((i + 4) * to_stride).cast(), high);
+            }
         }
     }
 }

@@ -2,7 +2,11 @@
 
 use core::arch::x86_64::*;
 
+use crate::cpu::job::Job;
+use crate::cpu::kernels::Kernels;
+use crate::cpu::prefill;
 use crate::cpu::vector::{PairDot, Vector};
+use crate::dtype::KvFormat;
 
 /// Sixteen f32 lanes.
 #[derive(Clone, Copy)]
@@ -18,6 +22,7 @@ fn below(n: usize) -> u16 {
 #[allow(clippy::undocumented_unsafe_blocks)] // one intrinsic each: the callers' promise
 unsafe impl Vector for F32x16 {
     const LANES: usize = 16;
+    const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -123,6 +128,39 @@ unsafe impl Vector for F32x16 {
     unsafe fn scale2(self, n: Self) -> Self {
         Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
     }
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            let mut r = [_mm512_setzero_ps(); 16];
+            let mut t = r;
+            for i in 0..16 {
+                r[i] = _mm512_loadu_ps(from.add(i * from_stride).cast());
+            }
+            // Within 128-bit quarters: pairs of rows, then quadruples; then the quarters.
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            for i in 0..4 {
+                r[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                r[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                t[i] = _mm512_shuffle_f32x4::<0x88>(r[i], r[i + 4]);
+                t[i + 4] = _mm512_shuffle_f32x4::<0xdd>(r[i], r[i + 4]);
+                t[i + 8] = _mm512_shuffle_f32x4::<0x88>(r[i + 8], r[i + 12]);
+                t[i + 12] = _mm512_shuffle_f32x4::<0xdd>(r[i + 8], r[i + 12]);
+            }
+            for i in 0..8 {
+                let low = _mm512_shuffle_f32x4::<0x88>(t[i], t[i + 8]);
+                let high = _mm512_shuffle_f32x4::<0xdd>(t[i], t[i + 8]);
+                _mm512_storeu_ps(to.add(i * to_stride).cast(), low);
+                _mm512_storeu_ps(to.add((i + 8) * to_stride).cast(), high);
+            }
+        }
+    }
 }
 
 /// bf16 to f32: the sixteen bits become the upper half.
@@ -159,6 +197,22 @@ unsafe impl PairDot for F32x16 {
             Self(_mm512_dpbf16_ps(self.0, a, b))
         }
     }
+    #[inline(always)]
+    unsafe fn store_pairs(pairs: __m512i, p: *mut u16) {
+        unsafe { _mm512_storeu_si512(p.cast(), pairs) }
+    }
+    #[inline(always)]
+    unsafe fn round_pairs(low: Self, high: Self) -> __m512i {
+        unsafe { core::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high.0, low.0)) }
+    }
+    #[inline(always)]
+    unsafe fn zip(even: *const u16, odd: *const u16) -> __m512i {
+        unsafe {
+            let even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.cast()));
+            let odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.cast()));
+            _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd))
+        }
+    }
 }
 
 crate::cpu::kernels::instantiate!(
@@ -167,7 +221,20 @@ crate::cpu::kernels::instantiate!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 );
 
-/// The kernels of the level with bf16 dot products: those of [`kernels`] except for bf16.
-pub(crate) fn kernels_bf16(format: crate::dtype::KvFormat) -> crate::cpu::kernels::Kernels {
-    kernels(format)
+/// The kernels of the level with bf16 dot products: those of [`kernels`], and for bf16 a tile
+/// kernel that takes bf16 queries as they are.
+pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
+    /// [`prefill::tile_pairs`] with the level's instructions.
+    ///
+    /// # Safety
+    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+    unsafe fn tile(job: &Job<'_>) {
+        // SAFETY: the caller's promise; the features are enabled here.
+        unsafe { prefill::tile_pairs::<F32x16>(job) }
+    }
+    match format {
+        KvFormat::Bf16 => Kernels { tile, ..kernels(format) },
+        _ => kernels(format),
+    }
 }
