@@ -13,6 +13,7 @@ extern crate alloc;
 pub mod attention;
 #[cfg(feature = "std")]
 pub mod cache;
+pub mod capi;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
