@@ -6,5 +6,5 @@ programs=$(cargo run --quiet -p ffi-tests -- build "$TARGET_DIR/valgrind")
 for program in $programs; do
     echo "valgrind $(basename "$program")"
     KVCACHE_CPU=$(uname -m | sed 's/x86_64/avx2/; s/aarch64/neon/') valgrind --quiet \
-        --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite "$program"
+        --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite "$program"
 done
