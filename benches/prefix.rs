@@ -6,7 +6,8 @@
 //! first 2,048 tokens are; `miss`: nothing is. Each writes the block ids it found and the tail.
 //! Insertion and eviction are given per block that is new or goes, the comparison of what is there
 //! already included. `flat` is the same number of blocks without anything shared: 10,000 sequences
-//! of 10 blocks.
+//! of 10 blocks. `a block at a time`: 64 sequences that grow to 256 blocks together, each inserted
+//! from its first token whenever it has a block more.
 
 use std::hint::black_box;
 
@@ -130,6 +131,32 @@ fn bench(c: &mut Criterion) {
             b.iter_batched_ref(fresh, evict, BatchSize::PerIteration);
         });
     }
+    // Sixty-four sequences decoded at once, each inserted anew whenever a block of it is full.
+    let decoded: Vec<_> = (0..64).map(|_| random.tokens(256)).collect();
+    let decode = |index: &mut PrefixIndex| {
+        let mut same = Vec::new();
+        for n in 1..=256 {
+            for tokens in &decoded {
+                index.insert(SPACE, &tokens[..n * BLOCK], &ids[..n], &mut same).unwrap();
+            }
+        }
+    };
+    group.throughput(Throughput::Elements(64 * 256));
+    group.bench_function("insert, a block at a time", |b| {
+        b.iter_batched_ref(empty, decode, BatchSize::PerIteration);
+    });
+    let mut index = empty();
+    decode(&mut index);
+    println!("prefix, a block at a time: {} nodes", index.stats().nodes);
+    group.throughput(Throughput::Elements(1));
+    let mut turn = 0;
+    group.bench_function("hit, inserted a block at a time", |b| {
+        b.iter(|| {
+            turn = (turn + 1) % decoded.len();
+            index.lookup(SPACE, black_box(&decoded[turn]), usize::MAX, &mut hit);
+            assert_eq!(hit.tokens, 4096);
+        });
+    });
     group.finish();
 }
 

@@ -41,4 +41,4 @@ fi
 export RUSTC=$prefix/rustc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
-KVCACHE_CONFORMANCE=small cargo test "${lean[@]}" --target $target
+KVCACHE_CONFORMANCE=${KVCACHE_CONFORMANCE:-small} cargo test "${lean[@]}" --target $target

@@ -7,6 +7,6 @@ case $HOST in
     *) skip "no address sanitizer for $HOST" ;;
 esac
 cp Cargo.lock scripts/lean/Cargo.lock
-RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address ${RUSTFLAGS:-}" KVCACHE_CONFORMANCE=small \
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address ${RUSTFLAGS:-}" KVCACHE_CONFORMANCE=${KVCACHE_CONFORMANCE:-small} \
     cargo test --manifest-path scripts/lean/Cargo.toml --target "$HOST" \
     --target-dir "$TARGET_DIR/asan"

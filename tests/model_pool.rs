@@ -1,7 +1,7 @@
 //! Pool, tables and copy-on-write against a naive model: who holds which block, and what each block
 //! contains. The contents of a sequence must never change under it, whoever shares its blocks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvcache::Error;
 use kvcache::ids::BlockId;
@@ -19,8 +19,10 @@ struct Run {
     pool: BlockPool,
     memory: Vec<Vec<u32>>,
     sequences: Vec<Sequence>,
-    /// References held outside tables, as a prefix index would.
+    /// References held outside tables.
     held: Vec<BlockId>,
+    /// Blocks that the prefix index holds.
+    cached: BTreeSet<BlockId>,
     next_token: u32,
 }
 
@@ -38,6 +40,9 @@ enum Op {
     Merge(usize, usize),
     Hold(usize, usize),
     Drop(usize),
+    /// The prefix index takes a full block, and gives one up.
+    Cache(usize, usize),
+    Uncache(usize),
     /// A batch of raw blocks, then given back with one bad id among them, then properly.
     Batch(usize, u32, usize),
 }
@@ -54,6 +59,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (i(), i()).prop_map(|(a, b)| Op::Merge(a, b)),
         3 => (i(), i()).prop_map(|(s, n)| Op::Hold(s, n)),
         3 => i().prop_map(Op::Drop),
+        4 => (i(), i()).prop_map(|(s, n)| Op::Cache(s, n)),
+        3 => i().prop_map(Op::Uncache),
         2 => (0..30usize, any::<u32>(), i()).prop_map(|(n, b, at)| Op::Batch(n, b, at)),
     ]
 }
@@ -66,6 +73,7 @@ impl Run {
             memory: vec![vec![0; block_tokens]; blocks as usize],
             sequences: vec![Sequence { table: BlockTable::new(), tokens: Vec::new() }],
             held: Vec::new(),
+            cached: BTreeSet::new(),
             next_token: 1,
         }
     }
@@ -190,6 +198,27 @@ impl Run {
                     assert_eq!(self.pool.release(block), Ok(last));
                 }
             }
+            Op::Cache(s, n) => {
+                if let Some(s) = pick(s, count)
+                    && let Some(n) = pick(n, self.sequences[s].tokens.len() / bt)
+                {
+                    let block = self.sequences[s].table.blocks()[n];
+                    let done = self.pool.cache(block);
+                    let twice = !self.cached.insert(block);
+                    let refused = Err(Error::BadBlock { block: block.0 });
+                    assert_eq!(done, if twice { refused } else { Ok(()) });
+                }
+            }
+            Op::Uncache(n) => {
+                if let Some(n) = pick(n, self.cached.len()) {
+                    let block = *self.cached.iter().nth(n).unwrap();
+                    self.cached.remove(&block);
+                    let last = self.pool.refs(block) == 1;
+                    assert_eq!(self.pool.uncache(block), Ok(last));
+                    let refused = Err(Error::BadBlock { block: block.0 });
+                    assert_eq!(self.pool.uncache(block), refused, "it is not cached any more");
+                }
+            }
             Op::Batch(n, bad, at) => self.batch(n, bad, at),
         }
     }
@@ -218,13 +247,18 @@ impl Run {
         self.pool.audit().unwrap();
         let mut holders: BTreeMap<u32, u32> = BTreeMap::new();
         let tables = self.sequences.iter().flat_map(|s| s.table.blocks());
-        for block in tables.chain(&self.held) {
+        for block in tables.chain(&self.held).chain(&self.cached) {
             *holders.entry(block.0).or_default() += 1;
         }
+        let mut only = 0;
         for block in 0..self.pool.blocks() {
             let want = holders.get(&block).copied().unwrap_or(0);
             assert_eq!(self.pool.refs(BlockId(block)), want, "holders of block {block}");
+            let cached = self.cached.contains(&BlockId(block));
+            assert_eq!(self.pool.is_cached(BlockId(block)), cached);
+            only += u32::from(cached && want == 1);
         }
+        assert_eq!(self.pool.cached_blocks(), only, "blocks that only the index holds");
         assert_eq!(self.pool.free_blocks() as usize + holders.len(), self.memory.len());
         for s in &self.sequences {
             let bt = self.block_tokens;
@@ -238,7 +272,7 @@ impl Run {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn the_pool_is_the_model(
@@ -253,6 +287,9 @@ proptest! {
         }
         for mut s in run.sequences.drain(..) {
             s.table.release_all(&mut run.pool).unwrap();
+        }
+        for block in std::mem::take(&mut run.cached) {
+            run.pool.uncache(block).unwrap();
         }
         for block in run.held.drain(..) {
             run.pool.release(block).unwrap();

@@ -343,7 +343,7 @@ fn case() -> impl Strategy<Value = (usize, usize, u32, Vec<Op>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn the_index_is_the_model((bt, groups, capacity, ops) in case()) {

@@ -52,14 +52,16 @@ macro_rules! instantiate {
     ($name:ident, $vector:ty $(, $features:literal)?) => {
         /// The kernels of this level for `format`.
         pub(crate) fn $name(format: $crate::dtype::KvFormat) -> $crate::cpu::kernels::Kernels {
-            use $crate::cpu::{decode, job::Job, kernels::Kernels, prefill, vector::Stored};
             use $crate::cpu::finish::{Part, finish_row};
+            use $crate::cpu::{
+                decode, dot::Widened, job::Job, kernels::Kernels, prefill, vector::Stored,
+            };
             use $crate::dtype::{DType, KvFormat, bf16, f16};
 
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { decode::decode::<$vector, S>(job) }
+                unsafe { decode::decode::<$vector, S, Widened<S>>(job) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn tile_kernel<S: Stored>(job: &Job<'_>) {

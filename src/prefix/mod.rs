@@ -103,6 +103,17 @@ impl Position {
     pub fn blocks(&self) -> usize {
         self.blocks as usize
     }
+
+    /// The position as numbers, for a caller that cannot hold a Rust value.
+    pub(crate) fn to_parts(self) -> [u32; 3] {
+        [self.node, self.generation, self.blocks]
+    }
+
+    /// The position that [`Self::to_parts`] took apart. Invented numbers do no harm: a position is
+    /// checked where it is used.
+    pub(crate) fn from_parts([node, generation, blocks]: [u32; 3]) -> Self {
+        Position { node, generation, blocks }
+    }
 }
 
 /// Sizes of an index at one moment.

@@ -57,7 +57,7 @@ impl Table {
     #[inline]
     fn home(&self, tag: u32) -> usize {
         // The top bits; a table of one entry has none.
-        (u64::from(tag) * self.entries.len() as u64 >> 32) as usize
+        ((u64::from(tag) * self.entries.len() as u64) >> 32) as usize
     }
 
     /// The node under `key` for which `is` holds.

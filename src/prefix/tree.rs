@@ -48,7 +48,7 @@ pub(super) struct Node {
     pub token: TokenId,
     /// Edge: pins that end here.
     pub pins: u32,
-    /// Raised whenever the place is emptied.
+    /// Raised whenever the edge is cut short or the place is emptied.
     pub generation: u32,
     pub kind: Kind,
     /// Whether the eviction queue has an entry for this place.

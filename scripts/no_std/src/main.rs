@@ -24,6 +24,10 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     unsafe { abort() }
 }
 
+/// Named by the landing pads of the precompiled `alloc`; nothing unwinds, so nothing calls it.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() {}
+
 const ARENA_BYTES: usize = 1 << 20;
 
 /// Hands out a static array once, front to back.
