@@ -138,7 +138,7 @@ impl GroupLayout {
         if spec.window == Some(0) {
             return Err(Error::invalid("window", "must be at least 1 token"));
         }
-        let dim_ok = |dim: u32, max: u32| dim != 0 && dim % 8 == 0 && dim <= max;
+        let dim_ok = |dim: u32, max: u32| dim != 0 && dim.is_multiple_of(8) && dim <= max;
         if spec.v_in_k {
             if spec.kv_heads != 1 {
                 return Err(Error::invalid("kv_heads", "must be 1 where values lie in keys"));

@@ -13,6 +13,7 @@ extern crate alloc;
 pub mod attention;
 #[cfg(feature = "std")]
 pub mod cache;
+pub mod capi;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
@@ -23,3 +24,8 @@ pub mod pool;
 pub mod prefix;
 
 pub use error::{Error, Result, Status};
+
+/// The Rust program of README.md, compiled and run as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

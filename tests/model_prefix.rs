@@ -325,6 +325,12 @@ impl Run {
         assert_eq!(stats.namespaces, spaces.len());
         assert_eq!(stats.pins, self.model.pins.len());
         assert_eq!(self.index.free_blocks(), self.model.capacity - stats.blocks);
+        let mut seen = Vec::new();
+        self.index.for_each_block(&mut |ids| seen.push(ids.to_vec()));
+        let mut want: Vec<_> = self.model.entries.values().map(|e| e.ids.clone()).collect();
+        seen.sort_unstable();
+        want.sort_unstable();
+        assert_eq!(seen, want);
     }
 }
 
@@ -337,7 +343,7 @@ fn case() -> impl Strategy<Value = (usize, usize, u32, Vec<Op>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn the_index_is_the_model((bt, groups, capacity, ops) in case()) {

@@ -138,7 +138,8 @@ impl Report<'_> {
         if let Some(checked) = self.checked {
             row("check: largest relative error", format!("{:.2e}", checked.max_relative_error));
             row("check: allowed", format!("{:.0e}", checked.tolerance));
-            row("check: greedy tokens equal", format!("{}", checked.tokens_equal));
+            let ties = checked.ties;
+            row("check: greedy tokens equal", format!("{} ({ties} ties)", checked.tokens_equal));
             row("check", String::from(if checked.passed() { "passed" } else { "FAILED" }));
         }
     }

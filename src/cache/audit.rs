@@ -22,7 +22,7 @@ impl KvCache {
         if let Some(prefix) = &self.prefix {
             prefix.audit().map_err(|error| error.to_string())?;
             let mut twice = false;
-            prefix.for_each(&mut |ids| {
+            prefix.for_each_block(&mut |ids| {
                 for (marks, id) in
                     indexed.iter_mut().zip(ids).filter(|(_, id)| **id != BlockId::NONE)
                 {

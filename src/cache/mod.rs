@@ -113,6 +113,10 @@ impl KvCache {
             return Err(Error::invalid("blocks", "must be at least 1"));
         }
         let sequences = Sequences::new(options.max_seqs)?;
+        // Storage first: it is by far the largest, so what cannot be had fails before the rest.
+        for layout in &layouts {
+            layout.pool_bytes(options.blocks.into())?;
+        }
         let pools =
             layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {

@@ -5,11 +5,12 @@
 
 use super::args::{AttendArgs, Sequence};
 use super::executor::Executor;
-use super::finish::{Part, finish_row};
+use super::finish::Part;
 use super::job::{Blocks, Coming, Job, States};
 use super::kernels::Kernels;
 use super::level::CpuLevel;
 use super::plan::{Cell, Cut, SeqCut, Start, Workspace};
+use super::vector::prefetch;
 use crate::error::{Error, Result};
 use crate::layout::Strides;
 
@@ -183,6 +184,8 @@ impl Call<'_> {
             }
             if alone {
                 for r in 0..rows {
+                    let ahead = (r + ROWS_AHEAD).min(rows - 1);
+                    self.expect_row(&place.seq, &place.cell, ahead);
                     let part = Part {
                         m: states.m.add(r).read(),
                         l: states.l.add(r).read(),
@@ -303,16 +306,30 @@ impl Call<'_> {
         }
     }
 
+    /// Token and query head of row `r` of a cell.
+    fn place_of(&self, seq: &Sequence, cell: &Cell, r: usize) -> (u32, u32) {
+        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
+        (token, cell.head + (r % cell.heads as usize) as u32)
+    }
+
+    /// Prefetches the output of row `r` of a cell: outputs of different tokens lie pages apart.
+    fn expect_row(&self, seq: &Sequence, cell: &Cell, r: usize) {
+        let (token, head) = self.place_of(seq, cell, r);
+        let out = self.args.out.row(token, head);
+        let bytes = (self.args.shape.v_dim * self.args.out.dtype.bytes()) as usize;
+        (0..bytes).step_by(64).for_each(|at| prefetch(out.wrapping_add(at)));
+    }
+
     /// Merges the parts of row `r` of a cell and writes its output and LSE.
     unsafe fn write_row(&self, seq: &Sequence, cell: &Cell, r: usize, parts: &[Part]) {
         let args = self.args;
-        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
-        let head = cell.head + (r % cell.heads as usize) as u32;
+        let (token, head) = self.place_of(seq, cell, r);
         let sink = args.scoring.sinks.map(|sinks| sinks[head as usize]);
         // SAFETY: the caller's promise.
         unsafe {
             let out = args.out.row(token, head);
-            let lse = finish_row(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
+            let lse =
+                (self.kernels.finish)(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
             if !args.lse.is_null() {
                 let row = token as usize * args.shape.q_heads as usize + head as usize;
                 args.lse.add(row).write(lse);
@@ -321,5 +338,7 @@ impl Call<'_> {
     }
 }
 
+/// Rows between the one that is written and the one that is prefetched.
+const ROWS_AHEAD: usize = 16;
 /// The most splits of a cell.
 const MAX_PARTS: usize = super::plan::MAX_SPLITS as usize + 1;

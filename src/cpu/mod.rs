@@ -19,6 +19,7 @@ mod kernels;
 mod level;
 mod math;
 mod memory;
+mod name;
 mod plan;
 mod prefill;
 mod rope;
@@ -38,6 +39,7 @@ pub use args::{AttendArgs, BlockTables, KvView, RowsView};
 pub use attend::attend;
 pub use executor::{Executor, Serial};
 pub use level::CpuLevel;
+pub use name::kernel_name;
 pub use plan::{AttendMaxima, attend_workspace_bytes};
 pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
 #[cfg(feature = "std")]

@@ -1,3 +1,5 @@
+//! The planner against published figures, against counting, and at the edges of 64 bits.
+
 use super::presets::{self, Preset};
 use super::*;
 use crate::layout::{GroupSpec, MAX_GROUPS};

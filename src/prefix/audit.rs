@@ -7,7 +7,6 @@ use super::blocks::Run;
 use super::tree::{Kind, Node};
 use super::{NIL, PrefixIndex};
 use crate::error::{Error, Result};
-use crate::ids::BlockId;
 
 fn must(holds: bool, why: &'static str) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::InvalidState { why }) }
@@ -77,17 +76,6 @@ impl PrefixIndex {
         must(branches == tree.branches.len(), "prefix: the branch table has other entries")?;
         self.blocks.audit(&used)?;
         self.audit_queue(&seen)
-    }
-
-    /// Calls `visit` with the ids of every cached block, one a group, in no particular order.
-    pub fn for_each(&self, visit: &mut dyn FnMut(&[BlockId])) {
-        for at in 0..self.tree.places() as u32 {
-            if let Some(node) = self.tree.get(at).filter(|node| node.kind == Kind::Edge) {
-                for start in node.start..node.start + node.len {
-                    visit(self.blocks.ids(Run { start, len: 1 }));
-                }
-            }
-        }
     }
 
     /// The children of a fork agree up to its token, differ there, and are found by it.

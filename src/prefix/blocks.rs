@@ -131,11 +131,25 @@ impl Blocks {
 
     /// Takes one run of `want` slots, or of fewer where none is that long. Some slot is free.
     fn take_run(&mut self, want: u32) -> Run {
+        if let Some(run) = self.take_whole(want) {
+            return run;
+        }
+        let fresh = self.capacity - self.length.len() as u32;
+        let longest = self.some.checked_ilog2().map(|list| self.lists[list as usize]);
+        match longest.map(|start| (start, self.length[start as usize])) {
+            Some((start, len)) if len >= fresh => self.cut(start, len),
+            _ => self.grow(fresh),
+        }
+    }
+
+    /// Takes one run of `want` slots if one is found: it may miss one that is hardly longer than
+    /// `want`, to be O(1).
+    pub(super) fn take_whole(&mut self, want: u32) -> Option<Run> {
         let sure = want.next_power_of_two().trailing_zeros();
         let longer = self.some & (u32::MAX << sure);
         if longer != 0 {
             let start = self.lists[longer.trailing_zeros() as usize];
-            return self.cut(start, want);
+            return Some(self.cut(start, want));
         }
         // The list below may have one too: look at a few.
         let mut at = if sure > 0 { self.lists[sure as usize - 1] } else { NIL };
@@ -144,20 +158,30 @@ impl Blocks {
                 break;
             }
             if self.length[at as usize] >= want {
-                return self.cut(at, want);
+                return Some(self.cut(at, want));
             }
             at = self.next(at);
         }
         let fresh = self.capacity - self.length.len() as u32;
-        if fresh >= want {
-            return self.grow(want);
+        (fresh >= want).then(|| self.grow(want))
+    }
+
+    /// Takes the slots right behind `run`, up to `want`, as far as they are free: maybe none.
+    pub(super) fn take_behind(&mut self, run: Run, want: u32) -> Run {
+        let end = run.start + run.len;
+        match self.length.get(end as usize) {
+            None => self.grow(want.min(self.capacity - end)),
+            Some(&0) => Run { start: end, len: 0 },
+            Some(&len) => self.cut(end, want.min(len)),
         }
-        if self.some == 0 {
-            return self.grow(fresh);
-        }
-        let start = self.lists[31 - self.some.leading_zeros() as usize];
-        let len = self.length[start as usize];
-        if len >= fresh { self.cut(start, len.min(want)) } else { self.grow(fresh) }
+    }
+
+    /// Copies tokens and ids of `from` to the slots from `to` on, which were taken.
+    pub(super) fn copy(&mut self, from: Run, to: u32) {
+        let (start, end, to) = (from.start as usize, (from.start + from.len) as usize, to as usize);
+        let (n, g) = (self.block_tokens, self.groups);
+        self.tokens.copy_within(start * n..end * n, to * n);
+        self.ids.copy_within(start * g..end * g, to * g);
     }
 
     /// Takes `len` slots that were never used before.
@@ -311,10 +335,10 @@ mod tests {
             let mut blocks = Blocks::new(bt, groups, 64).unwrap();
             let mut held: Vec<Run> = vec![];
             let mut x = 12345u64;
-            for _ in 0..4000 {
+            for _ in 0..if cfg!(miri) { 100 } else { 4000 } {
                 x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let r = (x >> 33) as u32;
-                if r % 3 != 0 && blocks.free() > 0 {
+                if !r.is_multiple_of(3) && blocks.free() > 0 {
                     let want = 1 + (r >> 8) % blocks.free().min(20);
                     blocks.take(want, &mut held).unwrap();
                 } else if !held.is_empty() {

@@ -67,6 +67,7 @@ impl PrefixIndex {
         let node = &mut self.tree[leaf];
         node.len -= blocks;
         node.end -= blocks;
+        // Other blocks may take their place in this edge: positions here end.
         node.generation = node.generation.wrapping_add(1);
         let (start, len, stamp) = (node.start, node.len, node.stamp);
         self.blocks.give(Run { start: start + len, len: blocks });

@@ -70,7 +70,7 @@ impl PrefixIndex {
         }
     }
 
-    /// Hangs whole new blocks below the end of `walk`.
+    /// Stores whole new blocks below the end of `walk`.
     fn store(
         &mut self,
         space: Namespace,
@@ -82,22 +82,28 @@ impl PrefixIndex {
         let mut runs = core::mem::take(&mut self.runs);
         runs.clear();
         let count = (tokens.len() / block_tokens) as u32;
+        let grown = self.grow_leaf(walk, count);
         // An edge for each run, a root, the upper part of a split edge, a fork.
-        let reserved = self.blocks.take(count, &mut runs).and_then(|()| {
-            self.reserve_nodes(runs.len() + 3).inspect_err(|_| {
+        let reserved = self.blocks.take(count - grown.len, &mut runs).and_then(|()| {
+            let nodes = if runs.is_empty() { 0 } else { runs.len() + 3 };
+            self.reserve_nodes(nodes).inspect_err(|_| {
                 for &run in &runs {
                     self.blocks.give(run);
                 }
             })
         });
         if let Err(error) = reserved {
+            if grown.len > 0 {
+                self.blocks.give(grown);
+            }
             self.runs = runs;
             return Err(error);
         }
 
         // Nothing fails from here on.
-        let (mut depth, mut at, mut end) = (walk.depth, 0, NIL);
-        for &run in &runs {
+        let (mut depth, mut at, mut end) = (walk.depth, 0, walk.node);
+        let behind = (grown.len > 0).then_some(grown);
+        for (i, run) in behind.into_iter().chain(runs.drain(..)).enumerate() {
             let next = at + run.len as usize;
             self.blocks.fill(
                 run,
@@ -105,18 +111,52 @@ impl PrefixIndex {
                 &ids[at * groups..next * groups],
             );
             depth += run.len;
-            let edge = self.tree.new_edge(run.start, run.len, depth);
-            if end == NIL {
-                self.hang(space, walk, edge, tokens);
+            if i == 0 && grown.len > 0 {
+                let leaf = &mut self.tree[end];
+                (leaf.len, leaf.end) = (leaf.len + run.len, depth);
             } else {
-                self.tree.attach(end, edge);
+                let edge = self.tree.new_edge(run.start, run.len, depth);
+                if at == 0 {
+                    self.hang(space, walk, edge, tokens);
+                } else {
+                    self.tree.attach(end, edge);
+                }
+                end = edge;
             }
-            (at, end) = (next, edge);
+            at = next;
         }
         self.runs = runs;
         self.tree[end].stamp = self.tick();
         self.queue_if_leaf(end);
         Ok(Position { node: end, generation: self.tree[end].generation, blocks: depth })
+    }
+
+    /// Slots right behind the edge at whose end `walk` ended, if that is a leaf without pins, so
+    /// that the edge can be made longer instead of hanging new ones below it. At most `count`,
+    /// maybe none. A short edge is moved to where all have room: sequences that are inserted a
+    /// block at a time (while they are decoded) would else become chains of edges of one block.
+    fn grow_leaf(&mut self, walk: &Walk, count: u32) -> Run {
+        const MOVED_BLOCKS: u32 = 64;
+        let none = Run { start: 0, len: 0 };
+        if walk.depth == 0 {
+            return none;
+        }
+        let edge = &self.tree[walk.node];
+        if walk.inside < edge.len || edge.child != NIL || edge.pins > 0 {
+            return none;
+        }
+        let old = Run { start: edge.start, len: edge.len };
+        let behind = self.blocks.take_behind(old, count);
+        if behind.len > 0 || old.len > MOVED_BLOCKS {
+            return behind;
+        }
+        let Some(whole) = self.blocks.take_whole(old.len + count) else {
+            return none;
+        };
+        self.blocks.copy(old, whole.start);
+        self.blocks.give(old);
+        self.tree[walk.node].start = whole.start;
+        Run { start: whole.start + old.len, len: count }
     }
 
     /// Hangs `edge`, which begins with `tokens`, below the end of `walk`.

@@ -16,8 +16,9 @@
 //! which is first split there: recency and pins are exact to the block.
 //!
 //! # Positions
-//! A position stays good while other sequences are inserted, locked and evicted. Once a block of
-//! the edge that it ended in is evicted or removed it is stale, and refused.
+//! A position stays good through insertions, splits, locks and touches. Eviction and removal can
+//! make it stale: always if its last block went, sometimes if blocks below it did. A stale position
+//! is refused; look up again.
 //!
 //! # Recency
 //! Least recently used, leaf first: of all blocks that nothing hangs below, the one whose last
@@ -54,6 +55,7 @@ mod tree;
 use alloc::vec::Vec;
 
 use crate::error::{Error, Result};
+use crate::ids::BlockId;
 use blocks::{Blocks, Run};
 use pins::Pins;
 use queue::Queue;
@@ -100,6 +102,17 @@ impl Position {
     /// How many whole blocks the prefix has.
     pub fn blocks(&self) -> usize {
         self.blocks as usize
+    }
+
+    /// The position as numbers, for a caller that cannot hold a Rust value.
+    pub(crate) fn to_parts(self) -> [u32; 3] {
+        [self.node, self.generation, self.blocks]
+    }
+
+    /// The position that [`Self::to_parts`] took apart. Invented numbers do no harm: a position is
+    /// checked where it is used.
+    pub(crate) fn from_parts([node, generation, blocks]: [u32; 3]) -> Self {
+        Position { node, generation, blocks }
     }
 }
 
@@ -165,6 +178,14 @@ impl PrefixIndex {
     /// How many block entries can be inserted before something must be evicted.
     pub fn free_blocks(&self) -> usize {
         self.blocks.free() as usize
+    }
+
+    /// Shows the ids of every cached block entry, one per group, in no particular order.
+    pub fn for_each_block(&self, see: &mut dyn FnMut(&[BlockId])) {
+        for edge in self.tree.edges() {
+            let ids = self.blocks.ids(Run { start: edge.start, len: edge.len });
+            ids.chunks_exact(self.blocks.groups).for_each(&mut *see);
+        }
     }
 
     /// Sizes now.

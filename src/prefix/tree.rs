@@ -48,7 +48,7 @@ pub(super) struct Node {
     pub token: TokenId,
     /// Edge: pins that end here.
     pub pins: u32,
-    /// Raised whenever the end of the edge moves up or the place is emptied.
+    /// Raised whenever the edge is cut short or the place is emptied.
     pub generation: u32,
     pub kind: Kind,
     /// Whether the eviction queue has an entry for this place.
@@ -119,6 +119,11 @@ impl Tree {
 
     pub(super) fn get(&self, node: u32) -> Option<&Node> {
         self.arena.get(node as usize)
+    }
+
+    /// Every edge, in no order.
+    pub(super) fn edges(&self) -> impl Iterator<Item = &Node> {
+        self.arena.iter().filter(|node| node.kind == Kind::Edge)
     }
 
     pub(super) fn bytes(&self) -> usize {

@@ -1,0 +1,85 @@
+// Sequences: start, fork, truncate, release, read back, and ids that are not live.
+#include "toy_model.h"
+
+int main(void) {
+    kvc_cache *cache = toy_cache(32, 3);
+    kvc_cache *other = toy_cache(32, 3);
+    kvc_step *step = NULL;
+    kvc_cache_counts counts;
+    uint32_t prompt[40];
+    uint32_t out[40];
+    int32_t blocks[8];
+    int32_t forked[8];
+    uint32_t cached = 77;
+    uint64_t count = 77;
+    kvc_seq seq = 77;
+    kvc_seq fork = 77;
+    kvc_seq extra = 77;
+
+    for (uint32_t i = 0; i < 40; i++) {
+        prompt[i] = 10 + i;
+    }
+    OK(kvc_step_create(&step));
+
+    FAILS(KVC_ERR_NULL_POINTER, "cache", kvc_seq_start(NULL, prompt, 40, 0, &seq, &cached));
+    FAILS(KVC_ERR_NULL_POINTER, "prompt", kvc_seq_start(cache, NULL, 40, 0, &seq, &cached));
+    FAILS(KVC_ERR_NULL_POINTER, "out_seq", kvc_seq_start(cache, prompt, 40, 0, NULL, &cached));
+    FAILS(KVC_ERR_NULL_POINTER, "out_cached", kvc_seq_start(cache, prompt, 40, 0, &seq, NULL));
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "prompt", kvc_seq_start(cache, prompt, 0, 0, &seq, &cached));
+    FAILS(KVC_ERR_OVERFLOW, "prompt", kvc_seq_start(cache, prompt, UINT64_MAX, 0, &seq, &cached));
+    FAILS(KVC_ERR_MISALIGNED, "prompt",
+          kvc_seq_start(cache, (const uint32_t *)(const void *)((const char *)prompt + 1), 4, 0,
+                        &seq, &cached));
+    CHECK(seq == 77 && cached == 77);
+
+    OK(kvc_seq_start(cache, prompt, 40, 0, &seq, &cached));
+    CHECK(cached == 0);
+    toy_feed(cache, step, seq, prompt, 0, 40);
+
+    // Reading back.
+    OK(kvc_seq_tokens(cache, seq, NULL, 0, &count));
+    CHECK(count == 40);
+    FAILS(KVC_ERR_BUFFER_TOO_SMALL, "40 needed", kvc_seq_tokens(cache, seq, out, 39, &count));
+    OK(kvc_seq_tokens(cache, seq, out, 40, &count));
+    CHECK(memcmp(out, prompt, sizeof prompt) == 0);
+    OK(kvc_seq_blocks(cache, seq, 0, blocks, 8, &count));
+    CHECK(count == 3);
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "group", kvc_seq_blocks(cache, seq, 1, blocks, 8, &count));
+
+    // A fork has the same blocks; the one that is written first gets its own last block.
+    OK(kvc_seq_fork(cache, seq, &fork));
+    OK(kvc_seq_blocks(cache, fork, 0, forked, 8, &count));
+    CHECK(fork != seq && count == 3 && memcmp(blocks, forked, 3 * sizeof *blocks) == 0);
+    OK(kvc_seq_truncate(cache, fork, 35));
+    {
+        uint32_t other_way[41];
+        memcpy(other_way, prompt, sizeof prompt);
+        other_way[35] = 999;
+        toy_feed(cache, step, fork, other_way, 35, 1);
+    }
+    OK(kvc_seq_blocks(cache, fork, 0, forked, 8, &count));
+    CHECK(forked[1] == blocks[1] && forked[2] != blocks[2]);
+    OK(kvc_cache_stats(cache, &counts, sizeof counts));
+    CHECK(counts.copied_blocks == 1 && counts.sequences == 2);
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "tokens", kvc_seq_truncate(cache, fork, 37));
+
+    // The limit.
+    OK(kvc_seq_start(cache, prompt, 20, 0, &extra, &cached));
+    CHECK(cached == 19);
+    FAILS(KVC_ERR_OUT_OF_SEQUENCES, "3", kvc_seq_fork(cache, seq, &seq));
+    FAILS(KVC_ERR_OUT_OF_SEQUENCES, "3", kvc_seq_start(cache, prompt, 20, 0, &seq, &cached));
+
+    // Ids that are not live: ended, of another cache, invented.
+    OK(kvc_seq_release(cache, extra));
+    FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_release(cache, extra));
+    FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_tokens(cache, extra, out, 40, &count));
+    FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_fork(cache, UINT32_MAX, &extra));
+    FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_truncate(other, fork, 0));
+    OK(kvc_seq_start(cache, prompt, 20, 0, &extra, &cached));
+
+    OK(kvc_step_destroy(step));
+    OK(kvc_cache_destroy(cache));
+    FAILS(KVC_ERR_STALE_HANDLE, "cache", kvc_seq_release(cache, seq));
+    OK(kvc_cache_destroy(other));
+    return check_result();
+}

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# What takes longer than .ci/run may: more random cases, every CPU level, the whole conformance table
+# under the sanitizer and on aarch64, fuzzers, the oldest supported compiler, benchmarks that measure.
+# `scripts/deep.sh NAME...` runs only those parts.
+source "$(dirname "$0")/common.sh"
+
+# Ten thousand cases per property instead of the default.
+part_random() {
+    PROPTEST_CASES=${PROPTEST_CASES:-10000} cargo test --release \
+        --test model_pool --test model_prefix --test cache
+}
+
+# The cache's tests once for each level this CPU has (the conformance table visits them all itself).
+part_levels() {
+    local level said
+    for level in scalar avx2 avx512 avx512bf16 neon; do
+        if said=$(KVCACHE_CPU=$level cargo test --test cache 2>&1); then
+            echo "$level: $(grep '^test result' <<<"$said")"
+        elif grep -q 'the level that KVCACHE_CPU names' <<<"$said"; then
+            # The library's own answer: nothing else may excuse a failure.
+            echo "skipped: this CPU has no $level"
+        else
+            echo "$said"
+            return 1
+        fi
+    done
+}
+
+part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
+
+part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
+
+part_fuzz() {
+    [ -d fuzz ] || { echo "skipped: no fuzz directory"; return; }
+    cargo fuzz --version >/dev/null 2>&1 || { echo "skipped: cargo-fuzz is not installed"; return; }
+    local target
+    for target in $(cargo fuzz list); do
+        RUSTC_BOOTSTRAP=1 cargo fuzz run "$target" -- -max_total_time="${FUZZ_SECONDS:-300}"
+    done
+}
+
+part_msrv() {
+    local version
+    version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    cargo "+$version" --version >/dev/null 2>&1 || { echo "skipped: no Rust $version here"; return; }
+    cargo "+$version" check --workspace --target-dir "$TARGET_DIR/msrv"
+}
+
+part_features() {
+    cargo check -p libkvcache --no-default-features
+    cargo check -p libkvcache --no-default-features --features capi
+    cargo check -p libkvcache --all-features
+}
+
+part_benches() { cargo bench; }
+
+# Each part runs in its own process: `set -e` does not hold inside a tested command.
+if [ "${1:-}" = --one ]; then
+    "part_$2"
+    exit
+fi
+parts=(random levels features asan aarch64 fuzz msrv benches)
+[ $# = 0 ] || parts=("$@")
+failed=()
+for part in "${parts[@]}"; do
+    printf '\n== %s\n' "$part"
+    start=$SECONDS
+    code=0
+    scripts/deep.sh --one "$part" || code=$?
+    [ $code = 0 ] || [ $code = 77 ] || failed+=("$part")
+    echo "$part: $((SECONDS - start)) s"
+done
+echo "$((${#parts[@]} - ${#failed[@]})) passed or skipped, ${#failed[@]} failed ${failed[*]}"
+[ ${#failed[@]} = 0 ]

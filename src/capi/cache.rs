@@ -1,0 +1,227 @@
+//! The cache noun: `crate::cache::KvCache` behind a handle and a lock.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::handle::{self, Noun, Shared};
+use super::plan::{kvc_group_spec, read_spec};
+use super::pointer::{self, Plain, Sized32, flag};
+use super::status::{guard, kvc_status};
+use crate::cache::{CacheOptions, KvCache};
+use crate::error::{Error, Result};
+
+/// The whole cache: block pools, prefix index, storage of K and V, and kernels with threads of
+/// their own. Calls on it are thread-safe: one runs at a time and the others wait.
+pub struct kvc_cache(());
+
+/// What a cache handle holds.
+pub(super) struct Locked(Mutex<KvCache>);
+
+impl Noun for Locked {
+    type Handle = kvc_cache;
+    const KIND: usize = 3;
+    const NAME: &'static str = "cache";
+}
+
+impl Locked {
+    /// Waits for the calls of other threads.
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, KvCache>> {
+        // Poisoned while this call was waiting; the handle is poisoned too.
+        self.0.lock().map_err(|_: PoisonError<_>| Error::Poisoned)
+    }
+}
+
+/// The cache of a handle.
+pub(super) fn open(cache: *const kvc_cache) -> Result<Shared<Locked>> {
+    handle::shared::<Locked>(cache)
+}
+
+/// Sizes and policies of a cache.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvc_cache_options {
+    /// sizeof(kvc_cache_options); kvc_cache_options_init sets it.
+    pub struct_size: u32,
+    /// Tokens of a block: a power of two, 16 to 256. 16 by default.
+    pub block_tokens: u32,
+    /// Blocks of each layer group. 1024 by default.
+    pub blocks: u32,
+    /// Sequences that may live at once, 1 to 65536. 256 by default.
+    pub max_seqs: u32,
+    /// Threads for kernels; 0 (the default) for one a core.
+    pub threads: u32,
+    /// 1 (the default): publish committed blocks to the prefix index and start sequences from it.
+    pub prefix_reuse: u32,
+}
+
+// SAFETY: integers.
+unsafe impl Plain for kvc_cache_options {}
+// SAFETY: the first field is the size.
+unsafe impl Sized32 for kvc_cache_options {
+    const NAME: &'static str = "kvc_cache_options";
+    const FIRST_BYTES: usize = size_of::<Self>();
+    fn initial() -> Self {
+        let CacheOptions { blocks, max_seqs, threads, prefix_reuse } = CacheOptions::default();
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            block_tokens: 16,
+            blocks,
+            max_seqs,
+            threads,
+            prefix_reuse: u32::from(prefix_reuse),
+        }
+    }
+}
+
+/// What a cache holds now, and what happened since it was created. Block counts are of the first
+/// layer group; blocks = free_blocks + cached_blocks + referenced_blocks.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvc_cache_counts {
+    /// Blocks of the pool.
+    pub blocks: u32,
+    /// Blocks that hold nothing.
+    pub free_blocks: u32,
+    /// Blocks that only the prefix index holds: reusable, and evictable.
+    pub cached_blocks: u32,
+    /// Blocks that sequences use.
+    pub referenced_blocks: u32,
+    /// Live sequences.
+    pub sequences: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Tokens that the live sequences hold, shared ones counted for each.
+    pub sequence_tokens: u64,
+    /// Unused slots in the last blocks of live sequences, in tokens.
+    pub waste_tokens: u64,
+    /// Bytes of one block in all groups.
+    pub block_bytes: u64,
+    /// Bytes of the whole pool in all groups.
+    pub pool_bytes: u64,
+    /// Prompt tokens given to kvc_seq_start.
+    pub looked_up_tokens: u64,
+    /// Those of them that were found.
+    pub hit_tokens: u64,
+    /// Entries taken out of the prefix index to make room.
+    pub evicted_blocks: u64,
+    /// Blocks copied on write or for a partial hit.
+    pub copied_blocks: u64,
+    /// Blocks given back because the index had their tokens already.
+    pub merged_blocks: u64,
+}
+
+// SAFETY: integers.
+unsafe impl Plain for kvc_cache_counts {}
+
+/// Size of [`kvc_cache_counts`] in ABI 0.1.
+const COUNTS_FIRST_BYTES: usize = 96;
+
+/// Fills a kvc_cache_options of `struct_size` bytes with its defaults.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `options` is writable for `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_options_init(
+    options: *mut kvc_cache_options,
+    struct_size: u32,
+) -> kvc_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { pointer::init(options, struct_size) })
+}
+
+/// Makes a cache of `groups[group_count]` (1 to 16) layer groups, and allocates its memory.
+/// `options` may be NULL for the defaults.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; inputs are readable to their sizes, `out` is writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_create(
+    options: *const kvc_cache_options,
+    groups: *const kvc_group_spec,
+    group_count: u32,
+    out: *mut *mut kvc_cache,
+) -> kvc_status {
+    guard(|| {
+        let options = if options.is_null() {
+            kvc_cache_options::initial()
+        } else {
+            // SAFETY: the caller's promise.
+            unsafe { pointer::read(options) }?
+        };
+        // SAFETY: the caller's promise.
+        let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
+        // SAFETY: the caller's promise.
+        let out = unsafe { pointer::out(out, "out") }?;
+        let options = CacheOptions {
+            blocks: options.blocks,
+            max_seqs: options.max_seqs,
+            threads: options.threads,
+            prefix_reuse: flag(options.prefix_reuse, "prefix_reuse")?,
+        };
+        let cache = KvCache::new(&spec, &options)?;
+        out.write(handle::publish(Locked(Mutex::new(cache)))?);
+        Ok(())
+    })
+}
+
+/// Ends a cache with all its sequences and gives its memory back. NULL is accepted.
+/// KVC_ERR_INVALID_STATE while another thread is inside it.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_destroy(cache: *mut kvc_cache) -> kvc_status {
+    guard(|| handle::destroy::<Locked>(cache))
+}
+
+/// Drops everything from the prefix index that no sequence uses.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_clear_prefix(cache: *mut kvc_cache) -> kvc_status {
+    guard(|| open(cache)?.lock()?.clear_prefix())
+}
+
+/// Writes the cache's counts to `out`, `out_bytes` (its sizeof) at most.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `out` is writable for `out_bytes` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_stats(
+    cache: *const kvc_cache,
+    out: *mut kvc_cache_counts,
+    out_bytes: u64,
+) -> kvc_status {
+    guard(|| {
+        let stats = open(cache)?.lock()?.stats();
+        let counts = kvc_cache_counts {
+            blocks: stats.blocks,
+            free_blocks: stats.free_blocks,
+            cached_blocks: stats.cached_blocks,
+            referenced_blocks: stats.referenced_blocks,
+            sequences: stats.sequences,
+            reserved: 0,
+            sequence_tokens: stats.sequence_tokens,
+            waste_tokens: stats.waste_tokens,
+            block_bytes: stats.block_bytes,
+            pool_bytes: stats.pool_bytes,
+            looked_up_tokens: stats.looked_up_tokens,
+            hit_tokens: stats.hit_tokens,
+            evicted_blocks: stats.evicted_blocks,
+            copied_blocks: stats.copied_blocks,
+            merged_blocks: stats.merged_blocks,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { pointer::write(out, out_bytes, counts, "out", COUNTS_FIRST_BYTES) }
+    })
+}

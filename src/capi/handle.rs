@@ -1,0 +1,286 @@
+//! Handles that can be checked without touching what they name.
+//!
+//! A handle is a number in the clothes of a pointer: a tag, the noun's kind, a generation and the
+//! index of a slot in one fixed table. It is never followed, so a stale, foreign or invented
+//! handle is answered with an error and not with a read of freed memory. On 64-bit machines the
+//! tag makes it a non-canonical address: no pointer to a real object can pass for a handle, and a
+//! caller that follows one faults at once.
+//!
+//! Each slot is one atomic word `[tag | kind | generation | borrows]` beside the object's address;
+//! a handle is live when it agrees with its slot's word above the low bits. Borrows count the
+//! calls that are inside the object, so that two calls on a per-handle noun at once, or a destroy
+//! during a call, is an error instead of a race. Nothing here locks, and this file knows no noun.
+//!
+//! A generation returns after 2^32 reuses of one slot (2^16 on 32-bit machines).
+
+use alloc::alloc::alloc;
+use alloc::boxed::Box;
+use core::alloc::Layout;
+use core::marker::PhantomData;
+use core::ops::{Deref, DerefMut};
+use core::ptr;
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+
+use crate::error::{Error, Result};
+
+/// Handles that a process can hold at once, all nouns together.
+pub(crate) const MAX_HANDLES: usize = 4096;
+
+/// Low bits: the slot's index in a handle, the borrow count in a slot's word.
+const LOW_BITS: u32 = if usize::BITS >= 64 { 16 } else { 12 };
+const GENERATION_BITS: u32 = if usize::BITS >= 64 { 32 } else { 16 };
+const KIND_SHIFT: u32 = LOW_BITS + GENERATION_BITS;
+const LOW_MASK: usize = (1 << LOW_BITS) - 1;
+/// Kind of a free slot. Its word keeps the generation of its next handle.
+const FREE: usize = 0;
+/// Kind of a slot that is being filled; no handle carries it.
+const RESERVED: usize = 15;
+/// Borrow count of an exclusive borrow.
+const EXCLUSIVE: usize = LOW_MASK;
+/// Upper bits of every handle: `K`, where an address has room for it.
+const TAG: usize = if usize::BITS >= 64 { 0x4b << (usize::BITS - 8) } else { 0 };
+
+const _: () = assert!(MAX_HANDLES <= 1 << LOW_BITS && MAX_HANDLES < LOW_MASK + 2);
+
+/// A Rust object that C code holds by handle.
+pub(crate) trait Noun: Send + Sized {
+    /// The opaque type of the C ABI.
+    type Handle;
+    /// 1 to 14, one a noun.
+    const KIND: usize;
+    /// The parameter's name in errors.
+    const NAME: &'static str;
+}
+
+struct Slot {
+    word: AtomicUsize,
+    object: AtomicPtr<()>,
+    poisoned: AtomicBool,
+}
+
+impl Slot {
+    const EMPTY: Slot = Slot {
+        word: AtomicUsize::new(0),
+        object: AtomicPtr::new(ptr::null_mut()),
+        poisoned: AtomicBool::new(false),
+    };
+}
+
+static SLOTS: [Slot; MAX_HANDLES] = [const { Slot::EMPTY }; MAX_HANDLES];
+/// Where the search for a free slot starts: it walks round, so that generations age evenly.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
+const fn word(kind: usize, generation: usize, low: usize) -> usize {
+    let generation = generation & ((1 << GENERATION_BITS) - 1);
+    TAG | kind << KIND_SHIFT | generation << LOW_BITS | low
+}
+
+const fn kind_of(word: usize) -> usize {
+    (word >> KIND_SHIFT) & 15
+}
+
+const fn generation_of(word: usize) -> usize {
+    (word >> LOW_BITS) & ((1 << GENERATION_BITS) - 1)
+}
+
+/// Moves `object` to the heap, or answers that there is no room.
+fn boxed<T>(object: T) -> Result<Box<T>> {
+    let layout = Layout::new::<T>();
+    if layout.size() == 0 {
+        return Ok(Box::new(object));
+    }
+    // SAFETY: the layout has a size; the block is filled before the box owns it, and a box frees
+    // with the same allocator and layout.
+    unsafe {
+        let block = alloc(layout).cast::<T>();
+        if block.is_null() {
+            return Err(Error::OutOfMemory { bytes: layout.size() as u64 });
+        }
+        block.write(object);
+        Ok(Box::from_raw(block))
+    }
+}
+
+/// Gives `object` a handle. The object lives until [`destroy`].
+pub(crate) fn publish<T: Noun>(object: T) -> Result<*mut T::Handle> {
+    const { assert!(T::KIND > FREE && T::KIND < RESERVED) };
+    let object = boxed(object)?;
+    let start = NEXT.fetch_add(1, Ordering::Relaxed);
+    for step in 0..MAX_HANDLES {
+        let index = start.wrapping_add(step) % MAX_HANDLES;
+        let slot = &SLOTS[index];
+        let seen = slot.word.load(Ordering::Relaxed);
+        if kind_of(seen) != FREE {
+            continue;
+        }
+        let generation = generation_of(seen);
+        let taken = word(RESERVED, generation, 0);
+        let claim = slot.word.compare_exchange(seen, taken, Ordering::Acquire, Ordering::Relaxed);
+        if claim.is_err() {
+            continue;
+        }
+        slot.object.store(Box::into_raw(object).cast(), Ordering::Relaxed);
+        slot.poisoned.store(false, Ordering::Relaxed);
+        slot.word.store(word(T::KIND, generation, 0), Ordering::Release);
+        return Ok(ptr::without_provenance_mut(word(T::KIND, generation, index)));
+    }
+    Err(Error::TooManyHandles { limit: MAX_HANDLES as u32 })
+}
+
+/// The slot a handle names, if its kind can be right; whether it is live only the word can say.
+fn slot_of<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, usize)> {
+    let value = handle.addr();
+    if value == 0 {
+        return Err(Error::NullPointer { what: T::NAME });
+    }
+    let slot = SLOTS.get(value & LOW_MASK).ok_or(Error::StaleHandle { what: T::NAME })?;
+    // Only the generation may be the caller's: tag and kind must be ours.
+    if value & !LOW_MASK != word(T::KIND, generation_of(value), 0) {
+        return Err(Error::StaleHandle { what: T::NAME });
+    }
+    Ok((slot, value & !LOW_MASK))
+}
+
+/// Enters the object: `low` maps the borrow count to the new one, `None` where it may not.
+fn enter<T: Noun>(
+    handle: *const T::Handle,
+    low: impl Fn(usize) -> Option<usize>,
+) -> Result<&'static Slot> {
+    let (slot, live) = slot_of::<T>(handle)?;
+    let mut seen = slot.word.load(Ordering::Relaxed);
+    loop {
+        if seen & !LOW_MASK != live {
+            return Err(Error::StaleHandle { what: T::NAME });
+        }
+        let Some(next) = low(seen & LOW_MASK) else {
+            return Err(Error::InvalidState { why: "the handle is in use by another call" });
+        };
+        match slot.word.compare_exchange_weak(
+            seen,
+            live | next,
+            Ordering::Acquire,
+            Ordering::Relaxed,
+        ) {
+            Ok(_) => return Ok(slot),
+            Err(now) => seen = now,
+        }
+    }
+}
+
+fn enter_shared(borrows: usize) -> Option<usize> {
+    (borrows + 1 < EXCLUSIVE).then_some(borrows + 1)
+}
+
+fn enter_exclusive(borrows: usize) -> Option<usize> {
+    (borrows == 0).then_some(EXCLUSIVE)
+}
+
+/// A borrow of a live object; ends with the value. A panic inside it poisons the object.
+pub(crate) struct Borrow<T> {
+    slot: &'static Slot,
+    exclusive: bool,
+    /// A caller that unwinds for reasons of its own does not poison what it calls.
+    unwinding: bool,
+    object: PhantomData<*mut T>,
+}
+
+#[cfg(feature = "std")]
+fn unwinding() -> bool {
+    std::thread::panicking()
+}
+
+#[cfg(not(feature = "std"))]
+fn unwinding() -> bool {
+    false
+}
+
+impl<T> Borrow<T> {
+    fn new(slot: &'static Slot, exclusive: bool) -> Result<Self> {
+        Self { slot, exclusive, unwinding: unwinding(), object: PhantomData }.check()
+    }
+
+    fn check(self) -> Result<Self> {
+        if self.slot.poisoned.load(Ordering::Relaxed) { Err(Error::Poisoned) } else { Ok(self) }
+    }
+
+    fn object(&self) -> *mut T {
+        self.slot.object.load(Ordering::Relaxed).cast()
+    }
+}
+
+impl<T> Drop for Borrow<T> {
+    fn drop(&mut self) {
+        if unwinding() && !self.unwinding {
+            self.slot.poisoned.store(true, Ordering::Relaxed);
+        }
+        let borrows = if self.exclusive { EXCLUSIVE } else { 1 };
+        self.slot.word.fetch_sub(borrows, Ordering::Release);
+    }
+}
+
+/// Shared use of an object, beside other shared uses.
+pub(crate) struct Shared<T>(Borrow<T>);
+
+/// The only use of an object at the time.
+pub(crate) struct Exclusive<T>(Borrow<T>);
+
+impl<T> Deref for Shared<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the kind says that the object is a T, and the borrow count keeps it alive and
+        // unaliased by exclusive borrows.
+        unsafe { &*self.0.object() }
+    }
+}
+
+impl<T> Deref for Exclusive<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: as for Shared; this borrow is the only one.
+        unsafe { &*self.0.object() }
+    }
+}
+
+impl<T> DerefMut for Exclusive<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: as for Shared; this borrow is the only one.
+        unsafe { &mut *self.0.object() }
+    }
+}
+
+/// Borrows the object of a live handle beside other shared borrows.
+pub(crate) fn shared<T: Noun + Sync>(handle: *const T::Handle) -> Result<Shared<T>> {
+    let slot = enter::<T>(handle, enter_shared)?;
+    Borrow::new(slot, false).map(Shared)
+}
+
+/// Borrows the object of a live handle alone.
+///
+/// # Errors
+/// `InvalidState` while another call is inside the object.
+pub(crate) fn exclusive<T: Noun>(handle: *const T::Handle) -> Result<Exclusive<T>> {
+    let slot = enter::<T>(handle, enter_exclusive)?;
+    Borrow::new(slot, true).map(Exclusive)
+}
+
+/// Ends a handle and drops its object, poisoned or not. NULL is accepted.
+///
+/// # Errors
+/// `InvalidState` while a call is inside the object.
+pub(crate) fn destroy<T: Noun>(handle: *mut T::Handle) -> Result<()> {
+    if handle.is_null() {
+        return Ok(());
+    }
+    let slot = enter::<T>(handle, enter_exclusive)?;
+    let object = slot.object.swap(ptr::null_mut(), Ordering::Relaxed).cast::<T>();
+    let generation = generation_of(slot.word.load(Ordering::Relaxed)).wrapping_add(1);
+    slot.word.store(word(FREE, generation, 0), Ordering::Release);
+    // SAFETY: publish made it from a box of T (the kind says so), and the exclusive borrow that
+    // the store ended made this the only place that has it. The slot is free before the drop, so
+    // that a panic there leaks no slot.
+    drop(unsafe { Box::from_raw(object) });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

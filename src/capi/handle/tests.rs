@@ -1,0 +1,143 @@
+//! Handles in Rust: liveness, kinds, borrows, poisoning, exhaustion.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ptr;
+
+use super::*;
+
+struct Thing {
+    alive: Arc<()>,
+}
+struct ThingHandle;
+impl Noun for Thing {
+    type Handle = ThingHandle;
+    const KIND: usize = 13;
+    const NAME: &'static str = "thing";
+}
+
+struct Other;
+struct OtherHandle;
+impl Noun for Other {
+    type Handle = OtherHandle;
+    const KIND: usize = 14;
+    const NAME: &'static str = "other";
+}
+
+/// The table is shared by the whole process: the exhaustion test must not overlap the others.
+static TABLE: std::sync::RwLock<()> = std::sync::RwLock::new(());
+
+fn error<T>(result: Result<T>) -> Error {
+    result.err().expect("must be refused")
+}
+
+#[test]
+fn a_handle_lives_until_it_is_destroyed() {
+    let _table = TABLE.read();
+    let alive = Arc::new(());
+    let handle = publish(Thing { alive: alive.clone() }).unwrap();
+    assert_eq!(Arc::strong_count(&shared::<Thing>(handle).unwrap().alive), 2);
+    destroy::<Thing>(handle).unwrap();
+    assert_eq!(Arc::strong_count(&alive), 1, "destroy drops the object");
+    let stale = Error::StaleHandle { what: "thing" };
+    assert_eq!(error(shared::<Thing>(handle)), stale);
+    assert_eq!(error(exclusive::<Thing>(handle)), stale);
+    assert_eq!(error(destroy::<Thing>(handle)), stale);
+    assert_eq!(destroy::<Thing>(ptr::null_mut()), Ok(()));
+    assert_eq!(error(shared::<Thing>(ptr::null())), Error::NullPointer { what: "thing" });
+}
+
+#[test]
+fn foreign_and_invented_handles_are_refused() {
+    let _table = TABLE.read();
+    let handle = publish(Thing { alive: Arc::new(()) }).unwrap();
+    let stale = Error::StaleHandle { what: "other" };
+    assert_eq!(error(shared::<Other>(handle.cast::<OtherHandle>())), stale);
+    let local = 0u64;
+    for value in [1, 4096, usize::MAX, usize::MAX / 2, (&raw const local).addr(), LOW_MASK, TAG] {
+        let invented = ptr::without_provenance::<OtherHandle>(value);
+        assert_eq!(error(shared::<Other>(invented)), stale, "{value:#x}");
+        let bit = 1usize.rotate_left(value as u32 % usize::BITS);
+        let near = ptr::without_provenance::<ThingHandle>(handle.addr() ^ bit);
+        assert_eq!(error(shared::<Thing>(near)), Error::StaleHandle { what: "thing" });
+    }
+    destroy::<Thing>(handle).unwrap();
+}
+
+#[test]
+fn borrows_exclude_each_other_and_destruction() {
+    let _table = TABLE.read();
+    let busy = Error::InvalidState { why: "the handle is in use by another call" };
+    let handle = publish(Thing { alive: Arc::new(()) }).unwrap();
+    let first = shared::<Thing>(handle).unwrap();
+    let second = shared::<Thing>(handle).unwrap();
+    assert_eq!(error(exclusive::<Thing>(handle)), busy);
+    assert_eq!(error(destroy::<Thing>(handle)), busy);
+    drop((first, second));
+    let mut alone = exclusive::<Thing>(handle).unwrap();
+    alone.alive = Arc::new(());
+    assert_eq!(error(shared::<Thing>(handle)), busy);
+    assert_eq!(error(exclusive::<Thing>(handle)), busy);
+    drop(alone);
+    destroy::<Thing>(handle).unwrap();
+}
+
+#[test]
+fn a_panic_poisons_and_destroy_still_frees() {
+    let _table = TABLE.read();
+    let alive = Arc::new(());
+    let handle = publish(Thing { alive: alive.clone() }).unwrap();
+    let value = handle.addr();
+    let unwound = std::panic::catch_unwind(|| {
+        let _inside = shared::<Thing>(ptr::without_provenance(value)).unwrap();
+        std::panic::resume_unwind(alloc::boxed::Box::new(()));
+    });
+    assert!(unwound.is_err());
+    assert_eq!(error(shared::<Thing>(handle)), Error::Poisoned);
+    assert_eq!(error(exclusive::<Thing>(handle)), Error::Poisoned);
+    destroy::<Thing>(handle).unwrap();
+    assert_eq!(Arc::strong_count(&alive), 1);
+    let again = publish(Thing { alive }).unwrap();
+    assert!(shared::<Thing>(again).is_ok(), "a slot is clean when it is used again");
+    destroy::<Thing>(again).unwrap();
+}
+
+#[test]
+fn the_table_fills_and_recovers() {
+    let _table = TABLE.write();
+    let mut handles = Vec::new();
+    let full = loop {
+        match publish(Other) {
+            Ok(handle) => handles.push(handle),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full, Error::TooManyHandles { limit: MAX_HANDLES as u32 });
+    assert!(handles.len() <= MAX_HANDLES);
+    for handle in handles.drain(..) {
+        destroy::<Other>(handle).unwrap();
+    }
+    let handle = publish(Other).unwrap();
+    destroy::<Other>(handle).unwrap();
+}
+
+#[test]
+fn threads_race_for_one_handle_and_one_wins() {
+    let _table = TABLE.read();
+    let rounds = if cfg!(miri) { 20 } else { 2000 };
+    for _ in 0..rounds {
+        let value = publish(Thing { alive: Arc::new(()) }).unwrap().addr();
+        let wins: usize = std::thread::scope(|scope| {
+            let race = || {
+                let handle = ptr::without_provenance_mut::<ThingHandle>(value);
+                let _ = shared::<Thing>(handle).map(|thing| Arc::strong_count(&thing.alive));
+                usize::from(destroy::<Thing>(handle).is_ok())
+            };
+            let other = scope.spawn(race);
+            race() + other.join().unwrap()
+        });
+        let handle = ptr::without_provenance_mut::<ThingHandle>(value);
+        // Both may have met the other's borrow; then the handle is still live.
+        assert_eq!(wins + usize::from(destroy::<Thing>(handle).is_ok()), 1);
+    }
+}

@@ -1,0 +1,47 @@
+//! The C ABI, version 0.1: one file a noun, in the order of the header that is made from them.
+//!
+//! Every function is a literal `extern "C"` item whose body is one `guard`: it checks, calls the
+//! Rust API below, and answers with a status. Rules that hold for all of them, and that their
+//! `# Safety` sections refer to:
+//!
+//! - a pointer is NULL, misaligned (both answered with an error), or valid for what its
+//!   documentation says, for the time of the call; no pointer is kept after it unless that is said;
+//! - memory that a call writes is used by nobody else during the call;
+//! - handles may hold any value whatever: they are numbers, and checked;
+//! - outputs are written only where the call succeeds.
+//!
+//! This is the only module with exported symbols. It knows the Rust API of the layers below and
+//! adds nothing to it.
+#![allow(non_camel_case_types)]
+
+pub mod append;
+pub mod attend;
+#[cfg(feature = "std")]
+pub mod cache;
+pub mod info;
+pub mod plan;
+pub mod pool;
+pub mod prefix;
+#[cfg(feature = "std")]
+pub mod seq;
+pub mod status;
+#[cfg(feature = "std")]
+pub mod step;
+
+mod handle;
+mod pointer;
+mod threads;
+
+pub use append::*;
+pub use attend::*;
+#[cfg(feature = "std")]
+pub use cache::*;
+pub use info::*;
+pub use plan::*;
+pub use pool::*;
+pub use prefix::*;
+#[cfg(feature = "std")]
+pub use seq::*;
+pub use status::*;
+#[cfg(feature = "std")]
+pub use step::*;

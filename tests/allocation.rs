@@ -1,0 +1,211 @@
+//! Memory: a pool and an index that have reached their size allocate no more; and where the system
+//! refuses memory, whatever call it is in says so or does less, and nothing breaks.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use kvcache::Error;
+use kvcache::ids::{BlockId, Namespace, TokenId};
+use kvcache::pool::{BlockPool, BlockTable};
+use kvcache::prefix::{Hit, PrefixIndex};
+
+/// The system's allocator, with a count and a fuse for the thread that sets them.
+struct Fused;
+
+thread_local! {
+    static COUNT: Cell<u64> = const { Cell::new(0) };
+    /// Allocations until the next is refused; negative: never.
+    static FUSE: Cell<i64> = const { Cell::new(-1) };
+}
+
+fn refused() -> bool {
+    let refused = FUSE.try_with(|fuse| {
+        let left = fuse.get();
+        fuse.set(if left < 0 { -1 } else { left - 1 });
+        left == 0
+    });
+    let _ = COUNT.try_with(|count| count.set(count.get() + 1));
+    refused.unwrap_or(false)
+}
+
+// SAFETY: hands every call on to the system's allocator unchanged, or refuses it by a null pointer.
+unsafe impl GlobalAlloc for Fused {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promises are the system allocator's.
+        if refused() { std::ptr::null_mut() } else { unsafe { System.alloc(layout) } }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as above.
+        if refused() { std::ptr::null_mut() } else { unsafe { System.realloc(at, layout, size) } }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Fused = Fused;
+
+fn allocations(work: impl FnOnce()) -> u64 {
+    let before = COUNT.get();
+    work();
+    COUNT.get() - before
+}
+
+/// Runs `work` with its allocation number `n` refused; true if there was one.
+fn with_refusal(n: i64, work: impl FnOnce()) -> bool {
+    FUSE.set(n);
+    work();
+    FUSE.replace(-1) < 0
+}
+
+const BLOCK: usize = 4;
+
+struct Churn {
+    random: u64,
+    tokens: Vec<TokenId>,
+    ids: Vec<BlockId>,
+    same: Vec<BlockId>,
+    hit: Hit,
+}
+
+impl Churn {
+    fn new() -> Self {
+        let buffer = || Vec::with_capacity(64);
+        Churn {
+            random: 1,
+            tokens: Vec::with_capacity(256),
+            ids: buffer(),
+            same: buffer(),
+            hit: Hit { blocks: buffer(), tail_blocks: buffer(), ..Hit::default() },
+        }
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.random =
+            self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.random >> 33) % n
+    }
+
+    /// What a cache does for one request.
+    fn step(&mut self, index: &mut PrefixIndex) -> Result<(), Error> {
+        let space = Namespace(self.below(3));
+        let blocks = 1 + self.below(20) as usize;
+        self.tokens.clear();
+        for _ in 0..blocks * BLOCK {
+            let token = self.below(8) / 6;
+            self.tokens.push(token as u32);
+        }
+        self.ids.clear();
+        self.ids.resize(blocks, BlockId(9));
+        index.lookup(space, &self.tokens, usize::MAX, &mut self.hit);
+        let pin = index.lock(self.hit.at)?;
+        let missing = blocks - self.hit.tokens / BLOCK;
+        let lacking = missing.saturating_sub(index.free_blocks());
+        index.evict(lacking, &mut |_| true, &mut |_| ());
+        let inserted = index.insert(space, &self.tokens, &self.ids, &mut self.same);
+        index.unlock(pin)?;
+        let inserted = inserted?;
+        assert_eq!(inserted.present + inserted.stored, blocks);
+        index.touch(inserted.at)
+    }
+}
+
+#[test]
+fn a_full_index_allocates_no_more() {
+    let mut index = PrefixIndex::new(BLOCK, 1, 500).unwrap();
+    let mut churn = Churn::new();
+    let mut run = |steps| {
+        for _ in 0..steps {
+            churn.step(&mut index).unwrap();
+        }
+    };
+    run(20_000);
+    assert_eq!(allocations(|| run(20_000)), 0);
+    index.audit().unwrap();
+    assert_eq!(index.free_blocks(), 0);
+}
+
+#[test]
+fn a_pool_allocates_no_more() {
+    let mut pool = BlockPool::new(64).unwrap();
+    let mut table = BlockTable::new();
+    table.extend(&mut pool, 256, BLOCK).unwrap();
+    table.release_all(&mut pool).unwrap();
+    let work = || {
+        for tokens in 0..256 {
+            table.extend(&mut pool, tokens, BLOCK).unwrap();
+            table.truncate(&mut pool, tokens / 2, BLOCK).unwrap();
+            table.release_all(&mut pool).unwrap();
+        }
+    };
+    assert_eq!(allocations(work), 0);
+}
+
+#[test]
+fn every_refusal_in_the_index_is_survived() {
+    for n in 0.. {
+        let mut refusals = 0;
+        let mut checked = None;
+        // What it sends is made before; what it receives grows as it goes.
+        let mut churn = Churn { same: Vec::new(), hit: Hit::default(), ..Churn::new() };
+        let happened = with_refusal(n, || {
+            let mut index = match PrefixIndex::new(BLOCK, 1, 60) {
+                Ok(index) => index,
+                Err(error) => {
+                    assert!(matches!(error, Error::OutOfMemory { .. }));
+                    return;
+                }
+            };
+            for _ in 0..200 {
+                if let Err(error) = churn.step(&mut index) {
+                    assert!(matches!(error, Error::OutOfMemory { .. }));
+                    refusals += 1;
+                }
+            }
+            checked = Some(index);
+        });
+        assert!(refusals < 2, "a refusal outlasts its call");
+        if let Some(index) = checked {
+            index.audit().unwrap();
+            assert_eq!(index.stats().pins, 0);
+            if !happened {
+                assert!(n > 10, "the loop did not reach the index's allocations");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn every_refusal_in_pool_and_table_is_survived() {
+    for n in 0.. {
+        let mut left = None;
+        let happened = with_refusal(n, || {
+            let Ok(mut pool) = BlockPool::new(64) else { return };
+            let mut table = BlockTable::new();
+            let mut other = BlockTable::new();
+            let extended = table.extend(&mut pool, 100, BLOCK);
+            assert_eq!(table.tokens(), if extended.is_ok() { 100 } else { 0 });
+            if let Ok(mut fork) = table.fork(&mut pool) {
+                fork.release_all(&mut pool).unwrap();
+            }
+            let adopted = other.adopt(&mut pool, table.blocks().iter().copied(), BLOCK);
+            assert_eq!(other.tokens(), if adopted.is_ok() { table.tokens() } else { 0 });
+            other.release_all(&mut pool).unwrap();
+            table.release_all(&mut pool).unwrap();
+            left = Some(pool);
+        });
+        if let Some(pool) = left {
+            pool.audit().unwrap();
+            assert_eq!(pool.free_blocks(), 64);
+            if !happened {
+                assert!(n > 4);
+                break;
+            }
+        }
+    }
+}
