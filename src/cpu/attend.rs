@@ -5,12 +5,14 @@
 
 use super::args::{AttendArgs, Sequence};
 use super::executor::Executor;
-use super::finish::{Part, finish_row};
-use super::job::{Blocks, Job, States};
+use super::finish::Part;
+use super::job::{Blocks, Coming, Job, States};
 use super::kernels::Kernels;
 use super::level::CpuLevel;
 use super::plan::{Cell, Cut, SeqCut, Start, Workspace};
+use super::vector::prefetch;
 use crate::error::{Error, Result};
+use crate::layout::Strides;
 
 /// Attention over a paged cache for a ragged batch: decode, chunked prefill and latent attention
 /// in one call.
@@ -63,10 +65,18 @@ pub unsafe fn attend(
             start = call.after(start, args.sequence(s)?)?;
         }
     }
-    // The totals fit in usize: `after` checks.
-    executor.run(totals.units as usize, &|worker, unit| {
-        // SAFETY: units are below the total and run once each; workers do not overlap.
-        unsafe { call.run_unit(&memory, worker, unit as u64) }
+    // Consecutive units share a worker, which can then prefetch from one into the next. The totals
+    // fit in usize: `after` checks.
+    let total = totals.units;
+    let run = (total / (workers as u64 * RUNS_A_WORKER)).clamp(1, MAX_RUN);
+    executor.run(total.div_ceil(run) as usize, &|worker, index| {
+        let first = index as u64 * run;
+        let end = total.min(first + run);
+        for unit in first..end {
+            let next = (unit + 1 < if workers == 1 { total } else { end }).then_some(unit + 1);
+            // SAFETY: units are below the total and run once each; workers do not overlap.
+            unsafe { call.run_unit(&memory, worker, unit, next) }
+        }
     });
     if totals.merges != 0 {
         executor.run(totals.merges as usize, &|_, unit| {
@@ -75,6 +85,20 @@ pub unsafe fn attend(
         });
     }
     Ok(())
+}
+
+/// Runs of units that a worker should get, so that workers end at about the same time.
+const RUNS_A_WORKER: u64 = 8;
+/// The most units of a run.
+const MAX_RUN: u64 = 16;
+
+/// One unit of attention: a cell of a sequence and a split of its keys.
+struct Place {
+    start: Start,
+    seq: Sequence,
+    cut: SeqCut,
+    cell: Cell,
+    split: u32,
 }
 
 /// One call, its arguments checked.
@@ -109,36 +133,65 @@ impl Call<'_> {
         self.cut.sequence(seq.q_tokens, self.first_key(seq), seq.kv_len)
     }
 
-    /// Runs the job of one cell and split; writes the outputs if it is the only split.
+    /// The unit of attention `unit`.
     ///
     /// # Safety
-    /// The promise of [`attend`]; `unit` must be below the total, and `worker` not in use.
-    unsafe fn run_unit(&self, memory: &Workspace, worker: usize, unit: u64) {
+    /// The promise of [`attend`]; `unit` must be below the total.
+    unsafe fn place(&self, memory: &Workspace, unit: u64) -> Option<Place> {
         // SAFETY: the caller's promise; the sequence has been checked.
-        unsafe {
+        let (start, seq) = unsafe {
             let (s, start) = memory.find(unit, |start| start.units);
-            let Ok(seq) = self.args.sequence(s) else { return };
-            let cut = self.seq_cut(&seq);
-            let unit = unit - start.units;
-            let (cell, split) = (unit / u64::from(cut.splits), unit % u64::from(cut.splits));
-            let cell = cut.cell(cell);
-            let (scratch, private) = memory.worker(worker);
-            let v_dim = self.args.shape.v_dim as usize;
-            let states = if cut.splits == 1 {
-                let rows = cell.rows();
-                States { m: private, l: private.add(rows), o: private.add(2 * rows) }
+            (start, self.args.sequence(s).ok()?)
+        };
+        let cut = self.seq_cut(&seq);
+        let (unit, splits) = (unit - start.units, u64::from(cut.splits));
+        let (cell, split) = (cut.cell(unit / splits), (unit % splits) as u32);
+        Some(Place { start, seq, cut, cell, split })
+    }
+
+    /// Runs one unit of attention; writes the outputs where it has all keys of its rows.
+    /// `next` is the unit that the worker will run after it.
+    ///
+    /// # Safety
+    /// The promise of [`attend`]; units must be below the total, and `worker` not in use.
+    unsafe fn run_unit(&self, memory: &Workspace, worker: usize, unit: u64, next: Option<u64>) {
+        // SAFETY: the caller's promise.
+        let Some(place) = (unsafe { self.place(memory, unit) }) else { return };
+        let (scratch, private) = memory.worker(worker);
+        let (v_dim, rows) = (self.args.shape.v_dim as usize, place.cell.rows());
+        let alone = place.cut.splits == 1;
+        let states = if alone {
+            let (l, o) = (private.wrapping_add(rows), private.wrapping_add(2 * rows));
+            States { m: private, l, o }
+        } else {
+            self.states(memory, &place.start, &place.cut, &place.cell, place.split)
+        };
+        let mut job = self.job(&place, states, scratch);
+        // SAFETY: the caller's promise; the level was checked, and scratch is the worker's own.
+        unsafe {
+            if place.cut.decode {
+                job.coming = next.and_then(|next| self.coming(&self.place(memory, next)?));
+            }
+            if job.kv_start >= job.kv_end {
+                for r in 0..rows {
+                    states.m.add(r).write(f32::NEG_INFINITY);
+                    states.l.add(r).write(0.0);
+                }
+            } else if place.cut.decode {
+                (self.kernels.decode)(&job)
             } else {
-                self.states(memory, &start, &cut, &cell, split as u32)
-            };
-            self.run_job(&seq, &cut, &cell, split as u32, states, scratch);
-            if cut.splits == 1 {
-                for r in 0..cell.rows() {
+                (self.kernels.tile)(&job)
+            }
+            if alone {
+                for r in 0..rows {
+                    let ahead = (r + ROWS_AHEAD).min(rows - 1);
+                    self.expect_row(&place.seq, &place.cell, ahead);
                     let part = Part {
                         m: states.m.add(r).read(),
                         l: states.l.add(r).read(),
                         o: states.o.add(r * v_dim),
                     };
-                    self.write_row(&seq, &cell, r, &[part]);
+                    self.write_row(&place.seq, &place.cell, r, &[part]);
                 }
             }
         }
@@ -162,30 +215,43 @@ impl Call<'_> {
         }
     }
 
-    /// Computes the states of one cell over one split.
-    unsafe fn run_job(
-        &self,
-        seq: &Sequence,
-        cut: &SeqCut,
-        cell: &Cell,
-        split: u32,
-        states: States,
-        scratch: *mut u8,
-    ) {
-        let (args, kv) = (self.args, &self.args.kv);
+    /// The blocks of a sequence for one KV head.
+    fn blocks(&self, seq: &Sequence, kv_head: u32) -> Blocks<'_> {
+        let kv = &self.args.kv;
         let bytes = kv.format.dtype().bytes() as isize;
-        let at = |base: *mut u8, head_stride: i64| {
-            base.wrapping_offset(cell.kv_head as isize * head_stride as isize * bytes).cast_const()
+        let at = |base: *mut u8, strides: &Strides| {
+            base.wrapping_offset(kv_head as isize * strides.head as isize * bytes).cast_const()
         };
-        let k = at(kv.k, kv.k_strides.head);
-        let (v, v_strides) = if args.shape.v_in_k {
-            (k, kv.k_strides)
-        } else {
-            (at(kv.v, kv.v_strides.head), kv.v_strides)
-        };
+        let (v, v_strides) =
+            if self.args.shape.v_in_k { (kv.k, kv.k_strides) } else { (kv.v, kv.v_strides) };
+        Blocks {
+            table: seq.table,
+            num_blocks: kv.num_blocks,
+            block_tokens: kv.block_tokens,
+            k: at(kv.k, &kv.k_strides),
+            v: at(v, &v_strides),
+            k_block_bytes: kv.k_strides.block as isize * bytes,
+            k_token_bytes: kv.k_strides.token as isize * bytes,
+            v_block_bytes: v_strides.block as isize * bytes,
+            v_token_bytes: v_strides.token as isize * bytes,
+            bad_block: self.args.bad_block,
+        }
+    }
+
+    /// The keys of a place, for prefetching.
+    fn coming(&self, place: &Place) -> Option<Coming<'_>> {
+        let none = core::ptr::null_mut();
+        let job = self.job(place, States { m: none, l: none, o: none }, none.cast());
+        let Job { blocks, kv_start, kv_end, .. } = job;
+        (kv_start < kv_end).then_some(Coming { blocks, kv_start, kv_end })
+    }
+
+    /// The job of a place, its keys cut to those that some row sees.
+    fn job(&self, place: &Place, states: States, scratch: *mut u8) -> Job<'_> {
+        let (args, seq, cell) = (self.args, &place.seq, &place.cell);
         let q_bytes = args.q.dtype.bytes() as isize;
         let heads = cell.head as usize..(cell.head + cell.heads) as usize;
-        let (from, to) = cut.split(split);
+        let (from, to) = place.cut.split(place.split);
         let mut job = Job {
             group: cell.heads as usize,
             tokens: cell.tokens as usize,
@@ -197,20 +263,10 @@ impl Call<'_> {
             q_token_bytes: args.q.token_stride as isize * q_bytes,
             q_head_bytes: args.q.head_stride as isize * q_bytes,
             q_pos: i64::from(seq.kv_len) - i64::from(seq.q_tokens) + i64::from(cell.token),
-            blocks: Blocks {
-                table: seq.table,
-                num_blocks: kv.num_blocks,
-                block_tokens: kv.block_tokens,
-                k,
-                v,
-                k_block_bytes: kv.k_strides.block as isize * bytes,
-                k_token_bytes: kv.k_strides.token as isize * bytes,
-                v_block_bytes: v_strides.block as isize * bytes,
-                v_token_bytes: v_strides.token as isize * bytes,
-                bad_block: args.bad_block,
-            },
+            blocks: self.blocks(seq, cell.kv_head),
             kv_start: from,
             kv_end: to.min(seq.kv_len),
+            coming: None,
             scale: args.scoring.scale,
             causal: args.scoring.causal,
             window: args.scoring.window.unwrap_or(u32::MAX),
@@ -219,21 +275,8 @@ impl Call<'_> {
             states,
             scratch,
         };
-        job.kv_start = job.visible(0).0;
-        job.kv_end = job.visible(job.tokens - 1).1;
-        // SAFETY: the caller's promise; the level was checked, and scratch is the worker's own.
-        unsafe {
-            if job.kv_start >= job.kv_end {
-                for r in 0..job.rows() {
-                    states.m.add(r).write(f32::NEG_INFINITY);
-                    states.l.add(r).write(0.0);
-                }
-            } else if cut.decode {
-                (self.kernels.decode)(&job)
-            } else {
-                (self.kernels.tile)(&job)
-            }
-        }
+        (job.kv_start, job.kv_end) = (job.visible(0).0, job.visible(job.tokens - 1).1);
+        job
     }
 
     /// Merges the splits of one cell.
@@ -263,16 +306,30 @@ impl Call<'_> {
         }
     }
 
+    /// Token and query head of row `r` of a cell.
+    fn place_of(&self, seq: &Sequence, cell: &Cell, r: usize) -> (u32, u32) {
+        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
+        (token, cell.head + (r % cell.heads as usize) as u32)
+    }
+
+    /// Prefetches the output of row `r` of a cell: outputs of different tokens lie pages apart.
+    fn expect_row(&self, seq: &Sequence, cell: &Cell, r: usize) {
+        let (token, head) = self.place_of(seq, cell, r);
+        let out = self.args.out.row(token, head);
+        let bytes = (self.args.shape.v_dim * self.args.out.dtype.bytes()) as usize;
+        (0..bytes).step_by(64).for_each(|at| prefetch(out.wrapping_add(at)));
+    }
+
     /// Merges the parts of row `r` of a cell and writes its output and LSE.
     unsafe fn write_row(&self, seq: &Sequence, cell: &Cell, r: usize, parts: &[Part]) {
         let args = self.args;
-        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
-        let head = cell.head + (r % cell.heads as usize) as u32;
+        let (token, head) = self.place_of(seq, cell, r);
         let sink = args.scoring.sinks.map(|sinks| sinks[head as usize]);
         // SAFETY: the caller's promise.
         unsafe {
             let out = args.out.row(token, head);
-            let lse = finish_row(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
+            let lse =
+                (self.kernels.finish)(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
             if !args.lse.is_null() {
                 let row = token as usize * args.shape.q_heads as usize + head as usize;
                 args.lse.add(row).write(lse);
@@ -281,5 +338,7 @@ impl Call<'_> {
     }
 }
 
+/// Rows between the one that is written and the one that is prefetched.
+const ROWS_AHEAD: usize = 16;
 /// The most splits of a cell.
 const MAX_PARTS: usize = super::plan::MAX_SPLITS as usize + 1;

@@ -1,24 +1,35 @@
 //! The kernel for few query rows: one pass over K and V, bound by the memory they come from.
 //!
 //! Keys go by in tiles. For each: dot products of all rows with four keys at a time, the online
-//! softmax over the tile, and the values added up with the probabilities. The rows of the next
-//! tile are prefetched meanwhile, across block boundaries, which the hardware cannot foresee.
+//! softmax over the tile, and the values added up with the probabilities.
+//!
+//! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
+//! software, and twice: a prefetch is dropped where the queue of misses is full, and arithmetic
+//! that outruns the memory keeps it full. The first hint comes a tile ahead of use, the second
+//! half a tile. Farther ahead, one line a page brings in the address translations.
 
+use super::dot::KeyDot;
 use super::job::{Blocks, Job};
 use super::math::{exp, tanh};
 use super::vector::{Stored, Vector, prefetch};
 
 /// The most query rows of one job of this kernel.
 pub(crate) const DECODE_ROWS: usize = 8;
-/// Keys of a tile.
+/// The most keys of a tile.
 const TILE: usize = 64;
-/// Row lengths in scratch are multiples of this many f32: a cache line, and the widest vector.
-const PAD: usize = 16;
+/// Bytes of K that a tile aims at: a third of a first-level cache.
+const TILE_BYTES: usize = 16 << 10;
+/// Row lengths in scratch are multiples of this many f32: two of the widest vectors.
+const PAD: usize = 32;
+/// Tiles between the look-up of translations and use.
+const WARM_TILES: u32 = 4;
+/// Shorter runs than this many tokens are not looked up for translations.
+const WARM_RUN: u32 = 16;
 
 /// Bytes of scratch that a job needs.
 pub(crate) const fn scratch_bytes(k_dim: usize, v_dim: usize) -> usize {
     let zeros = if k_dim > v_dim { k_dim } else { v_dim };
-    (DECODE_ROWS * (pad(k_dim) + pad(v_dim) + TILE) + pad(zeros)) * 4
+    (DECODE_ROWS * (pad(k_dim) + pad(v_dim) + TILE) + pad(k_dim) + pad(zeros)) * 4
 }
 
 const fn pad(n: usize) -> usize {
@@ -30,25 +41,14 @@ const fn pad(n: usize) -> usize {
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
 #[inline(always)]
-pub(crate) unsafe fn decode<V: Vector, S: Stored>(job: &Job<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { decode_rows::<V, S>(job, 0, job.rows()) }
-}
-
-/// Attention of the rows `row..row + rows` of a job, at most [`DECODE_ROWS`].
-///
-/// # Safety
-/// As for [`Kernel`](super::kernels::Kernel), and the rows must be the job's.
-#[inline(always)]
-pub(crate) unsafe fn decode_rows<V: Vector, S: Stored>(job: &Job<'_>, row: usize, rows: usize) {
+pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
-        match rows {
+        match job.rows() {
             0 => {}
-            1 => stream::<V, S, 1, 1>(job, row, rows),
-            2 => stream::<V, S, 2, 1>(job, row, rows),
-            3 | 4 => stream::<V, S, 4, 1>(job, row, rows),
-            _ => stream::<V, S, 4, 2>(job, row, rows),
+            1 => stream::<V, S, D, 1>(job),
+            2 => stream::<V, S, D, 2>(job),
+            _ => stream::<V, S, D, 4>(job),
         }
     }
 }
@@ -77,14 +77,14 @@ impl Tile {
         self.k[t] == self.zeros
     }
 
-    /// Looks up the keys from `at`, at most a tile of them and none from `end`. The rest of the
+    /// Looks up the keys from `at`, at most `keys` of them and none from `end`. The rest of the
     /// last group of four gets the address of `zeros`.
     ///
     /// # Safety
     /// As for [`Blocks::segment`].
     #[inline(always)]
-    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
-        self.keys = (end.saturating_sub(at) as usize).min(TILE);
+    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32, keys: usize) {
+        self.keys = (end.saturating_sub(at) as usize).min(keys);
         self.bad = false;
         let mut i = 0;
         while i < self.keys {
@@ -112,48 +112,56 @@ impl Tile {
     }
 }
 
-/// The kernel for up to `R * G` rows: `G` groups of `R`, rows past `rows` being zeros.
+/// The kernel, its rows in groups of `R`; rows past the last are zeros.
 #[inline(always)]
-unsafe fn stream<V: Vector, S: Stored, const R: usize, const G: usize>(
-    job: &Job<'_>,
-    row: usize,
-    rows: usize,
-) {
+unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
     unsafe {
+        let rows = job.rows();
+        let padded = rows.next_multiple_of(R);
         let (k_pad, v_pad) = (pad(job.k_dim), pad(job.v_dim));
         let q = job.scratch.cast::<f32>();
         let o = q.add(DECODE_ROWS * k_pad);
         let s = o.add(DECODE_ROWS * v_pad);
-        let zeros = s.add(DECODE_ROWS * TILE);
-        core::ptr::write_bytes(q, 0, R * G * k_pad);
-        core::ptr::write_bytes(o, 0, R * G * v_pad);
+        let row = s.add(DECODE_ROWS * TILE);
+        let zeros = row.add(k_pad);
+        core::ptr::write_bytes(o, 0, padded * v_pad);
+        core::ptr::write_bytes(row, 0, k_pad);
         core::ptr::write_bytes(zeros, 0, pad(job.k_dim.max(job.v_dim)));
-        for r in 0..rows {
-            Job::widen_row(job.q_dtype, job.q_row(row + r), job.k_dim, q.add(r * k_pad));
+        let q_bytes = k_pad * D::QUERY_BYTES;
+        let q = q.cast::<u8>();
+        for r in 0..padded {
+            if r < rows {
+                Job::widen_row(job.q_dtype, job.q_row(r), job.k_dim, row);
+            } else {
+                core::ptr::write_bytes(row, 0, k_pad);
+            }
+            D::prepare(row, k_pad, q.add(r * q_bytes));
         }
         let zeros = zeros.cast_const().cast::<u8>();
-        let (mut m, mut l) = ([f32::NEG_INFINITY; 8], [0.0f32; 8]);
+        let (mut m, mut l) = ([f32::NEG_INFINITY; DECODE_ROWS], [0.0f32; DECODE_ROWS]);
 
+        let keys = (TILE_BYTES / (job.k_dim * S::BYTES)).clamp(16, TILE) / 16 * 16;
         let (mut now, mut next) = (Tile::empty(zeros), Tile::empty(zeros));
-        now.fill(&job.blocks, job.kv_start, job.kv_end);
+        now.fill(&job.blocks, job.kv_start, job.kv_end, keys);
         let mut at = job.kv_start;
         while at < job.kv_end {
-            next.fill(&job.blocks, at.saturating_add(TILE as u32), job.kv_end);
-            for g in 0..G {
-                scores::<V, S, R>(
-                    q.add(g * R * k_pad),
-                    k_pad,
-                    job.k_dim,
-                    &now,
-                    &next,
-                    s.add(g * R * TILE),
-                    g == 0,
-                );
+            let after = at.saturating_add(keys as u32);
+            if after < job.kv_end {
+                next.fill(&job.blocks, after, job.kv_end, keys);
+            } else if let Some(coming) = &job.coming {
+                next.fill(&coming.blocks, coming.kv_start, coming.kv_end, keys);
+            } else {
+                next.keys = 0;
+            }
+            warm(job, at, keys as u32);
+            for g in (0..padded).step_by(R) {
+                let (q, s) = (q.add(g * q_bytes), s.add(g * TILE));
+                scores::<V, S, D, R>(job, q, q_bytes, &now, &next, s, g == 0);
             }
             for r in 0..rows {
                 let s = s.add(r * TILE);
-                score::<V>(job, row + r, at, &now, s);
+                score::<V>(job, r, at, &now, s);
                 let (top, grow) = soften::<V>(now.keys, s, m[r], &mut l[r]);
                 if grow != 1.0 {
                     let (o, grow) = (o.add(r * v_pad), V::splat(grow));
@@ -163,35 +171,79 @@ unsafe fn stream<V: Vector, S: Stored, const R: usize, const G: usize>(
                 }
                 m[r] = top;
             }
-            for g in 0..G {
-                values::<V, S, R>(
-                    s.add(g * R * TILE),
-                    &now,
-                    &next,
-                    job.v_dim,
-                    o.add(g * R * v_pad),
-                    v_pad,
-                    g == 0 && !job.v_in_k,
-                );
+            for g in (0..padded).step_by(R) {
+                let (p, o) = (s.add(g * TILE), o.add(g * v_pad));
+                values::<V, S, R>(job, p, &now, &next, o, v_pad, g == 0);
             }
-            at = at.saturating_add(TILE as u32);
+            at = after;
             core::mem::swap(&mut now, &mut next);
         }
         for r in 0..rows {
-            job.states.m.add(row + r).write(m[r]);
-            job.states.l.add(row + r).write(l[r]);
-            let to = job.states.o.add((row + r) * job.v_dim);
-            core::ptr::copy_nonoverlapping(o.add(r * v_pad), to, job.v_dim);
+            job.states.m.add(r).write(m[r]);
+            job.states.l.add(r).write(l[r]);
+            write_out::<V, S>(o.add(r * v_pad), job.states.o.add(r * job.v_dim), job.v_dim);
+        }
+    }
+}
+
+/// Copies an accumulated row, undoing the order in which pairs of vectors are loaded.
+#[inline(always)]
+unsafe fn write_out<V: Vector, S: Stored>(from: *const f32, to: *mut f32, dim: usize) {
+    // SAFETY: the caller's promise; `from` is padded to whole pairs of vectors.
+    unsafe {
+        if !S::EVEN_ODD {
+            return core::ptr::copy_nonoverlapping(from, to, dim);
+        }
+        for c in (0..dim).step_by(2) {
+            let (pair, i) = (c / (2 * V::LANES) * 2 * V::LANES, c % (2 * V::LANES) / 2);
+            to.add(c).write(from.add(pair + i).read());
+            to.add(c + 1).write(from.add(pair + V::LANES + i).read());
+        }
+    }
+}
+
+/// Prefetches a line of each run of the tile [`WARM_TILES`] ahead, for its address translation.
+#[inline(always)]
+unsafe fn warm(job: &Job<'_>, at: u32, keys: u32) {
+    if job.blocks.block_tokens < WARM_RUN {
+        return;
+    }
+    let from = at.saturating_add(WARM_TILES * keys);
+    let (blocks, mut from, end) = match &job.coming {
+        _ if from < job.kv_end => (&job.blocks, from, job.kv_end),
+        Some(coming) => {
+            (&coming.blocks, coming.kv_start.saturating_add(from - job.kv_end), coming.kv_end)
+        }
+        None => return,
+    };
+    let end = end.min(from.saturating_add(keys));
+    while from < end {
+        // SAFETY: `from < end`, which is within the sequence.
+        let run = unsafe { blocks.segment(from, end) };
+        prefetch(run.k);
+        prefetch(run.v);
+        from += run.tokens as u32;
+    }
+}
+
+/// Prefetches the `width` bytes from `at` of a row of `bytes`, where they begin a line.
+#[inline(always)]
+fn fetch(row: *const u8, at: usize, width: usize, bytes: usize) {
+    if at % 64 == 0 {
+        let mut b = at;
+        while b < at + width && b < bytes {
+            prefetch(row.wrapping_add(b));
+            b += 64;
         }
     }
 }
 
 /// Dot products of `R` rows with the keys of a tile, four at a time, to `s[r][key]`.
 #[inline(always)]
-unsafe fn scores<V: Vector, S: Stored, const R: usize>(
-    q: *const f32,
-    k_pad: usize,
-    k_dim: usize,
+unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
+    job: &Job<'_>,
+    q: *const u8,
+    q_bytes: usize,
     now: &Tile,
     next: &Tile,
     s: *mut f32,
@@ -199,36 +251,45 @@ unsafe fn scores<V: Vector, S: Stored, const R: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let whole = k_dim - k_dim % V::LANES;
+        let step = 2 * V::LANES;
+        let (k_dim, whole) = (job.k_dim, job.k_dim - job.k_dim % step);
+        let (k_bytes, v_bytes) = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
+        let (more, v_too) = (ahead && next.keys != 0, ahead && !job.v_in_k);
         let mut t = 0;
         while t < now.keys {
-            if ahead {
-                prefetch_rows(&next.k, next.keys, t, k_dim * S::BYTES);
-            }
             let k = [now.k[t], now.k[t + 1], now.k[t + 2], now.k[t + 3]];
             let mut acc = [[V::splat(0.0); 4]; R];
             let mut c = 0;
             while c < whole {
-                let keys = [
-                    S::load::<V>(k[0].add(c * S::BYTES)),
-                    S::load::<V>(k[1].add(c * S::BYTES)),
-                    S::load::<V>(k[2].add(c * S::BYTES)),
-                    S::load::<V>(k[3].add(c * S::BYTES)),
-                ];
-                for r in 0..R {
-                    let q = V::load(q.add(r * k_pad + c));
-                    for j in 0..4 {
-                        acc[r][j] = q.fma(keys[j], acc[r][j]);
+                let at = c * S::BYTES;
+                for j in 0..4 {
+                    if v_too {
+                        fetch(now.v[t + j], at, step * S::BYTES, v_bytes);
+                    }
+                    if more {
+                        fetch(next.k[t + j], at, step * S::BYTES, k_bytes);
                     }
                 }
-                c += V::LANES;
+                let keys = [
+                    D::load(k[0].add(at)),
+                    D::load(k[1].add(at)),
+                    D::load(k[2].add(at)),
+                    D::load(k[3].add(at)),
+                ];
+                for r in 0..R {
+                    let q = D::load_query(q.add(r * q_bytes + c * D::QUERY_BYTES));
+                    for j in 0..4 {
+                        acc[r][j] = D::dot(acc[r][j], q, keys[j]);
+                    }
+                }
+                c += step;
             }
             if whole < k_dim {
-                let n = k_dim - whole;
                 for j in 0..4 {
-                    let key = S::load_part::<V>(k[j].add(whole * S::BYTES), n);
+                    let key = D::load_part(k[j].add(whole * S::BYTES), k_dim - whole);
                     for r in 0..R {
-                        acc[r][j] = V::load(q.add(r * k_pad + whole)).fma(key, acc[r][j]);
+                        let q = D::load_query(q.add(r * q_bytes + whole * D::QUERY_BYTES));
+                        acc[r][j] = D::dot(acc[r][j], q, key);
                     }
                 }
             }
@@ -236,20 +297,6 @@ unsafe fn scores<V: Vector, S: Stored, const R: usize>(
                 V::sum4(acc[r], s.add(r * TILE + t));
             }
             t += 4;
-        }
-    }
-}
-
-/// Prefetches the rows `t..t + 4` of a tile.
-#[inline(always)]
-unsafe fn prefetch_rows(rows: &[*const u8; TILE], keys: usize, t: usize, bytes: usize) {
-    if t < keys {
-        for j in 0..4 {
-            let mut at = 0;
-            while at < bytes {
-                prefetch(rows[t + j].wrapping_add(at));
-                at += 64;
-            }
         }
     }
 }
@@ -292,19 +339,19 @@ unsafe fn score<V: Vector>(job: &Job<'_>, row: usize, at: u32, tile: &Tile, s: *
         for t in 0..from {
             s.add(t).write(f32::NEG_INFINITY);
         }
-        for t in to.max(from)..keys.next_multiple_of(PAD) {
+        for t in to.max(from)..keys.next_multiple_of(16) {
             s.add(t).write(f32::NEG_INFINITY);
         }
     }
 }
 
-/// Turns raw dot products into probabilities relative to the new maximum, in place; returns it
-/// and the factor that brings older sums to it.
+/// Turns scores into probabilities relative to the new maximum, in place; returns it and the
+/// factor that brings older sums to it.
 #[inline(always)]
 unsafe fn soften<V: Vector>(keys: usize, s: *mut f32, m: f32, l: &mut f32) -> (f32, f32) {
     // SAFETY: the caller's promise.
     unsafe {
-        let keys = keys.next_multiple_of(PAD);
+        let keys = keys.next_multiple_of(16);
         let mut top = V::splat(f32::NEG_INFINITY);
         for t in (0..keys).step_by(V::LANES) {
             top = top.max(V::load(s.add(t)));
@@ -331,37 +378,39 @@ unsafe fn soften<V: Vector>(keys: usize, s: *mut f32, m: f32, l: &mut f32) -> (f
 /// Adds the values of a tile, weighted by the probabilities of `R` rows, to `o[r]`.
 #[inline(always)]
 unsafe fn values<V: Vector, S: Stored, const R: usize>(
+    job: &Job<'_>,
     p: *const f32,
     now: &Tile,
     next: &Tile,
-    v_dim: usize,
     o: *mut f32,
     v_pad: usize,
     ahead: bool,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        if ahead {
-            for t in (0..next.keys).step_by(4) {
-                prefetch_rows(&next.v, next.keys, t, v_dim * S::BYTES);
-            }
-        }
+        let (step, width) = (4 * V::LANES, 4 * V::LANES * S::BYTES);
+        let (k_bytes, v_bytes) = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
+        let (more, v_too) = (ahead && next.keys != 0, !job.v_in_k);
         let mut c = 0;
-        while c + 4 * V::LANES <= v_dim {
+        while c + step <= job.v_dim {
             let mut acc = [[V::splat(0.0); 4]; R];
             for r in 0..R {
                 for j in 0..4 {
                     acc[r][j] = V::load(o.add(r * v_pad + c + j * V::LANES));
                 }
             }
+            let at = c * S::BYTES;
             for t in 0..now.keys {
-                let row = now.v[t].add(c * S::BYTES);
-                let v = [
-                    S::load::<V>(row),
-                    S::load::<V>(row.add(V::LANES * S::BYTES)),
-                    S::load::<V>(row.add(2 * V::LANES * S::BYTES)),
-                    S::load::<V>(row.add(3 * V::LANES * S::BYTES)),
-                ];
+                if more {
+                    fetch(next.k[t], at, width, k_bytes);
+                    if v_too {
+                        fetch(next.v[t], at, width, v_bytes);
+                    }
+                }
+                let row = now.v[t].add(at);
+                let low = S::load2::<V>(row);
+                let high = S::load2::<V>(row.add(width / 2));
+                let v = [low[0], low[1], high[0], high[1]];
                 for r in 0..R {
                     let p = V::splat(p.add(r * TILE + t).read());
                     for j in 0..4 {
@@ -374,25 +423,33 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
                     acc[r][j].store(o.add(r * v_pad + c + j * V::LANES));
                 }
             }
-            c += 4 * V::LANES;
+            c += step;
         }
-        while c < v_dim {
-            let n = v_dim - c;
-            let mut acc = [V::splat(0.0); R];
+        while c < job.v_dim {
+            let n = job.v_dim - c;
+            let mut acc = [[V::splat(0.0); 2]; R];
             for r in 0..R {
-                acc[r] = V::load(o.add(r * v_pad + c));
+                for j in 0..2 {
+                    acc[r][j] = V::load(o.add(r * v_pad + c + j * V::LANES));
+                }
             }
             for t in 0..now.keys {
                 let row = now.v[t].add(c * S::BYTES);
-                let v = if n < V::LANES { S::load_part::<V>(row, n) } else { S::load::<V>(row) };
+                let v =
+                    if n < 2 * V::LANES { S::load2_part::<V>(row, n) } else { S::load2::<V>(row) };
                 for r in 0..R {
-                    acc[r] = V::splat(p.add(r * TILE + t).read()).fma(v, acc[r]);
+                    let p = V::splat(p.add(r * TILE + t).read());
+                    for j in 0..2 {
+                        acc[r][j] = p.fma(v[j], acc[r][j]);
+                    }
                 }
             }
             for r in 0..R {
-                acc[r].store(o.add(r * v_pad + c));
+                for j in 0..2 {
+                    acc[r][j].store(o.add(r * v_pad + c + j * V::LANES));
+                }
             }
-            c += V::LANES;
+            c += 2 * V::LANES;
         }
     }
 }

@@ -26,6 +26,7 @@ const CHUNK: usize = 64;
 ///
 /// # Safety
 /// `out` must have room for `v_dim` elements; parts must be as documented.
+#[inline(always)]
 pub(crate) unsafe fn finish_row(
     parts: &[Part],
     sink: Option<f32>,
@@ -66,6 +67,7 @@ pub(crate) unsafe fn finish_row(
 }
 
 /// Converts `row` and writes it from element `at` of `out` on.
+#[inline(always)]
 unsafe fn write<E: Element>(row: &[f32], out: *mut u8, at: usize) {
     for (c, &x) in row.iter().enumerate() {
         // SAFETY: the caller's promise.

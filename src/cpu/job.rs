@@ -83,6 +83,17 @@ pub(crate) struct States {
     pub o: *mut f32,
 }
 
+/// Keys that will be read after a job.
+#[derive(Clone, Copy)]
+pub(crate) struct Coming<'a> {
+    /// Where they lie.
+    pub blocks: Blocks<'a>,
+    /// First key.
+    pub kv_start: u32,
+    /// End of the keys.
+    pub kv_end: u32,
+}
+
 /// One unit of work. Row `r` is query token `r / group` of the job and query head `r % group` of
 /// the KV head's group.
 pub(crate) struct Job<'a> {
@@ -112,6 +123,8 @@ pub(crate) struct Job<'a> {
     pub kv_start: u32,
     /// End of the keys: at most the sequence's length. Larger than `kv_start`.
     pub kv_end: u32,
+    /// The keys that this worker will read next, for prefetching; `None` where that is not known.
+    pub coming: Option<Coming<'a>>,
     /// Factor of the dot product.
     pub scale: f32,
     /// Keys after the query's position are masked.

@@ -3,9 +3,10 @@
 //! A leaf instantiates the generic kernels inside functions that enable its instructions; the
 //! driver picks a table once a call and knows nothing of instruction sets.
 
+use super::finish::Part;
 use super::job::Job;
 use super::level::CpuLevel;
-use crate::dtype::KvFormat;
+use crate::dtype::{DType, KvFormat};
 
 /// A kernel: reads the job's K, V and Q and writes its states.
 ///
@@ -14,6 +15,9 @@ use crate::dtype::KvFormat;
 /// valid as its field documents.
 pub(crate) type Kernel = unsafe fn(&Job<'_>);
 
+/// [`finish_row`](super::finish::finish_row), compiled for a level.
+pub(crate) type Finish = unsafe fn(&[Part], Option<f32>, DType, *mut u8, usize) -> f32;
+
 /// The kernels of one level and format.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
@@ -21,6 +25,8 @@ pub(crate) struct Kernels {
     pub decode: Kernel,
     /// For any number of query rows up to [`tile_rows`](super::prefill::tile_rows).
     pub tile: Kernel,
+    /// Turns the states of a row into its output.
+    pub finish: Finish,
 }
 
 impl Kernels {
@@ -46,24 +52,42 @@ macro_rules! instantiate {
     ($name:ident, $vector:ty $(, $features:literal)?) => {
         /// The kernels of this level for `format`.
         pub(crate) fn $name(format: $crate::dtype::KvFormat) -> $crate::cpu::kernels::Kernels {
-            use $crate::cpu::{decode, job::Job, kernels::Kernels, prefill, vector::Stored};
-            use $crate::dtype::{KvFormat, bf16, f16};
+            use $crate::cpu::finish::{Part, finish_row};
+            use $crate::cpu::{
+                decode, dot::Widened, job::Job, kernels::Kernels, prefill, vector::Stored,
+            };
+            use $crate::dtype::{DType, KvFormat, bf16, f16};
 
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { decode::decode::<$vector, S>(job) }
+                unsafe { decode::decode::<$vector, S, Widened<S>>(job) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn tile_kernel<S: Stored>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
                 unsafe { prefill::tile::<$vector, S>(job) }
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn finish(
+                parts: &[Part],
+                sink: Option<f32>,
+                dtype: DType,
+                out: *mut u8,
+                v_dim: usize,
+            ) -> f32 {
+                // SAFETY: the caller's promise.
+                unsafe { finish_row(parts, sink, dtype, out, v_dim) }
+            }
             match format {
-                KvFormat::F32 => Kernels { decode: decode_kernel::<f32>, tile: tile_kernel::<f32> },
-                KvFormat::F16 => Kernels { decode: decode_kernel::<f16>, tile: tile_kernel::<f16> },
+                KvFormat::F32 => {
+                    Kernels { decode: decode_kernel::<f32>, tile: tile_kernel::<f32>, finish }
+                }
+                KvFormat::F16 => {
+                    Kernels { decode: decode_kernel::<f16>, tile: tile_kernel::<f16>, finish }
+                }
                 KvFormat::Bf16 => {
-                    Kernels { decode: decode_kernel::<bf16>, tile: tile_kernel::<bf16> }
+                    Kernels { decode: decode_kernel::<bf16>, tile: tile_kernel::<bf16>, finish }
                 }
             }
         }

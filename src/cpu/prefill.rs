@@ -128,7 +128,8 @@ unsafe fn run<V: Vector, O: Operand<V>, const WIDTH: usize>(job: &Job<'_>) {
         let mut start = from / tokens * tokens;
         while start < to {
             let range = (from.max(start), to.min(start + tokens));
-            let any_bad = pack::keys_and_values::<V, O>(job, &s, start, range, WIDTH * V::LANES);
+            let any_bad =
+                pack::keys_and_values::<V, O>(job, &s, start, range, to, WIDTH * V::LANES);
             let tile = Tile { start, any_bad };
             let mut first = 0;
             while first < rows {

@@ -35,6 +35,19 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn load_bf16(p: *const u16) -> Self;
     /// Reads and widens `n < LANES` bf16 and nothing after them; the other lanes are 0.
     unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self;
+    /// Reads and widens `2 * LANES` bf16: those at even places, then those at odd ones.
+    unsafe fn load2_bf16(p: *const u16) -> [Self; 2];
+    /// Reads and widens `n < 2 * LANES` bf16 and nothing after them, as
+    /// [`load2_bf16`](Self::load2_bf16) does; the other lanes are 0.
+    #[inline(always)]
+    unsafe fn load2_bf16_part(p: *const u16, n: usize) -> [Self; 2] {
+        let mut buffer = [0u16; 32];
+        // SAFETY: the caller's promise, and `n` fits the buffer.
+        unsafe {
+            core::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+            Self::load2_bf16(buffer.as_ptr())
+        }
+    }
     /// `self + b`.
     unsafe fn add(self, b: Self) -> Self;
     /// `self - b`.
@@ -109,6 +122,22 @@ pub(crate) trait Stored: Copy + 'static {
     /// # Safety
     /// As for [`Vector`].
     unsafe fn load_part<V: Vector>(p: *const u8, n: usize) -> V;
+
+    /// Whether [`load2`](Self::load2) gives elements at even places first, then those at odd ones.
+    const EVEN_ODD: bool;
+
+    /// Reads and widens `2 * V::LANES` elements.
+    ///
+    /// # Safety
+    /// As for [`Vector`].
+    unsafe fn load2<V: Vector>(p: *const u8) -> [V; 2];
+
+    /// Reads and widens `n < 2 * V::LANES` elements in the order of [`load2`](Self::load2); the
+    /// other lanes are 0.
+    ///
+    /// # Safety
+    /// As for [`Vector`].
+    unsafe fn load2_part<V: Vector>(p: *const u8, n: usize) -> [V; 2];
 }
 
 macro_rules! stored {
@@ -127,6 +156,43 @@ macro_rules! stored {
             unsafe fn load_part<V: Vector>(p: *const u8, n: usize) -> V {
                 // SAFETY: the caller's promise.
                 unsafe { V::$part(p.cast::<$bits>(), n) }
+            }
+
+            stored!(@load2 $format);
+        }
+    };
+    (@load2 Bf16) => {
+        const EVEN_ODD: bool = true;
+
+        #[inline(always)]
+        unsafe fn load2<V: Vector>(p: *const u8) -> [V; 2] {
+            // SAFETY: the caller's promise.
+            unsafe { V::load2_bf16(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn load2_part<V: Vector>(p: *const u8, n: usize) -> [V; 2] {
+            // SAFETY: the caller's promise.
+            unsafe { V::load2_bf16_part(p.cast(), n) }
+        }
+    };
+    (@load2 $format:ident) => {
+        const EVEN_ODD: bool = false;
+
+        #[inline(always)]
+        unsafe fn load2<V: Vector>(p: *const u8) -> [V; 2] {
+            // SAFETY: the caller's promise.
+            unsafe { [Self::load(p), Self::load(p.add(V::LANES * Self::BYTES))] }
+        }
+
+        #[inline(always)]
+        unsafe fn load2_part<V: Vector>(p: *const u8, n: usize) -> [V; 2] {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if n < V::LANES {
+                    return [Self::load_part(p, n), V::splat(0.0)];
+                }
+                [Self::load(p), Self::load_part(p.add(V::LANES * Self::BYTES), n - V::LANES)]
             }
         }
     };
@@ -176,6 +242,10 @@ unsafe impl Vector for One {
     #[inline(always)]
     unsafe fn load_bf16_part(_: *const u16, _: usize) -> Self {
         One(0.0)
+    }
+    #[inline(always)]
+    unsafe fn load2_bf16(p: *const u16) -> [Self; 2] {
+        unsafe { [Self::load_bf16(p), Self::load_bf16(p.add(1))] }
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {

@@ -75,6 +75,17 @@ unsafe impl Vector for F32x4 {
         unsafe { widen_bf16(vld1_u16(part(p, n).as_ptr())) }
     }
     #[inline(always)]
+    unsafe fn load2_bf16(p: *const u16) -> [Self; 2] {
+        unsafe {
+            let bits = vreinterpretq_u32_u16(vld1q_u16(p));
+            let high = vandq_u32(bits, vdupq_n_u32(0xffff_0000));
+            [
+                Self(vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits))),
+                Self(vreinterpretq_f32_u32(high)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
         Self(unsafe { vaddq_f32(self.0, b.0) })
     }

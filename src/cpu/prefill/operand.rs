@@ -21,6 +21,8 @@ pub(super) unsafe trait Operand<V: Vector> {
     type Steps: Copy;
     /// Elements of one step.
     const PER_STEP: usize;
+    /// Bytes of a stored element of K or V.
+    const STORED_BYTES: usize;
 
     /// Reads `LANES` steps.
     unsafe fn load(p: *const u32) -> Self::Steps;
@@ -77,6 +79,7 @@ unsafe fn widen<V: Vector, T: Stored>(row: *const u8, dim: usize, to: *mut u32) 
 unsafe impl<V: Vector, S: Stored> Operand<V> for Floats<S> {
     type Steps = V;
     const PER_STEP: usize = 1;
+    const STORED_BYTES: usize = S::BYTES;
 
     #[inline(always)]
     unsafe fn load(p: *const u32) -> V {
@@ -132,6 +135,7 @@ pub(super) struct Pairs;
 unsafe impl<V: PairDot> Operand<V> for Pairs {
     type Steps = V::Pairs;
     const PER_STEP: usize = 2;
+    const STORED_BYTES: usize = 2;
 
     #[inline(always)]
     unsafe fn load(p: *const u32) -> V::Pairs {

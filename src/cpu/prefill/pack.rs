@@ -4,12 +4,16 @@
 //! at a time, so that everything after this file works on full vectors of defined values.
 
 use super::super::job::Job;
-use super::super::vector::Vector;
+use super::super::vector::{Vector, prefetch};
 use super::operand::{Operand, TILE_HEIGHT};
 use super::scratch::Scratch;
 
 /// Tokens staged at a time: a multiple of every vector's lanes.
 pub(super) const STAGED: usize = 16;
+
+/// Query rows between the one that is packed and the one that is prefetched: those of different
+/// tokens lie pages apart.
+const QUERIES_AHEAD: usize = 32;
 
 /// Packs all query rows as `[row / TILE_HEIGHT][step][row % TILE_HEIGHT]`, zeros after the last.
 ///
@@ -23,6 +27,8 @@ pub(super) unsafe fn queries<V: Vector, O: Operand<V>>(job: &Job<'_>, s: &Scratc
         for row in 0..job.rows().next_multiple_of(TILE_HEIGHT) {
             let to = s.q.add(row / TILE_HEIGHT * TILE_HEIGHT * steps + row % TILE_HEIGHT);
             if row < job.rows() {
+                let coming = (row + QUERIES_AHEAD).min(job.rows() - 1);
+                lines(job.q_row(coming), job.k_dim * job.q_dtype.bytes() as usize);
                 O::stage_query(job.q_dtype, job.q_row(row), job.k_dim, s.stage);
                 for step in 0..steps {
                     to.add(step * TILE_HEIGHT).write(s.stage.add(step).read());
@@ -41,7 +47,8 @@ pub(super) unsafe fn queries<V: Vector, O: Operand<V>>(job: &Job<'_>, s: &Scratc
 /// K becomes `[column / panel][step][column % panel]` with the column `token - start`, V
 /// `[channel / panel][token step][channel % panel]`. Columns next to the range, down and up to a
 /// multiple of `panel` and of [`STAGED`], become zeros, as do the tokens of bad blocks; those get
-/// -inf in `s.ceiling` (all others +inf), and the result is whether there were any.
+/// -inf in `s.ceiling` (all others +inf), and the result is whether there were any. The job's keys
+/// end at `limit`.
 ///
 /// # Safety
 /// As for [`Kernel`](super::super::kernels::Kernel); `from < to`, both in the tile.
@@ -51,6 +58,7 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
     s: &Scratch,
     start: u32,
     (from, to): (u32, u32),
+    limit: u32,
     panel: usize,
 ) -> bool {
     // SAFETY: tokens from .. to are the job's, so the table has their entries; all writes stay in
@@ -63,6 +71,7 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
         let (k_stride, v_stride) = (s.k_stage_stride, s.v_stage_stride);
         let mut column = first;
         while column < last {
+            ahead::<V, O>(job, start + (column + STAGED) as u32, limit);
             let mut i = 0;
             while i < STAGED {
                 let token = start + (column + i) as u32;
@@ -100,6 +109,39 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
             column += STAGED;
         }
         any_bad
+    }
+}
+
+/// Prefetches the rows that are staged next, from token `token` on: hardware does not foresee the
+/// next block. Tokens from `limit` on are not of interest.
+#[inline(always)]
+unsafe fn ahead<V: Vector, O: Operand<V>>(job: &Job<'_>, token: u32, limit: u32) {
+    let end = limit.min(token.saturating_add(STAGED as u32));
+    let mut at = token;
+    while at < end {
+        // SAFETY: tokens below `limit` have an entry in the table.
+        let segment = unsafe { job.blocks.segment(at, end) };
+        if !segment.k.is_null() {
+            for j in 0..segment.tokens as isize {
+                let k = segment.k.wrapping_offset(j * job.blocks.k_token_bytes);
+                lines(k, job.k_dim * O::STORED_BYTES);
+                if !job.v_in_k {
+                    let v = segment.v.wrapping_offset(j * job.blocks.v_token_bytes);
+                    lines(v, job.v_dim * O::STORED_BYTES);
+                }
+            }
+        }
+        at += segment.tokens as u32;
+    }
+}
+
+/// Prefetches `bytes` bytes.
+#[inline(always)]
+fn lines(row: *const u8, bytes: usize) {
+    let mut at = 0;
+    while at < bytes {
+        prefetch(row.wrapping_add(at));
+        at += 64;
     }
 }
 

@@ -136,6 +136,7 @@ impl Data {
             let tokens = chunk.min(case.tokens - token);
             let row = token * case.group;
             let job = Job {
+                coming: None,
                 group: case.group,
                 tokens,
                 k_dim: case.k_dim,

@@ -74,6 +74,17 @@ unsafe impl Vector for F32x8 {
         unsafe { widen(part16(p, n)) }
     }
     #[inline(always)]
+    unsafe fn load2_bf16(p: *const u16) -> [Self; 2] {
+        unsafe {
+            let bits = _mm256_loadu_si256(p.cast());
+            let high = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            [
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))),
+                Self(_mm256_castsi256_ps(high)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
         Self(unsafe { _mm256_add_ps(self.0, b.0) })
     }

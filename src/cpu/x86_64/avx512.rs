@@ -2,11 +2,13 @@
 
 use core::arch::x86_64::*;
 
+use crate::cpu::decode;
+use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
 use crate::cpu::prefill;
 use crate::cpu::vector::{PairDot, Vector};
-use crate::dtype::KvFormat;
+use crate::dtype::{DType, KvFormat, bf16};
 
 /// Sixteen f32 lanes.
 #[derive(Clone, Copy)]
@@ -55,6 +57,14 @@ unsafe impl Vector for F32x16 {
     #[inline(always)]
     unsafe fn load_bf16_part(p: *const u16, n: usize) -> Self {
         unsafe { widen(_mm256_maskz_loadu_epi16(below(n), p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load2_bf16(p: *const u16) -> [Self; 2] {
+        unsafe { split(_mm512_loadu_si512(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load2_bf16_part(p: *const u16, n: usize) -> [Self; 2] {
+        unsafe { split(_mm512_maskz_loadu_epi16(((1u64 << n) - 1) as u32, p.cast())) }
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
@@ -163,6 +173,19 @@ unsafe impl Vector for F32x16 {
     }
 }
 
+/// Pairs of bf16 to f32: the low halves, then the high ones.
+#[inline(always)]
+unsafe fn split(bits: __m512i) -> [F32x16; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let high = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        [
+            F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))),
+            F32x16(_mm512_castsi512_ps(high)),
+        ]
+    }
+}
+
 /// bf16 to f32: the sixteen bits become the upper half.
 #[inline(always)]
 unsafe fn widen(bits: __m256i) -> F32x16 {
@@ -221,8 +244,7 @@ crate::cpu::kernels::instantiate!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 );
 
-/// The kernels of the level with bf16 dot products: those of [`kernels`], and for bf16 a tile
-/// kernel that takes bf16 queries as they are.
+/// The kernels of the level with bf16 dot products: those of [`kernels`] but for bf16.
 pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
     /// [`prefill::tile_pairs`] with the level's instructions.
     ///
@@ -233,8 +255,24 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         // SAFETY: the caller's promise; the features are enabled here.
         unsafe { prefill::tile_pairs::<F32x16>(job) }
     }
+    /// [`decode::decode`] by pair products: bf16 queries as they are, f16 ones in two
+    /// parts; f32 ones would need three, and multiply as fast as widened keys.
+    ///
+    /// # Safety
+    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+    unsafe fn decode_pairs(job: &Job<'_>) {
+        // SAFETY: the caller's promise; the features are enabled here.
+        unsafe {
+            match job.q_dtype {
+                DType::Bf16 => decode::decode::<F32x16, bf16, Pairs>(job),
+                DType::F16 => decode::decode::<F32x16, bf16, SplitPairs>(job),
+                DType::F32 => decode::decode::<F32x16, bf16, Widened<bf16>>(job),
+            }
+        }
+    }
     match format {
-        KvFormat::Bf16 => Kernels { tile, ..kernels(format) },
+        KvFormat::Bf16 => Kernels { decode: decode_pairs, tile },
         _ => kernels(format),
     }
 }

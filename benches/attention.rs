@@ -1,0 +1,333 @@
+//! Decode and prefill attention on the CPU.
+//!
+//! `cargo bench --bench attention` runs criterion; `cargo bench --bench attention -- --table`
+//! prints one table: GB/s of K and V read (decode) beside a plain read of the same memory in the
+//! same run with as many threads, and GFLOP/s (prefill). A word after `--table` filters rows.
+
+mod support;
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput};
+use kvcache::attention::{HeadShape, Scoring};
+use kvcache::cpu::{
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
+    attend_workspace_bytes,
+};
+use kvcache::dtype::{DType, KvFormat, bf16, f16};
+use kvcache::layout::{GroupLayout, GroupSpec};
+use support::{Pool, median, random_kv, read_all, seconds};
+
+/// A batch of equal sequences over one layer in native layout, its blocks in random order.
+struct Batch {
+    shape: HeadShape,
+    layout: GroupLayout,
+    memory: Vec<u64>,
+    tables: Vec<i32>,
+    blocks_a_seq: usize,
+    /// Sequences of one call; calls rotate over `seqs * rotations` sequences.
+    seqs: usize,
+    q_tokens: usize,
+    kv_len: usize,
+    q: Vec<u64>,
+    q_dtype: DType,
+    out: Vec<u64>,
+    q_indptr: Vec<i32>,
+    kv_lens: Vec<i32>,
+    workspace: Vec<u8>,
+}
+
+#[derive(Clone, Copy)]
+struct Config {
+    name: &'static str,
+    format: KvFormat,
+    q_dtype: DType,
+    shape: HeadShape,
+    block_tokens: u32,
+    seqs: usize,
+    rotations: usize,
+    q_tokens: usize,
+    kv_len: usize,
+}
+
+impl Batch {
+    fn new(c: &Config, workers: usize) -> Self {
+        let (kv_heads, dim) = (c.shape.kv_heads, c.shape.k_dim);
+        let spec = if c.shape.v_in_k {
+            GroupSpec::latent(1, c.shape.v_dim, dim - c.shape.v_dim, c.format)
+        } else {
+            GroupSpec::uniform(1, kv_heads, dim, c.format)
+        };
+        let layout = GroupLayout::new(spec, c.block_tokens).unwrap();
+        let blocks_a_seq = layout.blocks_for(c.kv_len as u64) as usize;
+        let blocks = blocks_a_seq * c.seqs * c.rotations;
+        let bytes = layout.pool_bytes(blocks as u64).unwrap() as usize;
+        let mut memory = huge(bytes / 8);
+        fill(c.format.dtype(), &mut memory, 1);
+        let mut tables: Vec<i32> = (0..blocks as i32).collect();
+        random_kv(blocks, 2, |i, x| tables.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
+        let tokens = c.seqs * c.q_tokens;
+        let mut q = vec![0; tokens * (c.shape.q_heads * dim) as usize / 2];
+        fill(c.q_dtype, &mut q, 3);
+        let maxima = AttendMaxima {
+            seqs: c.seqs as u32,
+            q_tokens: tokens as u32,
+            kv_len: c.kv_len as u32,
+            workers,
+        };
+        let bytes = attend_workspace_bytes(&c.shape, &maxima).unwrap();
+        Batch {
+            shape: c.shape,
+            layout,
+            memory,
+            tables,
+            blocks_a_seq,
+            seqs: c.seqs,
+            q_tokens: c.q_tokens,
+            kv_len: c.kv_len,
+            out: vec![0; tokens * (c.shape.q_heads * c.shape.v_dim) as usize / 2],
+            q,
+            q_dtype: c.q_dtype,
+            q_indptr: (0..=c.seqs as i32).map(|s| s * c.q_tokens as i32).collect(),
+            kv_lens: vec![c.kv_len as i32; c.seqs],
+            workspace: vec![0; bytes as usize],
+        }
+    }
+
+    fn run(&mut self, pool: &Pool, rotation: usize) {
+        let base = self.memory.as_mut_ptr().cast::<u8>();
+        let table = &self.tables[rotation * self.seqs * self.blocks_a_seq..];
+        let (q_heads, v_dim) = (self.shape.q_heads, self.shape.v_dim);
+        let args = AttendArgs {
+            shape: self.shape,
+            scoring: Scoring::causal(self.shape.k_dim),
+            kv: KvView {
+                k: base,
+                v: base.wrapping_add(self.layout.v_offset(0) as usize),
+                format: self.layout.spec().format,
+                k_strides: self.layout.k_strides(),
+                v_strides: self.layout.v_strides(),
+                num_blocks: self.tables.len() as u32,
+                block_tokens: self.layout.block_tokens(),
+            },
+            tables: BlockTables::Dense { table: table.as_ptr(), stride: self.blocks_a_seq as i64 },
+            seqs: self.seqs as u32,
+            q_indptr: self.q_indptr.as_ptr(),
+            kv_lens: self.kv_lens.as_ptr(),
+            q: RowsView::contiguous(
+                self.q.as_mut_ptr().cast(),
+                self.q_dtype,
+                q_heads,
+                self.shape.k_dim,
+            ),
+            out: RowsView::contiguous(self.out.as_mut_ptr().cast(), DType::F32, q_heads, v_dim),
+            lse: std::ptr::null_mut(),
+            bad_block: None,
+        };
+        let level = CpuLevel::chosen().unwrap();
+        // SAFETY: the buffers were made for these sizes.
+        unsafe { attend(&args, level, pool, &mut self.workspace) }.unwrap();
+        black_box(&self.out);
+    }
+
+    /// Bytes of K and V that one call reads.
+    fn kv_bytes(&self) -> f64 {
+        self.layout.token_bytes() as f64 * (self.seqs * self.kv_len) as f64
+    }
+
+    /// The memory of one rotation's share, as a plain run.
+    fn share(&self, rotation: usize) -> &[u64] {
+        let words = self.seqs * self.blocks_a_seq * self.layout.block_bytes() as usize / 8;
+        &self.memory[rotation * words..][..words]
+    }
+
+    /// Multiply-adds of one causal call, times two.
+    fn flops(&self) -> f64 {
+        let n = self.q_tokens as f64;
+        let pairs = n * (self.kv_len as f64 - n) + n * (n + 1.0) / 2.0;
+        let dims = f64::from(self.shape.k_dim + self.shape.v_dim);
+        2.0 * pairs * dims * f64::from(self.shape.q_heads) * self.seqs as f64
+    }
+}
+
+/// Zeroed memory, on huge pages where the system gives them.
+fn huge(words: usize) -> Vec<u64> {
+    let mut memory = Vec::with_capacity(words);
+    #[cfg(target_os = "linux")]
+    {
+        unsafe extern "C" {
+            fn madvise(at: *mut u8, bytes: usize, advice: i32) -> i32;
+        }
+        let spare: &mut [std::mem::MaybeUninit<u64>] = memory.spare_capacity_mut();
+        let at = spare.as_mut_ptr().cast::<u8>();
+        let skip = at.align_offset(4096);
+        if std::env::var_os("SMALL_PAGES").is_none() && words * 8 > skip + 4096 {
+            // SAFETY: advice about our own pages; MADV_HUGEPAGE changes no contents.
+            unsafe { madvise(at.wrapping_add(skip), (words * 8 - skip) & !4095, 14) };
+        }
+    }
+    memory.resize(words, 0);
+    memory
+}
+
+fn fill(dtype: DType, memory: &mut [u64], seed: u64) {
+    let elements = memory.len() * 8 / dtype.bytes() as usize;
+    let base = memory.as_mut_ptr();
+    random_kv(elements, seed, |i, x| {
+        // SAFETY: `i` is below the elements of the memory.
+        unsafe {
+            match dtype {
+                DType::F32 => base.cast::<f32>().add(i).write(x),
+                DType::F16 => base.cast::<f16>().add(i).write(f16::from_f32(x)),
+                _ => base.cast::<bf16>().add(i).write(bf16::from_f32(x)),
+            }
+        }
+    });
+}
+
+const LLAMA: HeadShape =
+    HeadShape { q_heads: 32, kv_heads: 8, k_dim: 128, v_dim: 128, v_in_k: false };
+const LATENT: HeadShape =
+    HeadShape { q_heads: 128, kv_heads: 1, k_dim: 576, v_dim: 512, v_in_k: true };
+
+fn configs() -> Vec<Config> {
+    let mut list = Vec::new();
+    for &format in KvFormat::ALL {
+        let base = Config {
+            name: "decode",
+            format,
+            q_dtype: format.dtype(),
+            shape: LLAMA,
+            block_tokens: 16,
+            seqs: 8,
+            rotations: 1,
+            q_tokens: 1,
+            kv_len: 16_384,
+        };
+        list.push(base);
+        list.push(Config { block_tokens: 64, ..base });
+        list.push(Config { seqs: 1, kv_len: 4096, rotations: 16, ..base });
+        for tokens in [2048, 4096] {
+            list.push(Config {
+                name: "prefill",
+                seqs: 1,
+                q_tokens: tokens,
+                kv_len: tokens,
+                rotations: 1,
+                ..base
+            });
+        }
+    }
+    let latent = Config {
+        name: "latent",
+        format: KvFormat::Bf16,
+        q_dtype: DType::Bf16,
+        shape: LATENT,
+        block_tokens: 64,
+        seqs: 4,
+        rotations: 4,
+        q_tokens: 1,
+        kv_len: 4096,
+    };
+    list.push(latent);
+    list
+}
+
+fn label(c: &Config) -> String {
+    format!("{} {} {}x{} b{}", c.name, c.format.name(), c.seqs, c.kv_len, c.block_tokens)
+}
+
+/// Prints one line a configuration and thread count.
+fn table(filter: &str) {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    println!("level {}", CpuLevel::chosen().unwrap().name());
+    println!("{:34} {:>3} {:>9} {:>9} {:>7}  quartiles", "", "thr", "here", "read", "ratio");
+    for c in configs().iter().filter(|c| label(c).contains(filter)) {
+        for threads in [1, 2] {
+            if threads > cores {
+                continue;
+            }
+            let pool = Pool::new(threads);
+            let mut batch = Batch::new(c, threads);
+            let decode = c.q_tokens == 1;
+            let rounds = if decode { 15 } else { 5 };
+            let (mut here, mut read, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
+            for round in 0..rounds + 1 {
+                let (mut t_here, mut t_read) = (0.0, 0.0);
+                for rotation in 0..c.rotations {
+                    t_here += seconds(|| batch.run(&pool, rotation));
+                }
+                for rotation in 0..c.rotations {
+                    if decode {
+                        t_read += seconds(|| {
+                            black_box(read_all(&pool, batch.share(rotation)));
+                        });
+                    }
+                }
+                if round > 0 {
+                    let work = if decode { batch.kv_bytes() } else { batch.flops() };
+                    here.push(work * c.rotations as f64 / t_here / 1e9);
+                    read.push(batch.kv_bytes() * c.rotations as f64 / t_read / 1e9);
+                    ratio.push(t_read / t_here);
+                }
+            }
+            let (here, (read, ..), (mid, low, high)) = (median(here), median(read), median(ratio));
+            if decode {
+                println!(
+                    "{:34} {:>3} {:>9.1} {:>9.1} {:>6.1}%  {:.1} to {:.1}",
+                    label(c),
+                    threads,
+                    here.0,
+                    read,
+                    100.0 * mid,
+                    100.0 * low,
+                    100.0 * high
+                );
+            } else {
+                println!(
+                    "{:34} {:>3} {:>9.1} GFLOP/s             {:.1} to {:.1}",
+                    label(c),
+                    threads,
+                    here.0,
+                    here.1,
+                    here.2
+                );
+            }
+        }
+    }
+}
+
+fn criterion_benches(criterion: &mut Criterion) {
+    for c in configs() {
+        for threads in [1, 2] {
+            let pool = Pool::new(threads);
+            let mut batch = Batch::new(&c, threads);
+            let mut group = criterion.benchmark_group("attention");
+            group.sample_size(10);
+            let work = if c.q_tokens == 1 { batch.kv_bytes() } else { batch.flops() };
+            group.throughput(if c.q_tokens == 1 {
+                Throughput::Bytes(work as u64)
+            } else {
+                Throughput::Elements(work as u64)
+            });
+            let mut rotation = 0;
+            group.bench_function(format!("{} t{threads}", label(&c)), |bencher| {
+                bencher.iter(|| {
+                    batch.run(&pool, rotation);
+                    rotation = (rotation + 1) % c.rotations;
+                })
+            });
+        }
+    }
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(at) = args.iter().position(|arg| arg == "--table") {
+        let filter = args[at + 1..].iter().find(|arg| !arg.starts_with("--"));
+        return table(filter.map_or("", |filter| filter));
+    }
+    let mut criterion = Criterion::default().configure_from_args();
+    criterion_benches(&mut criterion);
+    criterion.final_summary();
+}

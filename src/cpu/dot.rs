@@ -1,0 +1,150 @@
+//! How a query meets a key: the ways to multiply two vectors' worth of channels at a time.
+//!
+//! A query row is prepared once in the order and precision that the keys are loaded in.
+
+use core::marker::PhantomData;
+
+use super::vector::{PairDot, Stored, Vector};
+use crate::dtype::bf16;
+
+/// Dot products of prepared queries with stored keys, `2 * V::LANES` channels a step.
+///
+/// # Safety
+/// As for [`Vector`].
+pub(crate) unsafe trait KeyDot<V: Vector> {
+    /// A step of a key.
+    type Key: Copy;
+    /// A step of a prepared query.
+    type Query: Copy;
+    /// Bytes of a prepared query a channel, at most 4.
+    const QUERY_BYTES: usize;
+
+    /// Prepares a row of `dim` f32, a multiple of `2 * LANES`.
+    unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8);
+    /// Reads a step of a prepared query.
+    unsafe fn load_query(p: *const u8) -> Self::Query;
+    /// Reads a step of a key.
+    unsafe fn load(p: *const u8) -> Self::Key;
+    /// Reads `n < 2 * LANES` channels of a key and nothing after them; the others are 0.
+    unsafe fn load_part(p: *const u8, n: usize) -> Self::Key;
+    /// `acc` plus the products, spread over the lanes in an order fixed for the type.
+    unsafe fn dot(acc: V, query: Self::Query, key: Self::Key) -> V;
+}
+
+/// Keys widened to f32: exact products in f32.
+pub(crate) struct Widened<S>(PhantomData<S>);
+
+#[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise, as the trait says
+// SAFETY: only instructions of `V`.
+unsafe impl<V: Vector, S: Stored> KeyDot<V> for Widened<S> {
+    type Key = [V; 2];
+    type Query = [V; 2];
+    const QUERY_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
+        let to = to.cast::<f32>();
+        for c in 0..dim {
+            let (pair, i) = (c / (2 * V::LANES) * 2 * V::LANES, c % (2 * V::LANES));
+            let i = if S::EVEN_ODD { i % 2 * V::LANES + i / 2 } else { i };
+            unsafe { to.add(pair + i).write(row.add(c).read()) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_query(p: *const u8) -> [V; 2] {
+        let p = p.cast::<f32>();
+        unsafe { [V::load(p), V::load(p.add(V::LANES))] }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> [V; 2] {
+        unsafe { S::load2(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const u8, n: usize) -> [V; 2] {
+        unsafe { S::load2_part(p, n) }
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: V, query: [V; 2], key: [V; 2]) -> V {
+        unsafe { query[1].fma(key[1], query[0].fma(key[0], acc)) }
+    }
+}
+
+/// bf16 keys times bf16 queries by the machine's pair products: for queries that are bf16 anyway.
+pub(crate) struct Pairs;
+
+#[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise, as the trait says
+// SAFETY: only instructions of `V`.
+unsafe impl<V: PairDot> KeyDot<V> for Pairs {
+    type Key = V::Pairs;
+    type Query = V::Pairs;
+    const QUERY_BYTES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
+        for c in 0..dim {
+            unsafe { to.cast::<bf16>().add(c).write(bf16::from_f32(row.add(c).read())) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_query(p: *const u8) -> V::Pairs {
+        unsafe { V::load_pairs(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> V::Pairs {
+        unsafe { V::load_pairs(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const u8, n: usize) -> V::Pairs {
+        unsafe { V::load_pairs_part(p.cast(), n) }
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: V, query: V::Pairs, key: V::Pairs) -> V {
+        unsafe { acc.dot_pairs(query, key) }
+    }
+}
+
+/// bf16 keys times f16 queries, each the sum of two bf16: exact, as 8 + 8 bits hold f16's 11.
+/// Wider queries would be cut to 16 bits.
+pub(crate) struct SplitPairs;
+
+#[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise, as the trait says
+// SAFETY: only instructions of `V`.
+unsafe impl<V: PairDot> KeyDot<V> for SplitPairs {
+    type Key = V::Pairs;
+    type Query = [V::Pairs; 2];
+    const QUERY_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
+        let (to, step) = (to.cast::<bf16>(), 2 * V::LANES);
+        for c in 0..dim {
+            // A step of the upper parts, then a step of the lower ones.
+            let at = c / step * 2 * step + c % step;
+            unsafe {
+                let x = row.add(c).read();
+                let high = bf16::from_f32(x);
+                // Infinite only where the query is; then there is nothing to correct.
+                let low = if high.is_finite() { x - high.to_f32() } else { 0.0 };
+                to.add(at).write(high);
+                to.add(at + step).write(bf16::from_f32(low));
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_query(p: *const u8) -> [V::Pairs; 2] {
+        let p = p.cast::<u16>();
+        unsafe { [V::load_pairs(p), V::load_pairs(p.add(2 * V::LANES))] }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> V::Pairs {
+        unsafe { V::load_pairs(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_part(p: *const u8, n: usize) -> V::Pairs {
+        unsafe { V::load_pairs_part(p.cast(), n) }
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: V, query: [V::Pairs; 2], key: V::Pairs) -> V {
+        unsafe { acc.dot_pairs(query[1], key).dot_pairs(query[0], key) }
+    }
+}
