@@ -272,7 +272,7 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         }
     }
     match format {
-        KvFormat::Bf16 => Kernels { decode: decode_pairs, tile },
+        KvFormat::Bf16 => Kernels { decode: decode_pairs, tile, ..kernels(format) },
         _ => kernels(format),
     }
 }
