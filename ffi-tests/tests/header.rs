@@ -101,10 +101,33 @@ fn the_documented_link_line_is_what_the_compiler_says() {
     let line = text.lines().find_map(|line| line.split_once("native-static-libs: "));
     let printed: BTreeSet<&str> = line.expect("a link line").1.split_whitespace().collect();
     assert_eq!(printed, NATIVE_STATIC_LIBS.split(' ').collect());
-    for file in ["bindings/c/README.md"] {
+    for file in ["README.md", "bindings/c/README.md"] {
         let text = std::fs::read_to_string(repository().join(file)).unwrap();
         assert!(text.contains(NATIVE_STATIC_LIBS), "{file} must give {NATIVE_STATIC_LIBS}");
     }
+}
+
+#[test]
+fn every_function_says_which_threads_may_call_it() {
+    let (mut comment, mut functions) = (String::new(), 0);
+    for line in header().lines() {
+        if line.starts_with("//") {
+            comment.push_str(line);
+            comment.push('\n');
+            continue;
+        }
+        // A declaration starts in the first column and is no typedef, brace or preprocessor line.
+        let starts = line.starts_with(|c: char| c.is_ascii_lowercase()) && line.contains("kvc_");
+        if starts && line.contains('(') {
+            let said = comment.contains("// Threads: thread-safe")
+                || comment.contains("// Threads: per-handle")
+                || comment.contains("// Threads: init-only");
+            assert!(said, "{line}");
+            functions += 1;
+        }
+        comment.clear();
+    }
+    assert_eq!(functions, committed().len());
 }
 
 /// Needs cbindgen built, which takes longer than all other tests: run with `-- --ignored`.
