@@ -3,8 +3,12 @@
 source "$(dirname "$0")/common.sh"
 need_debian valgrind libc6-dbg
 programs=$(cargo run --quiet -p ffi-tests -- build "$TARGET_DIR/valgrind")
+level=$(uname -m | sed 's/x86_64/avx2/; s/aarch64/neon/')
+failed=()
 for program in $programs; do
     echo "valgrind $(basename "$program")"
-    KVCACHE_CPU=$(uname -m | sed 's/x86_64/avx2/; s/aarch64/neon/') valgrind --quiet \
-        --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite "$program"
+    KVCACHE_CPU=$level valgrind --quiet \
+        --error-exitcode=99 --leak-check=full --show-leak-kinds=definite \
+        --errors-for-leak-kinds=definite "$program" || failed+=("$(basename "$program")")
 done
+[ ${#failed[@]} = 0 ] || { echo "memcheck found errors in: ${failed[*]}"; exit 1; }

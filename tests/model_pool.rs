@@ -235,7 +235,7 @@ impl Run {
         self.pool.allocate_n(&mut out).unwrap();
         assert!(out.iter().all(|&b| self.pool.refs(b) == 1));
         // Any id that nobody holds, or one of the batch a second time.
-        let bad = if bad % 2 == 0 && n > 0 { out[at % n] } else { BlockId(bad | 1 << 31) };
+        let bad = if bad.is_multiple_of(2) && n > 0 { out[at % n] } else { BlockId(bad | 1 << 31) };
         let mut list = out.clone();
         list.insert(at % (n + 1), bad);
         assert_eq!(self.pool.free_n(&list), Err(Error::BadBlock { block: bad.0 }));

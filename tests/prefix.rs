@@ -201,3 +201,24 @@ fn decoded_sequences_stay_few_edges() {
     let nodes = index.stats().nodes;
     assert!(nodes < SEQUENCES * BLOCKS / 8, "{nodes} nodes");
 }
+
+/// Lookups need shared access only: threads may match at the same time.
+#[test]
+fn threads_look_up_together() {
+    let mut index = PrefixIndex::new(4, 1, 4000).unwrap();
+    let sequence = |s: u32| (0..40).map(|i| if i < 20 { i } else { s }).collect::<Vec<u32>>();
+    for s in 0..500 {
+        insert(&mut index, A, &sequence(s), s * 10);
+    }
+    let index = &index;
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            scope.spawn(move || {
+                for s in (thread..500).step_by(4) {
+                    let hit = lookup(index, A, &sequence(s));
+                    assert_eq!((hit.tokens, hit.blocks[9]), (40, BlockId(s * 10 + 9)));
+                }
+            });
+        }
+    });
+}

@@ -335,7 +335,7 @@ mod tests {
             let mut blocks = Blocks::new(bt, groups, 64).unwrap();
             let mut held: Vec<Run> = vec![];
             let mut x = 12345u64;
-            for _ in 0..4000 {
+            for _ in 0..if cfg!(miri) { 100 } else { 4000 } {
                 x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let r = (x >> 33) as u32;
                 if !r.is_multiple_of(3) && blocks.free() > 0 {

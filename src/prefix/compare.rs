@@ -34,7 +34,7 @@ mod tests {
         for n in [0, 1, 7, 8, 9, 63, 64, 65, 511, 512, 513, 1100] {
             let a: Vec<u32> = (0..n).collect();
             assert_eq!(common_prefix(&a, &a), n as usize);
-            for at in 0..n as usize {
+            for at in (0..n as usize).step_by(if cfg!(miri) { 61 } else { 1 }) {
                 let mut b = a.clone();
                 b[at] = u32::MAX;
                 assert_eq!(common_prefix(&a, &b), at);

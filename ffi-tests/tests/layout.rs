@@ -1,0 +1,158 @@
+//! Every struct of the header has the size and the offsets in C that Rust gives it. The C side is
+//! a program made from the header's own text, so that no struct and no field can be forgotten.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::mem::offset_of;
+use std::path::Path;
+use std::process::Command;
+
+use ffi_tests::{HERE, compiler, run};
+use kvcache::capi::*;
+
+/// `struct` and `struct.field` to bytes.
+type Layout = BTreeMap<String, usize>;
+
+macro_rules! layouts {
+    ($($name:ident { $($field:ident),* $(,)? })*) => {{
+        let mut all = Layout::new();
+        $(
+            all.insert(stringify!($name).into(), size_of::<$name>());
+            $(all.insert(
+                concat!(stringify!($name), ".", stringify!($field)).into(),
+                offset_of!($name, $field),
+            );)*
+        )*
+        all
+    }};
+}
+
+fn in_rust() -> Layout {
+    layouts! {
+        kvc_append_desc {
+            struct_size, kv_heads, k_dim, v_dim, v_in_k, format, dtype, block_tokens, num_blocks,
+            rows, threads, reserved, k, k_block_stride, k_head_stride, k_token_stride, v,
+            v_block_stride, v_head_stride, v_token_stride, slots, k_rows, k_rows_token_stride,
+            k_rows_head_stride, v_rows, v_rows_token_stride, v_rows_head_stride, rope, positions,
+        }
+        kvc_attend_desc {
+            struct_size, q_heads, kv_heads, k_dim, v_dim, v_in_k, format, q_dtype, out_dtype,
+            block_tokens, num_blocks, seqs, causal, window, scale, softcap, threads, reserved, k,
+            k_block_stride, k_head_stride, k_token_stride, v, v_block_stride, v_head_stride,
+            v_token_stride, table, table_stride, table_indptr, q_indptr, kv_lens, q,
+            q_token_stride, q_head_stride, out, out_token_stride, out_head_stride, lse, sinks,
+            alibi, bad_block, workspace, workspace_bytes,
+        }
+        kvc_cache_counts {
+            blocks, free_blocks, cached_blocks, referenced_blocks, sequences, reserved,
+            sequence_tokens, waste_tokens, block_bytes, pool_bytes, looked_up_tokens, hit_tokens,
+            evicted_blocks, copied_blocks, merged_blocks,
+        }
+        kvc_cache_options {
+            struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse,
+        }
+        kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
+        kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
+        kvc_plan_options {
+            struct_size, block_tokens, reserve_ppm, reserved, memory_bytes, weight_bytes,
+            context_tokens, batch,
+        }
+        kvc_plan_result {
+            kv_bytes, token_bytes, sequence_bytes, batch_bytes, max_batch, max_context_tokens, fits,
+            reserved,
+        }
+        kvc_pool_counts { blocks, free_blocks, held_blocks, reserved }
+        kvc_prefix_counts { blocks, capacity_blocks, name_spaces, nodes, pins, bytes }
+        kvc_prefix_hit { tokens, block_ids, tail_tokens, at }
+        kvc_prefix_inserted { present_blocks, stored_blocks, at }
+        kvc_prefix_position { parts, reserved }
+        kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
+        kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
+        kvc_work { seq, token_count, tokens }
+    }
+}
+
+/// Structs of the header and the names of their fields, in order.
+fn structs(header: &str) -> Vec<(String, Vec<String>)> {
+    let mut found = Vec::new();
+    let mut rest = header;
+    while let Some((_, after)) = rest.split_once("typedef struct {") {
+        let (body, after) = after.split_once('}').expect("the end of a struct");
+        let (name, after) = after.split_once(';').expect("the name of a struct");
+        let fields = body
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.starts_with('/') && line.ends_with(';'))
+            .map(|line| {
+                let name = line.trim_end_matches(';').split(['[']).next().unwrap();
+                name.rsplit([' ', '*']).next().unwrap().to_string()
+            });
+        found.push((name.trim().to_string(), fields.collect()));
+        rest = after;
+    }
+    found
+}
+
+fn in_c() -> Layout {
+    let header = Path::new(HERE).parent().unwrap().join("include/kvcache.h");
+    let mut program =
+        String::from("#include <stdio.h>\n#include \"kvcache.h\"\nint main(void) {\n");
+    for (name, fields) in structs(&std::fs::read_to_string(header).unwrap()) {
+        writeln!(program, "printf(\"{name} %zu\\n\", sizeof({name}));").unwrap();
+        for field in fields {
+            let offset = format!("offsetof({name}, {field})");
+            writeln!(program, "printf(\"{name}.{field} %zu\\n\", {offset});").unwrap();
+        }
+    }
+    program.push_str("return 0;\n}\n");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (source, binary) = (dir.join("layout.c"), dir.join("layout"));
+    std::fs::write(&source, program).unwrap();
+    let mut compile = compiler(false).expect("a C compiler is needed");
+    run(compile.arg("-std=c99").arg(&source).arg("-o").arg(&binary));
+    let printed = String::from_utf8(run(&mut Command::new(&binary)).stdout).unwrap();
+    let entry = |line: &str| {
+        let (name, bytes) = line.split_once(' ').unwrap();
+        (name.to_string(), bytes.parse().unwrap())
+    };
+    printed.lines().map(entry).collect()
+}
+
+#[test]
+fn structs_are_laid_out_alike_in_c_and_rust() {
+    let (c, rust) = (in_c(), in_rust());
+    assert_eq!(c, rust, "C (left) against Rust (right)");
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 16);
+}
+
+/// The header as bindgen reads it, for whoever binds it from Rust.
+#[cfg(feature = "bindgen")]
+mod from_the_header {
+    #![allow(non_camel_case_types, non_upper_case_globals, dead_code)]
+    include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+}
+
+#[cfg(feature = "bindgen")]
+#[test]
+fn bindgen_reads_the_same_layout() {
+    macro_rules! same {
+        ($($name:ident)*) => {$(
+            assert_eq!(
+                (size_of::<$name>(), align_of::<$name>()),
+                (size_of::<from_the_header::$name>(), align_of::<from_the_header::$name>()),
+                stringify!($name)
+            );
+        )*};
+    }
+    same!(kvc_append_desc kvc_attend_desc kvc_cache_counts kvc_cache_options kvc_group_spec
+        kvc_plan_group kvc_plan_options kvc_plan_result kvc_pool_counts kvc_prefix_counts
+        kvc_prefix_hit kvc_prefix_inserted kvc_prefix_position kvc_rope kvc_scoring kvc_work);
+    assert_eq!(from_the_header::KVC_ERR_OUT_OF_BLOCKS, KVC_ERR_OUT_OF_BLOCKS);
+    assert_eq!(
+        offset_of!(from_the_header::kvc_attend_desc, workspace_bytes),
+        offset_of!(kvc_attend_desc, workspace_bytes)
+    );
+    // The linker finds what the header names.
+    // SAFETY: takes nothing.
+    assert_eq!(unsafe { from_the_header::kvc_abi_version() }, KVC_ABI_VERSION);
+}
