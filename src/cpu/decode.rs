@@ -18,7 +18,7 @@ pub(crate) const DECODE_ROWS: usize = 8;
 /// The most keys of a tile.
 const TILE: usize = 64;
 /// Bytes of K that a tile aims at: a third of a first-level cache.
-const TILE_BYTES: usize = 16 << 10;
+const TILE_BYTES: usize = 8 << 10;
 /// Row lengths in scratch are multiples of this many f32: two of the widest vectors.
 const PAD: usize = 32;
 /// Tiles between the look-up of translations and use.
@@ -226,15 +226,13 @@ unsafe fn warm(job: &Job<'_>, at: u32, keys: u32) {
     }
 }
 
-/// Prefetches the `width` bytes from `at` of a row of `bytes`, where they begin a line.
+/// Prefetches a row of `bytes`.
 #[inline(always)]
-fn fetch(row: *const u8, at: usize, width: usize, bytes: usize) {
-    if at % 64 == 0 {
-        let mut b = at;
-        while b < at + width && b < bytes {
-            prefetch(row.wrapping_add(b));
-            b += 64;
-        }
+fn fetch(row: *const u8, bytes: usize) {
+    let mut at = 0;
+    while at < bytes {
+        prefetch(row.wrapping_add(at));
+        at += 64;
     }
 }
 
@@ -258,18 +256,18 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
         let mut t = 0;
         while t < now.keys {
             let k = [now.k[t], now.k[t + 1], now.k[t + 2], now.k[t + 3]];
+            for j in t..t + 4 {
+                if v_too {
+                    fetch(now.v[j], v_bytes);
+                }
+                if more {
+                    fetch(next.k[j], k_bytes);
+                }
+            }
             let mut acc = [[V::splat(0.0); 4]; R];
             let mut c = 0;
             while c < whole {
                 let at = c * S::BYTES;
-                for j in 0..4 {
-                    if v_too {
-                        fetch(now.v[t + j], at, step * S::BYTES, v_bytes);
-                    }
-                    if more {
-                        fetch(next.k[t + j], at, step * S::BYTES, k_bytes);
-                    }
-                }
                 let keys = [
                     D::load(k[0].add(at)),
                     D::load(k[1].add(at)),
@@ -391,6 +389,7 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
         let (step, width) = (4 * V::LANES, 4 * V::LANES * S::BYTES);
         let (k_bytes, v_bytes) = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
         let (more, v_too) = (ahead && next.keys != 0, !job.v_in_k);
+        let passes = (job.v_dim / step).max(1);
         let mut c = 0;
         while c + step <= job.v_dim {
             let mut acc = [[V::splat(0.0); 4]; R];
@@ -401,10 +400,12 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
             }
             let at = c * S::BYTES;
             for t in 0..now.keys {
-                if more {
-                    fetch(next.k[t], at, width, k_bytes);
+                // Rows in the order of memory, spread over all channels' passes.
+                if more && (c / step * now.keys + t) % passes == 0 {
+                    let row = (c / step * now.keys + t) / passes;
+                    fetch(next.k[row], k_bytes);
                     if v_too {
-                        fetch(next.v[t], at, width, v_bytes);
+                        fetch(next.v[row], v_bytes);
                     }
                 }
                 let row = now.v[t].add(at);
