@@ -47,10 +47,10 @@ pub(crate) unsafe fn exp2<V: Vector>(x: V) -> V {
         let n = clamped.round();
         let f = clamped.sub(n);
         // Minimax polynomial of 2^f for |f| <= 1/2, exact at 0.
-        let p = V::splat(1.326_472_7e-3).fma(f, V::splat(9.671_513e-3));
-        let p = p.fma(f, V::splat(5.550_733_6e-2));
-        let p = p.fma(f, V::splat(2.402_224_2e-1));
-        let p = p.fma(f, V::splat(6.931_47e-1));
+        let p = V::splat(1.330_060_7e-3).fma(f, V::splat(9.669_691e-3));
+        let p = p.fma(f, V::splat(5.550_558_5e-2));
+        let p = p.fma(f, V::splat(2.402_228_3e-1));
+        let p = p.fma(f, V::splat(core::f32::consts::LN_2));
         let p = p.fma(f, V::splat(1.0));
         p.scale2(n).above(x, floor)
     }

@@ -201,6 +201,7 @@ unsafe fn scores<V: Vector, O: Operand<V>, const WIDTH: usize>(
 ///
 /// # Safety
 /// As for [`run`].
+#[allow(clippy::needless_range_loop)] // the indices run over arrays and addresses
 #[inline(always)]
 unsafe fn score_tile<V: Vector, O: Operand<V>, const WIDTH: usize>(
     steps: usize,
@@ -275,6 +276,7 @@ unsafe fn values<V: Vector, O: Operand<V>, const WIDTH: usize>(
 ///
 /// # Safety
 /// As for [`run`].
+#[allow(clippy::needless_range_loop)] // the indices run over arrays and addresses
 #[inline(always)]
 unsafe fn value_tile<V: Vector, O: Operand<V>, const WIDTH: usize>(
     steps: usize,

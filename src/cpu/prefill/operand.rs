@@ -202,6 +202,7 @@ pub(super) struct Broadcast {
 ///
 /// # Safety
 /// As for [`Operand`]; `a` must have `TILE_HEIGHT` rows and `b` `WIDTH` vectors a row.
+#[allow(clippy::needless_range_loop)] // the indices run over several arrays
 #[inline(always)]
 pub(super) unsafe fn multiply_add<V: Vector, O: Operand<V>, const WIDTH: usize>(
     steps: usize,

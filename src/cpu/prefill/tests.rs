@@ -102,7 +102,8 @@ impl Data {
         let blocks = case.kv_len.div_ceil(case.block_tokens) + 3;
         let rows = blocks * case.block_tokens;
         // A stride coprime to the number of blocks visits each once.
-        let step = (2..).find(|s| (2..=*s).all(|d| s % d != 0 || blocks % d != 0)).unwrap();
+        let shared = |s: usize| (2..=s).any(|d| s.is_multiple_of(d) && blocks.is_multiple_of(d));
+        let step = (2..).find(|&s| !shared(s)).unwrap();
         let mut table: Vec<i32> = (0..blocks).map(|i| ((i * step + 1) % blocks) as i32).collect();
         if let Some(bad) = case.bad {
             table[bad] = if bad % 2 == 0 { -1 } else { blocks as i32 };

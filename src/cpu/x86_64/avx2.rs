@@ -156,6 +156,7 @@ unsafe impl Vector for F32x8 {
     }
     #[inline(always)]
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        #[allow(clippy::needless_range_loop)] // the indices run over arrays and addresses
         unsafe {
             let mut r = [_mm256_setzero_ps(); 8];
             let mut t = r;

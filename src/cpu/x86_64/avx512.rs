@@ -140,6 +140,7 @@ unsafe impl Vector for F32x16 {
     }
     #[inline(always)]
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        #[allow(clippy::needless_range_loop)] // the indices run over arrays and addresses
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];
             let mut t = r;
