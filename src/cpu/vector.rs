@@ -5,7 +5,7 @@
 //! Closures must not appear in kernels: a closure's body does not get the enabled features.
 //! Nothing here knows of attention.
 
-use crate::dtype::{Element, KvFormat, bf16, f16};
+use crate::dtype::{Element, bf16, f16};
 
 /// A register of f32 lanes.
 ///
@@ -106,8 +106,6 @@ pub(crate) fn prefetch(p: *const u8) {
 
 /// A stored element type, as kernels read it.
 pub(crate) trait Stored: Copy + 'static {
-    /// Its format.
-    const FORMAT: KvFormat;
     /// Bytes of one element.
     const BYTES: usize;
 
@@ -143,7 +141,6 @@ pub(crate) trait Stored: Copy + 'static {
 macro_rules! stored {
     ($element:ty, $format:ident, $bits:ty, $load:ident, $part:ident) => {
         impl Stored for $element {
-            const FORMAT: KvFormat = KvFormat::$format;
             const BYTES: usize = size_of::<$element>();
 
             #[inline(always)]
