@@ -266,12 +266,12 @@ kvc_status kvc_plan_compute(const kvc_plan_options *options,
 // One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 // attention alike.
 //
-// Sequence s has the query tokens q_indptr[s] to q_indptr[s + 1] of q, and kv_lens[s] cached
+// Sequence s has the query tokens `q_indptr[s]` to `q_indptr[s + 1]` of q, and `kv_lens[s]` cached
 // tokens, those of its queries included: its last query is its last cached token. Query head h
 // reads KV head h / (q_heads / kv_heads).
 //
-// Element (block, head, token, channel) of K lies at k[block * k_block_stride + head *
-// k_head_stride + token * k_token_stride + channel], so the library's own layout, NHD and HND are
+// Element (block, head, token, channel) of K lies block * k_block_stride + head * k_head_stride +
+// token * k_token_stride + channel elements after k, so the library's own layout, NHD and HND are
 // all of this form.
 typedef struct {
     // sizeof(kvc_attend_desc); kvc_attend_desc_init sets it.
@@ -313,7 +313,7 @@ typedef struct {
     uint32_t reserved;
     // Keys.
     const void *k;
-    // Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    // Elements from a block to the next. All three 0: `[block][kv_head][token][k_dim]`.
     int64_t k_block_stride;
     // Elements from a KV head to the next.
     int64_t k_head_stride;
@@ -321,41 +321,42 @@ typedef struct {
     int64_t k_token_stride;
     // Values. Ignored with v_in_k.
     const void *v;
-    // Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    // Elements from a block to the next. All three 0: `[block][kv_head][token][v_dim]`.
     int64_t v_block_stride;
     // Elements from a KV head to the next.
     int64_t v_head_stride;
     // Elements from a token to the next.
     int64_t v_token_stride;
-    // Block ids. Without table_indptr: [seqs][table_stride]; entry i of a sequence holds its
+    // Block ids. Without table_indptr: `[seqs][table_stride]`; entry i of a sequence holds its
     // tokens i * block_tokens and on. Entries past its length are never read.
     const int32_t *table;
     // Entries from one sequence's row to the next. Ignored with table_indptr.
     int64_t table_stride;
-    // NULL, or [seqs + 1]: sequence s has table[table_indptr[s]] to table[table_indptr[s + 1]].
+    // NULL, or `[seqs + 1]` offsets into table: sequence s has the entries from `table_indptr[s]` to
+    // `table_indptr[s + 1]`.
     const int32_t *table_indptr;
-    // [seqs + 1] offsets of query tokens, from 0, never decreasing.
+    // `[seqs + 1]` offsets of query tokens, from 0, never decreasing.
     const int32_t *q_indptr;
-    // [seqs] cached tokens.
+    // `[seqs]` cached tokens.
     const int32_t *kv_lens;
-    // Queries [query token][q_head][k_dim].
+    // Queries `[query token][q_head][k_dim]`.
     const void *q;
     // Elements from a token to the next. Both 0: contiguous.
     int64_t q_token_stride;
     // Elements from a head to the next.
     int64_t q_head_stride;
-    // Outputs [query token][q_head][v_dim]. Must overlap nothing else.
+    // Outputs `[query token][q_head][v_dim]`. Must overlap nothing else.
     void *out;
     // Elements from a token to the next. Both 0: contiguous.
     int64_t out_token_stride;
     // Elements from a head to the next.
     int64_t out_head_stride;
-    // NULL, or [query token][q_head]: natural logarithm of each softmax denominator. A row that
+    // NULL, or `[query token][q_head]`: natural logarithm of each softmax denominator. A row that
     // sees no key has output 0 and -inf here.
     float *lse;
-    // NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    // NULL, or `[q_heads]`: a logit that joins each head's denominator and has no value.
     const float *sinks;
-    // NULL, or [q_heads]: ALiBi slopes.
+    // NULL, or `[q_heads]`: ALiBi slopes.
     const float *alibi;
     // NULL, or a word that is set to 1 where a block table has an entry that is not a block;
     // the keys of such an entry are masked and never read.
@@ -434,7 +435,7 @@ typedef struct {
     float theta;
     // Factor of rotated channels (YaRN's attention factor); 1 by default.
     float scale;
-    // NULL, or [rotary_dim / 2] radians a token in place of theta: what long-context scalings
+    // NULL, or `[rotary_dim / 2]` radians a token in place of theta: what long-context scalings
     // come down to.
     const float *frequencies;
 } kvc_rope;
@@ -468,7 +469,7 @@ typedef struct {
     uint32_t reserved;
     // Keys of the cache. Written.
     void *k;
-    // Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    // Elements from a block to the next. All three 0: `[block][kv_head][token][k_dim]`.
     int64_t k_block_stride;
     // Elements from a KV head to the next.
     int64_t k_head_stride;
@@ -476,21 +477,21 @@ typedef struct {
     int64_t k_token_stride;
     // Values of the cache. Written.
     void *v;
-    // Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    // Elements from a block to the next. All three 0: `[block][kv_head][token][v_dim]`.
     int64_t v_block_stride;
     // Elements from a KV head to the next.
     int64_t v_head_stride;
     // Elements from a token to the next.
     int64_t v_token_stride;
-    // [rows] slots, block * block_tokens + offset, no two alike; a row with slot -1 is skipped.
+    // `[rows]` slots, block * block_tokens + offset, no two alike; a row with slot -1 is skipped.
     const int64_t *slots;
-    // New keys [row][kv_head][k_dim].
+    // New keys `[row][kv_head][k_dim]`.
     const void *k_rows;
     // Elements from a row to the next. Both 0: contiguous.
     int64_t k_rows_token_stride;
     // Elements from a head to the next.
     int64_t k_rows_head_stride;
-    // New values [row][kv_head][v_dim].
+    // New values `[row][kv_head][v_dim]`.
     const void *v_rows;
     // Elements from a row to the next. Both 0: contiguous.
     int64_t v_rows_token_stride;
@@ -498,7 +499,7 @@ typedef struct {
     int64_t v_rows_head_stride;
     // NULL, or how keys are rotated on the way.
     const kvc_rope *rope;
-    // [rows] positions. Ignored without rope.
+    // `[rows]` positions. Ignored without rope.
     const uint32_t *positions;
 } kvc_append_desc;
 
@@ -609,7 +610,7 @@ typedef struct {
 typedef struct {
     // Tokens covered by whole blocks.
     uint64_t tokens;
-    // Ids of those blocks, written to out_blocks as [block][group]: blocks times groups.
+    // Ids of those blocks, written to out_blocks as `[block][group]`: blocks times groups.
     uint64_t block_ids;
     // How many tokens after those agree with one more cached block, for copying from: fewer than
     // a block has. Its ids, one a group, are in out_tail_blocks.
@@ -662,8 +663,8 @@ kvc_status kvc_prefix_destroy(kvc_prefix *prefix);
 
 // Finds the longest cached prefix of the first `max_tokens` of `tokens[token_count]` in
 // `name_space`. Give token_count - 1 as the maximum to leave the last token to be computed, whose
-// logits sampling needs. Writes block ids to `out_blocks[capacity]`; (token_count / block_tokens)
-// * groups is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
+// logits sampling needs. Writes block ids to `out_blocks[capacity]`: groups for each whole block
+// of tokens is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
 // takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock.
 //
 // Threads: per-handle.
@@ -705,7 +706,7 @@ kvc_status kvc_prefix_lock(kvc_prefix *prefix, const kvc_prefix_position *at, ui
 kvc_status kvc_prefix_unlock(kvc_prefix *prefix, uint64_t pin);
 
 // Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
-// Writes their ids to `out_blocks[capacity]` as [entry][group], for the caller to free, and how
+// Writes their ids to `out_blocks[capacity]` as `[entry][group]`, for the caller to free, and how
 // many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 // ids of all that is cached.
 //
@@ -891,9 +892,9 @@ typedef struct {
     float softcap;
     // 0.
     uint32_t reserved;
-    // NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    // NULL, or `[q_heads]`: a logit that joins each head's denominator and has no value.
     const float *sinks;
-    // NULL, or [q_heads]: ALiBi slopes.
+    // NULL, or `[q_heads]`: ALiBi slopes.
     const float *alibi;
 } kvc_scoring;
 
@@ -926,7 +927,7 @@ kvc_status kvc_step_destroy(kvc_step *step);
 // `work[work_count]` names, copying a shared last block before it is written. All or nothing:
 // KVC_ERR_OUT_OF_BLOCKS says how many blocks were missing (kvc_last_missing_blocks).
 //
-// Threads: thread-safe on the cache, per-handle on the step; so are the calls below.
+// Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_begin(kvc_cache *cache,
                           kvc_step *step,
                           const kvc_work *work,
@@ -943,9 +944,11 @@ kvc_status kvc_step_rows(const kvc_step *step,
                          uint32_t *out_rows);
 
 // Writes the keys and values of the step's rows in layer `layer` of layer group `group`, rounding
-// to the stored format. `k` is [row][kv_head][k_dim] and `v` [row][kv_head][v_dim] of KVC_DTYPE_*
-// `dtype`; `v` is ignored where values lie in keys. With `rope`, which may be NULL, keys are
-// rotated to their positions on the way.
+// to the stored format. `k` is `[row][kv_head][k_dim]` and `v` `[row][kv_head][v_dim]`, both of
+// KVC_DTYPE_* `dtype`; `v` is ignored where values lie in keys. With `rope`, which may be NULL,
+// keys are rotated to their positions on the way.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_append(kvc_cache *cache,
                            const kvc_step *step,
                            uint32_t group,
@@ -956,9 +959,11 @@ kvc_status kvc_step_append(kvc_cache *cache,
                            const kvc_rope *rope);
 
 // Computes attention of the step's rows over all that their sequences hold in a layer, the rows'
-// own tokens included. `q` is [row][q_head][k_dim] of `q_dtype`; `out` is [row][q_head][v_dim] of
-// `out_dtype`, and must not overlap `q`. `scoring` may be NULL for its defaults. `lse` may be NULL,
-// or takes [row][q_head] natural logarithms of the softmax denominators.
+// own tokens included. `q` is `[row][q_head][k_dim]` of `q_dtype`; `out`, of `out_dtype`, is
+// `[row][q_head][v_dim]` and must not overlap `q`. `scoring` may be NULL for its defaults. `lse`
+// may be NULL, or takes `[row][q_head]` natural logarithms of the softmax denominators.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_attend(kvc_cache *cache,
                            const kvc_step *step,
                            uint32_t group,
@@ -973,10 +978,14 @@ kvc_status kvc_step_attend(kvc_cache *cache,
 
 // Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
 // index, and closes the step.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_commit(kvc_cache *cache, kvc_step *step);
 
 // Closes the step without its tokens: the sequences are as before kvc_step_begin, and the blocks
 // that it took are free again.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_cancel(kvc_cache *cache, kvc_step *step);
 
 #ifdef __cplusplus

@@ -9,7 +9,7 @@ pub const USAGE: &str = "\
 usage: cargo run --release --example generate -- [options]
   --prompt TEXT        a prompt after the system prompt; repeat for more (default: 8 built-in ones)
   --batch N            sequences that run at once (default 4)
-  --max-tokens N       tokens to generate for each prompt (default 64)
+  --max-tokens N       tokens to generate for each prompt (default 32)
   --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16)
   --dtype f32|f16|bf16 how K and V are stored (default bf16)
   --threads N          threads (default: one a core)
@@ -36,7 +36,7 @@ impl Args {
         let mut args = Self {
             prompts: Vec::new(),
             batch: 4,
-            max_tokens: 64,
+            max_tokens: 32,
             block_tokens: 16,
             format: KvFormat::Bf16,
             threads: 0,

@@ -8,7 +8,7 @@
 //! | `model.rs` | the Llama model without attention |
 //! | `check.rs` | `--check`: the same without a cache, in f64 |
 //! | `tokenizer.rs`, `sample.rs`, `args.rs`, `report.rs` | text to tokens, tokens from logits, command line, output |
-//! | `model/`, `train/` | the weights, and the script that made them |
+//! | `model/`, `train/` | the weights and their card, and the script that made them |
 
 mod args;
 mod check;
@@ -16,6 +16,8 @@ mod model;
 mod report;
 mod sample;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 
 use std::error::Error;
@@ -30,7 +32,7 @@ use args::{Args, USAGE};
 use model::Model;
 use report::Progress;
 use sample::Sampler;
-use tokenizer::Tokenizer;
+use tokenizer::{END, Tokenizer};
 
 fn main() -> ExitCode {
     if std::env::args().any(|word| word == "--help" || word == "-h") {
@@ -54,7 +56,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// True unless the check failed.
+/// Runs the prompts and prints the report; true unless the check failed.
 fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
     let model = Model::load(&folder)?;
@@ -72,7 +74,10 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     };
     let prompts: Vec<Vec<u32>> = questions
         .iter()
-        .map(|question| tokenizer.encode(&format!("{}\n\n{question}", system.trim_end())))
+        .map(|question| {
+            let text = format!("{}\n\n{question}", system.trim_end());
+            [vec![END], tokenizer.encode(&text)].concat()
+        })
         .collect();
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + args.max_tokens;
     let c = &model.config;

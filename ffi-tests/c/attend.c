@@ -315,13 +315,13 @@ int main(void) {
         OK(kvc_merge_states(out[0], lse[0], out[1], lse[1], Q_TOKENS * 4, DIM));
         memcpy(t->out, out[0], sizeof t->out);
         memcpy(t->lse, lse[0], sizeof t->lse);
+        free(d.workspace);
         d = base;
         d.causal = 0;
         check_against_naive("merged halves", &d, t);
         FAILS(KVC_ERR_INVALID_ARGUMENT, "overlap",
               kvc_merge_states(out[0], lse[0], out[0] + 4, lse[1], Q_TOKENS * 4, DIM));
         FAILS(KVC_ERR_OVERFLOW, "rows", kvc_merge_states(out[0], lse[0], out[1], lse[1], UINT64_MAX, 8));
-        free(d.workspace);
     }
 
     // The kernel has a name before it runs.

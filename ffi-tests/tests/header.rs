@@ -3,8 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use ffi_tests::{HERE, NATIVE_STATIC_LIBS, cargo, compiler, libraries, run, soname};
+
+/// Held by whoever reads the libraries or has cargo write them: tests run side by side.
+static LIBRARIES: Mutex<()> = Mutex::new(());
 
 fn repository() -> &'static Path {
     Path::new(HERE).parent().unwrap()
@@ -61,6 +65,7 @@ fn every_standard_takes_the_header() {
 
 #[test]
 fn the_symbols_are_those_of_the_list_and_of_the_header() {
+    let _alone = LIBRARIES.lock();
     let output = run(Command::new("nm")
         .args(["-D", "--defined-only", "--format=just-symbols"])
         .arg(libraries().join("libkvcache.so")));
@@ -73,6 +78,7 @@ fn the_symbols_are_those_of_the_list_and_of_the_header() {
 
 #[test]
 fn the_static_library_has_every_symbol() {
+    let _alone = LIBRARIES.lock();
     let output = run(Command::new("nm")
         .args(["--defined-only", "--extern-only", "--format=just-symbols"])
         .arg(libraries().join("libkvcache.a")));
@@ -85,6 +91,7 @@ fn the_static_library_has_every_symbol() {
 
 #[test]
 fn the_soname_is_that_of_the_abi() {
+    let _alone = LIBRARIES.lock();
     let mut parts = env!("CARGO_PKG_VERSION").split('.');
     let (major, minor) = (parts.next().unwrap(), parts.next().unwrap());
     let version = if major == "0" { format!("0.{minor}") } else { major.to_string() };
@@ -94,6 +101,7 @@ fn the_soname_is_that_of_the_abi() {
 
 #[test]
 fn the_documented_link_line_is_what_the_compiler_says() {
+    let _alone = LIBRARIES.lock();
     let mut rustc = cargo("rustc");
     rustc.args(["-p", "kvcache-c", "--crate-type", "staticlib"]);
     let output = run(rustc.args(["--", "--print", "native-static-libs"]));
@@ -101,10 +109,33 @@ fn the_documented_link_line_is_what_the_compiler_says() {
     let line = text.lines().find_map(|line| line.split_once("native-static-libs: "));
     let printed: BTreeSet<&str> = line.expect("a link line").1.split_whitespace().collect();
     assert_eq!(printed, NATIVE_STATIC_LIBS.split(' ').collect());
-    for file in ["bindings/c/README.md"] {
+    for file in ["README.md", "bindings/c/README.md"] {
         let text = std::fs::read_to_string(repository().join(file)).unwrap();
         assert!(text.contains(NATIVE_STATIC_LIBS), "{file} must give {NATIVE_STATIC_LIBS}");
     }
+}
+
+#[test]
+fn every_function_says_which_threads_may_call_it() {
+    let (mut comment, mut functions) = (String::new(), 0);
+    for line in header().lines() {
+        if line.starts_with("//") {
+            comment.push_str(line);
+            comment.push('\n');
+            continue;
+        }
+        // A declaration starts in the first column and is no typedef, brace or preprocessor line.
+        let starts = line.starts_with(|c: char| c.is_ascii_lowercase()) && line.contains("kvc_");
+        if starts && line.contains('(') {
+            let said = comment.contains("// Threads: thread-safe")
+                || comment.contains("// Threads: per-handle")
+                || comment.contains("// Threads: init-only");
+            assert!(said, "{line}");
+            functions += 1;
+        }
+        comment.clear();
+    }
+    assert_eq!(functions, committed().len());
 }
 
 /// Needs cbindgen built, which takes longer than all other tests: run with `-- --ignored`.

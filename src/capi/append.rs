@@ -38,7 +38,7 @@ pub struct kvc_rope {
     pub theta: f32,
     /// Factor of rotated channels (YaRN's attention factor); 1 by default.
     pub scale: f32,
-    /// NULL, or [rotary_dim / 2] radians a token in place of theta: what long-context scalings
+    /// NULL, or `[rotary_dim / 2]` radians a token in place of theta: what long-context scalings
     /// come down to.
     pub frequencies: *const f32,
 }
@@ -122,7 +122,7 @@ pub struct kvc_append_desc {
     pub reserved: u32,
     /// Keys of the cache. Written.
     pub k: *mut c_void,
-    /// Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    /// Elements from a block to the next. All three 0: `[block][kv_head][token][k_dim]`.
     pub k_block_stride: i64,
     /// Elements from a KV head to the next.
     pub k_head_stride: i64,
@@ -130,21 +130,21 @@ pub struct kvc_append_desc {
     pub k_token_stride: i64,
     /// Values of the cache. Written.
     pub v: *mut c_void,
-    /// Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    /// Elements from a block to the next. All three 0: `[block][kv_head][token][v_dim]`.
     pub v_block_stride: i64,
     /// Elements from a KV head to the next.
     pub v_head_stride: i64,
     /// Elements from a token to the next.
     pub v_token_stride: i64,
-    /// [rows] slots, block * block_tokens + offset, no two alike; a row with slot -1 is skipped.
+    /// `[rows]` slots, block * block_tokens + offset, no two alike; a row with slot -1 is skipped.
     pub slots: *const i64,
-    /// New keys [row][kv_head][k_dim].
+    /// New keys `[row][kv_head][k_dim]`.
     pub k_rows: *const c_void,
     /// Elements from a row to the next. Both 0: contiguous.
     pub k_rows_token_stride: i64,
     /// Elements from a head to the next.
     pub k_rows_head_stride: i64,
-    /// New values [row][kv_head][v_dim].
+    /// New values `[row][kv_head][v_dim]`.
     pub v_rows: *const c_void,
     /// Elements from a row to the next. Both 0: contiguous.
     pub v_rows_token_stride: i64,
@@ -152,7 +152,7 @@ pub struct kvc_append_desc {
     pub v_rows_head_stride: i64,
     /// NULL, or how keys are rotated on the way.
     pub rope: *const kvc_rope,
-    /// [rows] positions. Ignored without rope.
+    /// `[rows]` positions. Ignored without rope.
     pub positions: *const u32,
 }
 

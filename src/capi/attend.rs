@@ -18,12 +18,12 @@ use crate::layout::Strides;
 /// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 /// attention alike.
 ///
-/// Sequence s has the query tokens q_indptr[s] to q_indptr[s + 1] of q, and kv_lens[s] cached
+/// Sequence s has the query tokens `q_indptr[s]` to `q_indptr[s + 1]` of q, and `kv_lens[s]` cached
 /// tokens, those of its queries included: its last query is its last cached token. Query head h
 /// reads KV head h / (q_heads / kv_heads).
 ///
-/// Element (block, head, token, channel) of K lies at k[block * k_block_stride + head *
-/// k_head_stride + token * k_token_stride + channel], so the library's own layout, NHD and HND are
+/// Element (block, head, token, channel) of K lies block * k_block_stride + head * k_head_stride +
+/// token * k_token_stride + channel elements after k, so the library's own layout, NHD and HND are
 /// all of this form.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +67,7 @@ pub struct kvc_attend_desc {
     pub reserved: u32,
     /// Keys.
     pub k: *const c_void,
-    /// Elements from a block to the next. All three 0: [block][kv_head][token][k_dim].
+    /// Elements from a block to the next. All three 0: `[block][kv_head][token][k_dim]`.
     pub k_block_stride: i64,
     /// Elements from a KV head to the next.
     pub k_head_stride: i64,
@@ -75,41 +75,42 @@ pub struct kvc_attend_desc {
     pub k_token_stride: i64,
     /// Values. Ignored with v_in_k.
     pub v: *const c_void,
-    /// Elements from a block to the next. All three 0: [block][kv_head][token][v_dim].
+    /// Elements from a block to the next. All three 0: `[block][kv_head][token][v_dim]`.
     pub v_block_stride: i64,
     /// Elements from a KV head to the next.
     pub v_head_stride: i64,
     /// Elements from a token to the next.
     pub v_token_stride: i64,
-    /// Block ids. Without table_indptr: [seqs][table_stride]; entry i of a sequence holds its
+    /// Block ids. Without table_indptr: `[seqs][table_stride]`; entry i of a sequence holds its
     /// tokens i * block_tokens and on. Entries past its length are never read.
     pub table: *const i32,
     /// Entries from one sequence's row to the next. Ignored with table_indptr.
     pub table_stride: i64,
-    /// NULL, or [seqs + 1]: sequence s has table[table_indptr[s]] to table[table_indptr[s + 1]].
+    /// NULL, or `[seqs + 1]` offsets into table: sequence s has the entries from `table_indptr[s]` to
+    /// `table_indptr[s + 1]`.
     pub table_indptr: *const i32,
-    /// [seqs + 1] offsets of query tokens, from 0, never decreasing.
+    /// `[seqs + 1]` offsets of query tokens, from 0, never decreasing.
     pub q_indptr: *const i32,
-    /// [seqs] cached tokens.
+    /// `[seqs]` cached tokens.
     pub kv_lens: *const i32,
-    /// Queries [query token][q_head][k_dim].
+    /// Queries `[query token][q_head][k_dim]`.
     pub q: *const c_void,
     /// Elements from a token to the next. Both 0: contiguous.
     pub q_token_stride: i64,
     /// Elements from a head to the next.
     pub q_head_stride: i64,
-    /// Outputs [query token][q_head][v_dim]. Must overlap nothing else.
+    /// Outputs `[query token][q_head][v_dim]`. Must overlap nothing else.
     pub out: *mut c_void,
     /// Elements from a token to the next. Both 0: contiguous.
     pub out_token_stride: i64,
     /// Elements from a head to the next.
     pub out_head_stride: i64,
-    /// NULL, or [query token][q_head]: natural logarithm of each softmax denominator. A row that
+    /// NULL, or `[query token][q_head]`: natural logarithm of each softmax denominator. A row that
     /// sees no key has output 0 and -inf here.
     pub lse: *mut f32,
-    /// NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    /// NULL, or `[q_heads]`: a logit that joins each head's denominator and has no value.
     pub sinks: *const f32,
-    /// NULL, or [q_heads]: ALiBi slopes.
+    /// NULL, or `[q_heads]`: ALiBi slopes.
     pub alibi: *const f32,
     /// NULL, or a word that is set to 1 where a block table has an entry that is not a block;
     /// the keys of such an entry are masked and never read.
@@ -230,7 +231,7 @@ pub(super) unsafe fn per_head<'a>(
     unsafe { pointer::slice(list, u64::from(q_heads), what) }.map(Some)
 }
 
-/// The strides given (block, head, token), or those of [block][kv_head][token][dim].
+/// The strides given (block, head, token), or those of `[block][kv_head][token][dim]`.
 pub(super) fn strides(
     given: [i64; 3],
     kv_heads: u32,

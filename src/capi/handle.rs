@@ -59,14 +59,16 @@ struct Slot {
 }
 
 impl Slot {
-    const EMPTY: Slot = Slot {
-        word: AtomicUsize::new(0),
-        object: AtomicPtr::new(ptr::null_mut()),
-        poisoned: AtomicBool::new(false),
-    };
+    const fn new() -> Self {
+        Slot {
+            word: AtomicUsize::new(0),
+            object: AtomicPtr::new(ptr::null_mut()),
+            poisoned: AtomicBool::new(false),
+        }
+    }
 }
 
-static SLOTS: [Slot; MAX_HANDLES] = [const { Slot::EMPTY }; MAX_HANDLES];
+static SLOTS: [Slot; MAX_HANDLES] = [const { Slot::new() }; MAX_HANDLES];
 /// Where the search for a free slot starts: it walks round, so that generations age evenly.
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 

@@ -215,7 +215,7 @@ pub(crate) unsafe fn read_array<T: Sized32>(
     // SAFETY: the caller's promise.
     let bytes = unsafe { pointer.cast::<u32>().read() };
     let wrong = Error::StructSize { what: T::NAME, given_bytes: bytes };
-    if (bytes as usize) < T::FIRST_BYTES || bytes as usize % align_of::<T>() != 0 {
+    if (bytes as usize) < T::FIRST_BYTES || !(bytes as usize).is_multiple_of(align_of::<T>()) {
         return Err(wrong);
     }
     Ok((0..count as usize).map(move |i| {

@@ -53,7 +53,7 @@ impl From<Position> for kvc_prefix_position {
 pub struct kvc_prefix_hit {
     /// Tokens covered by whole blocks.
     pub tokens: u64,
-    /// Ids of those blocks, written to out_blocks as [block][group]: blocks times groups.
+    /// Ids of those blocks, written to out_blocks as `[block][group]`: blocks times groups.
     pub block_ids: u64,
     /// How many tokens after those agree with one more cached block, for copying from: fewer than
     /// a block has. Its ids, one a group, are in out_tail_blocks.
@@ -157,8 +157,8 @@ pub unsafe extern "C" fn kvc_prefix_destroy(prefix: *mut kvc_prefix) -> kvc_stat
 
 /// Finds the longest cached prefix of the first `max_tokens` of `tokens[token_count]` in
 /// `name_space`. Give token_count - 1 as the maximum to leave the last token to be computed, whose
-/// logits sampling needs. Writes block ids to `out_blocks[capacity]`; (token_count / block_tokens)
-/// * groups is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
+/// logits sampling needs. Writes block ids to `out_blocks[capacity]`: groups for each whole block
+/// of tokens is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
 /// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock.
 ///
 /// Threads: per-handle.
@@ -293,7 +293,7 @@ pub unsafe extern "C" fn kvc_prefix_unlock(prefix: *mut kvc_prefix, pin: u64) ->
 }
 
 /// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
-/// Writes their ids to `out_blocks[capacity]` as [entry][group], for the caller to free, and how
+/// Writes their ids to `out_blocks[capacity]` as `[entry][group]`, for the caller to free, and how
 /// many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 /// ids of all that is cached.
 ///

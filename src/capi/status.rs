@@ -1,6 +1,6 @@
 //! Status codes in C, the boundary that every call passes, and the text of the last error.
 //!
-//! [`guard`] turns errors into codes, keeps their text for the thread, and stops panics. The text
+//! `guard` turns errors into codes, keeps their text for the thread, and stops panics. The text
 //! lies in a fixed buffer: reporting an error never allocates.
 
 use core::ffi::c_char;

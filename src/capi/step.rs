@@ -68,9 +68,9 @@ pub struct kvc_scoring {
     pub softcap: f32,
     /// 0.
     pub reserved: u32,
-    /// NULL, or [q_heads]: a logit that joins each head's denominator and has no value.
+    /// NULL, or `[q_heads]`: a logit that joins each head's denominator and has no value.
     pub sinks: *const f32,
-    /// NULL, or [q_heads]: ALiBi slopes.
+    /// NULL, or `[q_heads]`: ALiBi slopes.
     pub alibi: *const f32,
 }
 
@@ -197,7 +197,7 @@ impl OpenStep {
 /// `work[work_count]` names, copying a shared last block before it is written. All or nothing:
 /// KVC_ERR_OUT_OF_BLOCKS says how many blocks were missing (kvc_last_missing_blocks).
 ///
-/// Threads: thread-safe on the cache, per-handle on the step; so are the calls below.
+/// Threads: thread-safe on the cache, per-handle on the step.
 ///
 /// # Safety
 /// The module's rules; `work` is readable, and the tokens that it points to.
@@ -264,9 +264,11 @@ pub unsafe extern "C" fn kvc_step_rows(
 }
 
 /// Writes the keys and values of the step's rows in layer `layer` of layer group `group`, rounding
-/// to the stored format. `k` is [row][kv_head][k_dim] and `v` [row][kv_head][v_dim] of KVC_DTYPE_*
-/// `dtype`; `v` is ignored where values lie in keys. With `rope`, which may be NULL, keys are
-/// rotated to their positions on the way.
+/// to the stored format. `k` is `[row][kv_head][k_dim]` and `v` `[row][kv_head][v_dim]`, both of
+/// KVC_DTYPE_* `dtype`; `v` is ignored where values lie in keys. With `rope`, which may be NULL,
+/// keys are rotated to their positions on the way.
+///
+/// Threads: thread-safe on the cache, per-handle on the step.
 ///
 /// # Safety
 /// The module's rules; rows are readable to their sizes.
@@ -300,9 +302,11 @@ pub unsafe extern "C" fn kvc_step_append(
 }
 
 /// Computes attention of the step's rows over all that their sequences hold in a layer, the rows'
-/// own tokens included. `q` is [row][q_head][k_dim] of `q_dtype`; `out` is [row][q_head][v_dim] of
-/// `out_dtype`, and must not overlap `q`. `scoring` may be NULL for its defaults. `lse` may be NULL,
-/// or takes [row][q_head] natural logarithms of the softmax denominators.
+/// own tokens included. `q` is `[row][q_head][k_dim]` of `q_dtype`; `out`, of `out_dtype`, is
+/// `[row][q_head][v_dim]` and must not overlap `q`. `scoring` may be NULL for its defaults. `lse`
+/// may be NULL, or takes `[row][q_head]` natural logarithms of the softmax denominators.
+///
+/// Threads: thread-safe on the cache, per-handle on the step.
 ///
 /// # Safety
 /// The module's rules; rows are readable or writable to their sizes.
@@ -363,6 +367,8 @@ pub unsafe extern "C" fn kvc_step_attend(
 /// Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
 /// index, and closes the step.
 ///
+/// Threads: thread-safe on the cache, per-handle on the step.
+///
 /// # Safety
 /// The module's rules.
 #[unsafe(no_mangle)]
@@ -376,6 +382,8 @@ pub unsafe extern "C" fn kvc_step_commit(cache: *mut kvc_cache, step: *mut kvc_s
 
 /// Closes the step without its tokens: the sequences are as before kvc_step_begin, and the blocks
 /// that it took are free again.
+///
+/// Threads: thread-safe on the cache, per-handle on the step.
 ///
 /// # Safety
 /// The module's rules.

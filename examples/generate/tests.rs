@@ -1,0 +1,67 @@
+//! The tokenizer and the model against what the training script's own say (`model/golden.json`).
+
+use std::fs;
+use std::path::PathBuf;
+
+use kvcache::cache::{CacheOptions, KvCache};
+use kvcache::dtype::KvFormat;
+use kvcache::layout::{CacheSpec, GroupSpec};
+use serde_json::Value;
+
+use crate::check;
+use crate::model::Model;
+use crate::sample::Sampler;
+use crate::serve::{self, Limits};
+use crate::tokenizer::Tokenizer;
+
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model")
+}
+
+fn golden() -> Value {
+    serde_json::from_str(&fs::read_to_string(folder().join("golden.json")).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn text_becomes_the_same_tokens_and_comes_back() {
+    let merges = fs::read_to_string(folder().join("tokenizer.txt")).unwrap();
+    let tokenizer = Tokenizer::parse(&merges).unwrap();
+    let golden = golden();
+    for pair in golden["tokenizer"].as_array().unwrap() {
+        let text = pair[0].as_str().unwrap();
+        assert_eq!(tokenizer.encode(text), ids(&pair[1]), "{text:?}");
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text)), text);
+    }
+    assert!(Tokenizer::parse("1 257").is_err() && Tokenizer::parse("1").is_err());
+}
+
+#[test]
+fn the_cached_model_writes_what_pytorch_writes() {
+    let (model, golden) = (Model::load(&folder()).unwrap(), golden());
+    let c = &model.config;
+    let group =
+        GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, KvFormat::F32);
+    let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, prefix_reuse: true };
+    let mut cache = KvCache::new(&CacheSpec::uniform(16, group), &options).unwrap();
+    let prompts = [ids(&golden["prompt"])];
+    let limits = Limits { batch: 1, max_tokens: 48, keep_logits: true };
+    let mut sampler = Sampler::new(0.0, 0);
+    let (outputs, _) =
+        serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |_| {}).unwrap();
+    assert_eq!(outputs[0].tokens, ids(&golden["greedy"]));
+    for (logit, want) in outputs[0].logits[0].iter().zip(golden["first_logits"].as_array().unwrap())
+    {
+        let error = (f64::from(*logit) - want.as_f64().unwrap()).abs();
+        assert!(error <= 1e-3, "{logit} for {want}");
+    }
+    let report = check::check(&model, KvFormat::F32, &prompts, &outputs, true).unwrap();
+    assert!(report.passed() && report.ties == 0, "{}", report.max_relative_error);
+    // The check can fail.
+    let mut wrong = outputs.clone();
+    wrong[0].logits[7][5] += 0.01;
+    assert!(!check::check(&model, KvFormat::F32, &prompts, &wrong, true).unwrap().passed());
+}
