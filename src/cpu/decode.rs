@@ -625,7 +625,7 @@ struct Hints<'a, 'b, 'c> {
 impl Hints<'_, '_, '_> {
     #[inline(always)]
     fn step(&mut self) {
-        if self.ahead && self.at % self.passes == 0 {
+        if self.ahead && self.at.is_multiple_of(self.passes) {
             let row = self.at / self.passes;
             let piece = self.index + row / PIECE;
             self.walk.ahead(piece + self.near).fetch(row % PIECE);
