@@ -182,7 +182,7 @@ impl<'a, 'b, 'c> Hints<'a, 'b, 'c> {
     /// Goes one step on.
     #[inline(always)]
     pub(super) fn step(&mut self) {
-        if self.ahead && self.at % self.passes == 0 {
+        if self.ahead && self.at.is_multiple_of(self.passes) {
             let row = self.at / self.passes;
             let piece = self.index + row / PIECE;
             self.walk.ahead(piece + self.near).fetch(row % PIECE);
