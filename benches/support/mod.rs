@@ -64,7 +64,7 @@ unsafe fn read_avx512<const HINTS: bool>(chunk: &[u64]) -> u64 {
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(line.cast()) });
         }
     }
-    let total = sums.iter().fold(0, |a, &b| a.wrapping_add(_mm512_reduce_add_epi64(b) as u64));
+    let total = sums.iter().fold(0u64, |a, &b| a.wrapping_add(_mm512_reduce_add_epi64(b) as u64));
     rest.iter().fold(total, |a, &b| a.wrapping_add(b))
 }
 
