@@ -9,7 +9,7 @@ mod softmax;
 mod walk;
 
 use softmax::{adjust, soften};
-use walk::{Hints, PIECE, TILE, Tile, Walk, distances};
+use walk::{Hints, PIECE, Side, TILE, Tile, Walk, distances};
 
 use super::dot::KeyDot;
 use super::job::Job;
@@ -240,8 +240,8 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     for head in 0..job.kv_heads {
         let offset = head as isize * job.k_head_bytes;
         for piece in 0..pieces {
-            let index = head * pieces + piece;
-            let (far, near) = (walk.ahead(index + far), walk.ahead(index + near));
+            let near = walk.ahead(Side::Keys, head, piece + near);
+            let far = walk.ahead(Side::Keys, head, piece + far);
             let mut t = piece * PIECE;
             let end = now.keys.min(t + PIECE);
             while t < end {
