@@ -9,7 +9,7 @@ mod softmax;
 mod walk;
 
 use softmax::{adjust, soften};
-use walk::{Hints, PIECE, Side, TILE, Tile, Walk, distances};
+use walk::{FourRows, Hints, PIECE, Side, TILE, Tile, Walk, distances};
 
 use super::dot::KeyDot;
 use super::job::Job;
@@ -245,10 +245,6 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
             let mut t = piece * PIECE;
             let end = now.keys.min(t + PIECE);
             while t < end {
-                for j in 0..4 {
-                    near.fetch(t % PIECE + j);
-                    far.fetch(t % PIECE + j);
-                }
                 let k = [
                     now.row(now.k[t], offset),
                     now.row(now.k[t + 1], offset),
@@ -256,11 +252,15 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
                     now.row(now.k[t + 3], offset),
                 ];
                 for r in (head * padded..(head + 1) * padded).step_by(R) {
+                    // The first rows of a head send the hints for all.
+                    let row = if r == head * padded { t % PIECE } else { PIECE };
+                    let mut hint = FourRows { near, far, row, end: row + 4 };
                     // SAFETY: the caller's promise.
                     unsafe {
                         let q = scratch.q.add(r * scratch.q_bytes);
                         let s = scratch.s.add(t * scratch.lanes + r);
-                        four_keys::<V, S, D, R>(job.k_dim, q, scratch.q_bytes, k, s, scratch.lanes);
+                        let (k_dim, q_bytes, lanes) = (job.k_dim, scratch.q_bytes, scratch.lanes);
+                        four_keys::<V, S, D, R>(k_dim, q, q_bytes, k, s, lanes, &mut hint);
                     }
                 }
                 t += 4;
@@ -278,14 +278,18 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     k: [*const u8; 4],
     s: *mut f32,
     lanes: usize,
+    hint: &mut FourRows<'_>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let step = 2 * V::LANES;
+        let hints = (4 * step).div_ceil(k_dim);
         let whole = k_dim - k_dim % step;
         let mut acc = [[V::splat(0.0); R]; 4];
         let mut c = 0;
         while c < whole {
+            // Hints go out between the products: a burst of them would fill the queue.
+            hint.step(hints);
             let at = c * S::BYTES;
             let keys = [
                 D::load(k[0].add(at)),
@@ -301,6 +305,7 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
             }
             c += step;
         }
+        hint.step(4);
         if whole < k_dim {
             for j in 0..4 {
                 let key = D::load_part(k[j].add(whole * S::BYTES), k_dim - whole);

@@ -180,6 +180,28 @@ impl Walk<'_, '_> {
     }
 }
 
+/// Hints that go out while four keys are multiplied: four rows of two pieces.
+pub(super) struct FourRows<'a> {
+    pub(super) near: Ahead<'a>,
+    pub(super) far: Ahead<'a>,
+    /// The next row of the pieces.
+    pub(super) row: usize,
+    pub(super) end: usize,
+}
+
+impl FourRows<'_> {
+    /// Goes `rows` rows on, but not past the end.
+    #[inline(always)]
+    pub(super) fn step(&mut self, rows: usize) {
+        let to = self.end.min(self.row + rows);
+        while self.row < to {
+            self.near.fetch(self.row);
+            self.far.fetch(self.row);
+            self.row += 1;
+        }
+    }
+}
+
 /// Hints that go out while the values of a head are added up: the rows of a piece in the order of
 /// memory, spread over the passes that the channels take.
 pub(super) struct Hints<'a, 'b, 'c> {
