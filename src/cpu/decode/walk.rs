@@ -97,6 +97,14 @@ pub(super) struct Ahead<'a> {
 impl Ahead<'_> {
     const NONE: Self = Ahead { rows: &[], offset: 0, bytes: 0 };
 
+    /// The first byte of the piece, if all of it is one run of memory.
+    #[inline(always)]
+    fn run(&self) -> Option<*const u8> {
+        let (first, last) = (*self.rows.first()?, *self.rows.get(PIECE - 1)?);
+        let run = last.addr().wrapping_sub(first.addr()) == (PIECE - 1) * self.bytes;
+        run.then(|| first.wrapping_offset(self.offset))
+    }
+
     /// Prefetches row `i` of the piece, if it has that many.
     #[inline(always)]
     pub(super) fn fetch(&self, i: usize) {
@@ -180,77 +188,79 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Hints that go out while four keys are multiplied: four rows of two pieces.
-pub(super) struct FourRows<'a> {
-    pub(super) near: Ahead<'a>,
-    pub(super) far: Ahead<'a>,
-    /// The next row of the pieces.
-    pub(super) row: usize,
-    pub(super) end: usize,
-}
-
-impl FourRows<'_> {
-    /// Goes `rows` rows on, but not past the end.
-    #[inline(always)]
-    pub(super) fn step(&mut self, rows: usize) {
-        let to = self.end.min(self.row + rows);
-        while self.row < to {
-            self.near.fetch(self.row);
-            self.far.fetch(self.row);
-            self.row += 1;
-        }
-    }
-}
-
-/// Hints that go out while the values of a head are added up: the rows of a piece in the order of
-/// memory, spread over the passes that the channels take.
-pub(super) struct Hints<'a, 'b, 'c> {
-    walk: &'a Walk<'b, 'c>,
-    head: usize,
-    /// Steps a row: a step is one row in one pass.
-    passes: usize,
-    /// Steps to the next row.
-    wait: usize,
-    row: usize,
-    piece: usize,
+/// Hints that go out while a piece of keys or of values is worked on: those for two pieces ahead of
+/// it, at the pace of the work.
+pub(super) struct Hints<'a> {
     near: Ahead<'a>,
     far: Ahead<'a>,
+    /// The next lines, where both pieces are runs of memory.
+    lines: Option<[*const u8; 2]>,
+    /// The next row, where they are not.
+    row: usize,
+    /// Steps a row, and steps until the next.
+    pace: usize,
+    wait: usize,
 }
 
-impl<'a, 'b, 'c> Hints<'a, 'b, 'c> {
-    /// For the values of KV head `head`, each row of which takes `passes` steps; `on` where hints
-    /// are wanted at all.
+impl<'a> Hints<'a> {
+    /// No hints.
+    pub(super) const NONE: Hints<'static> = Hints {
+        near: Ahead::NONE,
+        far: Ahead::NONE,
+        lines: None,
+        row: PIECE,
+        pace: usize::MAX,
+        wait: usize::MAX,
+    };
+
+    /// For the piece `piece` of a head, whose rows take `pace` steps each; `even` where the steps
+    /// are all alike.
     #[inline(always)]
-    pub(super) fn new(walk: &'a Walk<'b, 'c>, head: usize, passes: usize, on: bool) -> Self {
-        let (near, far) = (Ahead::NONE, Ahead::NONE);
-        let wait = if on { 1 } else { usize::MAX };
-        let mut hints = Hints { walk, head, passes, wait, row: 0, piece: 0, near, far };
-        if on {
-            hints.look();
+    pub(super) fn new(
+        walk: &'a Walk<'_, '_>,
+        side: Side,
+        head: usize,
+        piece: usize,
+        pace: usize,
+        even: bool,
+    ) -> Self {
+        let (near, far) = distances(if side == Side::Keys { walk.k_bytes } else { walk.v_bytes });
+        let near = walk.ahead(side, head, piece + near);
+        let far = walk.ahead(side, head, piece + far);
+        let lines = match (near.run(), far.run()) {
+            (Some(near), Some(far)) if even && walk.k_bytes == walk.v_bytes => Some([near, far]),
+            _ => None,
+        };
+        Hints { near, far, lines, row: 0, pace, wait: 1 }
+    }
+
+    /// Goes one step on, which takes `lines` lines or some part of a row.
+    #[inline(always)]
+    pub(super) fn step(&mut self, lines: usize) {
+        if let Some([near, far]) = &mut self.lines {
+            for _ in 0..lines {
+                prefetch(*near);
+                prefetch(*far);
+                *near = near.wrapping_add(64);
+                *far = far.wrapping_add(64);
+            }
+            return;
         }
-        hints
-    }
-
-    #[inline(always)]
-    fn look(&mut self) {
-        let (near, far) = distances(self.walk.v_bytes);
-        self.near = self.walk.ahead(Side::Values, self.head, self.piece + near);
-        self.far = self.walk.ahead(Side::Values, self.head, self.piece + far);
-    }
-
-    /// Goes one step on.
-    #[inline(always)]
-    pub(super) fn step(&mut self) {
         self.wait -= 1;
         if self.wait == 0 {
-            self.wait = self.passes;
-            self.near.fetch(self.row);
-            self.far.fetch(self.row);
-            self.row += 1;
-            if self.row == PIECE {
-                self.row = 0;
-                self.piece += 1;
-                self.look();
+            self.wait = self.pace;
+            self.rows(1);
+        }
+    }
+
+    /// Goes `rows` rows on at once, where the pieces are not runs of memory.
+    #[inline(always)]
+    pub(super) fn rows(&mut self, rows: usize) {
+        if self.lines.is_none() {
+            for _ in 0..rows {
+                self.near.fetch(self.row);
+                self.far.fetch(self.row);
+                self.row += 1;
             }
         }
     }
