@@ -44,20 +44,20 @@ pub struct HeadShape {
 impl HeadShape {
     /// Checks the ranges that the fields document.
     pub fn check(&self) -> Result<()> {
-        if self.kv_heads == 0 || self.q_heads == 0 || self.q_heads % self.kv_heads != 0 {
+        if self.kv_heads == 0 || self.q_heads == 0 || !self.q_heads.is_multiple_of(self.kv_heads) {
             return Err(Error::invalid("q_heads", "must be a positive multiple of kv_heads"));
         }
         if self.q_heads > 1 << 16 {
             return Err(Error::invalid("q_heads", "must be at most 65536"));
         }
         let max = if self.v_in_k { MAX_HEAD_DIM } else { MAX_SPLIT_HEAD_DIM };
-        if self.k_dim == 0 || self.k_dim % 8 != 0 || self.k_dim > max {
+        if self.k_dim == 0 || !self.k_dim.is_multiple_of(8) || self.k_dim > max {
             return Err(Error::invalid(
                 "k_dim",
                 "must be a multiple of 8, to 256 (576 for latents)",
             ));
         }
-        if self.v_dim == 0 || self.v_dim % 8 != 0 || self.v_dim > max {
+        if self.v_dim == 0 || !self.v_dim.is_multiple_of(8) || self.v_dim > max {
             return Err(Error::invalid(
                 "v_dim",
                 "must be a multiple of 8, to 256 (576 for latents)",

@@ -1,10 +1,11 @@
 //! Sequences begin, split and end: start from the prefix index, fork, truncate, release.
 
 use super::sequence::Sequence;
-use super::{KvCache, Started};
+use super::{KvCache, Started, reserve};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
 use crate::pool::BlockTable;
+use crate::prefix::Hit;
 
 impl KvCache {
     /// Starts a sequence for `prompt`, holding whatever leading part of it the prefix index has in
@@ -14,7 +15,7 @@ impl KvCache {
     /// The prompt itself is not kept: the engine feeds `prompt[cached_tokens..]` to its steps.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty prompt, `OutOfSequences`.
+    /// `InvalidArgument` for an empty prompt, `OutOfSequences`, `OutOfMemory`. Nothing changed then.
     pub fn start(&mut self, prompt: &[TokenId], namespace: Namespace) -> Result<Started> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "must have at least one token"));
@@ -23,79 +24,105 @@ impl KvCache {
             return Err(Error::invalid("prompt", "must be shorter than 2^31 tokens"));
         }
         self.sequences.has_room()?;
-        let groups = self.pools.len();
-        let mut tables: Vec<BlockTable> = (0..groups).map(|_| BlockTable::new()).collect();
-        let mut cached = 0;
-        if let Some(prefix) = self.prefix.as_mut() {
-            let mut hit = core::mem::take(&mut self.hit);
-            prefix.lookup(namespace, prompt, prompt.len() - 1, &mut hit);
-            prefix.touch(hit.at)?;
-            let adopted = self.adopt(&mut tables, &hit);
-            self.hit = hit;
-            cached = adopted?;
-        }
+        let mut sequence = Sequence { namespace, ..Sequence::default() };
+        let mut hit = core::mem::take(&mut self.hit);
+        let adopted = self.adopt(&mut sequence, prompt, &mut hit);
+        self.hit = hit;
+        let seq = self.keep(adopted, sequence)?;
+        let cached = self.tokens(seq)?.len();
         self.totals.looked_up_tokens += prompt.len() as u64;
         self.totals.hit_tokens += cached as u64;
-        let sequence = Sequence {
-            namespace,
-            tokens: prompt[..cached].to_vec(),
-            published_blocks: cached / self.spec.block_tokens as usize,
-            tables,
-            in_step: false,
-        };
-        let seq = self.sequences.insert(sequence)?;
         Ok(Started { seq, cached_tokens: cached as u32 })
     }
 
-    /// Shares the hit's whole blocks and copies its partial tail; the tokens that are then held.
-    fn adopt(&mut self, tables: &mut [BlockTable], hit: &crate::prefix::Hit) -> Result<usize> {
+    /// Fills a new sequence with what the prefix index has of the prompt.
+    fn adopt(&mut self, sequence: &mut Sequence, prompt: &[TokenId], hit: &mut Hit) -> Result<()> {
         let (groups, block_tokens) = (self.pools.len(), self.spec.block_tokens as usize);
-        for (group, table) in tables.iter_mut().enumerate() {
+        reserve(&mut sequence.tables, groups)?;
+        sequence.tables.resize_with(groups, BlockTable::new);
+        let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
+        prefix.lookup(sequence.namespace, prompt, prompt.len() - 1, hit);
+        prefix.touch(hit.at)?;
+        for (group, table) in sequence.tables.iter_mut().enumerate() {
             let blocks = hit.blocks.iter().skip(group).step_by(groups).copied();
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
+        let tail = self.copy_tail(&mut sequence.tables, hit)?;
+        let cached = &prompt[..hit.tokens + tail];
+        reserve(&mut sequence.tokens, cached.len())?;
+        sequence.tokens.extend_from_slice(cached);
+        sequence.published_blocks = cached.len() / block_tokens;
+        Ok(())
+    }
+
+    /// Copies the matching tokens of the block at which the prompt diverges; how many. None where
+    /// there is no room for a copy: those tokens are computed instead.
+    fn copy_tail(&mut self, tables: &mut [BlockTable], hit: &Hit) -> Result<usize> {
         if hit.tail_tokens == 0 {
-            return Ok(hit.tokens);
+            return Ok(0);
         }
         // Referenced, so that making room for the copy cannot evict what is to be copied.
         for (pool, &source) in self.pools.iter_mut().zip(&hit.tail_blocks) {
             pool.retain(source)?;
         }
-        let room = self.reserve(|_| 1);
-        if room.is_ok() {
-            for (group, table) in tables.iter_mut().enumerate() {
-                table.extend(&mut self.pools[group], hit.tail_tokens, block_tokens)?;
-                let target = *table.blocks().last().unwrap_or(&BlockId::NONE);
-                let source = hit.tail_blocks[group];
-                self.stores[group].copy_tokens(source, target, hit.tail_tokens as u32)?;
-                self.totals.copied_blocks += 1;
-            }
+        let mut result = self.reserve(|_| 1);
+        for (group, table) in tables.iter_mut().enumerate() {
+            let (pool, source) = (&mut self.pools[group], hit.tail_blocks[group]);
+            result = result.and_then(|()| {
+                table.extend(pool, hit.tail_tokens, self.spec.block_tokens as usize)?;
+                let target = table.blocks().last().copied().unwrap_or(BlockId::NONE);
+                self.stores[group].copy_tokens(source, target, hit.tail_tokens as u32)
+            });
         }
         for (pool, &source) in self.pools.iter_mut().zip(&hit.tail_blocks) {
             pool.release(source)?;
         }
-        // No room for a copy is no error: those tokens are computed instead.
-        Ok(hit.tokens + if room.is_ok() { hit.tail_tokens } else { 0 })
+        match result {
+            Ok(()) => {
+                self.totals.copied_blocks += tables.len() as u64;
+                Ok(hit.tail_tokens)
+            }
+            Err(Error::OutOfBlocks { .. }) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives a finished sequence an id; what it holds is given back where that or what made it
+    /// failed.
+    fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
+        let made = made.and_then(|()| self.sequences.has_room());
+        if let Err(error) = made {
+            for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
+                table.release_all(pool)?;
+            }
+            return Err(error);
+        }
+        self.sequences.insert(sequence)
     }
 
     /// A second sequence with the same tokens, sharing every block. Whichever of the two next
     /// writes to the last, partly full block gets a copy of it.
     ///
     /// # Errors
-    /// `StaleHandle`, `InvalidState` while a step holds the sequence, `OutOfSequences`.
+    /// `StaleHandle`, `InvalidState` while a step holds the sequence, `OutOfSequences`,
+    /// `OutOfMemory`.
     pub fn fork(&mut self, seq: SeqId) -> Result<SeqId> {
         self.sequences.has_room()?;
         let parent = self.sequences.get_idle(seq)?;
-        let mut child = Sequence {
-            namespace: parent.namespace,
-            tokens: parent.tokens.clone(),
-            published_blocks: parent.published_blocks,
-            ..Sequence::default()
-        };
-        for (table, pool) in parent.tables.iter().zip(&mut self.pools) {
-            child.tables.push(table.fork(pool)?);
+        let mut child = Sequence { namespace: parent.namespace, ..Sequence::default() };
+        child.published_blocks = parent.published_blocks;
+        let mut made = reserve(&mut child.tokens, parent.tokens.len());
+        made = made.and_then(|()| reserve(&mut child.tables, parent.tables.len()));
+        if made.is_ok() {
+            child.tokens.extend_from_slice(&parent.tokens);
+            for (table, pool) in parent.tables.iter().zip(&mut self.pools) {
+                made = made.and_then(|()| {
+                    child.tables.push(table.fork(pool)?);
+                    Ok(())
+                });
+            }
         }
-        self.sequences.insert(child)
+        self.keep(made, child)
     }
 
     /// Forgets all tokens of a sequence from position `tokens` on (rejected speculation).

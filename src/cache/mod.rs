@@ -98,6 +98,12 @@ pub struct KvCache {
     workspace: Vec<u8>,
 }
 
+/// Room for `additional` more elements, or an error where memory is refused.
+fn reserve<T>(list: &mut Vec<T>, additional: usize) -> Result<()> {
+    let bytes = (additional as u64).saturating_mul(size_of::<T>() as u64);
+    list.try_reserve(additional).map_err(|_| Error::OutOfMemory { bytes })
+}
+
 /// Tells the caches of a process apart, so that a step cannot be used with another.
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -180,6 +186,7 @@ impl KvCache {
             ids.iter().zip(pools).all(|(&id, pool)| id == BlockId::NONE || pool.refs(id) == 1)
         };
         self.ids.clear();
+        reserve(&mut self.ids, blocks as usize * self.pools.len())?;
         let (pools, evicted) = (&self.pools, &mut self.ids);
         prefix.evict(blocks as usize, &mut |ids| unused(pools, ids), &mut |ids| {
             evicted.extend_from_slice(ids)

@@ -41,8 +41,13 @@ impl Sequences {
         if limit == 0 || limit > MAX_SEQS {
             return Err(Error::invalid("max_seqs", "must be 1 to 65536"));
         }
-        let slot = |_| Slot { generation: 0, live: false, sequence: Sequence::default() };
-        Ok(Self { slots: (0..limit).map(slot).collect(), free: (0..limit).rev().collect() })
+        let (mut slots, mut free) = (Vec::new(), Vec::new());
+        super::reserve(&mut slots, limit as usize)?;
+        super::reserve(&mut free, limit as usize)?;
+        let slot = || Slot { generation: 0, live: false, sequence: Sequence::default() };
+        slots.resize_with(limit as usize, slot);
+        free.extend((0..limit).rev());
+        Ok(Self { slots, free })
     }
 
     pub fn live(&self) -> u32 {

@@ -66,18 +66,15 @@ impl Step {
     }
 
     /// Closes and empties it, keeping the buffers.
-    pub(super) fn clear(&mut self, groups: usize) {
+    pub(super) fn clear(&mut self) {
         self.owner = None;
         self.seqs.clear();
         self.tokens.clear();
         self.positions.clear();
         self.q_indptr.clear();
-        self.q_indptr.push(0);
         self.kv_lens.clear();
-        self.groups.resize_with(groups, GroupTables::default);
         for group in &mut self.groups {
             group.indptr.clear();
-            group.indptr.push(0);
             group.indices.clear();
             group.slots.clear();
         }

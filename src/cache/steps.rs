@@ -1,10 +1,12 @@
 //! Steps: reserve blocks, write keys and values, read attention, commit or cancel.
 
-use super::{KvCache, LayerId, Step, Work};
+use super::step::GroupTables;
+use super::{KvCache, LayerId, Step, Work, reserve};
 use crate::attention::Scoring;
 use crate::cpu::{AttendBatch, Rope};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
+use crate::ids::SeqId;
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
@@ -13,16 +15,23 @@ impl KvCache {
     /// # Errors
     /// `InvalidState` if the step is open already or a sequence is in another one;
     /// `InvalidArgument` for no work, no tokens, or a sequence named twice; `StaleHandle`;
-    /// `OutOfBlocks` with the number missing.
+    /// `OutOfBlocks` with the number missing; `OutOfMemory`.
     pub fn begin(&mut self, step: &mut Step, work: &[Work]) -> Result<()> {
         if step.is_open() {
             return Err(Error::InvalidState { why: "the step is open" });
         }
         self.check_work(work)?;
-        self.reserve_for(work)?;
-        step.clear(self.pools.len());
+        step.clear();
+        let mut planned = self.reserve_for(work).and_then(|()| self.reserve_step(step, work));
         for item in work {
-            self.plan_sequence(step, item)?;
+            planned = planned.and_then(|()| self.plan_sequence(step, item));
+        }
+        if let Err(error) = planned {
+            step.clear();
+            for item in work {
+                self.abandon(item.seq)?;
+            }
+            return Err(error);
         }
         step.owner = Some(self.id);
         Ok(())
@@ -53,21 +62,27 @@ impl KvCache {
                 }
             });
         }
-        if result.is_err() {
-            self.unmark(&work[..checked]);
-        }
-        result
-    }
-
-    fn unmark(&mut self, work: &[Work]) {
-        for item in work {
-            if let Ok(sequence) = self.sequences.get_mut(item.seq) {
-                sequence.in_step = false;
+        if let Err(error) = result {
+            for item in &work[..checked] {
+                self.sequences.get_mut(item.seq)?.in_step = false;
             }
+            return Err(error);
         }
+        Ok(())
     }
 
-    /// Makes room for the step, or leaves the sequences as they were.
+    /// Takes a sequence out of a step: its tables are as long as its tokens again.
+    fn abandon(&mut self, seq: SeqId) -> Result<()> {
+        let sequence = self.sequences.get_mut(seq)?;
+        sequence.in_step = false;
+        let tokens = sequence.tokens.len();
+        for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
+            table.truncate(pool, tokens, self.spec.block_tokens as usize)?;
+        }
+        Ok(())
+    }
+
+    /// Makes free blocks for the step.
     fn reserve_for(&mut self, work: &[Work]) -> Result<()> {
         let mut needed = [0u32; crate::layout::MAX_GROUPS];
         let mut counted = Ok(());
@@ -77,11 +92,37 @@ impl KvCache {
                 Ok(())
             });
         }
-        let reserved = counted.and_then(|()| self.reserve(|group| needed[group]));
-        if reserved.is_err() {
-            self.unmark(work);
+        counted.and_then(|()| self.reserve(|group| needed[group]))
+    }
+
+    /// Makes room in the step's buffers, and in its sequences for what `commit` will add: from
+    /// here on no allocation can fail.
+    fn reserve_step(&mut self, step: &mut Step, work: &[Work]) -> Result<()> {
+        let groups = self.pools.len();
+        let rows = work.iter().map(|item| item.tokens.len()).sum();
+        let mut blocks = 0;
+        for item in work {
+            let sequence = self.sequences.get_mut(item.seq)?;
+            reserve(&mut sequence.tokens, item.tokens.len())?;
+            let length = sequence.tokens.len() + item.tokens.len();
+            blocks += length.div_ceil(self.spec.block_tokens as usize);
         }
-        reserved
+        reserve(&mut step.groups, groups)?;
+        step.groups.resize_with(groups, GroupTables::default);
+        step.clear();
+        reserve(&mut step.seqs, work.len())?;
+        reserve(&mut step.tokens, rows)?;
+        reserve(&mut step.positions, rows)?;
+        reserve(&mut step.q_indptr, work.len() + 1)?;
+        reserve(&mut step.kv_lens, work.len())?;
+        for tables in &mut step.groups {
+            reserve(&mut tables.indptr, work.len() + 1)?;
+            reserve(&mut tables.indices, blocks)?;
+            reserve(&mut tables.slots, rows)?;
+            tables.indptr.push(0);
+        }
+        step.q_indptr.push(0);
+        Ok(())
     }
 
     /// Blocks that the step takes in a group: growth, and copies of shared last blocks.
@@ -90,6 +131,7 @@ impl KvCache {
         let pool = &self.pools[group];
         let mut needed = 0u64;
         self.tails.clear();
+        reserve(&mut self.tails, work.len())?;
         for item in work {
             let table = &self.sequences.get(item.seq)?.tables[group];
             needed += table.blocks_needed(item.tokens.len(), block_tokens)? as u64;
@@ -106,8 +148,7 @@ impl KvCache {
         u32::try_from(needed).map_err(|_| Error::Overflow { what: "blocks of a step" })
     }
 
-    /// Extends one sequence's tables and writes its part of the batch. Blocks were reserved, so
-    /// only a bug can make this fail.
+    /// Extends one sequence's tables and writes its part of the batch.
     fn plan_sequence(&mut self, step: &mut Step, item: &Work) -> Result<()> {
         let block_tokens = self.spec.block_tokens as usize;
         let sequence = self.sequences.get_mut(item.seq)?;
@@ -200,7 +241,8 @@ impl KvCache {
     }
 
     /// Makes the step's tokens part of their sequences and publishes the blocks they filled.
-    /// A block whose tokens the index already has is given back for the one it has.
+    /// A block whose tokens the index already has is given back for the one it has. Where memory for
+    /// the index is refused, blocks are published with the next one that fills.
     ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one.
@@ -211,9 +253,13 @@ impl KvCache {
             let sequence = self.sequences.get_mut(seq)?;
             sequence.in_step = false;
             sequence.tokens.extend_from_slice(&step.tokens[rows]);
-            self.publish(seq)?;
+            match self.publish(seq) {
+                // Tried again when the sequence fills its next block.
+                Ok(()) | Err(Error::OutOfMemory { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        step.clear(0);
+        step.clear();
         Ok(())
     }
 
@@ -225,14 +271,9 @@ impl KvCache {
     pub fn cancel(&mut self, step: &mut Step) -> Result<()> {
         self.close(step)?;
         for &seq in &step.seqs {
-            let sequence = self.sequences.get_mut(seq)?;
-            sequence.in_step = false;
-            let tokens = sequence.tokens.len();
-            for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
-                table.truncate(pool, tokens, self.spec.block_tokens as usize)?;
-            }
+            self.abandon(seq)?;
         }
-        step.clear(0);
+        step.clear();
         Ok(())
     }
 
@@ -245,7 +286,7 @@ impl KvCache {
     }
 
     /// Puts the full blocks of a sequence into the prefix index.
-    fn publish(&mut self, seq: crate::ids::SeqId) -> Result<()> {
+    fn publish(&mut self, seq: SeqId) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         let sequence = self.sequences.get_mut(seq)?;
         let block_tokens = self.spec.block_tokens as usize;
@@ -254,6 +295,7 @@ impl KvCache {
             return Ok(());
         }
         self.ids.clear();
+        reserve(&mut self.ids, whole * self.pools.len())?;
         for block in 0..whole {
             self.ids.extend(sequence.tables.iter().map(|table| table.blocks()[block]));
         }

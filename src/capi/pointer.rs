@@ -5,11 +5,15 @@
 //! that carry their size follow one rule: fields past the caller's size have their default, bytes
 //! past ours must be zero. This file knows no noun.
 
-use core::ffi::{c_char, c_void};
+use core::ffi::c_char;
+#[cfg(feature = "std")]
+use core::ffi::c_void;
 use core::mem::MaybeUninit;
 use core::ptr;
 
-use crate::dtype::{DType, Rows, RowsMut, bf16, f16};
+#[cfg(feature = "std")]
+use crate::dtype::{DType, Rows, RowsMut};
+use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
 
@@ -120,6 +124,7 @@ pub(crate) unsafe fn slice_out<'a, T: Plain>(
 ///
 /// # Safety
 /// As for [`slice`].
+#[cfg(feature = "std")]
 pub(crate) unsafe fn rows<'a>(
     pointer: *const c_void,
     dtype: u32,
@@ -140,6 +145,7 @@ pub(crate) unsafe fn rows<'a>(
 ///
 /// # Safety
 /// As for [`slice_out`].
+#[cfg(feature = "std")]
 pub(crate) unsafe fn rows_out<'a>(
     pointer: *mut c_void,
     dtype: u32,

@@ -6,7 +6,9 @@
 use core::ffi::c_char;
 
 use super::pointer;
-use crate::error::{Error, Result, Status};
+#[cfg(feature = "std")]
+use crate::error::Error;
+use crate::error::{Result, Status};
 
 /// What a call answers: KVC_OK, or a negative code. Numbers are never reused.
 pub type kvc_status = i32;

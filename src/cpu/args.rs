@@ -134,7 +134,7 @@ pub(crate) fn check_ptr(what: &'static str, ptr: *const u8, align_bytes: u32) ->
     if ptr.is_null() {
         return Err(Error::NullPointer { what });
     }
-    if ptr.addr() % align_bytes as usize != 0 {
+    if !ptr.addr().is_multiple_of(align_bytes as usize) {
         return Err(Error::Misaligned { what, align_bytes });
     }
     Ok(())

@@ -5,7 +5,7 @@
 
 use super::args::{AttendArgs, Sequence};
 use super::executor::Executor;
-use super::finish::Part;
+use super::finish::{MAX_PARTS, Part};
 use super::job::{Blocks, Coming, Job, States};
 use super::kernels::Kernels;
 use super::level::CpuLevel;
@@ -250,9 +250,12 @@ impl Call<'_> {
     fn job(&self, place: &Place, states: States, scratch: *mut u8) -> Job<'_> {
         let (args, seq, cell) = (self.args, &place.seq, &place.cell);
         let q_bytes = args.q.dtype.bytes() as isize;
-        let heads = cell.head as usize..(cell.head + cell.heads) as usize;
+        let heads = cell.head as usize..(cell.head + cell.kv_heads * cell.heads) as usize;
+        let kv_bytes = args.kv.format.dtype().bytes() as isize;
+        let v_strides = if args.shape.v_in_k { &args.kv.k_strides } else { &args.kv.v_strides };
         let (from, to) = place.cut.split(place.split);
         let mut job = Job {
+            kv_heads: cell.kv_heads as usize,
             group: cell.heads as usize,
             tokens: cell.tokens as usize,
             k_dim: args.shape.k_dim as usize,
@@ -264,6 +267,8 @@ impl Call<'_> {
             q_head_bytes: args.q.head_stride as isize * q_bytes,
             q_pos: i64::from(seq.kv_len) - i64::from(seq.q_tokens) + i64::from(cell.token),
             blocks: self.blocks(seq, cell.kv_head),
+            k_head_bytes: args.kv.k_strides.head as isize * kv_bytes,
+            v_head_bytes: v_strides.head as isize * kv_bytes,
             kv_start: from,
             kv_end: to.min(seq.kv_len),
             coming: None,
@@ -308,8 +313,8 @@ impl Call<'_> {
 
     /// Token and query head of row `r` of a cell.
     fn place_of(&self, seq: &Sequence, cell: &Cell, r: usize) -> (u32, u32) {
-        let token = seq.q_start + cell.token + (r / cell.heads as usize) as u32;
-        (token, cell.head + (r % cell.heads as usize) as u32)
+        let (token, head) = cell.row(r);
+        (seq.q_start + token, head)
     }
 
     /// Prefetches the output of row `r` of a cell: outputs of different tokens lie pages apart.
@@ -340,5 +345,3 @@ impl Call<'_> {
 
 /// Rows between the one that is written and the one that is prefetched.
 const ROWS_AHEAD: usize = 16;
-/// The most splits of a cell.
-const MAX_PARTS: usize = super::plan::MAX_SPLITS as usize + 1;

@@ -1,42 +1,55 @@
 //! The kernel for few query rows: one pass over K and V, bound by the memory they come from.
 //!
-//! Keys go by in tiles. For each: dot products of all rows with four keys at a time, the online
-//! softmax over the tile, and the values added up with the probabilities.
+//! A job covers several KV heads, because their rows lie side by side in a block. Keys go by in
+//! tiles: the dot products of all heads with their keys, the online softmax with the rows of all
+//! heads in the lanes, then the values of all heads weighted by the probabilities. So the memory is
+//! walked in its own order: of a block, the keys of every head and then the values.
 //!
 //! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice: a prefetch is dropped where the queue of misses is full, and arithmetic
-//! that outruns the memory keeps it full. The first hint comes a tile ahead of use, the second
-//! half a tile. Farther ahead, one line a page brings in the address translations.
+//! software, and twice, [`FAR_BYTES`] and [`NEAR_BYTES`] ahead: a prefetch is dropped where the
+//! queue of misses is full, and arithmetic that outruns the memory keeps it full. More distance
+//! is no better: the lines push each other out of the first-level cache.
 
 use super::dot::KeyDot;
 use super::job::{Blocks, Job};
 use super::math::{exp, tanh};
 use super::vector::{Stored, Vector, prefetch};
+use crate::dtype::DType;
 
-/// The most query rows of one job of this kernel.
+/// The most query rows of one KV head in a job of this kernel.
 pub(crate) const DECODE_ROWS: usize = 8;
+/// The most query rows of a job, those of each head padded by [`padded_rows`].
+pub(crate) const JOB_ROWS: usize = 64;
 /// The most keys of a tile.
 const TILE: usize = 64;
-/// Bytes of K that a tile aims at: a third of a first-level cache.
-const TILE_BYTES: usize = 8 << 10;
+/// Keys of a piece, the unit in which prefetching runs ahead.
+const PIECE: usize = 16;
+/// How far the first hint runs ahead, about.
+const FAR_BYTES: usize = 16 << 10;
+/// How far the second hint runs ahead, about.
+const NEAR_BYTES: usize = 8 << 10;
 /// Row lengths in scratch are multiples of this many f32: two of the widest vectors.
 const PAD: usize = 32;
-/// Tiles between the look-up of translations and use.
-const WARM_TILES: u32 = 4;
-/// Shorter runs than this many tokens are not looked up for translations.
-const WARM_RUN: u32 = 16;
+/// Values a row that the softmax keeps.
+const ROW_VALUES: usize = 5;
 
 /// Bytes of scratch that a job needs.
 pub(crate) const fn scratch_bytes(k_dim: usize, v_dim: usize) -> usize {
-    let zeros = if k_dim > v_dim { k_dim } else { v_dim };
-    (DECODE_ROWS * (pad(k_dim) + pad(v_dim) + TILE) + pad(k_dim) + pad(zeros)) * 4
+    let longest = if k_dim > v_dim { k_dim } else { v_dim };
+    (JOB_ROWS * (pad(k_dim) + pad(v_dim) + TILE + ROW_VALUES) + 2 * pad(longest)) * 4
 }
 
 const fn pad(n: usize) -> usize {
     n.next_multiple_of(PAD)
 }
 
-/// Attention of all rows of a job that has at most [`DECODE_ROWS`].
+/// The rows that `rows` query rows of a KV head take in a job: they are worked on four at a time.
+pub(crate) const fn padded_rows(rows: usize) -> usize {
+    if rows < 3 { rows } else { rows.next_multiple_of(4) }
+}
+
+/// Attention of all rows of a job that has at most [`DECODE_ROWS`] a KV head and, padded,
+/// [`JOB_ROWS`] in all.
 ///
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
@@ -53,7 +66,7 @@ pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
     }
 }
 
-/// Row addresses of one tile.
+/// Row addresses of one tile in the first KV head of the job.
 struct Tile {
     k: [*const u8; TILE],
     v: [*const u8; TILE],
@@ -71,20 +84,20 @@ impl Tile {
         Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros }
     }
 
-    /// Whether key `t` lies in a bad block.
-    #[inline(always)]
-    fn masked(&self, t: usize) -> bool {
-        self.k[t] == self.zeros
-    }
-
-    /// Looks up the keys from `at`, at most `keys` of them and none from `end`. The rest of the
+    /// Looks up the keys from `at` to the end of their tile, and none from `end`. The rest of the
     /// last group of four gets the address of `zeros`.
     ///
     /// # Safety
     /// As for [`Blocks::segment`].
     #[inline(always)]
-    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32, keys: usize) {
-        self.keys = (end.saturating_sub(at) as usize).min(keys);
+    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
+        // A tile is a block or an even part of one, so that it is one run of memory.
+        let whole = match blocks.block_tokens {
+            16 | 32 => blocks.block_tokens,
+            tokens if tokens % 64 == 0 => 64,
+            _ => 32,
+        };
+        self.keys = end.saturating_sub(at).min(whole - at % whole) as usize;
         self.bad = false;
         let mut i = 0;
         while i < self.keys {
@@ -110,78 +123,226 @@ impl Tile {
             i += 1;
         }
     }
+
+    /// A row of a head `offset` bytes from the first; zeros stay zeros.
+    #[inline(always)]
+    fn row(&self, first: *const u8, offset: isize) -> *const u8 {
+        if first == self.zeros { first } else { first.wrapping_offset(offset) }
+    }
 }
 
-/// The kernel, its rows in groups of `R`; rows past the last are zeros.
+/// The piece that is to be prefetched: rows of one head.
+#[derive(Clone, Copy)]
+struct Ahead<'a> {
+    rows: &'a [*const u8],
+    offset: isize,
+    bytes: usize,
+}
+
+impl Ahead<'_> {
+    /// Prefetches row `i` of the piece, if it has that many.
+    #[inline(always)]
+    fn fetch(&self, i: usize) {
+        if let Some(row) = self.rows.get(i) {
+            let row = row.wrapping_offset(self.offset);
+            let mut at = 0;
+            while at < self.bytes {
+                prefetch(row.wrapping_add(at));
+                at += 64;
+            }
+        }
+    }
+}
+
+/// The tile at hand and the next, as a sequence of pieces: of each tile the keys of every head,
+/// then the values.
+struct Walk<'a, 'b> {
+    job: &'a Job<'b>,
+    now: Tile,
+    next: Tile,
+    k_bytes: usize,
+    v_bytes: usize,
+}
+
+impl Walk<'_, '_> {
+    /// Pieces of `tile` of one head.
+    #[inline(always)]
+    fn pieces(tile: &Tile) -> usize {
+        tile.keys.div_ceil(PIECE)
+    }
+
+    /// The piece `index` pieces from the start of the tile at hand.
+    #[inline(always)]
+    fn ahead(&self, index: usize) -> Ahead<'_> {
+        let (job, sides) = (self.job, if self.job.v_in_k { 1 } else { 2 });
+        let (mut tile, mut index) = (&self.now, index);
+        let here = Self::pieces(tile) * job.kv_heads * sides;
+        if index >= here {
+            (tile, index) = (&self.next, index - here);
+        }
+        let side = Self::pieces(tile) * job.kv_heads;
+        if index >= side * sides {
+            return Ahead { rows: &[], offset: 0, bytes: 0 };
+        }
+        let (rows, bytes, step, index) = if index < side {
+            (&tile.k, self.k_bytes, job.k_head_bytes, index)
+        } else {
+            (&tile.v, self.v_bytes, job.v_head_bytes, index - side)
+        };
+        let (head, piece) = (index / Self::pieces(tile), index % Self::pieces(tile));
+        let from = piece * PIECE;
+        let rows = &rows[from..tile.keys.min(from + PIECE)];
+        Ahead { rows, offset: head as isize * step, bytes }
+    }
+}
+
+/// The parts of a job's scratch.
+#[derive(Clone, Copy)]
+struct Scratch {
+    /// `[row][k_pad]` prepared queries.
+    q: *mut u8,
+    /// Bytes of a prepared query.
+    q_bytes: usize,
+    /// `[row][v_pad]` weighted values.
+    o: *mut f32,
+    v_pad: usize,
+    /// `[key][lanes]` scores, then probabilities.
+    s: *mut f32,
+    /// Rows, in whole vectors.
+    lanes: usize,
+    /// `[row]` largest score.
+    m: *mut f32,
+    /// `[row]` sum of probabilities.
+    l: *mut f32,
+    /// `[row]` factor of older sums.
+    grow: *mut f32,
+    /// `[row]` ALiBi slope.
+    slope: *mut f32,
+    /// `[row]` first key of the job less the query's position.
+    distance: *mut f32,
+}
+
+/// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
 #[inline(always)]
 unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
     unsafe {
-        let rows = job.rows();
-        let padded = rows.next_multiple_of(R);
+        let (rows, padded) = (job.rows(), padded_rows(job.rows()));
         let (k_pad, v_pad) = (pad(job.k_dim), pad(job.v_dim));
-        let q = job.scratch.cast::<f32>();
-        let o = q.add(DECODE_ROWS * k_pad);
-        let s = o.add(DECODE_ROWS * v_pad);
-        let row = s.add(DECODE_ROWS * TILE);
-        let zeros = row.add(k_pad);
-        core::ptr::write_bytes(o, 0, padded * v_pad);
-        core::ptr::write_bytes(row, 0, k_pad);
-        core::ptr::write_bytes(zeros, 0, pad(job.k_dim.max(job.v_dim)));
-        let q_bytes = k_pad * D::QUERY_BYTES;
-        let q = q.cast::<u8>();
-        for r in 0..padded {
-            if r < rows {
-                Job::widen_row(job.q_dtype, job.q_row(r), job.k_dim, row);
-            } else {
-                core::ptr::write_bytes(row, 0, k_pad);
+        let longest = pad(job.k_dim.max(job.v_dim));
+        let lanes = (job.kv_heads * padded).next_multiple_of(V::LANES);
+        let base = job.scratch.cast::<f32>();
+        let o = base.add(JOB_ROWS * k_pad);
+        let s = o.add(JOB_ROWS * v_pad);
+        let m = s.add(JOB_ROWS * TILE);
+        let row = m.add(JOB_ROWS * ROW_VALUES);
+        let zeros = row.add(longest);
+        let scratch = Scratch {
+            q: base.cast(),
+            q_bytes: k_pad * D::QUERY_BYTES,
+            o,
+            v_pad,
+            s,
+            lanes,
+            m,
+            l: m.add(JOB_ROWS),
+            grow: m.add(2 * JOB_ROWS),
+            slope: m.add(3 * JOB_ROWS),
+            distance: m.add(4 * JOB_ROWS),
+        };
+        core::ptr::write_bytes(o, 0, job.kv_heads * padded * v_pad);
+        core::ptr::write_bytes(s, 0, JOB_ROWS * TILE);
+        core::ptr::write_bytes(m, 0, JOB_ROWS * ROW_VALUES);
+        core::ptr::write_bytes(row, 0, 2 * longest);
+        for r in 0..lanes {
+            m.add(r).write(f32::NEG_INFINITY);
+        }
+        for head in 0..job.kv_heads {
+            for r in 0..padded {
+                let at = head * padded + r;
+                if r < rows {
+                    widen_query::<V>(job, head, r, row);
+                    let position = job.q_pos + (r / job.group) as i64;
+                    scratch.distance.add(at).write((i64::from(job.kv_start) - position) as f32);
+                    if let Some(slopes) = job.alibi {
+                        scratch.slope.add(at).write(slopes[head * job.group + r % job.group]);
+                    }
+                } else {
+                    core::ptr::write_bytes(row, 0, k_pad);
+                }
+                D::prepare(row, k_pad, scratch.q.add(at * scratch.q_bytes));
             }
-            D::prepare(row, k_pad, q.add(r * q_bytes));
         }
         let zeros = zeros.cast_const().cast::<u8>();
-        let (mut m, mut l) = ([f32::NEG_INFINITY; DECODE_ROWS], [0.0f32; DECODE_ROWS]);
-
-        let keys = (TILE_BYTES / (job.k_dim * S::BYTES)).clamp(16, TILE) / 16 * 16;
-        let (mut now, mut next) = (Tile::empty(zeros), Tile::empty(zeros));
-        now.fill(&job.blocks, job.kv_start, job.kv_end, keys);
+        let mut walk = Walk {
+            job,
+            now: Tile::empty(zeros),
+            next: Tile::empty(zeros),
+            k_bytes: job.k_dim * S::BYTES,
+            v_bytes: job.v_dim * S::BYTES,
+        };
+        walk.now.fill(&job.blocks, job.kv_start, job.kv_end);
         let mut at = job.kv_start;
         while at < job.kv_end {
-            let after = at.saturating_add(keys as u32);
+            let after = at + walk.now.keys as u32;
             if after < job.kv_end {
-                next.fill(&job.blocks, after, job.kv_end, keys);
+                walk.next.fill(&job.blocks, after, job.kv_end);
             } else if let Some(coming) = &job.coming {
-                next.fill(&coming.blocks, coming.kv_start, coming.kv_end, keys);
+                walk.next.fill(&coming.blocks, coming.kv_start, coming.kv_end);
             } else {
-                next.keys = 0;
+                walk.next.keys = 0;
             }
-            warm(job, at, keys as u32);
-            for g in (0..padded).step_by(R) {
-                let (q, s) = (q.add(g * q_bytes), s.add(g * TILE));
-                scores::<V, S, D, R>(job, q, q_bytes, &now, &next, s, g == 0);
-            }
-            for r in 0..rows {
-                let s = s.add(r * TILE);
-                score::<V>(job, r, at, &now, s);
-                let (top, grow) = soften::<V>(now.keys, s, m[r], &mut l[r]);
+            scores::<V, S, D, R>(&walk, &scratch, padded);
+            adjust::<V>(job, &scratch, &walk.now, at, padded);
+            soften::<V>(&scratch, walk.now.keys);
+            for r in 0..job.kv_heads * padded {
+                let grow = scratch.grow.add(r).read();
                 if grow != 1.0 {
                     let (o, grow) = (o.add(r * v_pad), V::splat(grow));
                     for c in (0..v_pad).step_by(V::LANES) {
                         V::load(o.add(c)).mul(grow).store(o.add(c));
                     }
                 }
-                m[r] = top;
             }
-            for g in (0..padded).step_by(R) {
-                let (p, o) = (s.add(g * TILE), o.add(g * v_pad));
-                values::<V, S, R>(job, p, &now, &next, o, v_pad, g == 0);
-            }
+            values::<V, S, R>(&walk, &scratch, padded);
             at = after;
-            core::mem::swap(&mut now, &mut next);
+            core::mem::swap(&mut walk.now, &mut walk.next);
         }
-        for r in 0..rows {
-            job.states.m.add(r).write(m[r]);
-            job.states.l.add(r).write(l[r]);
-            write_out::<V, S>(o.add(r * v_pad), job.states.o.add(r * job.v_dim), job.v_dim);
+        for head in 0..job.kv_heads {
+            for r in 0..rows {
+                let (from, to) = (head * padded + r, head * rows + r);
+                job.states.m.add(to).write(m.add(from).read());
+                job.states.l.add(to).write(scratch.l.add(from).read());
+                let to = job.states.o.add(to * job.v_dim);
+                write_out::<V, S>(o.add(from * v_pad), to, job.v_dim);
+            }
+        }
+    }
+}
+
+/// Widens query row `r` of a head of the job to `to`, which has room for whole vectors.
+#[inline(always)]
+unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let from = job.q_row(r).wrapping_offset((head * job.group) as isize * job.q_head_bytes);
+        let whole = job.k_dim - job.k_dim % V::LANES;
+        for c in (0..whole).step_by(V::LANES) {
+            let x = match job.q_dtype {
+                DType::F32 => V::load(from.cast::<f32>().add(c)),
+                DType::F16 => V::load_f16(from.cast::<u16>().add(c)),
+                DType::Bf16 => V::load_bf16(from.cast::<u16>().add(c)),
+            };
+            x.store(to.add(c));
+        }
+        if whole < job.k_dim {
+            let n = job.k_dim - whole;
+            let x = match job.q_dtype {
+                DType::F32 => V::load_part(from.cast::<f32>().add(whole), n),
+                DType::F16 => V::load_f16_part(from.cast::<u16>().add(whole), n),
+                DType::Bf16 => V::load_bf16_part(from.cast::<u16>().add(whole), n),
+            };
+            x.store(to.add(whole));
         }
     }
 }
@@ -194,263 +355,334 @@ unsafe fn write_out<V: Vector, S: Stored>(from: *const f32, to: *mut f32, dim: u
         if !S::EVEN_ODD {
             return core::ptr::copy_nonoverlapping(from, to, dim);
         }
-        for c in (0..dim).step_by(2) {
-            let (pair, i) = (c / (2 * V::LANES) * 2 * V::LANES, c % (2 * V::LANES) / 2);
-            to.add(c).write(from.add(pair + i).read());
-            to.add(c + 1).write(from.add(pair + V::LANES + i).read());
+        for pair in (0..dim).step_by(2 * V::LANES) {
+            for i in 0..V::LANES.min((dim - pair) / 2) {
+                to.add(pair + 2 * i).write(from.add(pair + i).read());
+                to.add(pair + 2 * i + 1).write(from.add(pair + V::LANES + i).read());
+            }
         }
     }
 }
 
-/// Prefetches a line of each run of the tile [`WARM_TILES`] ahead, for its address translation.
-#[inline(always)]
-unsafe fn warm(job: &Job<'_>, at: u32, keys: u32) {
-    if job.blocks.block_tokens < WARM_RUN {
-        return;
-    }
-    let from = at.saturating_add(WARM_TILES * keys);
-    let (blocks, mut from, end) = match &job.coming {
-        _ if from < job.kv_end => (&job.blocks, from, job.kv_end),
-        Some(coming) => {
-            (&coming.blocks, coming.kv_start.saturating_add(from - job.kv_end), coming.kv_end)
-        }
-        None => return,
-    };
-    let end = end.min(from.saturating_add(keys));
-    while from < end {
-        // SAFETY: `from < end`, which is within the sequence.
-        let run = unsafe { blocks.segment(from, end) };
-        prefetch(run.k);
-        prefetch(run.v);
-        from += run.tokens as u32;
-    }
-}
-
-/// Prefetches a row of `bytes`.
-#[inline(always)]
-fn fetch(row: *const u8, bytes: usize) {
-    let mut at = 0;
-    while at < bytes {
-        prefetch(row.wrapping_add(at));
-        at += 64;
-    }
-}
-
-/// Dot products of `R` rows with the keys of a tile, four at a time, to `s[r][key]`.
+/// Dot products of all rows with the keys of the tile at hand, four keys at a time, to
+/// `s[key][row]`.
 #[inline(always)]
 unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
-    job: &Job<'_>,
+    walk: &Walk<'_, '_>,
+    scratch: &Scratch,
+    padded: usize,
+) {
+    let (job, now) = (walk.job, &walk.now);
+    let pieces = Walk::pieces(now);
+    let piece_bytes = (PIECE * walk.k_bytes).max(1);
+    let near = (NEAR_BYTES / piece_bytes).max(1);
+    let far = (FAR_BYTES / piece_bytes).max(near + 1);
+    for head in 0..job.kv_heads {
+        let offset = head as isize * job.k_head_bytes;
+        for piece in 0..pieces {
+            let index = head * pieces + piece;
+            let (far, near) = (walk.ahead(index + far), walk.ahead(index + near));
+            let mut t = piece * PIECE;
+            let end = now.keys.min(t + PIECE);
+            while t < end {
+                for j in 0..4 {
+                    near.fetch(t % PIECE + j);
+                    far.fetch(t % PIECE + j);
+                }
+                let k = [
+                    now.row(now.k[t], offset),
+                    now.row(now.k[t + 1], offset),
+                    now.row(now.k[t + 2], offset),
+                    now.row(now.k[t + 3], offset),
+                ];
+                for r in (head * padded..(head + 1) * padded).step_by(R) {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        let q = scratch.q.add(r * scratch.q_bytes);
+                        let s = scratch.s.add(t * scratch.lanes + r);
+                        four_keys::<V, S, D, R>(job.k_dim, q, scratch.q_bytes, k, s, scratch.lanes);
+                    }
+                }
+                t += 4;
+            }
+        }
+    }
+}
+
+/// Dot products of `R` rows with four keys, to `s[key][row]`.
+#[inline(always)]
+unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
+    k_dim: usize,
     q: *const u8,
     q_bytes: usize,
-    now: &Tile,
-    next: &Tile,
+    k: [*const u8; 4],
     s: *mut f32,
-    ahead: bool,
+    lanes: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         let step = 2 * V::LANES;
-        let (k_dim, whole) = (job.k_dim, job.k_dim - job.k_dim % step);
-        let (k_bytes, v_bytes) = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
-        let (more, v_too) = (ahead && next.keys != 0, ahead && !job.v_in_k);
-        let mut t = 0;
-        while t < now.keys {
-            let k = [now.k[t], now.k[t + 1], now.k[t + 2], now.k[t + 3]];
-            for j in t..t + 4 {
-                if v_too {
-                    fetch(now.v[j], v_bytes);
-                }
-                if more {
-                    fetch(next.k[j], k_bytes);
-                }
-            }
-            let mut acc = [[V::splat(0.0); 4]; R];
-            let mut c = 0;
-            while c < whole {
-                let at = c * S::BYTES;
-                let keys = [
-                    D::load(k[0].add(at)),
-                    D::load(k[1].add(at)),
-                    D::load(k[2].add(at)),
-                    D::load(k[3].add(at)),
-                ];
-                for r in 0..R {
-                    let q = D::load_query(q.add(r * q_bytes + c * D::QUERY_BYTES));
-                    for j in 0..4 {
-                        acc[r][j] = D::dot(acc[r][j], q, keys[j]);
-                    }
-                }
-                c += step;
-            }
-            if whole < k_dim {
-                for j in 0..4 {
-                    let key = D::load_part(k[j].add(whole * S::BYTES), k_dim - whole);
-                    for r in 0..R {
-                        let q = D::load_query(q.add(r * q_bytes + whole * D::QUERY_BYTES));
-                        acc[r][j] = D::dot(acc[r][j], q, key);
-                    }
-                }
-            }
-            for r in 0..R {
-                V::sum4(acc[r], s.add(r * TILE + t));
-            }
-            t += 4;
-        }
-    }
-}
-
-/// Turns dot products into scores: scale, soft-cap, ALiBi; -inf for what the row must not see and
-/// behind the last key to a multiple of the widest vector.
-#[inline(always)]
-unsafe fn score<V: Vector>(job: &Job<'_>, row: usize, at: u32, tile: &Tile, s: *mut f32) {
-    let (from, to) = job.visible(row / job.group);
-    let keys = tile.keys;
-    let from = (from.saturating_sub(at) as usize).min(keys);
-    let to = (to.saturating_sub(at) as usize).min(keys);
-    // SAFETY: the caller's promise: `s` has a tile.
-    unsafe {
-        let scale = V::splat(job.scale);
-        for t in (0..keys).step_by(V::LANES) {
-            V::load(s.add(t)).mul(scale).store(s.add(t));
-        }
-        if let Some(cap) = job.softcap {
-            let (cap, inverse) = (V::splat(cap), V::splat(1.0 / cap));
-            for t in (0..keys).step_by(V::LANES) {
-                tanh(V::load(s.add(t)).mul(inverse)).mul(cap).store(s.add(t));
-            }
-        }
-        if let Some(slopes) = job.alibi {
-            let slope = slopes[row % job.group];
-            let position = job.q_pos + (row / job.group) as i64;
-            let first = i64::from(at) - position;
-            for t in 0..keys {
-                *s.add(t) += slope * (first + t as i64) as f32;
-            }
-        }
-        if tile.bad {
-            for t in 0..keys {
-                if tile.masked(t) {
-                    s.add(t).write(f32::NEG_INFINITY);
-                }
-            }
-        }
-        for t in 0..from {
-            s.add(t).write(f32::NEG_INFINITY);
-        }
-        for t in to.max(from)..keys.next_multiple_of(16) {
-            s.add(t).write(f32::NEG_INFINITY);
-        }
-    }
-}
-
-/// Turns scores into probabilities relative to the new maximum, in place; returns it and the
-/// factor that brings older sums to it.
-#[inline(always)]
-unsafe fn soften<V: Vector>(keys: usize, s: *mut f32, m: f32, l: &mut f32) -> (f32, f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let keys = keys.next_multiple_of(16);
-        let mut top = V::splat(f32::NEG_INFINITY);
-        for t in (0..keys).step_by(V::LANES) {
-            top = top.max(V::load(s.add(t)));
-        }
-        let top = top.top().max(m);
-        if top == f32::NEG_INFINITY {
-            for t in (0..keys).step_by(V::LANES) {
-                V::splat(0.0).store(s.add(t));
-            }
-            return (top, 1.0);
-        }
-        let mut sum = V::splat(0.0);
-        for t in (0..keys).step_by(V::LANES) {
-            let p = exp(V::load(s.add(t)).sub(V::splat(top)));
-            p.store(s.add(t));
-            sum = sum.add(p);
-        }
-        let grow = if m == top { 1.0 } else { exp(V::splat(m - top)).top() };
-        *l = *l * grow + sum.sum();
-        (top, grow)
-    }
-}
-
-/// Adds the values of a tile, weighted by the probabilities of `R` rows, to `o[r]`.
-#[inline(always)]
-unsafe fn values<V: Vector, S: Stored, const R: usize>(
-    job: &Job<'_>,
-    p: *const f32,
-    now: &Tile,
-    next: &Tile,
-    o: *mut f32,
-    v_pad: usize,
-    ahead: bool,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let (step, width) = (4 * V::LANES, 4 * V::LANES * S::BYTES);
-        let (k_bytes, v_bytes) = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
-        let (more, v_too) = (ahead && next.keys != 0, !job.v_in_k);
-        let passes = (job.v_dim / step).max(1);
+        let whole = k_dim - k_dim % step;
+        let mut acc = [[V::splat(0.0); R]; 4];
         let mut c = 0;
-        while c + step <= job.v_dim {
-            let mut acc = [[V::splat(0.0); 4]; R];
-            for r in 0..R {
-                for j in 0..4 {
-                    acc[r][j] = V::load(o.add(r * v_pad + c + j * V::LANES));
-                }
-            }
+        while c < whole {
             let at = c * S::BYTES;
-            for t in 0..now.keys {
-                // Rows in the order of memory, spread over all channels' passes.
-                if more && (c / step * now.keys + t) % passes == 0 {
-                    let row = (c / step * now.keys + t) / passes;
-                    fetch(next.k[row], k_bytes);
-                    if v_too {
-                        fetch(next.v[row], v_bytes);
-                    }
-                }
-                let row = now.v[t].add(at);
-                let low = S::load2::<V>(row);
-                let high = S::load2::<V>(row.add(width / 2));
-                let v = [low[0], low[1], high[0], high[1]];
-                for r in 0..R {
-                    let p = V::splat(p.add(r * TILE + t).read());
-                    for j in 0..4 {
-                        acc[r][j] = p.fma(v[j], acc[r][j]);
-                    }
-                }
-            }
+            let keys = [
+                D::load(k[0].add(at)),
+                D::load(k[1].add(at)),
+                D::load(k[2].add(at)),
+                D::load(k[3].add(at)),
+            ];
             for r in 0..R {
+                let q = D::load_query(q.add(r * q_bytes + c * D::QUERY_BYTES));
                 for j in 0..4 {
-                    acc[r][j].store(o.add(r * v_pad + c + j * V::LANES));
+                    acc[j][r] = D::dot(acc[j][r], q, keys[j]);
                 }
             }
             c += step;
         }
-        while c < job.v_dim {
-            let n = job.v_dim - c;
-            let mut acc = [[V::splat(0.0); 2]; R];
-            for r in 0..R {
-                for j in 0..2 {
-                    acc[r][j] = V::load(o.add(r * v_pad + c + j * V::LANES));
+        if whole < k_dim {
+            for j in 0..4 {
+                let key = D::load_part(k[j].add(whole * S::BYTES), k_dim - whole);
+                for r in 0..R {
+                    let q = D::load_query(q.add(r * q_bytes + whole * D::QUERY_BYTES));
+                    acc[j][r] = D::dot(acc[j][r], q, key);
                 }
             }
-            for t in 0..now.keys {
-                let row = now.v[t].add(c * S::BYTES);
-                let v =
-                    if n < 2 * V::LANES { S::load2_part::<V>(row, n) } else { S::load2::<V>(row) };
-                for r in 0..R {
-                    let p = V::splat(p.add(r * TILE + t).read());
-                    for j in 0..2 {
-                        acc[r][j] = p.fma(v[j], acc[r][j]);
+        }
+        if R == 4 {
+            for j in 0..4 {
+                V::sum4([acc[j][0], acc[j][1 % R], acc[j][2 % R], acc[j][3 % R]], s.add(j * lanes));
+            }
+        } else {
+            for r in 0..R {
+                let mut sums = [0.0f32; 4];
+                V::sum4([acc[0][r], acc[1][r], acc[2][r], acc[3][r]], sums.as_mut_ptr());
+                for j in 0..4 {
+                    s.add(j * lanes + r).write(sums[j]);
+                }
+            }
+        }
+    }
+}
+
+/// Turns dot products into scores: scale, soft-cap, ALiBi; -inf for what a row must not see.
+#[inline(always)]
+unsafe fn adjust<V: Vector>(job: &Job<'_>, scratch: &Scratch, tile: &Tile, at: u32, padded: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (s, lanes) = (scratch.s, scratch.lanes);
+        let scale = V::splat(job.scale);
+        for i in (0..tile.keys * lanes).step_by(V::LANES) {
+            V::load(s.add(i)).mul(scale).store(s.add(i));
+        }
+        if let Some(cap) = job.softcap {
+            let (cap, inverse) = (V::splat(cap), V::splat(1.0 / cap));
+            for i in (0..tile.keys * lanes).step_by(V::LANES) {
+                tanh(V::load(s.add(i)).mul(inverse)).mul(cap).store(s.add(i));
+            }
+        }
+        if job.alibi.is_some() {
+            for t in 0..tile.keys {
+                let key = V::splat((at - job.kv_start) as f32 + t as f32);
+                for r in (0..lanes).step_by(V::LANES) {
+                    let s = s.add(t * lanes + r);
+                    let distance = V::load(scratch.distance.add(r)).add(key);
+                    V::load(scratch.slope.add(r)).fma(distance, V::load(s)).store(s);
+                }
+            }
+        }
+        let hidden = V::splat(f32::NEG_INFINITY);
+        if tile.bad {
+            for t in 0..tile.keys {
+                if tile.k[t] == tile.zeros {
+                    for r in (0..lanes).step_by(V::LANES) {
+                        hidden.store(s.add(t * lanes + r));
                     }
                 }
             }
-            for r in 0..R {
-                for j in 0..2 {
-                    acc[r][j].store(o.add(r * v_pad + c + j * V::LANES));
+        }
+        for token in 0..job.tokens {
+            let (from, to) = job.visible(token);
+            let from = (from.saturating_sub(at) as usize).min(tile.keys);
+            let to = (to.saturating_sub(at) as usize).min(tile.keys).max(from);
+            if from == 0 && to == tile.keys {
+                continue;
+            }
+            for t in (0..from).chain(to..tile.keys) {
+                for head in 0..job.kv_heads {
+                    let r = head * padded + token * job.group;
+                    for r in r..r + job.group {
+                        s.add(t * lanes + r).write(f32::NEG_INFINITY);
+                    }
                 }
             }
-            c += 2 * V::LANES;
+        }
+    }
+}
+
+/// Turns scores into probabilities relative to the new maxima, in place; brings `m` and `l` up to
+/// date and leaves in `grow` what older sums must be multiplied with.
+#[inline(always)]
+unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let lanes = scratch.lanes;
+        for r in (0..lanes).step_by(V::LANES) {
+            let s = scratch.s.add(r);
+            let old = V::load(scratch.m.add(r));
+            let mut top = old;
+            for t in 0..keys {
+                top = top.max(V::load(s.add(t * lanes)));
+            }
+            // A finite stand-in where nothing has been seen: -inf less it is still -inf.
+            let finite = top.max(V::splat(f32::MIN));
+            let mut sum = V::splat(0.0);
+            for t in 0..keys {
+                let p = exp(V::load(s.add(t * lanes)).sub(finite));
+                p.store(s.add(t * lanes));
+                sum = sum.add(p);
+            }
+            let grow = exp(old.sub(finite));
+            V::load(scratch.l.add(r)).fma(grow, sum).store(scratch.l.add(r));
+            grow.store(scratch.grow.add(r));
+            top.store(scratch.m.add(r));
+        }
+    }
+}
+
+/// Adds the values of the tile at hand, weighted by the probabilities, to `o`.
+#[inline(always)]
+unsafe fn values<V: Vector, S: Stored, const R: usize>(
+    walk: &Walk<'_, '_>,
+    scratch: &Scratch,
+    padded: usize,
+) {
+    let (job, now) = (walk.job, &walk.now);
+    let (pieces, lanes) = (Walk::pieces(now), scratch.lanes);
+    let step = 4 * V::LANES;
+    let passes = (job.v_dim / step).max(1);
+    let piece_bytes = (PIECE * walk.v_bytes).max(1);
+    let near = (NEAR_BYTES / piece_bytes).max(1);
+    let far = (FAR_BYTES / piece_bytes).max(near + 1);
+    for head in 0..job.kv_heads {
+        let offset = head as isize * job.v_head_bytes;
+        for r in (head * padded..(head + 1) * padded).step_by(R) {
+            let ahead = r == head * padded && !job.v_in_k;
+            let mut hints = Hints { walk, passes, at: 0, near, far, index: 0, ahead };
+            hints.index = (job.kv_heads + head) * pieces;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
+                let mut c = 0;
+                while c + step <= job.v_dim {
+                    add_values::<V, S, R, 2>(
+                        now,
+                        offset,
+                        p,
+                        lanes,
+                        o,
+                        scratch.v_pad,
+                        c,
+                        step,
+                        &mut hints,
+                    );
+                    c += step;
+                }
+                while c < job.v_dim {
+                    let n = (job.v_dim - c).min(2 * V::LANES);
+                    add_values::<V, S, R, 1>(
+                        now,
+                        offset,
+                        p,
+                        lanes,
+                        o,
+                        scratch.v_pad,
+                        c,
+                        n,
+                        &mut hints,
+                    );
+                    c += n;
+                }
+            }
+        }
+    }
+}
+
+/// Hints that go out while values are added up: the rows of a piece in the order of memory, spread
+/// over the passes that the channels take.
+struct Hints<'a, 'b, 'c> {
+    walk: &'a Walk<'b, 'c>,
+    passes: usize,
+    /// Steps so far: a step is one row in one pass.
+    at: usize,
+    near: usize,
+    far: usize,
+    index: usize,
+    ahead: bool,
+}
+
+impl Hints<'_, '_, '_> {
+    #[inline(always)]
+    fn step(&mut self) {
+        if self.ahead && self.at.is_multiple_of(self.passes) {
+            let row = self.at / self.passes;
+            let piece = self.index + row / PIECE;
+            self.walk.ahead(piece + self.near).fetch(row % PIECE);
+            self.walk.ahead(piece + self.far).fetch(row % PIECE);
+        }
+        self.at += 1;
+    }
+}
+
+/// Adds up to `2 * P` vectors of channels from `c` on of the values of a tile: `n` channels, whole
+/// unless `P` is 1.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
+    tile: &Tile,
+    offset: isize,
+    p: *const f32,
+    lanes: usize,
+    o: *mut f32,
+    v_pad: usize,
+    c: usize,
+    n: usize,
+    hints: &mut Hints<'_, '_, '_>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[[V::splat(0.0); 2]; P]; R];
+        for r in 0..R {
+            for j in 0..P {
+                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
+                acc[r][j] = [V::load(o), V::load(o.add(V::LANES))];
+            }
+        }
+        for t in 0..tile.keys {
+            hints.step();
+            let row = tile.row(tile.v[t], offset).add(c * S::BYTES);
+            let mut v = [[V::splat(0.0); 2]; P];
+            for j in 0..P {
+                let row = row.add(j * 2 * V::LANES * S::BYTES);
+                v[j] =
+                    if P > 1 || n == 2 * V::LANES { S::load2(row) } else { S::load2_part(row, n) };
+            }
+            for r in 0..R {
+                let p = V::splat(p.add(t * lanes + r).read());
+                for j in 0..P {
+                    for i in 0..2 {
+                        acc[r][j][i] = p.fma(v[j][i], acc[r][j][i]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for j in 0..P {
+                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
+                acc[r][j][0].store(o);
+                acc[r][j][1].store(o.add(V::LANES));
+            }
         }
     }
 }

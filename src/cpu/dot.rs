@@ -5,7 +5,6 @@
 use core::marker::PhantomData;
 
 use super::vector::{PairDot, Stored, Vector};
-use crate::dtype::bf16;
 
 /// Dot products of prepared queries with stored keys, `2 * V::LANES` channels a step.
 ///
@@ -44,10 +43,16 @@ unsafe impl<V: Vector, S: Stored> KeyDot<V> for Widened<S> {
     #[inline(always)]
     unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
         let to = to.cast::<f32>();
-        for c in 0..dim {
-            let (pair, i) = (c / (2 * V::LANES) * 2 * V::LANES, c % (2 * V::LANES));
-            let i = if S::EVEN_ODD { i % 2 * V::LANES + i / 2 } else { i };
-            unsafe { to.add(pair + i).write(row.add(c).read()) }
+        unsafe {
+            if !S::EVEN_ODD {
+                return core::ptr::copy_nonoverlapping(row, to, dim);
+            }
+            for pair in (0..dim).step_by(2 * V::LANES) {
+                for i in 0..V::LANES {
+                    to.add(pair + i).write(row.add(pair + 2 * i).read());
+                    to.add(pair + V::LANES + i).write(row.add(pair + 2 * i + 1).read());
+                }
+            }
         }
     }
     #[inline(always)]
@@ -82,7 +87,8 @@ unsafe impl<V: PairDot> KeyDot<V> for Pairs {
     #[inline(always)]
     unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
         for c in 0..dim {
-            unsafe { to.cast::<bf16>().add(c).write(bf16::from_f32(row.add(c).read())) }
+            // The value is a bf16, so its upper half is all of it.
+            unsafe { to.cast::<u16>().add(c).write((row.add(c).read().to_bits() >> 16) as u16) }
         }
     }
     #[inline(always)]
@@ -116,17 +122,17 @@ unsafe impl<V: PairDot> KeyDot<V> for SplitPairs {
 
     #[inline(always)]
     unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8) {
-        let (to, step) = (to.cast::<bf16>(), 2 * V::LANES);
+        let (to, step) = (to.cast::<u16>(), 2 * V::LANES);
         for c in 0..dim {
             // A step of the upper parts, then a step of the lower ones.
             let at = c / step * 2 * step + c % step;
             unsafe {
+                // Of f16's 11 bits the first 8, and the rest: 0 for an infinite value.
                 let x = row.add(c).read();
-                let high = bf16::from_f32(x);
-                // Infinite only where the query is; then there is nothing to correct.
-                let low = if high.is_finite() { x - high.to_f32() } else { 0.0 };
-                to.add(at).write(high);
-                to.add(at + step).write(bf16::from_f32(low));
+                let high = x.to_bits() >> 16;
+                let low = if x.is_finite() { x - f32::from_bits(high << 16) } else { 0.0 };
+                to.add(at).write(high as u16);
+                to.add(at + step).write((low.to_bits() >> 16) as u16);
             }
         }
     }

@@ -18,10 +18,12 @@ impl Part {
     pub const EMPTY: Part = Part { m: f32::NEG_INFINITY, l: 0.0, o: core::ptr::null() };
 }
 
+/// The most parts of a row.
+pub(crate) const MAX_PARTS: usize = super::plan::MAX_SPLITS as usize + 1;
 /// Channels that are merged at a time.
 const CHUNK: usize = 64;
 
-/// Merges `parts` in their order, applies the sink's logit, writes `v_dim` channels of `dtype` to
+/// Merges `parts`, at most [`MAX_PARTS`], in their order, applies the sink's logit, writes `v_dim` channels of `dtype` to
 /// `out` and returns the LSE.
 ///
 /// # Safety
@@ -39,15 +41,17 @@ pub(crate) unsafe fn finish_row(
     let top = if seen == none { none } else { sink.map_or(seen, |sink| sink.max(seen)) };
     let weight = |m: f32| if m == none { 0.0 } else { libm::expf(m - top) };
     let mut l = if seen == none { 0.0 } else { sink.map_or(0.0, |sink| libm::expf(sink - top)) };
-    for part in parts {
-        l += part.l * weight(part.m);
+    let mut weights = [0.0f32; MAX_PARTS];
+    for (part, w) in parts.iter().zip(&mut weights) {
+        *w = weight(part.m);
+        l += part.l * *w;
     }
     let mut at = 0;
     while at < v_dim {
         let n = CHUNK.min(v_dim - at);
         let mut row = [0.0f32; CHUNK];
-        for part in parts.iter().filter(|part| part.m != none) {
-            let w = weight(part.m) / l;
+        for (part, w) in parts.iter().zip(weights).filter(|(part, _)| part.m != none) {
+            let w = w / l;
             for (c, x) in row[..n].iter_mut().enumerate() {
                 // SAFETY: the caller's promise.
                 *x += w * unsafe { part.o.add(at + c).read() };

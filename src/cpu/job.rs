@@ -1,15 +1,16 @@
 //! One unit of attention work, as kernels see it.
 //!
-//! A [`Job`] is one sequence, one KV head, a run of query tokens and a range of keys. The kernel
+//! A [`Job`] is one sequence, one KV head (or several, for decode), a run of query tokens and a
+//! range of keys. The kernel
 //! turns it into softmax states, one a query row; the driver merges the states of all key ranges,
 //! applies sinks, normalises and writes. A kernel allocates nothing, and what it computes for a
 //! row depends only on the job.
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::dtype::{DType, Element, bf16, f16};
+use crate::dtype::DType;
 
-/// The blocks of one sequence and one KV head. Addresses follow from `kv` and the table.
+/// The blocks of one sequence, seen from one KV head. Addresses follow from `kv` and the table.
 #[derive(Clone, Copy)]
 pub(crate) struct Blocks<'a> {
     /// The sequence's block table, an entry a block.
@@ -94,10 +95,13 @@ pub(crate) struct Coming<'a> {
     pub kv_end: u32,
 }
 
-/// One unit of work. Row `r` is query token `r / group` of the job and query head `r % group` of
-/// the KV head's group.
+/// One unit of work. Row `r` of a KV head is query token `r / group` of the job and query head
+/// `r % group` of the KV head's group; the rows of the states are those of one KV head after the
+/// other.
 pub(crate) struct Job<'a> {
-    /// Query heads that share the KV head.
+    /// KV heads, side by side; 1 for the tile kernel.
+    pub kv_heads: usize,
+    /// Query heads of a KV head.
     pub group: usize,
     /// Query tokens, at least 1.
     pub tokens: usize,
@@ -119,6 +123,10 @@ pub(crate) struct Job<'a> {
     pub q_pos: i64,
     /// Where K and V lie.
     pub blocks: Blocks<'a>,
+    /// Bytes from a KV head to the next in K.
+    pub k_head_bytes: isize,
+    /// Bytes from a KV head to the next in V.
+    pub v_head_bytes: isize,
     /// First key of the job. A multiple of the split size, so the same for every batch.
     pub kv_start: u32,
     /// End of the keys: at most the sequence's length. Larger than `kv_start`.
@@ -133,7 +141,7 @@ pub(crate) struct Job<'a> {
     pub window: u32,
     /// Logit soft-cap.
     pub softcap: Option<f32>,
-    /// `[group]` ALiBi slopes.
+    /// `[kv_heads][group]` ALiBi slopes.
     pub alibi: Option<&'a [f32]>,
     /// Where the results go.
     pub states: States,
@@ -142,13 +150,13 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Query rows.
+    /// Query rows of a KV head.
     #[inline(always)]
     pub fn rows(&self) -> usize {
         self.tokens * self.group
     }
 
-    /// Address of query row `r`.
+    /// Address of query row `r` of the first KV head.
     #[inline(always)]
     pub fn q_row(&self, r: usize) -> *const u8 {
         let (token, head) = ((r / self.group) as isize, (r % self.group) as isize);
@@ -168,24 +176,5 @@ impl Job<'_> {
         };
         let from = from.min(end);
         (from as u32, to.max(from) as u32)
-    }
-
-    /// Reads `dim` elements of a row and widens them.
-    ///
-    /// # Safety
-    /// `row` must have `dim` elements of `dtype`, `to` room for `dim`.
-    #[inline(always)]
-    pub unsafe fn widen_row(dtype: DType, row: *const u8, dim: usize, to: *mut f32) {
-        for c in 0..dim {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let x = match dtype {
-                    DType::F32 => row.cast::<f32>().add(c).read(),
-                    DType::F16 => Element::to_f32(row.cast::<f16>().add(c).read()),
-                    DType::Bf16 => Element::to_f32(row.cast::<bf16>().add(c).read()),
-                };
-                to.add(c).write(x);
-            }
-        }
     }
 }

@@ -18,12 +18,14 @@ mod job;
 mod kernels;
 mod level;
 mod math;
+#[cfg(feature = "std")]
 mod memory;
 mod name;
 mod plan;
 mod prefill;
 mod rope;
 mod scalar;
+#[cfg(feature = "std")]
 mod store;
 #[cfg(feature = "std")]
 mod threads;

@@ -4,15 +4,17 @@
 //! splits have fixed boundaries, so neither threads nor neighbours in the batch change a bit of a
 //! result. Pure arithmetic; reads no memory of the caller.
 
-use super::decode::{self, DECODE_ROWS};
+use super::decode::{self, DECODE_ROWS, JOB_ROWS, padded_rows};
 use super::prefill;
 use crate::attention::HeadShape;
 use crate::error::{Error, Result};
 
-/// Keys of the shortest split.
-const SPLIT_KEYS: u32 = 2048;
+/// Keys of the shortest split for the decode kernel, whose jobs span heads.
+const DECODE_SPLIT_KEYS: u32 = 512;
+/// Keys of the shortest split for the tile kernel.
+const TILE_SPLIT_KEYS: u32 = 2048;
 /// The most splits of a sequence without a window; a window's edge may add one.
-pub(crate) const MAX_SPLITS: u32 = 16;
+pub(crate) const MAX_SPLITS: u32 = 32;
 /// A sequence with at least this many query tiles over all heads is not split along its keys.
 const ENOUGH_CELLS: u64 = 32;
 /// Alignment of everything in the workspace.
@@ -39,15 +41,18 @@ pub struct AttendMaxima {
 pub fn attend_workspace_bytes(shape: &HeadShape, maxima: &AttendMaxima) -> Result<u64> {
     shape.check()?;
     let cut = Cut::new(shape);
-    let splits = u64::from(maxima.kv_len.div_ceil(SPLIT_KEYS).min(MAX_SPLITS));
-    // A window may start in the middle of a split, which only matters from two splits on.
-    let splits = if splits < 2 { splits.min(1) * 2 } else { splits + 1 };
     let tiles = (ENOUGH_CELLS - 1) / (u64::from(shape.kv_heads) * u64::from(cut.head_tiles));
-    let tokens = (tiles * u64::from(cut.tile_tokens)).max(u64::from(cut.decode_tokens));
-    let tokens = tokens.saturating_mul(u64::from(maxima.seqs)).min(u64::from(maxima.q_tokens));
-    let states = tokens
-        .checked_mul(u64::from(shape.q_heads) * state_floats(shape))
-        .and_then(|floats| floats.checked_mul(4 * splits));
+    // Tokens of all sequences that wait for a merge, times the splits of each.
+    let waiting = |tokens: u64, split_keys: u32| {
+        let splits = u64::from(maxima.kv_len.div_ceil(split_keys).min(MAX_SPLITS));
+        // A window may start in the middle of a split.
+        let splits = if splits == 0 { 0 } else { splits + 1 };
+        let tokens = tokens.saturating_mul(u64::from(maxima.seqs));
+        tokens.min(u64::from(maxima.q_tokens)) * splits
+    };
+    let states = waiting(tiles * u64::from(cut.tile_tokens), TILE_SPLIT_KEYS)
+        .checked_add(waiting(u64::from(cut.decode_tokens), DECODE_SPLIT_KEYS))
+        .and_then(|rows| rows.checked_mul(4 * u64::from(shape.q_heads) * state_floats(shape)));
     total_bytes(shape, maxima.seqs, maxima.workers, states)
 }
 
@@ -73,7 +78,7 @@ fn index_bytes(seqs: u32) -> u64 {
 
 /// Scratch of one worker: that of the kernels, then the states of a job that needs no merge.
 fn worker_bytes(shape: &HeadShape) -> u64 {
-    let rows = u64::from(tile_rows(shape).max(DECODE_ROWS as u32));
+    let rows = u64::from(tile_rows(shape).max(JOB_ROWS as u32));
     kernel_bytes(shape) + (rows * state_floats(shape) * 4).next_multiple_of(ALIGN)
 }
 
@@ -125,10 +130,14 @@ impl Cut {
         let decode = q_tokens <= self.decode_tokens;
         let tile_tokens = if decode { q_tokens.max(1) } else { self.tile_tokens };
         let tiles = q_tokens.div_ceil(tile_tokens);
-        let cells = u64::from(tiles) * u64::from(self.head_tiles) * u64::from(self.kv_heads);
+        let rows = padded_rows((self.group * tile_tokens) as usize);
+        let job_heads = if decode { (JOB_ROWS / rows).max(1) as u32 } else { 1 };
+        let head_jobs = u64::from(self.kv_heads.div_ceil(job_heads));
+        let cells = u64::from(tiles) * u64::from(self.head_tiles) * head_jobs;
         let span = kv_len.saturating_sub(first);
+        let shortest = if decode { DECODE_SPLIT_KEYS } else { TILE_SPLIT_KEYS };
         let split_keys = if decode || cells < ENOUGH_CELLS {
-            SPLIT_KEYS.max(span.div_ceil(MAX_SPLITS).next_power_of_two())
+            shortest.max(span.div_ceil(MAX_SPLITS).next_power_of_two())
         } else {
             u32::MAX
         };
@@ -138,6 +147,7 @@ impl Cut {
             cut: *self,
             q_tokens,
             decode,
+            job_heads,
             tile_tokens,
             tiles,
             cells,
@@ -148,13 +158,15 @@ impl Cut {
     }
 }
 
-/// The cells (tiles of query rows of one KV head) of one sequence, and the splits of its keys.
+/// The cells (tiles of query rows of one KV head, or of several in decode) of one sequence, and the splits of its keys.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SeqCut {
     cut: Cut,
     q_tokens: u32,
     /// Few rows: for the decode kernel.
     pub decode: bool,
+    /// KV heads of a cell.
+    job_heads: u32,
     tile_tokens: u32,
     tiles: u32,
     /// Tiles of query rows over all heads.
@@ -168,10 +180,13 @@ pub(crate) struct SeqCut {
 /// One tile of query rows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cell {
+    /// First KV head.
     pub kv_head: u32,
+    /// KV heads.
+    pub kv_heads: u32,
     /// First query head.
     pub head: u32,
-    /// Query heads.
+    /// Query heads of each KV head.
     pub heads: u32,
     /// First query token, counted in the sequence.
     pub token: u32,
@@ -182,8 +197,16 @@ pub(crate) struct Cell {
 }
 
 impl Cell {
+    /// Query rows: `[kv_heads][tokens][heads]`.
     pub fn rows(&self) -> usize {
-        self.heads as usize * self.tokens as usize
+        self.kv_heads as usize * self.heads as usize * self.tokens as usize
+    }
+
+    /// Query token of the sequence and query head of row `r`.
+    pub fn row(&self, r: usize) -> (u32, u32) {
+        let (r, side) = (r as u32, self.tokens * self.heads);
+        let (kv_head, token) = (r / side, r % side / self.heads);
+        (self.token + token, self.head + kv_head * self.heads + r % self.heads)
     }
 }
 
@@ -193,13 +216,14 @@ impl SeqCut {
         let (tiles, cut) = (u64::from(self.tiles), &self.cut);
         let tile = self.tiles - 1 - (index % tiles) as u32;
         let head_tile = (index / tiles % u64::from(cut.head_tiles)) as u32;
-        let kv_head = (index / tiles / u64::from(cut.head_tiles)) as u32;
+        let kv_head = (index / tiles / u64::from(cut.head_tiles)) as u32 * self.job_heads;
         let in_group = head_tile * cut.tile_heads;
         let heads = cut.tile_heads.min(cut.group - in_group);
         let head = kv_head * cut.group + in_group;
         let token = tile * self.tile_tokens;
         Cell {
             kv_head,
+            kv_heads: self.job_heads.min(cut.kv_heads - kv_head),
             head,
             heads,
             token,
@@ -342,15 +366,14 @@ mod tests {
                 let mut by_state = seen.clone();
                 for index in 0..seq.cells {
                     let cell = seq.cell(index);
-                    assert!(cell.rows() <= if seq.decode { DECODE_ROWS } else { rows });
+                    assert!(cell.rows() <= if seq.decode { JOB_ROWS } else { rows });
                     assert_eq!(cell.head / shape.group(), cell.kv_head);
                     for r in 0..cell.rows() {
                         by_state[cell.first_row as usize + r] += 1;
-                    }
-                    for token in cell.token..cell.token + cell.tokens {
-                        for head in cell.head..cell.head + cell.heads {
-                            seen[(token * q_heads + head) as usize] += 1;
-                        }
+                        let (token, head) = cell.row(r);
+                        seen[(token * q_heads + head) as usize] += 1;
+                        let side = r / (cell.heads * cell.tokens) as usize;
+                        assert_eq!(head / shape.group(), cell.kv_head + side as u32);
                     }
                 }
                 assert!(seen.iter().all(|&n| n == 1) && by_state.iter().all(|&n| n == 1));

@@ -41,7 +41,10 @@ impl Rope {
         if !(theta > 1.0 && theta.is_finite()) {
             return Err(Error::invalid("theta", "must be above 1 and finite"));
         }
-        if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim as usize > 2 * MAX_ROPE_PAIRS {
+        if rotary_dim == 0
+            || !rotary_dim.is_multiple_of(2)
+            || rotary_dim as usize > 2 * MAX_ROPE_PAIRS
+        {
             return Err(Error::invalid("rotary_dim", "must be even, 2 to 256"));
         }
         let mut frequencies = [0.0; MAX_ROPE_PAIRS];

@@ -164,7 +164,7 @@ impl KvStore {
         if rows == 0 {
             return Ok(());
         }
-        if q.elements() == 0 || q.elements() % row != 0 || q.elements() / row > 1 << 16 {
+        if q.elements() == 0 || !q.elements().is_multiple_of(row) || q.elements() / row > 1 << 16 {
             return Err(Error::invalid("q", "must be [rows][q_heads][k_dim]"));
         }
         let shape = self.shape((q.elements() / row) as u32);

@@ -87,18 +87,18 @@ pub(crate) unsafe trait Vector: Copy {
     }
 }
 
-/// Hints that the cache line at `p` will be read soon, and once. Any address is allowed.
+/// Hints that the cache line at `p` will be read soon. Any address is allowed.
 #[inline(always)]
 pub(crate) fn prefetch(p: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: a prefetch of any address is harmless, and SSE is part of x86-64.
     unsafe {
-        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_NTA }>(p.cast())
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(p.cast())
     };
     #[cfg(all(target_arch = "aarch64", not(miri)))]
     // SAFETY: a prefetch of any address is harmless.
     unsafe {
-        core::arch::asm!("prfm pldl1strm, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        core::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
     };
     #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
     let _ = p;

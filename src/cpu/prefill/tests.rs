@@ -138,6 +138,9 @@ impl Data {
             let row = token * case.group;
             let job = Job {
                 coming: None,
+                kv_heads: 1,
+                k_head_bytes: 0,
+                v_head_bytes: 0,
                 group: case.group,
                 tokens,
                 k_dim: case.k_dim,
