@@ -1,8 +1,8 @@
 //! Decode and prefill attention on the CPU.
 //!
 //! `cargo bench --bench attention` runs criterion; `cargo bench --bench attention -- --table`
-//! prints one table: GB/s of K and V read (decode) beside a plain read of the same memory in the
-//! same run with as many threads, and GFLOP/s (prefill). A word after `--table` filters rows.
+//! prints one table: GB/s of K and V read (decode) beside a read of the same memory in the
+//! same run with as many threads (the faster of a plain one and one with prefetch hints), and GFLOP/s (prefill). A word after `--table` filters rows.
 
 mod support;
 
@@ -11,12 +11,12 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput};
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, Threads, attend,
     attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{Pool, median, random_kv, read_all, seconds};
+use support::{median, random_kv, read_all, seconds};
 
 /// A batch of equal sequences over one layer in native layout, its blocks in random order.
 struct Batch {
@@ -94,7 +94,7 @@ impl Batch {
         }
     }
 
-    fn run(&mut self, pool: &Pool, rotation: usize) {
+    fn run(&mut self, pool: &Threads, rotation: usize) {
         let base = self.memory.as_mut_ptr().cast::<u8>();
         let table = &self.tables[rotation * self.seqs * self.blocks_a_seq..];
         let (q_heads, v_dim) = (self.shape.q_heads, self.shape.v_dim);
@@ -247,22 +247,25 @@ fn table(filter: &str) {
             if threads > cores {
                 continue;
             }
-            let pool = Pool::new(threads);
+            let pool = Threads::new(threads as u32).unwrap();
             let mut batch = Batch::new(c, threads);
             let decode = c.q_tokens == 1;
             let rounds = if decode { 15 } else { 5 };
             let (mut here, mut read, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
             for round in 0..rounds + 1 {
-                let (mut t_here, mut t_read) = (0.0, 0.0);
+                let (mut t_here, mut t_read) = (0.0, f64::INFINITY);
                 for rotation in 0..c.rotations {
                     t_here += seconds(|| batch.run(&pool, rotation));
                 }
-                for rotation in 0..c.rotations {
-                    if decode {
-                        t_read += seconds(|| {
-                            black_box(read_all(&pool, batch.share(rotation)));
+                // The faster of a plain read and one with hints is the bandwidth.
+                for hints in [false, true] {
+                    let mut t = 0.0;
+                    for rotation in 0..if decode { c.rotations } else { 0 } {
+                        t += seconds(|| {
+                            black_box(read_all(&pool, batch.share(rotation), hints));
                         });
                     }
+                    t_read = t.min(t_read);
                 }
                 if round > 0 {
                     let work = if decode { batch.kv_bytes() } else { batch.flops() };
@@ -300,7 +303,7 @@ fn table(filter: &str) {
 fn criterion_benches(criterion: &mut Criterion) {
     for c in configs() {
         for threads in [1, 2] {
-            let pool = Pool::new(threads);
+            let pool = Threads::new(threads as u32).unwrap();
             let mut batch = Batch::new(&c, threads);
             let mut group = criterion.benchmark_group("attention");
             group.sample_size(10);

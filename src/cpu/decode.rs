@@ -4,30 +4,22 @@
 //! tiles: the dot products of all heads with their keys, the online softmax with the rows of all
 //! heads in the lanes, then the values of all heads weighted by the probabilities. So the memory is
 //! walked in its own order: of a block, the keys of every head and then the values.
-//!
-//! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice, [`FAR_BYTES`] and [`NEAR_BYTES`] ahead: a prefetch is dropped where the
-//! queue of misses is full, and arithmetic that outruns the memory keeps it full. More distance
-//! is no better: the lines push each other out of the first-level cache.
+
+mod softmax;
+mod walk;
+
+use softmax::{adjust, soften};
+use walk::{Hints, PIECE, TILE, Tile, Walk, distances};
 
 use super::dot::KeyDot;
-use super::job::{Blocks, Job};
-use super::math::{exp, tanh};
-use super::vector::{Stored, Vector, prefetch};
+use super::job::Job;
+use super::vector::{Stored, Vector};
 use crate::dtype::DType;
 
 /// The most query rows of one KV head in a job of this kernel.
 pub(crate) const DECODE_ROWS: usize = 8;
 /// The most query rows of a job, those of each head padded by [`padded_rows`].
 pub(crate) const JOB_ROWS: usize = 64;
-/// The most keys of a tile.
-const TILE: usize = 64;
-/// Keys of a piece, the unit in which prefetching runs ahead.
-const PIECE: usize = 16;
-/// How far the first hint runs ahead, about.
-const FAR_BYTES: usize = 16 << 10;
-/// How far the second hint runs ahead, about.
-const NEAR_BYTES: usize = 8 << 10;
 /// Row lengths in scratch are multiples of this many f32: two of the widest vectors.
 const PAD: usize = 32;
 /// Values a row that the softmax keeps.
@@ -63,136 +55,6 @@ pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
             2 => stream::<V, S, D, 2>(job),
             _ => stream::<V, S, D, 4>(job),
         }
-    }
-}
-
-/// Row addresses of one tile in the first KV head of the job.
-struct Tile {
-    k: [*const u8; TILE],
-    v: [*const u8; TILE],
-    /// Keys in the tile.
-    keys: usize,
-    /// Some of them lie in bad blocks; those have the address of `zeros`.
-    bad: bool,
-    /// As long as the longest row.
-    zeros: *const u8,
-}
-
-impl Tile {
-    #[inline(always)]
-    fn empty(zeros: *const u8) -> Self {
-        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros }
-    }
-
-    /// Looks up the keys from `at` to the end of their tile, and none from `end`. The rest of the
-    /// last group of four gets the address of `zeros`.
-    ///
-    /// # Safety
-    /// As for [`Blocks::segment`].
-    #[inline(always)]
-    unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
-        // A tile is a block or an even part of one, so that it is one run of memory.
-        let whole = match blocks.block_tokens {
-            16 | 32 => blocks.block_tokens,
-            tokens if tokens % 64 == 0 => 64,
-            _ => 32,
-        };
-        self.keys = end.saturating_sub(at).min(whole - at % whole) as usize;
-        self.bad = false;
-        let mut i = 0;
-        while i < self.keys {
-            // SAFETY: `at + i < end`.
-            let run = unsafe { blocks.segment(at + i as u32, at + self.keys as u32) };
-            let (mut k, mut v) = (run.k, run.v);
-            let (mut k_step, mut v_step) = (blocks.k_token_bytes, blocks.v_token_bytes);
-            if k.is_null() {
-                self.bad = true;
-                (k, v, k_step, v_step) = (self.zeros, self.zeros, 0, 0);
-            }
-            for j in i..i + run.tokens {
-                self.k[j] = k;
-                self.v[j] = v;
-                k = k.wrapping_offset(k_step);
-                v = v.wrapping_offset(v_step);
-            }
-            i += run.tokens;
-        }
-        while i % 4 != 0 {
-            self.k[i] = self.zeros;
-            self.v[i] = self.zeros;
-            i += 1;
-        }
-    }
-
-    /// A row of a head `offset` bytes from the first; zeros stay zeros.
-    #[inline(always)]
-    fn row(&self, first: *const u8, offset: isize) -> *const u8 {
-        if first == self.zeros { first } else { first.wrapping_offset(offset) }
-    }
-}
-
-/// The piece that is to be prefetched: rows of one head.
-#[derive(Clone, Copy)]
-struct Ahead<'a> {
-    rows: &'a [*const u8],
-    offset: isize,
-    bytes: usize,
-}
-
-impl Ahead<'_> {
-    /// Prefetches row `i` of the piece, if it has that many.
-    #[inline(always)]
-    fn fetch(&self, i: usize) {
-        if let Some(row) = self.rows.get(i) {
-            let row = row.wrapping_offset(self.offset);
-            let mut at = 0;
-            while at < self.bytes {
-                prefetch(row.wrapping_add(at));
-                at += 64;
-            }
-        }
-    }
-}
-
-/// The tile at hand and the next, as a sequence of pieces: of each tile the keys of every head,
-/// then the values.
-struct Walk<'a, 'b> {
-    job: &'a Job<'b>,
-    now: Tile,
-    next: Tile,
-    k_bytes: usize,
-    v_bytes: usize,
-}
-
-impl Walk<'_, '_> {
-    /// Pieces of `tile` of one head.
-    #[inline(always)]
-    fn pieces(tile: &Tile) -> usize {
-        tile.keys.div_ceil(PIECE)
-    }
-
-    /// The piece `index` pieces from the start of the tile at hand.
-    #[inline(always)]
-    fn ahead(&self, index: usize) -> Ahead<'_> {
-        let (job, sides) = (self.job, if self.job.v_in_k { 1 } else { 2 });
-        let (mut tile, mut index) = (&self.now, index);
-        let here = Self::pieces(tile) * job.kv_heads * sides;
-        if index >= here {
-            (tile, index) = (&self.next, index - here);
-        }
-        let side = Self::pieces(tile) * job.kv_heads;
-        if index >= side * sides {
-            return Ahead { rows: &[], offset: 0, bytes: 0 };
-        }
-        let (rows, bytes, step, index) = if index < side {
-            (&tile.k, self.k_bytes, job.k_head_bytes, index)
-        } else {
-            (&tile.v, self.v_bytes, job.v_head_bytes, index - side)
-        };
-        let (head, piece) = (index / Self::pieces(tile), index % Self::pieces(tile));
-        let from = piece * PIECE;
-        let rows = &rows[from..tile.keys.min(from + PIECE)];
-        Ahead { rows, offset: head as isize * step, bytes }
     }
 }
 
@@ -251,7 +113,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
             distance: m.add(4 * JOB_ROWS),
         };
         core::ptr::write_bytes(o, 0, job.kv_heads * padded * v_pad);
-        core::ptr::write_bytes(s, 0, JOB_ROWS * TILE);
+        core::ptr::write_bytes(s, 0, lanes * TILE);
         core::ptr::write_bytes(m, 0, JOB_ROWS * ROW_VALUES);
         core::ptr::write_bytes(row, 0, 2 * longest);
         for r in 0..lanes {
@@ -374,9 +236,7 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
 ) {
     let (job, now) = (walk.job, &walk.now);
     let pieces = Walk::pieces(now);
-    let piece_bytes = (PIECE * walk.k_bytes).max(1);
-    let near = (NEAR_BYTES / piece_bytes).max(1);
-    let far = (FAR_BYTES / piece_bytes).max(near + 1);
+    let (near, far) = distances(walk.k_bytes);
     for head in 0..job.kv_heads {
         let offset = head as isize * job.k_head_bytes;
         for piece in 0..pieces {
@@ -466,91 +326,6 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     }
 }
 
-/// Turns dot products into scores: scale, soft-cap, ALiBi; -inf for what a row must not see.
-#[inline(always)]
-unsafe fn adjust<V: Vector>(job: &Job<'_>, scratch: &Scratch, tile: &Tile, at: u32, padded: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let (s, lanes) = (scratch.s, scratch.lanes);
-        let scale = V::splat(job.scale);
-        for i in (0..tile.keys * lanes).step_by(V::LANES) {
-            V::load(s.add(i)).mul(scale).store(s.add(i));
-        }
-        if let Some(cap) = job.softcap {
-            let (cap, inverse) = (V::splat(cap), V::splat(1.0 / cap));
-            for i in (0..tile.keys * lanes).step_by(V::LANES) {
-                tanh(V::load(s.add(i)).mul(inverse)).mul(cap).store(s.add(i));
-            }
-        }
-        if job.alibi.is_some() {
-            for t in 0..tile.keys {
-                let key = V::splat((at - job.kv_start) as f32 + t as f32);
-                for r in (0..lanes).step_by(V::LANES) {
-                    let s = s.add(t * lanes + r);
-                    let distance = V::load(scratch.distance.add(r)).add(key);
-                    V::load(scratch.slope.add(r)).fma(distance, V::load(s)).store(s);
-                }
-            }
-        }
-        let hidden = V::splat(f32::NEG_INFINITY);
-        if tile.bad {
-            for t in 0..tile.keys {
-                if tile.k[t] == tile.zeros {
-                    for r in (0..lanes).step_by(V::LANES) {
-                        hidden.store(s.add(t * lanes + r));
-                    }
-                }
-            }
-        }
-        for token in 0..job.tokens {
-            let (from, to) = job.visible(token);
-            let from = (from.saturating_sub(at) as usize).min(tile.keys);
-            let to = (to.saturating_sub(at) as usize).min(tile.keys).max(from);
-            if from == 0 && to == tile.keys {
-                continue;
-            }
-            for t in (0..from).chain(to..tile.keys) {
-                for head in 0..job.kv_heads {
-                    let r = head * padded + token * job.group;
-                    for r in r..r + job.group {
-                        s.add(t * lanes + r).write(f32::NEG_INFINITY);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Turns scores into probabilities relative to the new maxima, in place; brings `m` and `l` up to
-/// date and leaves in `grow` what older sums must be multiplied with.
-#[inline(always)]
-unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let lanes = scratch.lanes;
-        for r in (0..lanes).step_by(V::LANES) {
-            let s = scratch.s.add(r);
-            let old = V::load(scratch.m.add(r));
-            let mut top = old;
-            for t in 0..keys {
-                top = top.max(V::load(s.add(t * lanes)));
-            }
-            // A finite stand-in where nothing has been seen: -inf less it is still -inf.
-            let finite = top.max(V::splat(f32::MIN));
-            let mut sum = V::splat(0.0);
-            for t in 0..keys {
-                let p = exp(V::load(s.add(t * lanes)).sub(finite));
-                p.store(s.add(t * lanes));
-                sum = sum.add(p);
-            }
-            let grow = exp(old.sub(finite));
-            V::load(scratch.l.add(r)).fma(grow, sum).store(scratch.l.add(r));
-            grow.store(scratch.grow.add(r));
-            top.store(scratch.m.add(r));
-        }
-    }
-}
-
 /// Adds the values of the tile at hand, weighted by the probabilities, to `o`.
 #[inline(always)]
 unsafe fn values<V: Vector, S: Stored, const R: usize>(
@@ -559,18 +334,14 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
     padded: usize,
 ) {
     let (job, now) = (walk.job, &walk.now);
-    let (pieces, lanes) = (Walk::pieces(now), scratch.lanes);
+    let lanes = scratch.lanes;
     let step = 4 * V::LANES;
     let passes = (job.v_dim / step).max(1);
-    let piece_bytes = (PIECE * walk.v_bytes).max(1);
-    let near = (NEAR_BYTES / piece_bytes).max(1);
-    let far = (FAR_BYTES / piece_bytes).max(near + 1);
     for head in 0..job.kv_heads {
         let offset = head as isize * job.v_head_bytes;
         for r in (head * padded..(head + 1) * padded).step_by(R) {
-            let ahead = r == head * padded && !job.v_in_k;
-            let mut hints = Hints { walk, passes, at: 0, near, far, index: 0, ahead };
-            hints.index = (job.kv_heads + head) * pieces;
+            let on = r == head * padded && !job.v_in_k;
+            let mut hints = Hints::new(walk, head, passes, on);
             // SAFETY: the caller's promise.
             unsafe {
                 let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
@@ -606,32 +377,6 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
                 }
             }
         }
-    }
-}
-
-/// Hints that go out while values are added up: the rows of a piece in the order of memory, spread
-/// over the passes that the channels take.
-struct Hints<'a, 'b, 'c> {
-    walk: &'a Walk<'b, 'c>,
-    passes: usize,
-    /// Steps so far: a step is one row in one pass.
-    at: usize,
-    near: usize,
-    far: usize,
-    index: usize,
-    ahead: bool,
-}
-
-impl Hints<'_, '_, '_> {
-    #[inline(always)]
-    fn step(&mut self) {
-        if self.ahead && self.at.is_multiple_of(self.passes) {
-            let row = self.at / self.passes;
-            let piece = self.index + row / PIECE;
-            self.walk.ahead(piece + self.near).fetch(row % PIECE);
-            self.walk.ahead(piece + self.far).fetch(row % PIECE);
-        }
-        self.at += 1;
     }
 }
 
