@@ -35,7 +35,8 @@ struct Column {
 struct Unit {
     uint32_t seq, kv_head, first_column, columns, first_row, rows;
     int64_t length;
-    bool empty; // no column of this tile belongs to the sequence
+    int64_t first_token; // no row sees an earlier one
+    bool empty;          // no column of this tile belongs to the sequence
 };
 
 KVC_DEVICE Unit find_unit(const kvc_decode_params &p, uint32_t seq, uint32_t unit) {
@@ -57,6 +58,7 @@ KVC_DEVICE Unit find_unit(const kvc_decode_params &p, uint32_t seq, uint32_t uni
     u.columns = group * u.rows;
     const int32_t length = p.seq_lens[seq];
     u.length = length > 0 ? length : 0;
+    u.first_token = p.window != 0 ? u.length - u.rows + 1 - p.window : 0;
     u.empty = u.first_column >= u.columns;
     return u;
 }
@@ -106,6 +108,7 @@ template <typename T, int HeadDim> struct Pipeline {
     uint16_t *tiles;
     const uint16_t *k, *v;
     uint32_t begin, end;
+    int64_t first_token;
     uint64_t readable; // 16 bits a tile under way, the oldest lowest
 
     KVC_DEVICE uint16_t *tile(uint32_t n, uint32_t which) const {
@@ -120,7 +123,8 @@ template <typename T, int HeadDim> struct Pipeline {
             const uint32_t lane = lane_id();
             const uint32_t token = begin + n * kTileTokens + warp_id() * kWarpTokens + lane;
             uint32_t own_slot = 0, own_block = ~0u;
-            if (lane < kWarpTokens && token < end)
+            // Blocks that the window has left behind may be gone: not even their ids are read.
+            if (lane < kWarpTokens && token < end && token >= first_token)
                 own_block = static_cast<uint32_t>(table.find(token, own_slot));
             mask = ballot(kFullMask, own_block != ~0u);
             for (int i = 0; i < kRowChunks / 2; ++i) {
@@ -245,6 +249,7 @@ KVC_DEVICE void decode_unit(const kvc_decode_params &p, const kvc_decode_item &i
     pipe.v = static_cast<const uint16_t *>(p.v) + u.kv_head * p.v_head;
     pipe.begin = item.begin;
     pipe.end = item.end;
+    pipe.first_token = u.first_token;
     pipe.readable = 0;
     const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
                            p.num_blocks, p.error_flag);

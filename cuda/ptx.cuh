@@ -357,7 +357,7 @@ KVC_DEVICE uint32_t movmatrix_trans(uint32_t a KVC_SITE) {
     return warp_op(emu::Op::movmatrix_trans, kFullMask, a, 0, site);
 #else
     uint32_t d;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
     return d;
 #endif
 }

@@ -373,6 +373,26 @@ fn bad_block_ids_are_masked_and_flagged() {
 }
 
 #[test]
+fn blocks_behind_the_window_are_not_looked_up() {
+    // Of 333 tokens the two rows of the last sequence see those from 282 on.
+    for (block_tokens, entry) in [(16, 16), (3, 93), (1, 281)] {
+        let lengths = vec![(2, 40), (1, 8), (2, 333)];
+        let spoil = Some((2, entry, -1));
+        let case = Case {
+            lengths: lengths.clone(),
+            ragged: true,
+            window: Some(50),
+            block_tokens,
+            spoil,
+            ..Case::default()
+        };
+        assert_eq!(check(case.clone()), 0);
+        // The next entry is in use.
+        assert_eq!(check(Case { spoil: Some((2, entry + 1, -1)), ..case }), 1);
+    }
+}
+
+#[test]
 fn long_contexts_are_cut_and_merged() {
     let lengths = vec![(1, 3000), (1, 5), (1, 0), (1, 700)];
     for schedule in Schedule::ALL {

@@ -43,11 +43,7 @@ kvc_emu_switch:
 )");
 #endif
 
-#define KVC_DECLARE(name, Params)                                                        \
-    extern "C" const uint32_t name##_max_threads;                                        \
-    extern "C" void name(const Params &p);
-KVC_KERNELS(KVC_DECLARE)
-#undef KVC_DECLARE
+KVC_KERNELS(KVC_DECLARE_KERNEL)
 
 namespace kvc::emu {
 
@@ -266,13 +262,7 @@ void start_block(Block &b) {
     }
 }
 
-const Kernel kernels[] = {
-#define KVC_ENTRY(name, Params)                                                          \
-    {#name, sizeof(Params), name##_max_threads,                                          \
-     [](const void *params) { name(*static_cast<const Params *>(params)); }},
-    KVC_KERNELS(KVC_ENTRY)
-#undef KVC_ENTRY
-};
+const Kernel kernels[] = {KVC_KERNELS(KVC_KERNEL_ENTRY)};
 
 const Kernel *find(const char *name) {
     for (const Kernel &kernel : kernels)

@@ -106,9 +106,19 @@ extern const Kernel probes[];
 #define KVC_SITE , KVC_SITE_ONLY
 #define KVC_SMEM(T) reinterpret_cast<T *>(::kvc::emu::shared_base())
 
-// Defines a kernel of one parameter struct `p`, and what the kernel table needs to know of it.
+// Defines a kernel of one parameter struct `p`, and what the kernel table needs to know of it. In a
+// namespace, as the library's C functions have names of the same form.
 #define KVC_KERNEL(name, Params, threads, min_blocks)                                    \
-    extern "C" const uint32_t name##_max_threads;                                        \
-    const uint32_t name##_max_threads = threads;                                         \
-    extern "C" void name(const Params &p);                                               \
-    void name(const Params &p)
+    KVC_DECLARE_KERNEL(name, Params)                                                     \
+    const uint32_t kvc_kernels::name##_max_threads = threads;                            \
+    void kvc_kernels::name(const Params &p)
+#define KVC_DECLARE_KERNEL(name, Params)                                                 \
+    namespace kvc_kernels {                                                              \
+    extern const uint32_t name##_max_threads;                                            \
+    void name(const Params &p);                                                          \
+    }
+// A kernel's entry of a table.
+#define KVC_KERNEL_ENTRY(name, Params)                                                   \
+    {#name, sizeof(Params), kvc_kernels::name##_max_threads, [](const void *params) {    \
+         kvc_kernels::name(*static_cast<const Params *>(params));                        \
+     }},

@@ -265,13 +265,11 @@ KVC_KERNEL(kvc_probe_bug, kvc_probe_params, 64, 1) {
 }
 
 namespace kvc::emu {
-#define KVC_PROBE(name)                                                                  \
-    {#name, sizeof(kvc_probe_params), name##_max_threads,                                \
-     [](const void *params) { name(*static_cast<const kvc_probe_params *>(params)); }}
+#define KVC_PROBE(name) KVC_KERNEL_ENTRY(name, kvc_probe_params)
 const Kernel probes[] = {
-    KVC_PROBE(kvc_probe_warp),  KVC_PROBE(kvc_probe_ldmatrix), KVC_PROBE(kvc_probe_mma),
-    KVC_PROBE(kvc_probe_cp_async), KVC_PROBE(kvc_probe_bulk),  KVC_PROBE(kvc_probe_atomics),
-    KVC_PROBE(kvc_probe_convert),  KVC_PROBE(kvc_probe_bug),   {nullptr, 0, 0, nullptr},
+    KVC_PROBE(kvc_probe_warp) KVC_PROBE(kvc_probe_ldmatrix) KVC_PROBE(kvc_probe_mma)
+    KVC_PROBE(kvc_probe_cp_async) KVC_PROBE(kvc_probe_bulk) KVC_PROBE(kvc_probe_atomics)
+    KVC_PROBE(kvc_probe_convert) KVC_PROBE(kvc_probe_bug) {nullptr, 0, 0, nullptr},
 };
 } // namespace kvc::emu
 #endif
