@@ -21,5 +21,5 @@ esac
 runner=CARGO_TARGET_$(printf %s "$HOST" | tr 'a-z-' 'A-Z_')_RUNNER
 # The harness keeps allocations to its end, and fibers are left where they stand.
 env "$runner=env LD_PRELOAD=$asan" KVCACHE_EMU_SANITIZE=1 \
-    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    KVCACHE_EMU_ROUNDS=10 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
     cargo test -p libkvcache --features emulate "${tests[@]}"

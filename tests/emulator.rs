@@ -130,7 +130,7 @@ fn asynchronous_copies() {
     for options in options() {
         let out =
             run("kvc_probe_cp_async", 1, 32, 1536, &input, &[7; 384], (0, 0), options).unwrap();
-        let zeroed = |i: usize| if i / 4 % 2 == 0 { input[i] } else { 0 };
+        let zeroed = |i: usize| if (i / 4).is_multiple_of(2) { input[i] } else { 0 };
         assert_eq!(out, (0..384).map(zeroed).collect::<Vec<_>>());
         let input = words(64 * 9);
         let out = run("kvc_probe_bulk", 1, 64, 640, &input, &[0; 64 * 9], (0, 9), options).unwrap();

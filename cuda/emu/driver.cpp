@@ -118,7 +118,7 @@ void describe(const void *address) {
                      static_cast<unsigned long long>(range.bytes));
 }
 
-void on_signal(int signal, siginfo_t *info, void *context) {
+[[maybe_unused]] void on_signal(int signal, siginfo_t *info, void *context) {
     if (block != nullptr && self != nullptr) {
         describe(info->si_addr);
         siglongjmp(block->escape, 1);

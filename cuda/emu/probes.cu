@@ -252,7 +252,8 @@ KVC_KERNEL(kvc_probe_bug, kvc_probe_params, 64, 1) {
     }
     case 27: { // past a local array: for AddressSanitizer
         volatile uint32_t local[4] = {t, t, t, t};
-        p.out[t] = local[p.n];
+        volatile uint32_t *at = local;
+        p.out[t] = at[p.n];
         break;
     }
     case 28: { // signed overflow: for UndefinedBehaviorSanitizer

@@ -13,7 +13,12 @@ const CHUNKS_PER_BLOCK: u32 = 512;
 /// `InvalidArgument` where a dimension of `params` is outside what its field documents.
 pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     let p = params;
-    if p.k_dim == 0 || p.k_dim % 8 != 0 || p.v_dim % 8 != 0 || p.k_dim > 1024 || p.v_dim > 1024 {
+    if p.k_dim == 0
+        || !p.k_dim.is_multiple_of(8)
+        || !p.v_dim.is_multiple_of(8)
+        || p.k_dim > 1024
+        || p.v_dim > 1024
+    {
         return Err(Error::invalid("k_dim, v_dim", "must be multiples of 8, at most 1024"));
     }
     if p.kv_heads == 0 || p.kv_heads > 1 << 16 || p.q_heads > 1 << 16 {
@@ -22,7 +27,7 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     if p.block_tokens == 0 {
         return Err(Error::invalid("block_tokens", "must be at least 1"));
     }
-    if p.rope_dim % 2 != 0 || p.rope_first % 8 != 0 {
+    if !p.rope_dim.is_multiple_of(2) || !p.rope_first.is_multiple_of(8) {
         return Err(Error::invalid("rope_dim, rope_first", "must be even, a multiple of 8"));
     }
     if u64::from(p.rope_first) + u64::from(p.rope_dim) > u64::from(p.k_dim) {
@@ -40,7 +45,7 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     let values = [p.v_cache_block, p.v_cache_head, p.v_cache_token, p.q_out_token, p.q_out_head];
     let strides = rows.iter().chain(&cache).chain(&values);
     let addresses = [p.k.0, p.v.0, p.q.0, p.q_out.0, p.k_cache.0, p.v_cache.0];
-    if strides.copied().any(|s| s % 8 != 0) || addresses.iter().any(|a| a % 16 != 0) {
+    if strides.copied().any(|s| s % 8 != 0) || addresses.iter().any(|a| !a.is_multiple_of(16)) {
         return Err(Error::invalid(
             "k, v, q, caches",
             "rows must begin at multiples of 8 channels",

@@ -78,7 +78,11 @@ impl DecodePlan {
     pub fn new(bounds: DecodeBounds) -> Result<Self> {
         let b = bounds;
         decode_kernel(b.cache, b.head_dim)?;
-        if b.kv_heads == 0 || b.q_heads == 0 || b.q_heads % b.kv_heads != 0 || b.q_heads > 1 << 16 {
+        if b.kv_heads == 0
+            || b.q_heads == 0
+            || !b.q_heads.is_multiple_of(b.kv_heads)
+            || b.q_heads > 1 << 16
+        {
             return Err(Error::invalid("q_heads", "must be a positive multiple of kv_heads"));
         }
         if b.q_len == 0 || b.q_len > MAX_Q_LEN {
@@ -89,7 +93,9 @@ impl DecodePlan {
         }
         let fixed = match b.pieces {
             Pieces::Balanced => None,
-            Pieces::Fixed(tokens) if tokens != 0 && tokens % TILE_TOKENS == 0 => Some(tokens),
+            Pieces::Fixed(tokens) if tokens != 0 && tokens.is_multiple_of(TILE_TOKENS) => {
+                Some(tokens)
+            }
             Pieces::Fixed(_) => {
                 return Err(Error::invalid("pieces", "must be a positive multiple of 64 tokens"));
             }
@@ -213,8 +219,8 @@ impl DecodePlan {
             .iter()
             .chain(&[params.v_block, params.v_head, params.v_token])
             .any(|s| s % 8 != 0)
-            || params.k.0 % 16 != 0
-            || params.v.0 % 16 != 0
+            || !params.k.0.is_multiple_of(16)
+            || !params.v.0.is_multiple_of(16)
         {
             return Err(Error::invalid("k, v", "rows must begin at multiples of 16 bytes"));
         }
