@@ -2,8 +2,10 @@
 // memory, and the primitives that the emulated bodies in ptx.cuh are made of.
 //
 // Blocks run one after another on the calling OS thread, each CUDA thread as a fiber that gives way
-// only at a synchronising instruction. Nothing here models time or weak memory order: a kernel that
-// is right here can still miss a fence. A kernel must not wait for another block to act.
+// only at a synchronising instruction. Nothing here models time or weak memory order: a write is seen
+// by everybody at once, and every warp primitive, a matrix load too, brings its lanes together. So a
+// kernel that is right here can still lack a fence or a sync_warp before one of those. A kernel must
+// not wait for another block to act.
 // State and scheduling are in driver.cpp; this file is included by every emulated kernel.
 #pragma once
 #include <math.h>
