@@ -252,7 +252,7 @@ KVC_KERNEL(kvc_probe_bug, kvc_probe_params, 64, 1) {
     }
     case 27: { // past a local array: for AddressSanitizer
         volatile uint32_t local[4] = {t, t, t, t};
-        volatile uint32_t *at = local;
+        volatile uint32_t *volatile at = local; // which hides its size
         p.out[t] = at[p.n];
         break;
     }
