@@ -1,11 +1,27 @@
-//! Tells dependents where the header is, and rewrites it under the feature `generate-header`.
+//! Tells dependents where the header is, rewrites it under the feature `generate-header`, and
+//! compiles the CUDA sources where a feature asks for it: `cuda` by nvcc into embedded images,
+//! `emulate` by the host's compiler into the emulator. Without those features it does nothing more.
+
+#[cfg(feature = "emulate")]
+#[path = "cuda/build/emulator.rs"]
+mod emulator;
+#[cfg(feature = "cuda")]
+#[path = "cuda/build/nvcc.rs"]
+mod nvcc;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(kvc_emu_sanitize)");
     let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
     println!("cargo::metadata=include={root}/include");
     #[cfg(feature = "generate-header")]
     header::generate(std::path::Path::new(&root));
+    #[cfg(any(feature = "cuda", feature = "emulate"))]
+    let cuda = std::path::Path::new(&root).join("cuda");
+    #[cfg(feature = "emulate")]
+    emulator::build(&cuda);
+    #[cfg(feature = "cuda")]
+    nvcc::build(&cuda);
 }
 
 /// `include/kvcache.h` from `src/capi`: cbindgen once a noun, so that the header reads noun by

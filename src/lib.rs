@@ -5,6 +5,9 @@
 //! `std` (default): run-time CPU detection, threads, the cache facade, the panic guard. Without it
 //! the crate is `no_std` + `alloc`: L0, L1, the kernels at the level the compiler was told of, and
 //! the C ABI's nouns that need no more.
+//!
+//! `cuda`: embeds the GPU kernels, compiled by nvcc where the build finds it. `emulate`: compiles
+//! the same kernels with the host's C++ compiler and runs them on the CPU, for tests.
 #![cfg_attr(not(feature = "std"), no_std)]
 #![deny(unsafe_op_in_unsafe_fn, missing_docs, clippy::undocumented_unsafe_blocks)]
 
@@ -16,8 +19,11 @@ pub mod cache;
 pub mod capi;
 pub mod cpu;
 pub mod dtype;
+#[cfg(feature = "emulate")]
+pub mod emu;
 pub mod error;
 pub mod ids;
+pub mod kernels;
 pub mod layout;
 pub mod plan;
 pub mod pool;

@@ -5,7 +5,11 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use kvcache::Error;
+use kvcache::attention::Scoring;
+use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
+use kvcache::dtype::KvFormat;
 use kvcache::ids::{BlockId, Namespace, TokenId};
+use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::pool::{BlockPool, BlockTable};
 use kvcache::prefix::{Hit, PrefixIndex};
 
@@ -206,6 +210,61 @@ fn every_refusal_in_pool_and_table_is_survived() {
                 assert!(n > 4);
                 break;
             }
+        }
+    }
+}
+
+/// A request and its fork, one layer, from the prompt to the end.
+fn cache_life(cache: &mut KvCache, step: &mut Step) -> Result<(), Error> {
+    let prompt: Vec<TokenId> = PROMPT.to_vec();
+    let (row, layer) = ([1.0f32; 8], LayerId::uniform(0));
+    let pass = |cache: &mut KvCache, step: &mut Step, work: &[Work]| {
+        cache.begin(step, work)?;
+        let mut out = [0.0f32; 8 * 64];
+        for _ in 0..2 {
+            let rows = step.rows();
+            let k = &KEYS[..rows * row.len()];
+            cache.append(step, layer, k.into(), k.into(), None)?;
+            let (out, scoring) = ((&mut out[..k.len()]).into(), Scoring::causal(8));
+            cache.attend(step, layer, k.into(), out, &scoring, None)?;
+        }
+        cache.commit(step)
+    };
+    let first = cache.start(&prompt, Namespace(1))?.seq;
+    pass(cache, step, &[Work { seq: first, tokens: &prompt }])?;
+    let second = cache.fork(first)?;
+    let work = [Work { seq: first, tokens: &[1, 2] }, Work { seq: second, tokens: &[3] }];
+    pass(cache, step, &work)?;
+    let third = cache.start(&prompt, Namespace(1))?;
+    assert!(third.cached_tokens == 0 || third.cached_tokens as usize >= 32);
+    let rest = &prompt[third.cached_tokens as usize..];
+    pass(cache, step, &[Work { seq: third.seq, tokens: rest }])?;
+    cache.release(first)
+}
+
+static PROMPT: [TokenId; 40] = [7; 40];
+static KEYS: [f32; 8 * 64] = [0.25; 8 * 64];
+
+#[test]
+fn every_refusal_in_the_cache_is_survived() {
+    let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 8, KvFormat::F32));
+    let options = CacheOptions { blocks: 16, max_seqs: 4, threads: 1, prefix_reuse: true };
+    for n in 0.. {
+        let mut cache = KvCache::new(&spec, &options).unwrap();
+        let mut step = Step::new();
+        let mut result = Ok(());
+        // The prompt's own vector is the first allocation, and the test's.
+        let refused = with_refusal(n + 1, || result = cache_life(&mut cache, &mut step));
+        if let Err(error) = result {
+            assert!(matches!(error, Error::OutOfMemory { .. }), "{n}: {error}");
+        }
+        if step.is_open() {
+            cache.cancel(&mut step).unwrap();
+        }
+        cache.audit().unwrap();
+        if !refused {
+            assert!(n > 10 && result.is_ok());
+            break;
         }
     }
 }

@@ -1,0 +1,241 @@
+// Written from src/kernels/params.rs by the test `the_committed_header_is_current`.
+// Do not edit: run it with KVCACHE_BLESS=1.
+#pragma once
+#include <stdint.h>
+
+// Append: scatters the K and V rows of new tokens to cache slots, K and Q optionally rotated.
+struct kvc_append_params {
+    // New keys: row of token 0, head 0.
+    const void *k;
+    // New values, likewise; null where values lie in keys.
+    const void *v;
+    // Queries, likewise, rows of `k_dim`; null to leave them alone.
+    const void *q;
+    // Rotated queries; must not overlap `q`.
+    void *q_out;
+    // Keys of block 0, head 0, token 0.
+    void *k_cache;
+    // Values of block 0, head 0, token 0.
+    void *v_cache;
+    // Slot of each token: block * block_tokens + offset, or negative to skip the token.
+    const int64_t *slots;
+    // Position of each token; read only with a rotation.
+    const uint32_t *positions;
+    // Cosines `[rope_positions][rope_dim / 2]`; null for no rotation.
+    const float *cosines;
+    // Sines of the same shape.
+    const float *sines;
+    // Raised (bit 0: a slot past the pool, bit 1: a position past the tables), or null.
+    uint32_t *error_flag;
+    // Elements from a token to the next in `k`.
+    int64_t k_token;
+    // Elements from a head to the next in `k`.
+    int64_t k_head;
+    // Elements from a token to the next in `v`.
+    int64_t v_token;
+    // Elements from a head to the next in `v`.
+    int64_t v_head;
+    // Elements from a token to the next in `q`.
+    int64_t q_token;
+    // Elements from a head to the next in `q`.
+    int64_t q_head;
+    // Elements from a token to the next in `q_out`.
+    int64_t q_out_token;
+    // Elements from a head to the next in `q_out`.
+    int64_t q_out_head;
+    // Elements from a block to the next in `k_cache`.
+    int64_t k_cache_block;
+    // Elements from a head to the next in `k_cache`.
+    int64_t k_cache_head;
+    // Elements from a token to the next in `k_cache`.
+    int64_t k_cache_token;
+    // Elements from a block to the next in `v_cache`.
+    int64_t v_cache_block;
+    // Elements from a head to the next in `v_cache`.
+    int64_t v_cache_head;
+    // Elements from a token to the next in `v_cache`.
+    int64_t v_cache_token;
+    // Tokens of the call.
+    uint32_t tokens;
+    // Tokens that one thread block takes.
+    uint32_t tokens_per_block;
+    // Query heads; 0 without `q`.
+    uint32_t q_heads;
+    // KV heads.
+    uint32_t kv_heads;
+    // Channels of a key, a multiple of 8.
+    uint32_t k_dim;
+    // Channels of a value, a multiple of 8; 0 where values lie in keys.
+    uint32_t v_dim;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+    // Blocks that exist.
+    uint32_t num_blocks;
+    // First channel that rotates, a multiple of 8.
+    uint32_t rope_first;
+    // Channels that rotate, even.
+    uint32_t rope_dim;
+    // Rows of the tables.
+    uint32_t rope_positions;
+    // 0: channel i pairs with i + rope_dim / 2; 1: 2i pairs with 2i + 1.
+    uint32_t rope_interleaved;
+    // Type id of the new rows and of `q_out`.
+    uint32_t row_dtype;
+    // Type id of the cache.
+    uint32_t cache_dtype;
+};
+static_assert(sizeof(kvc_append_params) == 256, "layout of kvc_append_params");
+
+// A piece of one sequence's context: what a thread block of the decode kernel works on, once
+// for each unit (a KV head and up to eight of its query columns).
+struct kvc_decode_item {
+    // The sequence.
+    uint32_t seq;
+    // First token of the piece.
+    uint32_t begin;
+    // One past its last token.
+    uint32_t end;
+    // Pieces that the sequence has.
+    uint32_t pieces;
+    // Which of them this is.
+    uint32_t piece;
+    // Partial result of the sequence's first piece; meaningless with one piece.
+    uint32_t first_slot;
+    // Index among the sequences that have more than one piece; meaningless with one piece.
+    uint32_t ticket;
+    // Keeps the size a power of two. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_decode_item) == 32, "layout of kvc_decode_item");
+
+// Plans paged decode on the device: cuts the contexts into pieces.
+struct kvc_decode_plan_params {
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // `[max_items]`, written from the first.
+    kvc_decode_item *items;
+    // How many items were written.
+    uint32_t *item_count;
+    // `[max_tickets][units]` counters, zeroed.
+    uint32_t *tickets;
+    // Raised (bit 2) where fixed pieces did not fit the bounds and were made longer, or null.
+    uint32_t *error_flag;
+    // Sequences.
+    uint32_t batch;
+    // Query tokens of each sequence.
+    uint32_t q_len;
+    // Sliding window in tokens; 0 for none.
+    uint32_t window;
+    // Units of an item.
+    uint32_t units;
+    // Tokens of a piece in the deterministic mode, a multiple of 64; 0 to balance.
+    uint32_t fixed_piece;
+    // Fewest tokens of a piece when balancing, a multiple of 64.
+    uint32_t min_piece;
+    // Pieces that balancing aims at, at least 1.
+    uint32_t target_pieces;
+    // Room in `items`: at least `batch + target_pieces`.
+    uint32_t max_items;
+    // Room for partial results: at least `2 * target_pieces`.
+    uint32_t max_slots;
+    // Room for counters: at least `target_pieces`.
+    uint32_t max_tickets;
+};
+static_assert(sizeof(kvc_decode_plan_params) == 80, "layout of kvc_decode_plan_params");
+
+// Paged decode: attention of 1 to 8 query tokens of each sequence over its cached context.
+struct kvc_decode_params {
+    // Queries: row, then head, then `head_dim` channels; rounded to the cache's type.
+    const void *q;
+    // Keys of block 0, head 0, token 0.
+    const void *k;
+    // Values of block 0, head 0, token 0.
+    const void *v;
+    // Outputs, rows as in `q`.
+    void *out;
+    // Natural logarithms of the denominators `[row][q_heads]`, or null.
+    float *lse;
+    // Rows of each sequence, `[batch + 1]`, at most `q_len` each; null for `q_len` each.
+    const int32_t *q_indptr;
+    // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    const int32_t *table;
+    // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
+    const int32_t *table_indptr;
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // A logit for each query head that joins the denominator, or null.
+    const float *sinks;
+    // ALiBi slope of each query head, or null.
+    const float *slopes;
+    // The plan's items.
+    const kvc_decode_item *items;
+    // How many items there are.
+    const uint32_t *item_count;
+    // The plan's counters: zero before the call, and after it.
+    uint32_t *tickets;
+    // Partial results: `[slot][unit][8][head_dim]`, then `[slot][unit][8]` of their LSE.
+    float *partial;
+    // Raised (bit 0: a block id outside the pool or a table too short, bit 1: a sequence of
+    // more than `q_len` rows), or null.
+    uint32_t *error_flag;
+    // Elements from a row to the next in `q`.
+    int64_t q_row;
+    // Elements from a head to the next in `q`.
+    int64_t q_head;
+    // Elements from a row to the next in `out`.
+    int64_t out_row;
+    // Elements from a head to the next in `out`.
+    int64_t out_head;
+    // Elements from a block to the next in `k`.
+    int64_t k_block;
+    // Elements from a head to the next in `k`.
+    int64_t k_head;
+    // Elements from a token to the next in `k`.
+    int64_t k_token;
+    // Elements from a block to the next in `v`.
+    int64_t v_block;
+    // Elements from a head to the next in `v`.
+    int64_t v_head;
+    // Elements from a token to the next in `v`.
+    int64_t v_token;
+    // Entries from a sequence to the next in a dense table.
+    int64_t table_stride;
+    // Query tokens of a sequence, at most.
+    uint32_t q_len;
+    // 1 where a query sees no key after its own position, else 0.
+    uint32_t causal;
+    // Query heads.
+    uint32_t q_heads;
+    // KV heads.
+    uint32_t kv_heads;
+    // Units of an item: `kv_heads` times the column tiles of a KV head.
+    uint32_t units;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+    // Blocks that exist.
+    uint32_t num_blocks;
+    // Sliding window in tokens; 0 for none.
+    uint32_t window;
+    // Slots that `partial` has room for.
+    uint32_t max_slots;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+    // Type id of `q`.
+    uint32_t q_dtype;
+    // Type id of `out`.
+    uint32_t out_dtype;
+    // Factor of the dot products.
+    float scale;
+    // Logit soft-cap; 0 for none.
+    float softcap;
+};
+static_assert(sizeof(kvc_decode_params) == 272, "layout of kvc_decode_params");
+
+// Every kernel of the library with its parameter struct.
+#define KVC_KERNELS(X) \
+    X(kvc_append, kvc_append_params) \
+    X(kvc_decode_plan, kvc_decode_plan_params) \
+    X(kvc_decode_f16_d64, kvc_decode_params) \
+    X(kvc_decode_f16_d128, kvc_decode_params) \
+    X(kvc_decode_bf16_d64, kvc_decode_params) \
+    X(kvc_decode_bf16_d128, kvc_decode_params)

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Compiles every CUDA kernel with a pinned nvcc and holds what ptxas made of it against the committed
+# table cuda/resources.txt: registers, stack, spills, and how often the instructions stand in the
+# machine code that the kernels are built on. A spill, or a decode kernel without matrix products and
+# 16-byte copies, is an error whatever the table says. `--write` writes the table.
+source "$(dirname "$0")/common.sh"
+archs=(80 90a)
+table=cuda/resources.txt
+
+python3 -m pip --version >/dev/null 2>&1 || skip "no python3 with pip to fetch nvcc with"
+command -v "${CXX:-c++}" >/dev/null || skip "no C++ compiler, which nvcc needs"
+nvcc=$(scripts/cuda-toolchain.sh "$TOOLS/cuda")
+# cuobjdump calls nvdisasm by name.
+export PATH=${nvcc%/*}:$PATH
+
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+build() { # source, architecture
+    local name
+    name=$(basename "$1" .cu)
+    nvcc -cubin -std=c++17 -O3 -arch="sm_$2" -Xptxas -v "$1" -o "$out/$name-$2.cubin" \
+        2>"$out/$name-$2.log" || { cat "$out/$name-$2.log"; return 1; }
+    cuobjdump -sass "$out/$name-$2.cubin" >"$out/$name-$2.sass"
+    awk -v arch="sm_$2" '
+        FNR == 1 { file++ }
+        file == 1 && /Function properties for/ { kernel = $NF }
+        file == 1 && /bytes stack frame/ {
+            for (i = 1; i < NF; i++) if ($(i + 1) == "bytes") {
+                if ($(i + 2) == "stack") stack[kernel] = $i
+                else spill[kernel] += $i
+            }
+            names[++n] = kernel
+        }
+        file == 1 && /Used [0-9]+ registers/ {
+            for (i = 1; i < NF; i++) if ($i == "Used") registers[kernel] = $(i + 1)
+        }
+        file == 2 && /Function :/ { kernel = $NF }
+        file == 2 && /HMMA/ { hmma[kernel]++ }
+        file == 2 && /LDSM/ { ldsm[kernel]++ }
+        file == 2 && /MOVM/ { movm[kernel]++ }
+        file == 2 && /LDGSTS.*\.128 / { copy[kernel]++ }
+        file == 2 && /LDG\.[.A-Z0-9_]*\.128/ { load[kernel]++ }
+        file == 2 && /STG\.[.A-Z0-9_]*\.128/ { store[kernel]++ }
+        END {
+            for (i = 1; i <= n; i++) {
+                k = names[i]
+                printf "%-7s %-24s %9d %5d %6d %5d %5d %5d %8d %7d %8d\n", arch, k, registers[k],
+                    stack[k], spill[k], hmma[k], ldsm[k], movm[k], copy[k], load[k], store[k]
+            }
+        }' "$out/$name-$2.log" "$out/$name-$2.sass" >"$out/$name-$2.rows"
+}
+export -f build
+export out
+for arch in "${archs[@]}"; do
+    for source in cuda/*.cu; do echo "$source $arch"; done
+done | xargs -P "$(nproc)" -L 1 bash -c 'build "$0" "$1"' || exit 1
+# The emulator's sound probes must be valid device code too: a GPU can run them.
+nvcc -cubin -std=c++17 -O3 -arch=sm_90a cuda/emu/probes.cu -o "$out/probes.cubin"
+
+{
+    echo "# Written by scripts/cuda.sh --write with nvcc $(nvcc --version | sed -n 's/.* V//p')."
+    printf '%-7s %-24s %9s %5s %6s %5s %5s %5s %8s %7s %8s\n' '# arch' kernel registers stack spills \
+        HMMA LDSM MOVM copy128 load128 store128
+    sort "$out"/*.rows
+} >"$out/table"
+awk '!/^#/ && ($4 != 0 || $5 != 0) { print "spills or stack: " $0; bad = 1 }
+    !/^#/ && $2 ~ /^kvc_decode_(f16|bf16)/ && ($6 == 0 || $7 == 0 || $8 == 0 || $9 == 0) {
+        print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
+    !/^#/ && $2 == "kvc_append" && ($10 == 0 || $11 == 0) {
+        print "no 16-byte loads or stores: " $0; bad = 1 }
+    END { exit bad }' "$out/table"
+if [ "${1:-}" = --write ]; then cp "$out/table" "$table"; fi
+diff -u "$table" "$out/table" || { echo "cuda/resources.txt is stale: scripts/cuda.sh --write"; exit 1; }
+cat "$table"
+
+# The same through the build script: compiled, embedded, aligned.
+KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc cargo test -p libkvcache --features cuda --lib kernels::

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The CUDA kernels without a GPU: the emulator's own tests and the emulated kernels, then all of it
+# again under AddressSanitizer and UndefinedBehaviorSanitizer.
+source "$(dirname "$0")/common.sh"
+CXX=${CXX:-c++}
+command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
+tests=(--test emulator --test emulated_append --test emulated_decode)
+
+cargo test -p libkvcache --features emulate "${tests[@]}"
+
+# The sanitizer's library must be the first that a program loads, which Rust's linker line does not
+# give: the runner loads it before.
+asan=$("$CXX" -print-file-name=libasan.so)
+case $asan in
+    /*) ;;
+    *)
+        echo "skipped: $CXX has no libasan"
+        exit
+        ;;
+esac
+runner=CARGO_TARGET_$(printf %s "$HOST" | tr 'a-z-' 'A-Z_')_RUNNER
+# The harness keeps allocations to its end, and fibers are left where they stand.
+env "$runner=env LD_PRELOAD=$asan" KVCACHE_EMU_SANITIZE=1 \
+    KVCACHE_EMU_ROUNDS=10 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    cargo test -p libkvcache --features emulate "${tests[@]}"

@@ -1,0 +1,111 @@
+//! How an append is launched: one block of threads for as many tokens as keep it busy.
+
+use super::params::AppendParams;
+use super::{APPEND, Launch, kernel};
+use crate::error::{Error, Result};
+
+/// Chunks of 8 channels that a block should have before it takes another token.
+const CHUNKS_PER_BLOCK: u32 = 512;
+
+/// Fills `tokens_per_block` and gives the launch; `None` where there is nothing to do.
+///
+/// # Errors
+/// `InvalidArgument` where a dimension of `params` is outside what its field documents.
+pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
+    let p = params;
+    if p.k_dim == 0
+        || !p.k_dim.is_multiple_of(8)
+        || !p.v_dim.is_multiple_of(8)
+        || p.k_dim > 1024
+        || p.v_dim > 1024
+    {
+        return Err(Error::invalid("k_dim, v_dim", "must be multiples of 8, at most 1024"));
+    }
+    if p.kv_heads == 0 || p.kv_heads > 1 << 16 || p.q_heads > 1 << 16 {
+        return Err(Error::invalid("kv_heads, q_heads", "must be 1 (0 queries) to 65536"));
+    }
+    if p.block_tokens == 0 {
+        return Err(Error::invalid("block_tokens", "must be at least 1"));
+    }
+    if !p.rope_dim.is_multiple_of(2) || !p.rope_first.is_multiple_of(8) {
+        return Err(Error::invalid("rope_dim, rope_first", "must be even, a multiple of 8"));
+    }
+    if u64::from(p.rope_first) + u64::from(p.rope_dim) > u64::from(p.k_dim) {
+        return Err(Error::invalid("rope_dim", "must end within k_dim"));
+    }
+    let rotates = p.cosines.0 != 0;
+    if rotates && (p.sines.0 == 0 || p.positions.0 == 0) {
+        return Err(Error::invalid("sines, positions", "are needed for a rotation"));
+    }
+    if (p.v_dim != 0) != (p.v.0 != 0) || (p.q_heads != 0) != (p.q.0 != 0) {
+        return Err(Error::invalid("v, q", "must be given exactly where their sizes are not 0"));
+    }
+    let rows = [p.k_token, p.k_head, p.v_token, p.v_head, p.q_token, p.q_head];
+    let cache = [p.k_cache_block, p.k_cache_head, p.k_cache_token];
+    let values = [p.v_cache_block, p.v_cache_head, p.v_cache_token, p.q_out_token, p.q_out_head];
+    let strides = rows.iter().chain(&cache).chain(&values);
+    let addresses = [p.k.0, p.v.0, p.q.0, p.q_out.0, p.k_cache.0, p.v_cache.0];
+    if strides.copied().any(|s| s % 8 != 0) || addresses.iter().any(|a| !a.is_multiple_of(16)) {
+        return Err(Error::invalid(
+            "k, v, q, caches",
+            "rows must begin at multiples of 8 channels",
+        ));
+    }
+    if p.tokens == 0 {
+        return Ok(None);
+    }
+    let chunks = (p.q_heads + p.kv_heads) * (p.k_dim / 8) + p.kv_heads * (p.v_dim / 8);
+    p.tokens_per_block = (CHUNKS_PER_BLOCK / chunks).clamp(1, p.tokens);
+    let blocks = p.tokens.div_ceil(p.tokens_per_block);
+    if blocks > i32::MAX as u32 {
+        return Err(Error::Overflow { what: "blocks of an append" });
+    }
+    Ok(Some(Launch { kernel: kernel(APPEND.name), grid: [blocks, 1, 1], shared_bytes: 0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::params::In;
+    use super::*;
+
+    fn sound() -> AppendParams {
+        AppendParams {
+            v: In::at(16),
+            k_dim: 64,
+            v_dim: 64,
+            kv_heads: 2,
+            block_tokens: 16,
+            tokens: 100,
+            ..AppendParams::default()
+        }
+    }
+
+    #[test]
+    fn every_token_has_a_block() {
+        for (kv_heads, tokens) in [(1, 1), (2, 100), (8, 4097), (200, 3)] {
+            let mut p = AppendParams { kv_heads, tokens, ..sound() };
+            let launch = append_launch(&mut p).unwrap().unwrap();
+            assert!(launch.grid[0] * p.tokens_per_block >= tokens);
+            assert!((launch.grid[0] - 1) * p.tokens_per_block < tokens);
+        }
+        assert_eq!(append_launch(&mut AppendParams { tokens: 0, ..sound() }), Ok(None));
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for bad in [
+            AppendParams { k_dim: 60, ..sound() },
+            AppendParams { k_dim: 0, ..sound() },
+            AppendParams { v_dim: 4, ..sound() },
+            AppendParams { v_dim: 0, ..sound() },
+            AppendParams { kv_heads: 0, ..sound() },
+            AppendParams { q_heads: 1, ..sound() },
+            AppendParams { block_tokens: 0, ..sound() },
+            AppendParams { rope_dim: 66, ..sound() },
+            AppendParams { rope_dim: 7, ..sound() },
+            AppendParams { cosines: In::at(16), ..sound() },
+        ] {
+            assert!(append_launch(&mut { bad }).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Writes `cuda/kvc_params.h` from the parameter structs and the list of kernels.
+//!
+//! Only tests use it: one compares the committed header, and rewrites it where the environment has
+//! `KVCACHE_BLESS=1`.
+
+use alloc::string::String;
+use core::fmt::Write;
+
+use super::KERNELS;
+use super::params::{AppendParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct};
+
+fn comment(out: &mut String, indent: &str, lines: &[&str]) {
+    for line in lines {
+        writeln!(out, "{indent}//{line}").unwrap();
+    }
+}
+
+fn structure<T: DeviceStruct>(out: &mut String) {
+    comment(out, "", T::DOC);
+    writeln!(out, "struct {} {{", T::C_NAME).unwrap();
+    for (doc, declaration) in T::fields() {
+        comment(out, "    ", doc);
+        writeln!(out, "    {declaration};").unwrap();
+    }
+    writeln!(out, "}};").unwrap();
+    let (name, bytes) = (T::C_NAME, size_of::<T>());
+    writeln!(out, "static_assert(sizeof({name}) == {bytes}, \"layout of {name}\");\n").unwrap();
+}
+
+fn kvc_params_h() -> String {
+    let mut out = String::from(
+        "// Written from src/kernels/params.rs by the test `the_committed_header_is_current`.\n\
+         // Do not edit: run it with KVCACHE_BLESS=1.\n\
+         #pragma once\n#include <stdint.h>\n\n",
+    );
+    structure::<AppendParams>(&mut out);
+    structure::<DecodeItem>(&mut out);
+    structure::<DecodePlanParams>(&mut out);
+    structure::<DecodeParams>(&mut out);
+    out.push_str("// Every kernel of the library with its parameter struct.\n");
+    out.push_str("#define KVC_KERNELS(X)");
+    for kernel in KERNELS {
+        write!(out, " \\\n    X({}, {})", kernel.name, kernel.params).unwrap();
+    }
+    out.push('\n');
+    out
+}
+
+#[test]
+fn the_committed_header_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/kvc_params.h");
+    let wanted = kvc_params_h();
+    if std::env::var_os("KVCACHE_BLESS").is_some() {
+        std::fs::write(path, &wanted).unwrap();
+    }
+    let committed = std::fs::read_to_string(path).unwrap();
+    assert!(committed == wanted, "cuda/kvc_params.h is stale: rerun with KVCACHE_BLESS=1");
+}

@@ -1,0 +1,92 @@
+//! What tests of emulated kernels share: random numbers, and typed arrays in device memory.
+#![allow(dead_code)]
+
+use kvcache::dtype::{DType, bf16, f16};
+use kvcache::emu::Buffer;
+
+/// SplitMix64.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Rng(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal: mean 0, variance 1.
+    pub fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..6).map(|_| self.next() as f64 / u64::MAX as f64 - 0.5).sum();
+        (sum * std::f64::consts::SQRT_2) as f32
+    }
+}
+
+/// The step of a type near 1: its rounding error is half of it.
+pub fn epsilon(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => f64::from(f32::EPSILON),
+        DType::F16 => f64::powi(2.0, -10),
+        _ => f64::powi(2.0, -7),
+    }
+}
+
+/// Numbers of a run-time type in device memory, and what they were when written.
+pub struct Values {
+    pub dtype: DType,
+    pub buffer: Buffer,
+    pub values: Vec<f64>,
+}
+
+impl Values {
+    pub fn new(dtype: DType, values: &[f32]) -> Self {
+        let f16s = || values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+        let bf16s = || values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>();
+        let buffer = match dtype {
+            DType::F32 => Buffer::of(values),
+            DType::F16 => Buffer::of(&f16s()),
+            _ => Buffer::of(&bf16s()),
+        };
+        let mut this = Values { dtype, buffer: buffer.unwrap(), values: Vec::new() };
+        this.values = this.read();
+        this
+    }
+
+    pub fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    /// What device memory holds now.
+    pub fn read(&self) -> Vec<f64> {
+        match self.dtype {
+            DType::F32 => self.buffer.read::<f32>().into_iter().map(f64::from).collect(),
+            DType::F16 => self.buffer.read::<f16>().into_iter().map(f16::to_f64).collect(),
+            _ => self.buffer.read::<bf16>().into_iter().map(bf16::to_f64).collect(),
+        }
+    }
+
+    /// Fails where a value is off by more than the rounding of the type and `tolerance`, both
+    /// relative to the value and to 1. NaN must be NaN.
+    pub fn must_be(&self, want: &[f64], tolerance: f64, what: &str) {
+        let got = self.read();
+        assert_eq!(got.len(), want.len(), "{what}");
+        let tolerance = tolerance + epsilon(self.dtype) / 2.0;
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let good = (got - want).abs() <= tolerance * want.abs().max(1.0);
+            assert!(good || (got.is_nan() && want.is_nan()), "{what} [{i}]: {got}, not {want}");
+        }
+    }
+}
