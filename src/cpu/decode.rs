@@ -8,8 +8,10 @@
 mod softmax;
 mod walk;
 
+use core::ops::Range;
+
 use softmax::{adjust, soften};
-use walk::{Hints, PIECE, TILE, Tile, Walk, distances};
+use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
 use super::job::Job;
@@ -235,32 +237,31 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     padded: usize,
 ) {
     let (job, now) = (walk.job, &walk.now);
-    let pieces = Walk::pieces(now);
-    let (near, far) = distances(walk.k_bytes);
+    let even = job.k_dim.is_multiple_of(2 * V::LANES) && 8 * V::LANES * S::BYTES >= 64;
     for head in 0..job.kv_heads {
         let offset = head as isize * job.k_head_bytes;
-        for piece in 0..pieces {
-            let index = head * pieces + piece;
-            let (far, near) = (walk.ahead(index + far), walk.ahead(index + near));
+        for piece in 0..Walk::pieces(now) {
+            let mut hints = Hints::new(walk, Side::Keys, head, piece, usize::MAX, even);
             let mut t = piece * PIECE;
             let end = now.keys.min(t + PIECE);
             while t < end {
-                for j in 0..4 {
-                    near.fetch(t % PIECE + j);
-                    far.fetch(t % PIECE + j);
-                }
                 let k = [
                     now.row(now.k[t], offset),
                     now.row(now.k[t + 1], offset),
                     now.row(now.k[t + 2], offset),
                     now.row(now.k[t + 3], offset),
                 ];
+                hints.rows(4);
+                // The first rows of a head send the hints for all.
+                let mut hint = Some(&mut hints);
                 for r in (head * padded..(head + 1) * padded).step_by(R) {
                     // SAFETY: the caller's promise.
                     unsafe {
-                        let q = scratch.q.add(r * scratch.q_bytes);
+                        let (k_dim, q_bytes) = (job.k_dim, scratch.q_bytes);
+                        let q = scratch.q.add(r * q_bytes);
                         let s = scratch.s.add(t * scratch.lanes + r);
-                        four_keys::<V, S, D, R>(job.k_dim, q, scratch.q_bytes, k, s, scratch.lanes);
+                        let hint = hint.take();
+                        four_keys::<V, S, D, R>(k_dim, q, q_bytes, k, s, scratch.lanes, hint);
                     }
                 }
                 t += 4;
@@ -278,6 +279,7 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     k: [*const u8; 4],
     s: *mut f32,
     lanes: usize,
+    mut hints: Option<&mut Hints<'_>>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -286,6 +288,10 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
         let mut acc = [[V::splat(0.0); R]; 4];
         let mut c = 0;
         while c < whole {
+            // Hints go out between the products: a burst of them would fill the queue.
+            if let Some(hints) = &mut hints {
+                hints.step(4 * step * S::BYTES / 64);
+            }
             let at = c * S::BYTES;
             let keys = [
                 D::load(k[0].add(at)),
@@ -334,67 +340,69 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
     padded: usize,
 ) {
     let (job, now) = (walk.job, &walk.now);
-    let lanes = scratch.lanes;
     let step = 4 * V::LANES;
     let passes = (job.v_dim / step).max(1);
+    let even = job.v_dim.is_multiple_of(step) && step * S::BYTES >= 64;
     for head in 0..job.kv_heads {
         let offset = head as isize * job.v_head_bytes;
-        for r in (head * padded..(head + 1) * padded).step_by(R) {
-            let on = r == head * padded && !job.v_in_k;
-            let mut hints = Hints::new(walk, head, passes, on);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
-                let mut c = 0;
-                while c + step <= job.v_dim {
-                    add_values::<V, S, R, 2>(
-                        now,
+        // A piece at a time, so that the hints keep to the pieces too.
+        for from in (0..now.keys).step_by(PIECE) {
+            let keys = from..now.keys.min(from + PIECE);
+            for r in (head * padded..(head + 1) * padded).step_by(R) {
+                let mut hints = if r == head * padded && !job.v_in_k {
+                    Hints::new(walk, Side::Values, head, from / PIECE, passes, even)
+                } else {
+                    Hints::NONE
+                };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
+                    let part = Part {
+                        tile: now,
                         offset,
                         p,
-                        lanes,
+                        lanes: scratch.lanes,
                         o,
-                        scratch.v_pad,
-                        c,
-                        step,
-                        &mut hints,
-                    );
-                    c += step;
-                }
-                while c < job.v_dim {
-                    let n = (job.v_dim - c).min(2 * V::LANES);
-                    add_values::<V, S, R, 1>(
-                        now,
-                        offset,
-                        p,
-                        lanes,
-                        o,
-                        scratch.v_pad,
-                        c,
-                        n,
-                        &mut hints,
-                    );
-                    c += n;
+                        v_pad: scratch.v_pad,
+                    };
+                    let mut c = 0;
+                    while c + step <= job.v_dim {
+                        add_values::<V, S, R, 2>(&part, keys.clone(), c, step, &mut hints);
+                        c += step;
+                    }
+                    while c < job.v_dim {
+                        let n = (job.v_dim - c).min(2 * V::LANES);
+                        add_values::<V, S, R, 1>(&part, keys.clone(), c, n, &mut hints);
+                        c += n;
+                    }
                 }
             }
         }
     }
 }
 
-/// Adds up to `2 * P` vectors of channels from `c` on of the values of a tile: `n` channels, whole
-/// unless `P` is 1.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
-    tile: &Tile,
+/// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
+/// the weights `p[key * lanes + row]`, to `o[row * v_pad]`.
+struct Part<'a> {
+    tile: &'a Tile,
     offset: isize,
     p: *const f32,
     lanes: usize,
     o: *mut f32,
     v_pad: usize,
+}
+
+/// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
+/// whole unless `P` is 1.
+#[inline(always)]
+unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
+    part: &Part<'_>,
+    keys: Range<usize>,
     c: usize,
     n: usize,
-    hints: &mut Hints<'_, '_, '_>,
+    hints: &mut Hints<'_>,
 ) {
+    let Part { tile, offset, p, lanes, o, v_pad } = *part;
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[[V::splat(0.0); 2]; P]; R];
@@ -404,8 +412,8 @@ unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
                 acc[r][j] = [V::load(o), V::load(o.add(V::LANES))];
             }
         }
-        for t in 0..tile.keys {
-            hints.step();
+        for t in keys {
+            hints.step(P * 2 * V::LANES * S::BYTES / 64);
             let row = tile.row(tile.v[t], offset).add(c * S::BYTES);
             let mut v = [[V::splat(0.0); 2]; P];
             for j in 0..P {

@@ -1,8 +1,7 @@
 //! The order in which the decode kernel walks the memory, and what it prefetches of it.
 //!
 //! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice, [`FAR_BYTES`] and [`NEAR_BYTES`] ahead: a prefetch is dropped where the
-//! queue of misses is full, and arithmetic that outruns the memory keeps it full. More distance
+//! software, and twice, about 16 and 8 KiB ahead: a prefetch is dropped where the queue of misses is full, and arithmetic that outruns the memory keeps it full. More distance
 //! is no better: the lines push each other out of the first-level cache. Computes nothing.
 
 use crate::cpu::job::{Blocks, Job};
@@ -12,16 +11,14 @@ use crate::cpu::vector::prefetch;
 pub(super) const TILE: usize = 64;
 /// Keys of a piece, the unit in which prefetching runs ahead.
 pub(super) const PIECE: usize = 16;
-/// How far the first hint runs ahead, about.
-const FAR_BYTES: usize = 16 << 10;
-/// How far the second hint runs ahead, about.
+/// How far the second hint runs ahead, about; the first runs twice as far.
 const NEAR_BYTES: usize = 8 << 10;
 
 /// Pieces of rows of `bytes` between use and the second hint, and the first.
 #[inline(always)]
 pub(super) fn distances(bytes: usize) -> (usize, usize) {
     let near = (NEAR_BYTES / (PIECE * bytes)).max(1);
-    (near, (FAR_BYTES / (PIECE * bytes)).max(near + 1))
+    (near, 2 * near)
 }
 
 /// Row addresses of one tile in the first KV head of the job.
@@ -98,18 +95,44 @@ pub(super) struct Ahead<'a> {
 }
 
 impl Ahead<'_> {
+    const NONE: Self = Ahead { rows: &[], offset: 0, bytes: 0 };
+
+    /// The first byte of the piece, if all of it is one run of memory.
+    #[inline(always)]
+    fn run(&self) -> Option<*const u8> {
+        let (first, last) = (*self.rows.first()?, *self.rows.get(PIECE - 1)?);
+        let run = last.addr().wrapping_sub(first.addr()) == (PIECE - 1) * self.bytes;
+        run.then(|| first.wrapping_offset(self.offset))
+    }
+
     /// Prefetches row `i` of the piece, if it has that many.
     #[inline(always)]
     pub(super) fn fetch(&self, i: usize) {
         if let Some(row) = self.rows.get(i) {
-            let row = row.wrapping_offset(self.offset);
-            let mut at = 0;
-            while at < self.bytes {
-                prefetch(row.wrapping_add(at));
-                at += 64;
+            let mut line = row.wrapping_offset(self.offset);
+            let mut left = self.bytes;
+            while left >= 256 {
+                prefetch(line);
+                prefetch(line.wrapping_add(64));
+                prefetch(line.wrapping_add(128));
+                prefetch(line.wrapping_add(192));
+                line = line.wrapping_add(256);
+                left -= 256;
+            }
+            while left > 0 {
+                prefetch(line);
+                line = line.wrapping_add(64);
+                left = left.saturating_sub(64);
             }
         }
     }
+}
+
+/// Which rows of a tile.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Side {
+    Keys,
+    Values,
 }
 
 /// The tile at hand and the next, as a sequence of pieces: of each tile the keys of every head,
@@ -131,63 +154,114 @@ impl Walk<'_, '_> {
         tile.keys.div_ceil(PIECE)
     }
 
-    /// The piece `index` pieces from the start of the tile at hand.
+    /// The piece `piece` pieces from the first of a head on one side of the tile at hand. Walks
+    /// there by steps: it is a few pieces away, and divisions take longer.
     #[inline(always)]
-    pub(super) fn ahead(&self, index: usize) -> Ahead<'_> {
-        let (job, sides) = (self.job, if self.job.v_in_k { 1 } else { 2 });
-        let (mut tile, mut index) = (&self.now, index);
-        let here = Self::pieces(tile) * job.kv_heads * sides;
-        if index >= here {
-            (tile, index) = (&self.next, index - here);
+    pub(super) fn ahead(&self, side: Side, head: usize, piece: usize) -> Ahead<'_> {
+        let job = self.job;
+        let (mut side, mut head, mut piece) = (side, head, piece);
+        let (mut tile, mut pieces, mut last) = (&self.now, Self::pieces(&self.now), false);
+        while piece >= pieces {
+            piece -= pieces;
+            head += 1;
+            if head == job.kv_heads {
+                head = 0;
+                if side == Side::Keys && !job.v_in_k {
+                    side = Side::Values;
+                } else {
+                    side = Side::Keys;
+                    (tile, pieces) = (&self.next, Self::pieces(&self.next));
+                    if last || pieces == 0 {
+                        return Ahead::NONE;
+                    }
+                    last = true;
+                }
+            }
         }
-        let side = Self::pieces(tile) * job.kv_heads;
-        if index >= side * sides {
-            return Ahead { rows: &[], offset: 0, bytes: 0 };
-        }
-        let (rows, bytes, step, index) = if index < side {
-            (&tile.k, self.k_bytes, job.k_head_bytes, index)
-        } else {
-            (&tile.v, self.v_bytes, job.v_head_bytes, index - side)
+        let (rows, bytes, step) = match side {
+            Side::Keys => (&tile.k, self.k_bytes, job.k_head_bytes),
+            Side::Values => (&tile.v, self.v_bytes, job.v_head_bytes),
         };
-        let (head, piece) = (index / Self::pieces(tile), index % Self::pieces(tile));
         let from = piece * PIECE;
         let rows = &rows[from..tile.keys.min(from + PIECE)];
         Ahead { rows, offset: head as isize * step, bytes }
     }
 }
 
-/// Hints that go out while values are added up: the rows of a piece in the order of memory, spread
-/// over the passes that the channels take.
-pub(super) struct Hints<'a, 'b, 'c> {
-    walk: &'a Walk<'b, 'c>,
-    passes: usize,
-    /// Steps so far: a step is one row in one pass.
-    at: usize,
-    near: usize,
-    far: usize,
-    index: usize,
-    ahead: bool,
+/// Hints that go out while a piece of keys or of values is worked on: those for two pieces ahead of
+/// it, at the pace of the work.
+pub(super) struct Hints<'a> {
+    near: Ahead<'a>,
+    far: Ahead<'a>,
+    /// The next lines, where both pieces are runs of memory.
+    lines: Option<[*const u8; 2]>,
+    /// The next row, where they are not.
+    row: usize,
+    /// Steps a row, and steps until the next.
+    pace: usize,
+    wait: usize,
 }
 
-impl<'a, 'b, 'c> Hints<'a, 'b, 'c> {
-    /// For the values of KV head `head`, each row of which takes `passes` steps; `on` where hints
-    /// are wanted at all.
+impl<'a> Hints<'a> {
+    /// No hints.
+    pub(super) const NONE: Hints<'static> = Hints {
+        near: Ahead::NONE,
+        far: Ahead::NONE,
+        lines: None,
+        row: PIECE,
+        pace: usize::MAX,
+        wait: usize::MAX,
+    };
+
+    /// For the piece `piece` of a head, whose rows take `pace` steps each; `even` where the steps
+    /// are all alike.
     #[inline(always)]
-    pub(super) fn new(walk: &'a Walk<'b, 'c>, head: usize, passes: usize, on: bool) -> Self {
-        let (near, far) = distances(walk.v_bytes);
-        let index = (walk.job.kv_heads + head) * Walk::pieces(&walk.now);
-        Hints { walk, passes, at: 0, near, far, index, ahead: on }
+    pub(super) fn new(
+        walk: &'a Walk<'_, '_>,
+        side: Side,
+        head: usize,
+        piece: usize,
+        pace: usize,
+        even: bool,
+    ) -> Self {
+        let (near, far) = distances(if side == Side::Keys { walk.k_bytes } else { walk.v_bytes });
+        let near = walk.ahead(side, head, piece + near);
+        let far = walk.ahead(side, head, piece + far);
+        let lines = match (near.run(), far.run()) {
+            (Some(near), Some(far)) if even && walk.k_bytes == walk.v_bytes => Some([near, far]),
+            _ => None,
+        };
+        Hints { near, far, lines, row: 0, pace, wait: 1 }
     }
 
-    /// Goes one step on.
+    /// Goes one step on, which takes `lines` lines or some part of a row.
     #[inline(always)]
-    pub(super) fn step(&mut self) {
-        if self.ahead && self.at.is_multiple_of(self.passes) {
-            let row = self.at / self.passes;
-            let piece = self.index + row / PIECE;
-            self.walk.ahead(piece + self.near).fetch(row % PIECE);
-            self.walk.ahead(piece + self.far).fetch(row % PIECE);
+    pub(super) fn step(&mut self, lines: usize) {
+        if let Some([near, far]) = &mut self.lines {
+            for _ in 0..lines {
+                prefetch(*near);
+                prefetch(*far);
+                *near = near.wrapping_add(64);
+                *far = far.wrapping_add(64);
+            }
+            return;
         }
-        self.at += 1;
+        self.wait -= 1;
+        if self.wait == 0 {
+            self.wait = self.pace;
+            self.rows(1);
+        }
+    }
+
+    /// Goes `rows` rows on at once, where the pieces are not runs of memory.
+    #[inline(always)]
+    pub(super) fn rows(&mut self, rows: usize) {
+        if self.lines.is_none() {
+            for _ in 0..rows {
+                self.near.fetch(self.row);
+                self.far.fetch(self.row);
+                self.row += 1;
+            }
+        }
     }
 }
