@@ -57,7 +57,11 @@ unsafe fn read_avx512<const HINTS: bool>(chunk: &[u64]) -> u64 {
         for (i, sum) in sums.iter_mut().enumerate() {
             let line = row[8 * i..].as_ptr();
             if HINTS {
-                _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(256).cast());
+                // SAFETY: a prefetch of any address is harmless (newer compilers know, 1.89 does not).
+                #[allow(unused_unsafe)]
+                unsafe {
+                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(256).cast())
+                };
             }
             // SAFETY: eight words of the row are left.
             *sum = _mm512_add_epi64(*sum, unsafe { _mm512_loadu_si512(line.cast()) });

@@ -124,7 +124,7 @@ impl Report<'_> {
         row("prompt tokens", format!("{prompt_tokens}"));
         let share = 100.0 * hits as f64 / prompt_tokens as f64;
         row("found in the prefix index", format!("{hits} ({share:.1} %)"));
-        row("blocks used at the peak", format!("{blocks} of {} tokens", args.block_tokens));
+        row("blocks used at the peak", format!("{blocks} (of {} tokens each)", args.block_tokens));
         row("memory held at the peak", format!("{:.1} KiB", bytes as f64 / 1024.0));
         let contiguous = self.contiguous_bytes as f64;
         let ratio = contiguous / bytes as f64;

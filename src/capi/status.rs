@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_a_code() {
-        let code = guard(|| std::panic::resume_unwind(alloc::boxed::Box::new(1)));
+        let code = guard(|| std::panic::resume_unwind(alloc::boxed::Box::new(())));
         assert_eq!(code, KVC_ERR_PANIC);
         assert!(last_error().contains("panic"));
     }
