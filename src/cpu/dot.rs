@@ -75,6 +75,7 @@ unsafe impl<V: Vector, S: Stored> KeyDot<V> for Widened<S> {
 }
 
 /// bf16 keys times bf16 queries by the machine's pair products: for queries that are bf16 anyway.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
 pub(crate) struct Pairs;
 
 #[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise, as the trait says
@@ -111,6 +112,7 @@ unsafe impl<V: PairDot> KeyDot<V> for Pairs {
 
 /// bf16 keys times f16 queries, each the sum of two bf16: exact, as 8 + 8 bits hold f16's 11.
 /// Wider queries would be cut to 16 bits.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
 pub(crate) struct SplitPairs;
 
 #[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise, as the trait says

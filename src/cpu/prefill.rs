@@ -66,6 +66,7 @@ pub(crate) unsafe fn tile<V: Vector, S: Stored>(job: &Job<'_>) {
 ///
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
 #[inline(always)]
 pub(crate) unsafe fn tile_pairs<V: PairDot>(job: &Job<'_>) {
     // SAFETY: the caller's promise.

@@ -303,6 +303,7 @@ unsafe impl Vector for One {
 ///
 /// # Safety
 /// As for [`Vector`].
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
 pub(crate) unsafe trait PairDot: Vector {
     /// `2 * LANES` bf16: lane `i` holds elements `2i` (low half) and `2i + 1`.
     type Pairs: Copy;

@@ -129,6 +129,7 @@ unsafe impl<V: Vector, S: Stored> Operand<V> for Floats<S> {
 
 /// Pairs of bf16, multiplied exactly and added in f32. Queries, K and V are bf16 as they are
 /// stored; the weights are rounded to bf16.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
 pub(super) struct Pairs;
 
 // SAFETY: forwards to `V`.
