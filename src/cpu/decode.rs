@@ -261,7 +261,13 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
                         let q = scratch.q.add(r * q_bytes);
                         let s = scratch.s.add(t * scratch.lanes + r);
                         let hint = hint.take();
-                        four_keys::<V, S, D, R>(k_dim, q, q_bytes, k, s, scratch.lanes, hint);
+                        let lanes = scratch.lanes;
+                        // The usual dimension as a constant, which unrolls the loop over channels.
+                        if k_dim == 128 {
+                            four_keys::<V, S, D, R>(128, q, q_bytes, k, s, lanes, hint);
+                        } else {
+                            four_keys::<V, S, D, R>(k_dim, q, q_bytes, k, s, lanes, hint);
+                        }
                     }
                 }
                 t += 4;
