@@ -64,7 +64,7 @@ impl GroupSpec {
         Self {
             layers,
             kv_heads: 1,
-            k_dim: latent + rope,
+            k_dim: latent.saturating_add(rope),
             v_dim: latent,
             v_in_k: true,
             format,
@@ -296,6 +296,7 @@ mod tests {
         bad(GroupSpec { layers: 0, ..good.clone() }, 16);
         bad(GroupSpec { kv_heads: 0, ..good.clone() }, 16);
         bad(GroupSpec { window: Some(0), ..good.clone() }, 16);
+        bad(GroupSpec::latent(1, u32::MAX, 64, KvFormat::F16), 16);
         bad(GroupSpec { v_dim: 584, ..GroupSpec::latent(1, 512, 64, KvFormat::F16) }, 16);
         let huge = GroupSpec { layers: u32::MAX, kv_heads: u32::MAX, ..good };
         assert_eq!(bad(huge, 256), Error::Overflow { what: "block_bytes" });
