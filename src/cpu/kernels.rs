@@ -1,12 +1,11 @@
-//! The kernels of each level: one table a level, filled by the leaf files.
+//! What a level's kernels are, and the macro by which the leaf files fill the table.
 //!
 //! A leaf instantiates the generic kernels inside functions that enable its instructions; the
-//! driver picks a table once a call and knows nothing of instruction sets.
+//! driver gets a table from `dispatch.rs` once a call and knows nothing of instruction sets.
 
 use super::finish::Part;
 use super::job::Job;
-use super::level::CpuLevel;
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::DType;
 
 /// A kernel: reads the job's K, V and Q and writes its states.
 ///
@@ -27,23 +26,6 @@ pub(crate) struct Kernels {
     pub tile: Kernel,
     /// Turns the states of a row into its output.
     pub finish: Finish,
-}
-
-impl Kernels {
-    /// The kernels for `format` at `level`, which must be available.
-    pub fn of(level: CpuLevel, format: KvFormat) -> Self {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx2 => super::x86_64::avx2::kernels(format),
-            #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx512 => super::x86_64::avx512::kernels(format),
-            #[cfg(target_arch = "x86_64")]
-            CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
-            #[cfg(target_arch = "aarch64")]
-            CpuLevel::Neon => super::aarch64::neon::kernels(format),
-            _ => super::scalar::kernels(format),
-        }
-    }
 }
 
 /// Instantiates the generic kernels at one level: `instantiate!(vector, "features")` makes a

@@ -11,6 +11,7 @@ mod append;
 mod args;
 mod attend;
 mod decode;
+mod dispatch;
 mod dot;
 mod executor;
 mod finish;

@@ -1,0 +1,22 @@
+//! From a level to its kernels: the only place that names the leaf files.
+
+use super::kernels::Kernels;
+use super::level::CpuLevel;
+use crate::dtype::KvFormat;
+
+impl Kernels {
+    /// The kernels for `format` at `level`, which must be available.
+    pub fn of(level: CpuLevel, format: KvFormat) -> Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2 => super::x86_64::avx2::kernels(format),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512 => super::x86_64::avx512::kernels(format),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::Neon => super::aarch64::neon::kernels(format),
+            _ => super::scalar::kernels(format),
+        }
+    }
+}
