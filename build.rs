@@ -9,6 +9,10 @@ mod emulator;
 #[path = "cuda/build/nvcc.rs"]
 mod nvcc;
 
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+#[path = "cuda/build/sources.rs"]
+mod sources;
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-check-cfg=cfg(kvc_emu_sanitize)");

@@ -362,3 +362,9 @@ template <typename T, int HeadDim> KVC_DEVICE void decode(const kvc_decode_param
 }
 
 } // namespace kvc
+
+// Defines the kernel for one cache type and head dimension; `blocks` a multiprocessor.
+#define KVC_DECODE(type, Type, dim, blocks)                                              \
+    KVC_KERNEL(kvc_decode_##type##_d##dim, kvc_decode_params, 128, blocks) {             \
+        kvc::decode<kvc::Type, dim>(p);                                                  \
+    }

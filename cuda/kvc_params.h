@@ -1,4 +1,4 @@
-// Written from src/kernels/params.rs by the test `the_committed_header_is_current`.
+// Written from src/kernels/params by the test `the_committed_header_is_current`.
 // Do not edit: run it with KVCACHE_BLESS=1.
 #pragma once
 #include <stdint.h>

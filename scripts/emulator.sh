@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 CXX=${CXX:-c++}
 command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
-tests=(--test emulator --test emulated_append --test emulated_decode)
+tests=(--test 'emulat*')
 
 cargo test -p libkvcache --features emulate "${tests[@]}"
 

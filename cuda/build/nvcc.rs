@@ -6,7 +6,8 @@
 //!
 //! `KVCACHE_CUDA_ARCHS` is a list such as `80;90a;90-virtual`: machine code for each, or PTX with
 //! `-virtual`. `KVCACHE_FATBIN_DIR` names a folder with a ready `<name>.fatbin` for each source, and
-//! then nothing is compiled. An image is compiled again only when its source, a header that it
+//! then nothing is compiled. `KVCACHE_CUDA_HEAD_DIMS` is a list such as `64;80;128`: of the sources
+//! whose name ends in a head dimension (`decode_d80.cu`) these are compiled. An image is compiled again only when its source, a header that it
 //! includes, the compiler or the options change.
 
 use std::collections::BTreeMap;
@@ -18,8 +19,13 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs};
 
+use super::sources::{in_parallel, kernels, read_all};
+
 /// Machine code for the two families that the kernels are written for, and PTX for what is newer.
 const DEFAULT_ARCHS: &str = "80;90a;90-virtual";
+
+/// The head dimensions of most models; the others are a list away.
+const DEFAULT_HEAD_DIMS: &str = "64;128";
 
 /// Compiles what changed in `cuda` and writes `kvc_images.rs`.
 pub fn build(cuda: &Path) {
@@ -32,6 +38,7 @@ pub fn build(cuda: &Path) {
         "PATH",
         "DOCS_RS",
         "KVCACHE_CUDA_ARCHS",
+        "KVCACHE_CUDA_HEAD_DIMS",
         "KVCACHE_REQUIRE_NVCC",
         "KVCACHE_FATBIN_DIR",
     ] {
@@ -61,16 +68,23 @@ fn stop(why: &str) -> ! {
     std::process::exit(1)
 }
 
-/// Every kernel source, by name without its ending.
+/// The kernel sources that this build wants, by name without the ending.
 fn sources(cuda: &Path) -> Vec<(String, PathBuf)> {
-    let mut sources: Vec<_> = fs::read_dir(cuda)
-        .expect("the crate has a folder cuda")
-        .map(|entry| entry.expect("the folder can be read").path())
-        .filter(|path| path.extension().is_some_and(|ending| ending == "cu"))
-        .map(|path| (path.file_stem().unwrap().to_string_lossy().into_owned(), path))
-        .collect();
-    sources.sort();
+    let list = env::var("KVCACHE_CUDA_HEAD_DIMS").unwrap_or_else(|_| DEFAULT_HEAD_DIMS.to_owned());
+    let wanted: Vec<&str> = list.split([';', ',', ' ']).filter(|dim| !dim.is_empty()).collect();
+    let mut sources = kernels(cuda);
+    let dims: Vec<&str> = sources.iter().filter_map(|(name, _)| head_dim(name)).collect();
+    if let Some(unknown) = wanted.iter().find(|dim| !dims.contains(dim)) {
+        stop(&format!("KVCACHE_CUDA_HEAD_DIMS: there are no kernels for `{unknown}`"));
+    }
+    sources.retain(|(name, _)| head_dim(name).is_none_or(|dim| wanted.contains(&dim)));
     sources
+}
+
+/// The head dimension that a source is for: `80` of `decode_d80`.
+fn head_dim(name: &str) -> Option<&str> {
+    let (_, dim) = name.rsplit_once("_d")?;
+    dim.bytes().all(|digit| digit.is_ascii_digit()).then_some(dim)
 }
 
 /// The first nvcc that answers, with its version.
@@ -117,22 +131,6 @@ fn architectures() -> (Vec<String>, String) {
     (options, names.join(" "))
 }
 
-/// Adds `file` and the headers that it includes by name, with their contents.
-fn read_all(file: &Path, found: &mut BTreeMap<PathBuf, String>) {
-    if found.contains_key(file) {
-        return;
-    }
-    let Ok(text) = fs::read_to_string(file) else { return };
-    let folder = file.parent().expect("a file has a folder").to_owned();
-    let included: Vec<PathBuf> = text
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'))
-        .map(|name| folder.join(name))
-        .collect();
-    found.insert(file.to_owned(), text);
-    included.iter().for_each(|file| read_all(file, found));
-}
-
 type Images = Vec<(String, PathBuf)>;
 
 fn compiled(
@@ -161,37 +159,27 @@ fn compiled(
     (images, format!("{names} by nvcc {version}"))
 }
 
-/// Runs as many compilers at a time as cargo allows.
+/// Compiles what is stale, or says why not and stops the build.
 fn compile(nvcc: &Path, options: &[String], stale: Vec<(PathBuf, PathBuf)>) {
-    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
-    let queue = Mutex::new(stale);
     let failures = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(|| {
-                loop {
-                    let Some((source, image)) = queue.lock().unwrap().pop() else { return };
-                    // Under another name until it is whole: an interrupted build leaves no image.
-                    let part = image.with_extension("part");
-                    let result =
-                        Command::new(nvcc).args(options).arg(&source).arg("-o").arg(&part).output();
-                    let text = match result {
-                        Ok(output) if output.status.success() => {
-                            for line in String::from_utf8_lossy(&output.stderr).lines() {
-                                println!("cargo::warning={line}");
-                            }
-                            match fs::rename(&part, &image) {
-                                Ok(()) => continue,
-                                Err(error) => error.to_string(),
-                            }
-                        }
-                        Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
-                        Err(error) => error.to_string(),
-                    };
-                    failures.lock().unwrap().push(format!("{}: {text}", source.display()));
+    in_parallel(stale, |(source, image)| {
+        // Under another name until it is whole: an interrupted build leaves no image.
+        let part = image.with_extension("part");
+        let result = Command::new(nvcc).args(options).arg(&source).arg("-o").arg(&part).output();
+        let text = match result {
+            Ok(output) if output.status.success() => {
+                for line in String::from_utf8_lossy(&output.stderr).lines() {
+                    println!("cargo::warning={line}");
                 }
-            });
-        }
+                match fs::rename(&part, &image) {
+                    Ok(()) => return,
+                    Err(error) => error.to_string(),
+                }
+            }
+            Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
+            Err(error) => error.to_string(),
+        };
+        failures.lock().unwrap().push(format!("{}: {text}", source.display()));
     });
     let failures = failures.into_inner().unwrap();
     if !failures.is_empty() {

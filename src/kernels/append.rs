@@ -1,8 +1,12 @@
 //! How an append is launched: one block of threads for as many tokens as keep it busy.
 
+use super::Launch;
 use super::params::AppendParams;
-use super::{APPEND, Launch, kernel};
 use crate::error::{Error, Result};
+
+kernels! {
+    APPEND = "kvc_append", "kvc_append_params", 256;
+}
 
 /// Chunks of 8 channels that a block should have before it takes another token.
 const CHUNKS_PER_BLOCK: u32 = 512;
@@ -60,7 +64,7 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });
     }
-    Ok(Some(Launch { kernel: kernel(APPEND.name), grid: [blocks, 1, 1], shared_bytes: 0 }))
+    Ok(Some(Launch { kernel: &APPEND, grid: [blocks, 1, 1], shared_bytes: 0 }))
 }
 
 #[cfg(test)]

@@ -7,9 +7,31 @@
 //! cut at all have fewer than `2 * target`.
 
 use super::params::{DecodeParams, DecodePlanParams, In, Out};
-use super::{DECODE_PLAN, Launch, decode_kernel, kernel};
+use super::{Kernel, Launch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+
+kernels! {
+    DECODE_PLAN = "kvc_decode_plan", "kvc_decode_plan_params", 256;
+    DECODE_F16_D64 = "kvc_decode_f16_d64", "kvc_decode_params", 128;
+    DECODE_F16_D128 = "kvc_decode_f16_d128", "kvc_decode_params", 128;
+    DECODE_BF16_D64 = "kvc_decode_bf16_d64", "kvc_decode_params", 128;
+    DECODE_BF16_D128 = "kvc_decode_bf16_d128", "kvc_decode_params", 128;
+}
+
+/// The decode kernel for a cache of this type and head dimension.
+///
+/// # Errors
+/// `Unsupported` where the library has no instance.
+pub fn decode_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
+    match (cache, head_dim) {
+        (DType::F16, 64) => Ok(&DECODE_F16_D64),
+        (DType::F16, 128) => Ok(&DECODE_F16_D128),
+        (DType::Bf16, 64) => Ok(&DECODE_BF16_D64),
+        (DType::Bf16, 128) => Ok(&DECODE_BF16_D128),
+        _ => Err(Error::Unsupported { what: "decode with this cache type and head_dim" }),
+    }
+}
 
 /// Query columns of a unit: the columns of the matrix instruction.
 const COLUMNS: u32 = 8;
@@ -196,8 +218,7 @@ impl DecodePlan {
             max_slots: self.max_slots,
             max_tickets: self.max_tickets,
         };
-        let kernel = kernel(DECODE_PLAN.name);
-        Ok((Launch { kernel, grid: [1, 1, 1], shared_bytes: 2048 }, params))
+        Ok((Launch { kernel: &DECODE_PLAN, grid: [1, 1, 1], shared_bytes: 2048 }, params))
     }
 
     /// Fills what the plan determines of `params` and gives the launch of the decode kernel.

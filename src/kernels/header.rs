@@ -6,7 +6,7 @@
 use alloc::string::String;
 use core::fmt::Write;
 
-use super::KERNELS;
+use super::kernels;
 use super::params::{AppendParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct};
 
 fn comment(out: &mut String, indent: &str, lines: &[&str]) {
@@ -29,7 +29,7 @@ fn structure<T: DeviceStruct>(out: &mut String) {
 
 fn kvc_params_h() -> String {
     let mut out = String::from(
-        "// Written from src/kernels/params.rs by the test `the_committed_header_is_current`.\n\
+        "// Written from src/kernels/params by the test `the_committed_header_is_current`.\n\
          // Do not edit: run it with KVCACHE_BLESS=1.\n\
          #pragma once\n#include <stdint.h>\n\n",
     );
@@ -39,7 +39,7 @@ fn kvc_params_h() -> String {
     structure::<DecodeParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
-    for kernel in KERNELS {
+    for kernel in kernels() {
         write!(out, " \\\n    X({}, {})", kernel.name, kernel.params).unwrap();
     }
     out.push('\n');

@@ -4,6 +4,16 @@
 //! and by a GPU. A kernel is found by its name; an instance for one format and head dimension is a
 //! kernel of its own.
 
+/// The kernels of one family: `IDENT = symbol, C name of the parameters, threads`.
+macro_rules! kernels {
+    ($($id:ident = $name:literal, $params:literal, $threads:expr;)+) => {
+        $(const $id: $crate::kernels::Kernel =
+            $crate::kernels::Kernel { name: $name, params: $params, threads: $threads };)+
+        /// The kernels of this family.
+        pub(super) static KERNELS: &[&$crate::kernels::Kernel] = &[$(&$id),+];
+    };
+}
+
 mod append;
 mod decode;
 #[cfg(all(test, feature = "std"))]
@@ -13,9 +23,6 @@ pub mod params;
 
 pub use append::append_launch;
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
-
-use crate::dtype::DType;
-use crate::error::{Error, Result};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,38 +46,7 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
-macro_rules! kernels {
-    ($($id:ident = $name:literal, $params:literal, $threads:expr;)+) => {
-        $(const $id: Kernel = Kernel { name: $name, params: $params, threads: $threads };)+
-        /// Every kernel.
-        pub static KERNELS: &[Kernel] = &[$($id),+];
-    };
-}
-
-kernels! {
-    APPEND = "kvc_append", "kvc_append_params", 256;
-    DECODE_PLAN = "kvc_decode_plan", "kvc_decode_plan_params", 256;
-    DECODE_F16_D64 = "kvc_decode_f16_d64", "kvc_decode_params", 128;
-    DECODE_F16_D128 = "kvc_decode_f16_d128", "kvc_decode_params", 128;
-    DECODE_BF16_D64 = "kvc_decode_bf16_d64", "kvc_decode_params", 128;
-    DECODE_BF16_D128 = "kvc_decode_bf16_d128", "kvc_decode_params", 128;
-}
-
-/// The kernel of this name.
-fn kernel(name: &str) -> &'static Kernel {
-    KERNELS.iter().find(|kernel| kernel.name == name).expect("a name of the list above")
-}
-
-/// The decode kernel for a cache of this type and head dimension.
-///
-/// # Errors
-/// `Unsupported` where the library has no instance.
-pub fn decode_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
-    match (cache, head_dim) {
-        (DType::F16, 64) => Ok(kernel(DECODE_F16_D64.name)),
-        (DType::F16, 128) => Ok(kernel(DECODE_F16_D128.name)),
-        (DType::Bf16, 64) => Ok(kernel(DECODE_BF16_D64.name)),
-        (DType::Bf16, 128) => Ok(kernel(DECODE_BF16_D128.name)),
-        _ => Err(Error::Unsupported { what: "decode with this cache type and head_dim" }),
-    }
+/// Every kernel, family by family.
+pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
+    [append::KERNELS, decode::KERNELS].into_iter().flatten().copied()
 }
