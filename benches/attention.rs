@@ -1,8 +1,12 @@
 //! Decode and prefill attention on the CPU.
 //!
 //! `cargo bench --bench attention` runs criterion; `cargo bench --bench attention -- --table`
-//! prints one table: GB/s of K and V read (decode) beside a read of the same memory in the
-//! same run with as many threads (the faster of a plain one and one with prefetch hints), and GFLOP/s (prefill). A word after `--table` filters rows.
+//! prints one table: GB/s of K and V read (decode) beside a read of the same memory in the same run
+//! with as many threads, from end to end and block by block in the order of the tables (each time
+//! the faster of a plain read and one with prefetch hints), and GFLOP/s (prefill). A word after `--table` filters rows.
+//!
+//! Block tables are shuffled, as after a long time of serving, or in order (`seq`), as a fresh pool
+//! gives them to a prompt.
 
 mod support;
 
@@ -16,9 +20,9 @@ use kvcache::cpu::{
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{median, random_kv, read_all, seconds};
+use support::{median, random_kv, read_all, read_blocks, seconds};
 
-/// A batch of equal sequences over one layer in native layout, its blocks in random order.
+/// A batch of equal sequences over one layer in native layout, its blocks in random order or their own.
 struct Batch {
     shape: HeadShape,
     layout: GroupLayout,
@@ -44,6 +48,7 @@ struct Config {
     q_dtype: DType,
     shape: HeadShape,
     block_tokens: u32,
+    in_order: bool,
     seqs: usize,
     rotations: usize,
     q_tokens: usize,
@@ -65,7 +70,9 @@ impl Batch {
         let mut memory = huge(bytes / 8);
         fill(c.format.dtype(), &mut memory, 1);
         let mut tables: Vec<i32> = (0..blocks as i32).collect();
-        random_kv(blocks, 2, |i, x| tables.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
+        if !c.in_order {
+            random_kv(blocks, 2, |i, x| tables.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
+        }
         let tokens = c.seqs * c.q_tokens;
         let mut q = vec![0; tokens * (c.shape.q_heads * dim) as usize / 2];
         fill(c.q_dtype, &mut q, 3);
@@ -135,10 +142,21 @@ impl Batch {
         self.layout.token_bytes() as f64 * (self.seqs * self.kv_len) as f64
     }
 
-    /// The memory of one rotation's share, as a plain run.
-    fn share(&self, rotation: usize) -> &[u64] {
-        let words = self.seqs * self.blocks_a_seq * self.layout.block_bytes() as usize / 8;
-        &self.memory[rotation * words..][..words]
+    /// Reads the memory of one rotation from end to end.
+    fn read_through(&self, pool: &Threads, rotation: usize, hints: bool) {
+        let words = self.seqs * self.blocks_a_seq * self.block_words();
+        black_box(read_all(pool, &self.memory[rotation * words..][..words], hints));
+    }
+
+    /// Reads the blocks of one rotation in the order of its tables.
+    fn read_tables(&self, pool: &Threads, rotation: usize, hints: bool) {
+        let blocks = self.seqs * self.blocks_a_seq;
+        let table = &self.tables[rotation * blocks..][..blocks];
+        black_box(read_blocks(pool, &self.memory, self.block_words(), table, hints));
+    }
+
+    fn block_words(&self) -> usize {
+        self.layout.block_bytes() as usize / 8
     }
 
     /// Multiply-adds of one causal call, times two.
@@ -199,6 +217,7 @@ fn configs() -> Vec<Config> {
             q_dtype: format.dtype(),
             shape: LLAMA,
             block_tokens: 16,
+            in_order: false,
             seqs: 8,
             rotations: 1,
             q_tokens: 1,
@@ -206,7 +225,10 @@ fn configs() -> Vec<Config> {
         };
         list.push(base);
         list.push(Config { block_tokens: 64, ..base });
+        list.push(Config { in_order: true, ..base });
+        list.push(Config { block_tokens: 64, in_order: true, ..base });
         list.push(Config { seqs: 1, kv_len: 4096, rotations: 16, ..base });
+        list.push(Config { seqs: 1, kv_len: 4096, rotations: 16, block_tokens: 64, ..base });
         for tokens in [2048, 4096] {
             list.push(Config {
                 name: "prefill",
@@ -224,6 +246,7 @@ fn configs() -> Vec<Config> {
         q_dtype: DType::Bf16,
         shape: LATENT,
         block_tokens: 64,
+        in_order: false,
         seqs: 4,
         rotations: 4,
         q_tokens: 1,
@@ -234,14 +257,18 @@ fn configs() -> Vec<Config> {
 }
 
 fn label(c: &Config) -> String {
-    format!("{} {} {}x{} b{}", c.name, c.format.name(), c.seqs, c.kv_len, c.block_tokens)
+    let order = if c.in_order { " seq" } else { "" };
+    format!("{} {} {}x{} b{}{order}", c.name, c.format.name(), c.seqs, c.kv_len, c.block_tokens)
 }
 
 /// Prints one line a configuration and thread count.
 fn table(filter: &str) {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     println!("level {}", CpuLevel::chosen().unwrap().name());
-    println!("{:34} {:>3} {:>9} {:>9} {:>7}  quartiles", "", "thr", "here", "read", "ratio");
+    println!(
+        "{:30} {:>3} {:>7} {:>7} {:>7} {:>9}  {:14} {:>9}  quartiles",
+        "", "thr", "here", "through", "tables", "of that", "quartiles", "of that"
+    );
     for c in configs().iter().filter(|c| label(c).contains(filter)) {
         for threads in [1, 2] {
             if threads > cores {
@@ -251,44 +278,51 @@ fn table(filter: &str) {
             let mut batch = Batch::new(c, threads);
             let decode = c.q_tokens == 1;
             let rounds = if decode { 15 } else { 5 };
-            let (mut here, mut read, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut here, mut reads) = (Vec::new(), [Vec::new(), Vec::new()]);
+            let mut shares = [Vec::new(), Vec::new()];
             for round in 0..rounds + 1 {
-                let (mut t_here, mut t_read) = (0.0, f64::INFINITY);
+                let (mut t_here, mut t_reads) = (0.0, [f64::INFINITY; 2]);
                 for rotation in 0..c.rotations {
                     t_here += seconds(|| batch.run(&pool, rotation));
                 }
-                // The faster of a plain read and one with hints is the bandwidth.
                 for hints in [false, true] {
-                    let mut t = 0.0;
+                    let (mut through, mut tables) = (0.0, 0.0);
                     for rotation in 0..if decode { c.rotations } else { 0 } {
-                        t += seconds(|| {
-                            black_box(read_all(&pool, batch.share(rotation), hints));
-                        });
+                        through += seconds(|| batch.read_through(&pool, rotation, hints));
+                        tables += seconds(|| batch.read_tables(&pool, rotation, hints));
                     }
-                    t_read = t.min(t_read);
+                    t_reads = [t_reads[0].min(through), t_reads[1].min(tables)];
                 }
                 if round > 0 {
                     let work = if decode { batch.kv_bytes() } else { batch.flops() };
-                    here.push(work * c.rotations as f64 / t_here / 1e9);
-                    read.push(batch.kv_bytes() * c.rotations as f64 / t_read / 1e9);
-                    ratio.push(t_read / t_here);
+                    let rate = |t: f64| work * c.rotations as f64 / t / 1e9;
+                    here.push(rate(t_here));
+                    for (i, t) in t_reads.into_iter().enumerate() {
+                        reads[i].push(rate(t));
+                        shares[i].push(100.0 * t / t_here);
+                    }
                 }
             }
-            let (here, (read, ..), (mid, low, high)) = (median(here), median(read), median(ratio));
+            let here = median(here);
             if decode {
+                let [through, tables] = reads.map(|rates| median(rates).0);
+                let [of_through, of_tables] = shares.map(median);
                 println!(
-                    "{:34} {:>3} {:>9.1} {:>9.1} {:>6.1}%  {:.1} to {:.1}",
+                    "{:30} {:>3} {:>7.1} {:>7.1} {:>7.1} {:>8.1}%  {:14} {:>8.1}%  {:.1} to {:.1}",
                     label(c),
                     threads,
                     here.0,
-                    read,
-                    100.0 * mid,
-                    100.0 * low,
-                    100.0 * high
+                    through,
+                    tables,
+                    of_through.0,
+                    format!("{:.1} to {:.1}", of_through.1, of_through.2),
+                    of_tables.0,
+                    of_tables.1,
+                    of_tables.2,
                 );
             } else {
                 println!(
-                    "{:34} {:>3} {:>9.1} GFLOP/s             {:.1} to {:.1}",
+                    "{:30} {:>3} {:>7.1} GFLOP/s         {:.1} to {:.1}",
                     label(c),
                     threads,
                     here.0,

@@ -21,11 +21,40 @@ pub fn random_kv(elements: usize, seed: u64, mut put: impl FnMut(usize, f32)) {
 /// ahead, or without. Returns a checksum.
 pub fn read_all(pool: &Threads, memory: &[u64], hints: bool) -> u64 {
     const CHUNK: usize = 1 << 17; // 1 MiB
+    read_parts(pool, memory.chunks(CHUNK).len(), hints, &|i| {
+        &memory[i * CHUNK..((i + 1) * CHUNK).min(memory.len())]
+    })
+}
+
+/// The same block by block, in the order of a table: consecutive parts of it to each thread.
+#[allow(dead_code, reason = "not every bench has tables")]
+pub fn read_blocks(
+    pool: &Threads,
+    memory: &[u64],
+    block_words: usize,
+    table: &[i32],
+    hints: bool,
+) -> u64 {
+    read_parts(pool, table.len(), hints, &|i| {
+        &memory[table[i] as usize * block_words..][..block_words]
+    })
+}
+
+fn read_parts<'a>(
+    pool: &Threads,
+    count: usize,
+    hints: bool,
+    part: &(dyn Fn(usize) -> &'a [u64] + Sync),
+) -> u64 {
     let sum = AtomicUsize::new(0);
-    pool.run(memory.len().div_ceil(CHUNK), &|_, i| {
-        let chunk = &memory[i * CHUNK..((i + 1) * CHUNK).min(memory.len())];
-        let part = if hints { read_chunk::<true>(chunk) } else { read_chunk::<false>(chunk) };
-        sum.fetch_add(part as usize, Ordering::Relaxed);
+    // Few and large jobs: handing one out takes time.
+    let jobs = count.div_ceil(16);
+    pool.run(jobs, &|_, job| {
+        for i in job * 16..count.min((job + 1) * 16) {
+            let chunk = part(i);
+            let one = if hints { read_chunk::<true>(chunk) } else { read_chunk::<false>(chunk) };
+            sum.fetch_add(one as usize, Ordering::Relaxed);
+        }
     });
     sum.into_inner() as u64
 }
