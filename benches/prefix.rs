@@ -4,12 +4,13 @@
 //! Lookups ask for prompts that are in the processor's caches, as one that was just tokenized is
 //! (64 in turn), and for prompts that are not (2,000 in turn). `hit`: all is cached; `half`: the
 //! first 2,048 tokens are; `miss`: nothing is. Each writes the block ids it found and the tail.
-//! Insertion and eviction are given per block that is new or goes, the comparison of what is there
-//! already included. `flat` is the same number of blocks without anything shared: 10,000 sequences
+//! Insertion and eviction are given per block that is new or goes; `insert` walks down from the root
+//! and compares what is there already, `insert below` resumes where the lookup of the prompt ended. `flat` is the same number of blocks without anything shared: 10,000 sequences
 //! of 10 blocks. `a block at a time`: 64 sequences that grow to 256 blocks together, each inserted
 //! from its first token whenever it has a block more.
 
 use std::hint::black_box;
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use kvcache::ids::{BlockId, Namespace, TokenId};
@@ -117,6 +118,27 @@ fn bench(c: &mut Criterion) {
             };
             b.iter_batched_ref(fresh, |index| build(index, prompts, &ids), BatchSize::PerIteration);
         });
+        // As an engine commits: below what the lookup of the prompt found, which is not timed.
+        group.bench_function(format!("insert below{name}"), |b| {
+            b.iter_custom(|rounds| {
+                let mut spent = Duration::ZERO;
+                let (mut hit, mut same) = (Hit::default(), Vec::new());
+                for _ in 0..rounds {
+                    let mut index = empty();
+                    build(&mut index, prompts, &ids);
+                    index.evict(usize::MAX, &mut |_| true, &mut |_| ());
+                    for prompt in prompts {
+                        index.lookup(SPACE, prompt, usize::MAX, &mut hit);
+                        let (rest, at) = (&prompt[hit.tokens..], hit.at);
+                        let start = Instant::now();
+                        let ids = &ids[..rest.len() / BLOCK];
+                        black_box(index.insert_below(SPACE, at, rest, ids, &mut same)).unwrap();
+                        spent += start.elapsed();
+                    }
+                }
+                spent
+            });
+        });
         group.bench_function(format!("evict{name}"), |b| {
             let fresh = || {
                 let mut index = empty();
@@ -163,8 +185,8 @@ fn bench(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default()
-        .measurement_time(std::time::Duration::from_secs(2))
-        .warm_up_time(std::time::Duration::from_millis(500));
+        .measurement_time(Duration::from_secs(2))
+        .warm_up_time(Duration::from_millis(500));
     targets = bench
 }
 criterion_main!(benches);

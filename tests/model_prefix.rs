@@ -80,6 +80,8 @@ impl Model {
 #[derive(Debug, Clone)]
 enum Op {
     Insert(u64, Vec<TokenId>),
+    /// Below the position of an earlier insertion or lookup.
+    InsertBelow(usize, Vec<TokenId>),
     Lookup(u64, Vec<TokenId>, usize),
     /// Use the position of an earlier insertion or lookup.
     Lock(usize),
@@ -102,6 +104,7 @@ fn op(bt: usize) -> impl Strategy<Value = Op> {
     let space = 0..3u64;
     prop_oneof![
         8 => (space.clone(), tokens(bt, 7)).prop_map(|(s, t)| Op::Insert(s, t)),
+        4 => (any::<usize>(), tokens(bt, 4)).prop_map(|(w, t)| Op::InsertBelow(w, t)),
         6 => (space.clone(), tokens(bt, 8), prop_oneof![Just(usize::MAX), 0..20usize])
             .prop_map(|(s, t, max)| Op::Lookup(s, t, max)),
         4 => any::<usize>().prop_map(Op::Lock),
@@ -153,26 +156,38 @@ impl Run {
         self.places.push((at, key, self.model.removals));
     }
 
-    fn insert(&mut self, space: u64, mut tokens: Vec<TokenId>) {
+    fn insert(&mut self, above: Position, (space, prefix): Key, mut tokens: Vec<TokenId>) {
         let bt = self.model.block_tokens;
         tokens.truncate(tokens.len() / bt * bt);
-        let blocks = tokens.len() / bt;
+        let (first, blocks) = (prefix.len() / bt, tokens.len() / bt);
         let ids: Vec<BlockId> =
             (0..blocks * self.groups).map(|i| BlockId(self.next_id + i as u32)).collect();
         self.next_id += ids.len() as u32;
-        let present = self.model.cached_blocks(space, &tokens);
+        let whole = [&prefix[..], &tokens].concat();
+        let (space_, same) = (Namespace(space), &mut self.same);
+        let done = match self.index.insert_below(space_, above, &tokens, &ids, same) {
+            Ok(done) => done,
+            Err(error) => {
+                assert_eq!(error, Error::StaleHandle { what: "prefix position" });
+                assert!(first > 0, "the empty prefix was refused");
+                return;
+            }
+        };
+        // All of `prefix` is cached, or the position would have been refused.
+        let there = self.model.cached_blocks(space, &whole);
+        assert!(there >= first, "inserted below a prefix that is gone");
+        let present = there - first;
         let stored = (blocks - present).min(self.model.capacity - self.model.entries.len());
-        let done = self.index.insert(Namespace(space), &tokens, &ids, &mut self.same).unwrap();
         assert_eq!((done.present, done.stored), (present, stored));
-        assert_eq!(self.same, self.model.ids(space, &tokens, present));
+        assert_eq!(self.same, self.model.ids(space, &whole, there)[first * self.groups..]);
         for n in present..present + stored {
             let ids = ids[n * self.groups..(n + 1) * self.groups].to_vec();
-            let key = (space, tokens[..(n + 1) * bt].to_vec());
+            let key = (space, whole[..(first + n + 1) * bt].to_vec());
             self.model.entries.insert(key, Entry { ids, stamp: 0 });
         }
-        tokens.truncate((present + stored) * bt);
-        self.model.touch(space, &tokens);
-        self.place(done.at, (space, tokens));
+        let end = whole[..(first + present + stored) * bt].to_vec();
+        self.model.touch(space, &end);
+        self.place(done.at, (space, end));
     }
 
     fn lookup(&mut self, space: u64, tokens: &[TokenId], max: usize) {
@@ -217,7 +232,19 @@ impl Run {
 
     fn step(&mut self, op: Op) {
         match op {
-            Op::Insert(space, tokens) => self.insert(space, tokens),
+            Op::Insert(space, tokens) => {
+                self.insert(Position::default(), (space, Vec::new()), tokens)
+            }
+            Op::InsertBelow(which, tokens) => {
+                let Some((at, key, must, _)) = self.pick(which) else { return };
+                let places = self.places.len();
+                // A place in the middle of what the position names is one too.
+                let blocks = key.1.len() / self.model.block_tokens;
+                let blocks = if which.is_multiple_of(3) { blocks / 2 } else { blocks };
+                let prefix = key.1[..blocks * self.model.block_tokens].to_vec();
+                self.insert(at.first(blocks), (key.0, prefix), tokens);
+                assert!(!must || self.places.len() > places, "a good position was refused");
+            }
             Op::Lookup(space, tokens, max) => self.lookup(space, &tokens, max),
             Op::Lock(which) => {
                 let Some((at, key, must, may)) = self.pick(which) else { return };

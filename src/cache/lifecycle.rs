@@ -51,7 +51,7 @@ impl KvCache {
         let cached = &prompt[..hit.tokens + tail];
         reserve(&mut sequence.tokens, cached.len())?;
         sequence.tokens.extend_from_slice(cached);
-        sequence.published_blocks = cached.len() / block_tokens;
+        sequence.published = hit.at;
         Ok(())
     }
 
@@ -110,7 +110,7 @@ impl KvCache {
         self.sequences.has_room()?;
         let parent = self.sequences.get_idle(seq)?;
         let mut child = Sequence { namespace: parent.namespace, ..Sequence::default() };
-        child.published_blocks = parent.published_blocks;
+        child.published = parent.published;
         let mut made = reserve(&mut child.tokens, parent.tokens.len());
         made = made.and_then(|()| reserve(&mut child.tables, parent.tables.len()));
         if made.is_ok() {
@@ -140,7 +140,7 @@ impl KvCache {
         }
         sequence.tokens.truncate(tokens as usize);
         let whole = (tokens / self.spec.block_tokens) as usize;
-        sequence.published_blocks = sequence.published_blocks.min(whole);
+        sequence.published = sequence.published.first(whole);
         Ok(())
     }
 

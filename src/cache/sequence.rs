@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, SeqId, TokenId};
 use crate::pool::BlockTable;
+use crate::prefix::Position;
 
 /// Sequence slots a cache may have: 16 bits of an id are the slot, 16 its generation.
 pub const MAX_SEQS: u32 = 1 << 16;
@@ -17,8 +18,8 @@ pub(super) struct Sequence {
     pub tokens: Vec<TokenId>,
     /// One table a layer group.
     pub tables: Vec<BlockTable>,
-    /// Leading blocks that are in the prefix index.
-    pub published_blocks: usize,
+    /// The end of the leading blocks that are in the prefix index.
+    pub published: Position,
     /// Reserved by an open step.
     pub in_step: bool,
 }

@@ -7,6 +7,7 @@ use crate::cpu::{AttendBatch, Rope};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
+use crate::prefix::Position;
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
@@ -291,30 +292,41 @@ impl KvCache {
         let sequence = self.sequences.get_mut(seq)?;
         let block_tokens = self.spec.block_tokens as usize;
         let whole = sequence.tokens.len() / block_tokens;
-        if whole <= sequence.published_blocks {
+        if whole <= sequence.published.blocks() {
             return Ok(());
         }
+        let groups = self.pools.len();
         self.ids.clear();
-        reserve(&mut self.ids, whole * self.pools.len())?;
+        reserve(&mut self.ids, whole * groups)?;
         for block in 0..whole {
             self.ids.extend(sequence.tables.iter().map(|table| table.blocks()[block]));
         }
-        let tokens = &sequence.tokens[..whole * block_tokens];
-        let inserted = prefix.insert(sequence.namespace, tokens, &self.ids, &mut self.canonical)?;
-        let groups = self.pools.len();
-        for block in sequence.published_blocks..inserted.present + inserted.stored {
+        let mut above = sequence.published;
+        let inserted = loop {
+            let from = above.blocks();
+            let tokens = &sequence.tokens[from * block_tokens..whole * block_tokens];
+            let ids = &self.ids[from * groups..];
+            let space = sequence.namespace;
+            match prefix.insert_below(space, above, tokens, ids, &mut self.canonical) {
+                // What hung below was evicted: a walk from the root finds the place again.
+                Err(Error::StaleHandle { .. }) if from > 0 => above = Position::default(),
+                result => break result?,
+            }
+        };
+        for block in sequence.published.blocks()..inserted.at.blocks() {
             for (group, table) in sequence.tables.iter_mut().enumerate() {
                 let pool = &mut self.pools[group];
                 let own = table.blocks()[block];
-                if block >= inserted.present {
+                let given = block - above.blocks();
+                if given >= inserted.present {
                     pool.cache(own)?;
-                } else if self.canonical[block * groups + group] != own {
-                    table.replace(pool, block, self.canonical[block * groups + group])?;
+                } else if self.canonical[given * groups + group] != own {
+                    table.replace(pool, block, self.canonical[given * groups + group])?;
                     self.totals.merged_blocks += 1;
                 }
             }
         }
-        sequence.published_blocks = whole;
+        sequence.published = inserted.at;
         Ok(())
     }
 }

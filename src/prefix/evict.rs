@@ -110,7 +110,7 @@ impl PrefixIndex {
         if !tokens.len().is_multiple_of(block_tokens) {
             return Err(Error::invalid("tokens", "must be whole blocks"));
         }
-        let walk = self.walk(space, tokens, None);
+        let walk = self.walk(self.root(space), tokens, None);
         let whole = walk.depth as usize == tokens.len() / block_tokens;
         if !whole || walk.depth == 0 || walk.inside < self.tree[walk.node].len {
             return Ok(0);

@@ -12,8 +12,8 @@ use crate::ids::{BlockId, Namespace, TokenId};
 /// What an insertion did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Inserted {
-    /// Leading blocks that were cached already, under the ids now in `canonical`. The index does
-    /// not take the caller's ids for them.
+    /// Leading blocks of those given that were cached already, under the ids now in `canonical`.
+    /// The index does not take the caller's ids for them.
     pub present: usize,
     /// Blocks after those that are cached now: the caller retains their ids for the index. Fewer
     /// than the rest if the index is full: evict and insert again to store more.
@@ -39,6 +39,23 @@ impl PrefixIndex {
         blocks: &[BlockId],
         canonical: &mut Vec<BlockId>,
     ) -> Result<Inserted> {
+        self.insert_below(space, Position::default(), tokens, blocks, canonical)
+    }
+
+    /// The same for `tokens` that follow the prefix that ends at `above`, without walking that
+    /// again: for a sequence that grows, or after the lookup of its prompt. `space` is read only
+    /// where `above` is the empty prefix; else it is that of `above`.
+    ///
+    /// # Errors
+    /// As for [`Self::insert`], and `StaleHandle` if `above` is no longer cached.
+    pub fn insert_below(
+        &mut self,
+        space: Namespace,
+        above: Position,
+        tokens: &[TokenId],
+        blocks: &[BlockId],
+        canonical: &mut Vec<BlockId>,
+    ) -> Result<Inserted> {
         let (block_tokens, groups) = (self.blocks.block_tokens, self.blocks.groups);
         canonical.clear();
         if !tokens.len().is_multiple_of(block_tokens) {
@@ -48,8 +65,13 @@ impl PrefixIndex {
         if count.checked_mul(groups) != Some(blocks.len()) {
             return Err(Error::invalid("blocks", "must be one id per block and group"));
         }
-        let walk = self.walk(space, tokens, Some(canonical));
-        let present = walk.depth as usize;
+        let mut from = self.root(space);
+        if above.blocks > 0 {
+            (from.node, from.inside) = self.find(above)?;
+            from.depth = above.blocks;
+        }
+        let walk = self.walk(from, tokens, Some(canonical));
+        let present = (walk.depth - above.blocks) as usize;
         let stored = (count - present).min(self.blocks.free() as usize);
         let result = if walk.out_of_memory {
             Err(Error::OutOfMemory { bytes: (count * groups * 4) as u64 })

@@ -61,7 +61,7 @@ impl PrefixIndex {
     pub fn lookup(&self, space: Namespace, tokens: &[TokenId], max_tokens: usize, hit: &mut Hit) {
         hit.clear();
         let tokens = &tokens[..tokens.len().min(max_tokens)];
-        let walk = self.walk(space, tokens, Some(&mut hit.blocks));
+        let walk = self.walk(self.root(space), tokens, Some(&mut hit.blocks));
         hit.tokens = walk.depth as usize * self.blocks.block_tokens;
         hit.at = self.position(&walk);
         if walk.common == 0 || hit.tail_blocks.try_reserve(self.blocks.groups).is_err() {
@@ -83,25 +83,32 @@ impl PrefixIndex {
         Position { node: walk.node, generation, blocks: walk.depth }
     }
 
-    /// Follows `query` from the root of `space` as far as it is cached and appends the ids of the
+    /// Where every walk in `space` begins.
+    pub(super) fn root(&self, space: Namespace) -> Walk {
+        let node = self.tree.root(space).unwrap_or(NIL);
+        Walk { node, inside: 0, depth: 0, near: NIL, common: 0, out_of_memory: false }
+    }
+
+    /// Follows `query` from the end of `from` as far as it is cached and appends the ids of the
     /// blocks it passes to `ids`, if wanted.
     pub(super) fn walk(
         &self,
-        space: Namespace,
+        from: Walk,
         query: &[TokenId],
         mut ids: Option<&mut Vec<BlockId>>,
     ) -> Walk {
-        let mut walk =
-            Walk { node: NIL, inside: 0, depth: 0, near: NIL, common: 0, out_of_memory: false };
-        let Some(root) = self.tree.root(space) else {
+        let mut walk = from;
+        if walk.node == NIL {
             return walk;
-        };
-        walk.node = root;
+        }
         let block_tokens = self.blocks.block_tokens;
         let mut rest = query;
         while !rest.is_empty() {
-            // Down the forks to the edge that agrees longest; exact, see `tree`.
-            let mut below = self.tree[walk.node].child;
+            // What is left of the edge where the walk stands, else down the forks to the edge that
+            // agrees longest; exact, see `tree`.
+            let stands = &self.tree[walk.node];
+            let inside = if walk.inside < stands.len { walk.inside } else { 0 };
+            let mut below = if walk.inside < stands.len { walk.node } else { stands.child };
             if below == NIL {
                 break;
             }
@@ -118,7 +125,7 @@ impl PrefixIndex {
                 }
             }
             let edge = &self.tree[below];
-            let run = Run { start: edge.start, len: edge.len };
+            let run = Run { start: edge.start + inside, len: edge.len - inside };
             let common = common_prefix(self.blocks.tokens(run), rest);
             let whole = common / block_tokens;
             walk.near = below;
@@ -131,13 +138,13 @@ impl PrefixIndex {
                     (walk.common, walk.out_of_memory) = (0, true);
                     return walk;
                 }
-                let passed = Run { start: edge.start, len: whole as u32 };
+                let passed = Run { start: run.start, len: whole as u32 };
                 ids.extend_from_slice(self.blocks.ids(passed));
             }
             walk.node = below;
-            walk.inside = whole as u32;
+            walk.inside = inside + whole as u32;
             walk.depth += whole as u32;
-            if whole < edge.len as usize {
+            if walk.inside < edge.len {
                 return walk;
             }
             walk.near = NIL;

@@ -104,6 +104,14 @@ impl Position {
         self.blocks as usize
     }
 
+    /// The end of the first `blocks` of these blocks, at most all; good as long as this one is.
+    pub fn first(self, blocks: usize) -> Self {
+        match self.blocks().min(blocks) {
+            0 => Self::default(),
+            blocks => Position { blocks: blocks as u32, ..self },
+        }
+    }
+
     /// The position as numbers, for a caller that cannot hold a Rust value.
     pub(crate) fn to_parts(self) -> [u32; 3] {
         [self.node, self.generation, self.blocks]

@@ -153,8 +153,19 @@ impl PrefixIndex {
 
     /// The edge that ends exactly at `at`, split off if need be; `NIL` for the empty prefix.
     fn settle(&mut self, at: Position) -> Result<u32> {
+        let (node, inside) = self.find(at)?;
+        if node == NIL || inside == self.tree[node].len {
+            return Ok(node);
+        }
+        self.reserve_nodes(1)?;
+        Ok(self.tree.split(node, inside))
+    }
+
+    /// The edge in or at whose end `at` is, and how many of its blocks are before it; `NIL` for the
+    /// empty prefix.
+    pub(super) fn find(&self, at: Position) -> Result<(u32, u32)> {
         if at.blocks == 0 {
-            return Ok(NIL);
+            return Ok((NIL, 0));
         }
         let stale = Err(Error::StaleHandle { what: "prefix position" });
         let mut node = match self.tree.get(at.node) {
@@ -169,11 +180,6 @@ impl PrefixIndex {
             node = self.tree.owner(node);
         }
         let edge = &self.tree[node];
-        if at.blocks == edge.end {
-            return Ok(node);
-        }
-        let blocks = at.blocks - (edge.end - edge.len);
-        self.reserve_nodes(1)?;
-        Ok(self.tree.split(node, blocks))
+        Ok((node, at.blocks - (edge.end - edge.len)))
     }
 }
