@@ -46,6 +46,7 @@ mod header {
         ("append", "append: new keys and values into the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),
+        ("prefix_step", "prefix: what a step wants of it, in one call"),
         ("cache", "cache: the whole KV cache"),
         ("seq", "seq: the sequences of a cache"),
         ("step", "step: one forward pass over a batch"),

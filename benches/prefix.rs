@@ -10,9 +10,14 @@
 //! from its first token whenever it has a block more.
 
 use std::hint::black_box;
+use std::ptr;
 use std::time::{Duration, Instant};
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
+};
+use kvcache::capi::*;
 use kvcache::ids::{BlockId, Namespace, TokenId};
 use kvcache::prefix::{Hit, PrefixIndex};
 
@@ -53,6 +58,59 @@ fn build(index: &mut PrefixIndex, prompts: &[Vec<TokenId>], ids: &[BlockId]) {
 
 fn empty() -> PrefixIndex {
     PrefixIndex::new(BLOCK, 1, 100_000).unwrap()
+}
+
+/// Full hits through the C ABI, from one and from several threads at once.
+fn threads(group: &mut BenchmarkGroup<'_, WallTime>, prompts: &[Vec<TokenId>], ids: &[BlockId]) {
+    let mut handle = ptr::null_mut();
+    // SAFETY: `handle` is writable.
+    unsafe { assert_eq!(kvc_prefix_create(BLOCK as u32, 1, 100_000, &mut handle), KVC_OK) };
+    for (i, prompt) in prompts.iter().enumerate() {
+        let ids = &ids[i * 9 % 1000..][..prompt.len() / BLOCK];
+        let (tokens, count) = (prompt.as_ptr(), prompt.len() as u64);
+        // SAFETY: the slices outlive the call, `done` is writable.
+        unsafe {
+            let mut done = std::mem::zeroed();
+            let (ids, n) = (ids.as_ptr().cast(), ids.len() as u64);
+            let none = ptr::null_mut();
+            let status = kvc_prefix_insert(handle, 1, tokens, count, ids, n, none, 0, &mut done);
+            assert_eq!(status, KVC_OK);
+        }
+    }
+    let index = handle as usize; // a handle is a number, any thread may use it
+    for threads in [1, 2, 4] {
+        group.throughput(Throughput::Elements(1));
+        group.bench_function(format!("hit, C ABI, {threads} threads"), |b| {
+            b.iter_custom(|rounds| {
+                let start = Instant::now();
+                std::thread::scope(|scope| {
+                    for thread in 0..threads {
+                        scope.spawn(move || {
+                            let mut blocks = [0i32; 256];
+                            for round in 0..rounds / threads + 1 {
+                                let prompt = &prompts[(round as usize + thread as usize * 16) % 64];
+                                let (tokens, count) = (prompt.as_ptr(), prompt.len() as u64);
+                                // SAFETY: the slices outlive the call, `hit` is writable.
+                                unsafe {
+                                    let mut hit: kvc_prefix_hit = std::mem::zeroed();
+                                    let (out, none) = (blocks.as_mut_ptr(), ptr::null_mut());
+                                    let handle = index as *mut kvc_prefix;
+                                    let status = kvc_prefix_lookup(
+                                        handle, 1, tokens, count, count, out, 256, none, &mut hit,
+                                    );
+                                    assert_eq!((status, hit.tokens), (KVC_OK, 4096));
+                                }
+                                black_box(&blocks);
+                            }
+                        });
+                    }
+                });
+                start.elapsed()
+            });
+        });
+    }
+    // SAFETY: live, and no thread uses it any more.
+    unsafe { assert_eq!(kvc_prefix_destroy(handle), KVC_OK) };
 }
 
 fn bench(c: &mut Criterion) {
@@ -99,6 +157,8 @@ fn bench(c: &mut Criterion) {
             index.unlock(pin).unwrap();
         });
     });
+
+    threads(&mut group, &tree, &ids);
 
     group.sample_size(10);
     for (name, prompts) in [("", &tree), (", flat", &flat)] {

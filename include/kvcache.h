@@ -656,18 +656,19 @@ kvc_status kvc_prefix_create(uint32_t block_tokens,
                              uint32_t capacity_blocks,
                              kvc_prefix **out);
 
-// Ends an index. NULL is accepted.
+// Ends an index. NULL is accepted. KVC_ERR_INVALID_STATE while another thread is inside it.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_destroy(kvc_prefix *prefix);
 
 // Finds the longest cached prefix of the first `max_tokens` of `tokens[token_count]` in
 // `name_space`. Give token_count - 1 as the maximum to leave the last token to be computed, whose
 // logits sampling needs. Writes block ids to `out_blocks[capacity]`: groups for each whole block
 // of tokens is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
-// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock.
+// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock. Where another
+// thread may evict between the two, look up and pin in one call: kvc_prefix_run.
 //
-// Threads: per-handle.
+// Threads: thread-safe; lookups do not wait for each other.
 kvc_status kvc_prefix_lookup(kvc_prefix *prefix,
                              uint64_t name_space,
                              const uint32_t *tokens,
@@ -683,7 +684,7 @@ kvc_status kvc_prefix_lookup(kvc_prefix *prefix,
 // `out_present[capacity]`, which needs room for as many as were present; `block_ids` is always
 // enough. NULL with a capacity of 0 asks for none. -1 stands for a group that has no block.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_insert(kvc_prefix *prefix,
                              uint64_t name_space,
                              const uint32_t *tokens,
@@ -697,12 +698,12 @@ kvc_status kvc_prefix_insert(kvc_prefix *prefix,
 // Pins the prefix that ends at `at`, so that no eviction takes it, marks it as used, and writes
 // the pin to `out_pin`. KVC_ERR_STALE_HANDLE where it is no longer cached.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_lock(kvc_prefix *prefix, const kvc_prefix_position *at, uint64_t *out_pin);
 
 // Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_unlock(kvc_prefix *prefix, uint64_t pin);
 
 // Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
@@ -710,7 +711,7 @@ kvc_status kvc_prefix_unlock(kvc_prefix *prefix, uint64_t pin);
 // many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 // ids of all that is cached.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_evict(kvc_prefix *prefix,
                             uint64_t want_blocks,
                             int32_t *out_blocks,
@@ -719,8 +720,115 @@ kvc_status kvc_prefix_evict(kvc_prefix *prefix,
 
 // Writes the index's sizes to `out`, `out_bytes` (its sizeof) at most.
 //
-// Threads: per-handle.
+// Threads: thread-safe.
 kvc_status kvc_prefix_stats(const kvc_prefix *prefix, kvc_prefix_counts *out, uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// prefix: what a step wants of it, in one call
+// ----------------------------------------------------------------------------------------------
+// Blocks to cache: the arguments of kvc_prefix_insert, and where they hang. This struct never
+// grows.
+typedef struct {
+    // The name space. Read only where `above` is all 0.
+    uint64_t name_space;
+    // All 0, or the position of an earlier hit or insertion: tokens and blocks are what follows
+    // it, and it is not walked again.
+    kvc_prefix_position above;
+    // Token ids, whole blocks.
+    const uint32_t *tokens;
+    // How many.
+    uint64_t token_count;
+    // Block ids `[block][group]`.
+    const int32_t *blocks;
+    // How many.
+    uint64_t block_ids;
+    // NULL, or `[capacity]`: receives the ids of the leading blocks that were cached already.
+    int32_t *out_present;
+    // Room in out_present: block_ids, or 0 with NULL.
+    uint64_t capacity;
+} kvc_prefix_commit;
+
+// What became of a commit. This struct never grows.
+typedef struct {
+    // KVC_OK, or why this commit failed; the rest is 0 then.
+    kvc_status status;
+    // 0.
+    uint32_t reserved;
+    // What was done.
+    kvc_prefix_inserted inserted;
+} kvc_prefix_committed;
+
+// A sequence to look up: the arguments of kvc_prefix_lookup, and whether to pin what is found. This
+// struct never grows.
+typedef struct {
+    // The name space.
+    uint64_t name_space;
+    // Token ids.
+    const uint32_t *tokens;
+    // How many.
+    uint64_t token_count;
+    // At most so many of them are matched.
+    uint64_t max_tokens;
+    // `[capacity]`: receives the ids of the whole blocks, `[block][group]`.
+    int32_t *out_blocks;
+    // Room in out_blocks.
+    uint64_t capacity;
+    // NULL, or room for one id a group: the block that agrees for a part of its tokens.
+    int32_t *out_tail_blocks;
+    // 1: pin the whole blocks that are found, as kvc_prefix_lock does.
+    uint32_t pin;
+    // 0.
+    uint32_t reserved;
+} kvc_prefix_query;
+
+// What became of a query. This struct never grows.
+typedef struct {
+    // KVC_OK, or why this query failed; the rest is 0 then.
+    kvc_status status;
+    // 0.
+    uint32_t reserved;
+    // What was found.
+    kvc_prefix_hit hit;
+    // The pin that was asked for, else 0.
+    uint64_t pin;
+} kvc_prefix_answer;
+
+// All that a step wants of an index.
+typedef struct {
+    // sizeof(kvc_prefix_batch); kvc_prefix_batch_init sets it.
+    uint32_t struct_size;
+    // Pins to end, first of all.
+    uint32_t unlock_count;
+    // `[unlock_count]`
+    const uint64_t *unlocks;
+    // NULL, or `[unlock_count]`: a status each.
+    kvc_status *out_unlocked;
+    // Blocks to cache, second.
+    uint32_t commit_count;
+    // Sequences to look up, last.
+    uint32_t query_count;
+    // `[commit_count]`
+    const kvc_prefix_commit *commits;
+    // `[commit_count]`
+    kvc_prefix_committed *out_committed;
+    // `[query_count]`
+    const kvc_prefix_query *queries;
+    // `[query_count]`
+    kvc_prefix_answer *out_answers;
+} kvc_prefix_batch;
+
+// Fills `out` with nothing to do; `bytes` is its sizeof.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_batch_init(kvc_prefix_batch *out, uint32_t bytes);
+
+// Ends pins, then caches blocks, then looks sequences up (and pins what was found where that is
+// asked for), in one call: a step of an engine. Each item has a status of its own, and a failed one
+// changes nothing and stops none of the others; the call fails only where the batch itself or an
+// array cannot be read or written, and then does nothing.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_run(kvc_prefix *prefix, const kvc_prefix_batch *batch);
 
 // ----------------------------------------------------------------------------------------------
 // cache: the whole KV cache

@@ -62,10 +62,23 @@ fn in_rust() -> Layout {
             reserved,
         }
         kvc_pool_counts { blocks, free_blocks, held_blocks, reserved }
+        kvc_prefix_answer { status, reserved, hit, pin }
+        kvc_prefix_batch {
+            struct_size, unlock_count, unlocks, out_unlocked, commit_count, query_count, commits,
+            out_committed, queries, out_answers,
+        }
+        kvc_prefix_commit {
+            name_space, above, tokens, token_count, blocks, block_ids, out_present, capacity,
+        }
+        kvc_prefix_committed { status, reserved, inserted }
         kvc_prefix_counts { blocks, capacity_blocks, name_spaces, nodes, pins, bytes }
         kvc_prefix_hit { tokens, block_ids, tail_tokens, at }
         kvc_prefix_inserted { present_blocks, stored_blocks, at }
         kvc_prefix_position { parts, reserved }
+        kvc_prefix_query {
+            name_space, tokens, token_count, max_tokens, out_blocks, capacity, out_tail_blocks, pin,
+            reserved,
+        }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
         kvc_work { seq, token_count, tokens }
@@ -122,7 +135,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 16);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 21);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.
@@ -145,8 +158,9 @@ fn bindgen_reads_the_same_layout() {
         )*};
     }
     same!(kvc_append_desc kvc_attend_desc kvc_cache_counts kvc_cache_options kvc_group_spec
-        kvc_plan_group kvc_plan_options kvc_plan_result kvc_pool_counts kvc_prefix_counts
-        kvc_prefix_hit kvc_prefix_inserted kvc_prefix_position kvc_rope kvc_scoring kvc_work);
+        kvc_plan_group kvc_plan_options kvc_plan_result kvc_pool_counts kvc_prefix_answer
+        kvc_prefix_batch kvc_prefix_commit kvc_prefix_committed kvc_prefix_counts kvc_prefix_hit
+        kvc_prefix_inserted kvc_prefix_position kvc_prefix_query kvc_rope kvc_scoring kvc_work);
     assert_eq!(from_the_header::KVC_ERR_OUT_OF_BLOCKS, KVC_ERR_OUT_OF_BLOCKS);
     assert_eq!(
         offset_of!(from_the_header::kvc_attend_desc, workspace_bytes),

@@ -6,10 +6,13 @@
 //! tag makes it a non-canonical address: no pointer to a real object can pass for a handle, and a
 //! caller that follows one faults at once.
 //!
-//! Each slot is one atomic word `[tag | kind | generation | borrows]` beside the object's address;
-//! a handle is live when it agrees with its slot's word above the low bits. Borrows count the
-//! calls that are inside the object, so that two calls on a per-handle noun at once, or a destroy
-//! during a call, is an error instead of a race. Nothing here locks, and this file knows no noun.
+//! Each slot is one atomic word `[tag | kind | generation | exclusive]` beside the object's address;
+//! a handle is live when it agrees with its slot's word above the low bits. Borrows are marked, so
+//! that two calls on a per-handle noun at once, or a destroy during a call, is an error instead of a
+//! race. Shared borrows are counted in shards, so that threads that share an object do not share a
+//! cache line: whoever borrows counts first and looks at the word then, whoever borrows alone marks
+//! the word first and looks at the counts then, and all of it is sequentially consistent, so that of
+//! two at least one sees the other. Nothing here locks, and this file knows no noun.
 //!
 //! A generation returns after 2^32 reuses of one slot (2^16 on 32-bit machines).
 
@@ -19,14 +22,15 @@ use core::alloc::Layout;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
+use super::shard::{Padded, SHARDS, own_shard};
 use crate::error::{Error, Result};
 
 /// Handles that a process can hold at once, all nouns together.
 pub(crate) const MAX_HANDLES: usize = 4096;
 
-/// Low bits: the slot's index in a handle, the borrow count in a slot's word.
+/// Low bits: the slot's index in a handle; in a slot's word 0, or [`EXCLUSIVE`].
 const LOW_BITS: u32 = if usize::BITS >= 64 { 16 } else { 12 };
 const GENERATION_BITS: u32 = if usize::BITS >= 64 { 32 } else { 16 };
 const KIND_SHIFT: u32 = LOW_BITS + GENERATION_BITS;
@@ -35,12 +39,12 @@ const LOW_MASK: usize = (1 << LOW_BITS) - 1;
 const FREE: usize = 0;
 /// Kind of a slot that is being filled; no handle carries it.
 const RESERVED: usize = 15;
-/// Borrow count of an exclusive borrow.
+/// Marks an exclusive borrow.
 const EXCLUSIVE: usize = LOW_MASK;
 /// Upper bits of every handle: `K`, where an address has room for it.
 const TAG: usize = if usize::BITS >= 64 { 0x4b << (usize::BITS - 8) } else { 0 };
 
-const _: () = assert!(MAX_HANDLES <= 1 << LOW_BITS && MAX_HANDLES < LOW_MASK + 2);
+const _: () = assert!(MAX_HANDLES <= 1 << LOW_BITS);
 
 /// A Rust object that C code holds by handle.
 pub(crate) trait Noun: Send + Sized {
@@ -69,6 +73,9 @@ impl Slot {
 }
 
 static SLOTS: [Slot; MAX_HANDLES] = [const { Slot::new() }; MAX_HANDLES];
+/// Shared borrows of each slot. Only pages that are used take memory.
+static SHARED: [[Padded<AtomicU32>; SHARDS]; MAX_HANDLES] =
+    [const { [const { Padded(AtomicU32::new(0)) }; SHARDS] }; MAX_HANDLES];
 /// Where the search for a free slot starts: it walks round, so that generations age evenly.
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
@@ -129,58 +136,67 @@ pub(crate) fn publish<T: Noun>(object: T) -> Result<*mut T::Handle> {
     Err(Error::TooManyHandles { limit: MAX_HANDLES as u32 })
 }
 
-/// The slot a handle names, if its kind can be right; whether it is live only the word can say.
-fn slot_of<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, usize)> {
+/// The index of the slot that a handle names and the word of a live one, if its kind can be right;
+/// whether it is live only the slot can say.
+fn slot_of<T: Noun>(handle: *const T::Handle) -> Result<(usize, usize)> {
     let value = handle.addr();
     if value == 0 {
         return Err(Error::NullPointer { what: T::NAME });
     }
-    let slot = SLOTS.get(value & LOW_MASK).ok_or(Error::StaleHandle { what: T::NAME })?;
+    let index = value & LOW_MASK;
     // Only the generation may be the caller's: tag and kind must be ours.
-    if value & !LOW_MASK != word(T::KIND, generation_of(value), 0) {
+    if index >= MAX_HANDLES || value & !LOW_MASK != word(T::KIND, generation_of(value), 0) {
         return Err(Error::StaleHandle { what: T::NAME });
     }
-    Ok((slot, value & !LOW_MASK))
+    Ok((index, value & !LOW_MASK))
 }
 
-/// Enters the object: `low` maps the borrow count to the new one, `None` where it may not.
-fn enter<T: Noun>(
-    handle: *const T::Handle,
-    low: impl Fn(usize) -> Option<usize>,
-) -> Result<&'static Slot> {
-    let (slot, live) = slot_of::<T>(handle)?;
-    let mut seen = slot.word.load(Ordering::Relaxed);
-    loop {
-        if seen & !LOW_MASK != live {
-            return Err(Error::StaleHandle { what: T::NAME });
-        }
-        let Some(next) = low(seen & LOW_MASK) else {
-            return Err(Error::InvalidState { why: "the handle is in use by another call" });
-        };
-        match slot.word.compare_exchange_weak(
-            seen,
-            live | next,
-            Ordering::Acquire,
-            Ordering::Relaxed,
-        ) {
-            Ok(_) => return Ok(slot),
-            Err(now) => seen = now,
-        }
+/// Why a word that is not `live` refuses a borrow.
+fn refused<T: Noun>(seen: usize, live: usize) -> Error {
+    if seen & !LOW_MASK != live {
+        return Error::StaleHandle { what: T::NAME };
     }
+    Error::InvalidState { why: "the handle is in use by another call" }
 }
 
-fn enter_shared(borrows: usize) -> Option<usize> {
-    (borrows + 1 < EXCLUSIVE).then_some(borrows + 1)
+/// Counts a shared borrow: the slot, and where it is counted.
+fn enter_shared<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, &'static AtomicU32)> {
+    let (index, live) = slot_of::<T>(handle)?;
+    let slot = &SLOTS[index];
+    // A stale handle does not even count: the slot may be another's now.
+    let seen = slot.word.load(Ordering::Relaxed);
+    if seen != live {
+        return Err(refused::<T>(seen, live));
+    }
+    let count = &SHARED[index][own_shard()].0;
+    count.fetch_add(1, Ordering::SeqCst);
+    let seen = slot.word.load(Ordering::SeqCst);
+    if seen != live {
+        count.fetch_sub(1, Ordering::Release);
+        return Err(refused::<T>(seen, live));
+    }
+    Ok((slot, count))
 }
 
-fn enter_exclusive(borrows: usize) -> Option<usize> {
-    (borrows == 0).then_some(EXCLUSIVE)
+/// Marks an exclusive borrow.
+fn enter_exclusive<T: Noun>(handle: *const T::Handle) -> Result<&'static Slot> {
+    let (index, live) = slot_of::<T>(handle)?;
+    let slot = &SLOTS[index];
+    let mark = live | EXCLUSIVE;
+    let marked = slot.word.compare_exchange(live, mark, Ordering::SeqCst, Ordering::Relaxed);
+    marked.map_err(|seen| refused::<T>(seen, live))?;
+    if SHARED[index].iter().any(|count| count.0.load(Ordering::SeqCst) != 0) {
+        slot.word.store(live, Ordering::SeqCst);
+        return Err(refused::<T>(mark, live));
+    }
+    Ok(slot)
 }
 
 /// A borrow of a live object; ends with the value. A panic inside it poisons the object.
 pub(crate) struct Borrow<T> {
     slot: &'static Slot,
-    exclusive: bool,
+    /// Where a shared borrow is counted; `None` for an exclusive one.
+    count: Option<&'static AtomicU32>,
     /// A caller that unwinds for reasons of its own does not poison what it calls.
     unwinding: bool,
     object: PhantomData<*mut T>,
@@ -197,8 +213,8 @@ fn unwinding() -> bool {
 }
 
 impl<T> Borrow<T> {
-    fn new(slot: &'static Slot, exclusive: bool) -> Result<Self> {
-        Self { slot, exclusive, unwinding: unwinding(), object: PhantomData }.check()
+    fn new(slot: &'static Slot, count: Option<&'static AtomicU32>) -> Result<Self> {
+        Self { slot, count, unwinding: unwinding(), object: PhantomData }.check()
     }
 
     fn check(self) -> Result<Self> {
@@ -215,8 +231,10 @@ impl<T> Drop for Borrow<T> {
         if unwinding() && !self.unwinding {
             self.slot.poisoned.store(true, Ordering::Relaxed);
         }
-        let borrows = if self.exclusive { EXCLUSIVE } else { 1 };
-        self.slot.word.fetch_sub(borrows, Ordering::Release);
+        match self.count {
+            Some(count) => _ = count.fetch_sub(1, Ordering::Release),
+            None => _ = self.slot.word.fetch_sub(EXCLUSIVE, Ordering::SeqCst),
+        }
     }
 }
 
@@ -252,8 +270,8 @@ impl<T> DerefMut for Exclusive<T> {
 
 /// Borrows the object of a live handle beside other shared borrows.
 pub(crate) fn shared<T: Noun + Sync>(handle: *const T::Handle) -> Result<Shared<T>> {
-    let slot = enter::<T>(handle, enter_shared)?;
-    Borrow::new(slot, false).map(Shared)
+    let (slot, count) = enter_shared::<T>(handle)?;
+    Borrow::new(slot, Some(count)).map(Shared)
 }
 
 /// Borrows the object of a live handle alone.
@@ -261,8 +279,8 @@ pub(crate) fn shared<T: Noun + Sync>(handle: *const T::Handle) -> Result<Shared<
 /// # Errors
 /// `InvalidState` while another call is inside the object.
 pub(crate) fn exclusive<T: Noun>(handle: *const T::Handle) -> Result<Exclusive<T>> {
-    let slot = enter::<T>(handle, enter_exclusive)?;
-    Borrow::new(slot, true).map(Exclusive)
+    let slot = enter_exclusive::<T>(handle)?;
+    Borrow::new(slot, None).map(Exclusive)
 }
 
 /// Ends a handle and drops its object, poisoned or not. NULL is accepted.
@@ -273,7 +291,7 @@ pub(crate) fn destroy<T: Noun>(handle: *mut T::Handle) -> Result<()> {
     if handle.is_null() {
         return Ok(());
     }
-    let slot = enter::<T>(handle, enter_exclusive)?;
+    let slot = enter_exclusive::<T>(handle)?;
     let object = slot.object.swap(ptr::null_mut(), Ordering::Relaxed).cast::<T>();
     let generation = generation_of(slot.word.load(Ordering::Relaxed)).wrapping_add(1);
     slot.word.store(word(FREE, generation, 0), Ordering::Release);

@@ -22,6 +22,7 @@ pub mod info;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
+pub mod prefix_step;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -30,6 +31,7 @@ pub mod step;
 
 mod handle;
 mod pointer;
+mod shard;
 mod threads;
 
 pub use append::*;
@@ -40,6 +42,7 @@ pub use info::*;
 pub use plan::*;
 pub use pool::*;
 pub use prefix::*;
+pub use prefix_step::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;

@@ -1,9 +1,8 @@
 //! The prefix noun: `crate::prefix::PrefixIndex` behind a handle.
 
-use alloc::vec::Vec;
-
 use super::handle::{self, Noun};
 use super::pointer::{self, Plain};
+use super::prefix_step::{kvc_prefix_commit, kvc_prefix_query};
 use super::status::{guard, kvc_status};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace};
@@ -14,17 +13,79 @@ use crate::prefix::{Hit, PinId, Position, PrefixIndex};
 /// blocks: the engine retains what it inserts and frees what is reported as evicted.
 pub struct kvc_prefix(());
 
-/// What a prefix handle holds: the index, and buffers that calls reuse.
-struct Index {
-    index: PrefixIndex,
-    hit: Hit,
-    canonical: Vec<BlockId>,
-}
+/// What a prefix handle holds.
+pub(super) struct Index(Lock);
 
 impl Noun for Index {
     type Handle = kvc_prefix;
     const KIND: usize = 2;
     const NAME: &'static str = "prefix";
+}
+
+/// Readers beside each other: each has a lock of its own to take, and a writer takes all.
+#[cfg(feature = "std")]
+mod lock {
+    use super::{Index, kvc_prefix};
+    use crate::capi::handle;
+    use crate::error::Result;
+    use crate::prefix::PrefixIndex;
+
+    pub(super) type Lock = crate::capi::shard::lock::ShardedLock<PrefixIndex>;
+
+    pub(in crate::capi) fn read<R>(
+        prefix: *const kvc_prefix,
+        work: impl FnOnce(&PrefixIndex) -> Result<R>,
+    ) -> Result<R> {
+        handle::shared::<Index>(prefix)?.0.read(work)
+    }
+
+    pub(in crate::capi) fn write<R>(
+        prefix: *const kvc_prefix,
+        work: impl FnOnce(&mut PrefixIndex) -> Result<R>,
+    ) -> Result<R> {
+        handle::shared::<Index>(prefix)?.0.write(work)
+    }
+}
+
+/// Without threads the handle itself keeps calls apart.
+#[cfg(not(feature = "std"))]
+mod lock {
+    use super::{Index, kvc_prefix};
+    use crate::capi::handle;
+    use crate::error::Result;
+    use crate::prefix::PrefixIndex;
+
+    pub(super) type Lock = core::cell::Cell<PrefixIndex>;
+
+    pub(in crate::capi) fn read<R>(
+        prefix: *const kvc_prefix,
+        work: impl FnOnce(&PrefixIndex) -> Result<R>,
+    ) -> Result<R> {
+        work(handle::exclusive::<Index>(prefix)?.0.get_mut())
+    }
+
+    pub(in crate::capi) fn write<R>(
+        prefix: *const kvc_prefix,
+        work: impl FnOnce(&mut PrefixIndex) -> Result<R>,
+    ) -> Result<R> {
+        work(handle::exclusive::<Index>(prefix)?.0.get_mut())
+    }
+}
+
+use lock::Lock;
+pub(super) use lock::{read, write};
+
+/// Lends a hit, whose buffers the thread keeps for its next call.
+fn with_hit<R>(work: impl FnOnce(&mut Hit) -> R) -> R {
+    #[cfg(feature = "std")]
+    {
+        std::thread_local! {
+            static HIT: core::cell::RefCell<Hit> = core::cell::RefCell::new(Hit::default());
+        }
+        HIT.with_borrow_mut(work)
+    }
+    #[cfg(not(feature = "std"))]
+    work(&mut Hit::default())
 }
 
 /// The end of a matched or inserted prefix, to lock it. Good until blocks at its end are evicted,
@@ -138,15 +199,14 @@ pub unsafe extern "C" fn kvc_prefix_create(
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
         let index = PrefixIndex::new(block_tokens as usize, groups as usize, capacity_blocks)?;
-        let object = Index { index, hit: Hit::default(), canonical: Vec::new() };
-        out.write(handle::publish(object)?);
+        out.write(handle::publish(Index(Lock::new(index)))?);
         Ok(())
     })
 }
 
-/// Ends an index. NULL is accepted.
+/// Ends an index. NULL is accepted. KVC_ERR_INVALID_STATE while another thread is inside it.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules.
@@ -159,9 +219,10 @@ pub unsafe extern "C" fn kvc_prefix_destroy(prefix: *mut kvc_prefix) -> kvc_stat
 /// `name_space`. Give token_count - 1 as the maximum to leave the last token to be computed, whose
 /// logits sampling needs. Writes block ids to `out_blocks[capacity]`: groups for each whole block
 /// of tokens is always enough, and KVC_ERR_BUFFER_TOO_SMALL says what is not. `out_tail_blocks`
-/// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock.
+/// takes one id a group, and may be NULL. Marks nothing as used: see kvc_prefix_lock. Where another
+/// thread may evict between the two, look up and pin in one call: kvc_prefix_run.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe; lookups do not wait for each other.
 ///
 /// # Safety
 /// The module's rules; inputs are readable and outputs writable to their sizes.
@@ -178,13 +239,36 @@ pub unsafe extern "C" fn kvc_prefix_lookup(
     out: *mut kvc_prefix_hit,
 ) -> kvc_status {
     guard(|| {
-        let mut prefix = handle::exclusive::<Index>(prefix)?;
-        let Index { index, hit, .. } = &mut *prefix;
-        // SAFETY: the caller's promise.
-        let tokens = unsafe { pointer::slice(tokens, token_count, "tokens") }?;
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
-        let max_tokens = usize::try_from(max_tokens).unwrap_or(usize::MAX);
+        let query = kvc_prefix_query {
+            name_space,
+            tokens,
+            token_count,
+            max_tokens,
+            out_blocks,
+            capacity,
+            out_tail_blocks,
+            pin: 0,
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise.
+        out.write(read(prefix, |index| unsafe { look_up(index, &query) })?);
+        Ok(())
+    })
+}
+
+/// # Safety
+/// The pointers of `query` are as documented.
+pub(super) unsafe fn look_up(
+    index: &PrefixIndex,
+    query: &kvc_prefix_query,
+) -> Result<kvc_prefix_hit> {
+    let &kvc_prefix_query { name_space, out_blocks, capacity, out_tail_blocks, .. } = query;
+    // SAFETY: the caller's promise.
+    let tokens = unsafe { pointer::slice(query.tokens, query.token_count, "tokens") }?;
+    let max_tokens = usize::try_from(query.max_tokens).unwrap_or(usize::MAX);
+    with_hit(|hit| {
         index.lookup(Namespace(name_space), tokens, max_tokens, hit);
         // SAFETY: the caller's promise.
         let blocks = unsafe { room(out_blocks, capacity, hit.blocks.len(), "out_blocks") }?;
@@ -195,13 +279,12 @@ pub unsafe extern "C" fn kvc_prefix_lookup(
                 .copy_from_slice(&hit.tail_blocks);
         }
         blocks.copy_from_slice(&hit.blocks);
-        out.write(kvc_prefix_hit {
+        Ok(kvc_prefix_hit {
             tokens: hit.tokens as u64,
             block_ids: hit.blocks.len() as u64,
             tail_tokens: hit.tail_tokens as u64,
             at: hit.at.into(),
-        });
-        Ok(())
+        })
     })
 }
 
@@ -210,7 +293,7 @@ pub unsafe extern "C" fn kvc_prefix_lookup(
 /// `out_present[capacity]`, which needs room for as many as were present; `block_ids` is always
 /// enough. NULL with a capacity of 0 asks for none. -1 stands for a group that has no block.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules; inputs are readable and outputs writable to their sizes.
@@ -227,41 +310,65 @@ pub unsafe extern "C" fn kvc_prefix_insert(
     out: *mut kvc_prefix_inserted,
 ) -> kvc_status {
     guard(|| {
-        let mut prefix = handle::exclusive::<Index>(prefix)?;
-        let Index { index, canonical, .. } = &mut *prefix;
-        // SAFETY: the caller's promise; BlockId is transparent over u32.
-        let (tokens, blocks, out) = unsafe {
-            (
-                pointer::slice(tokens, token_count, "tokens")?,
-                pointer::slice(blocks.cast::<BlockId>(), block_ids, "blocks")?,
-                pointer::out(out, "out")?,
-            )
+        // SAFETY: the caller's promise.
+        let out = unsafe { pointer::out(out, "out") }?;
+        let commit = kvc_prefix_commit {
+            name_space,
+            above: Position::default().into(),
+            tokens,
+            token_count,
+            blocks,
+            block_ids,
+            out_present,
+            capacity,
         };
-        let wanted = !out_present.is_null() || capacity != 0;
+        // SAFETY: the caller's promise.
+        out.write(write(prefix, |index| unsafe { insert(index, &commit) })?);
+        Ok(())
+    })
+}
+
+/// # Safety
+/// The pointers of `commit` are as documented.
+pub(super) unsafe fn insert(
+    index: &mut PrefixIndex,
+    commit: &kvc_prefix_commit,
+) -> Result<kvc_prefix_inserted> {
+    let &kvc_prefix_commit { name_space, above, out_present, capacity, .. } = commit;
+    // SAFETY: the caller's promise; BlockId is transparent over u32.
+    let (tokens, blocks) = unsafe {
+        (
+            pointer::slice(commit.tokens, commit.token_count, "tokens")?,
+            pointer::slice(commit.blocks.cast::<BlockId>(), commit.block_ids, "blocks")?,
+        )
+    };
+    let wanted = !out_present.is_null() || capacity != 0;
+    if wanted {
+        // Asked for before anything changes: all of them may be present.
+        // SAFETY: the caller's promise.
+        unsafe { room(out_present, capacity, blocks.len(), "out_present") }?;
+    }
+    let above = Position::from_parts(above.parts);
+    with_hit(|hit| {
+        let present = &mut hit.blocks;
+        let inserted = index.insert_below(Namespace(name_space), above, tokens, blocks, present)?;
         if wanted {
-            // Asked for before anything changes: all of them may be present.
             // SAFETY: the caller's promise.
-            unsafe { room(out_present, capacity, blocks.len(), "out_present") }?;
+            unsafe { room(out_present, capacity, present.len(), "out_present") }?
+                .copy_from_slice(present);
         }
-        let inserted = index.insert(Namespace(name_space), tokens, blocks, canonical)?;
-        if wanted {
-            // SAFETY: the caller's promise.
-            unsafe { room(out_present, capacity, canonical.len(), "out_present") }?
-                .copy_from_slice(canonical);
-        }
-        out.write(kvc_prefix_inserted {
+        Ok(kvc_prefix_inserted {
             present_blocks: inserted.present as u64,
             stored_blocks: inserted.stored as u64,
             at: inserted.at.into(),
-        });
-        Ok(())
+        })
     })
 }
 
 /// Pins the prefix that ends at `at`, so that no eviction takes it, marks it as used, and writes
 /// the pin to `out_pin`. KVC_ERR_STALE_HANDLE where it is no longer cached.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules; `at` is readable, `out_pin` writable.
@@ -272,24 +379,23 @@ pub unsafe extern "C" fn kvc_prefix_lock(
     out_pin: *mut u64,
 ) -> kvc_status {
     guard(|| {
-        let mut prefix = handle::exclusive::<Index>(prefix)?;
         // SAFETY: the caller's promise.
         let (at, out) =
             unsafe { (pointer::slice(at, 1, "at")?[0], pointer::out(out_pin, "out_pin")?) };
-        out.write(prefix.index.lock(Position::from_parts(at.parts))?.0);
+        out.write(write(prefix, |index| index.lock(Position::from_parts(at.parts)))?.0);
         Ok(())
     })
 }
 
 /// Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_prefix_unlock(prefix: *mut kvc_prefix, pin: u64) -> kvc_status {
-    guard(|| handle::exclusive::<Index>(prefix)?.index.unlock(PinId(pin)))
+    guard(|| write(prefix, |index| index.unlock(PinId(pin))))
 }
 
 /// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
@@ -297,7 +403,7 @@ pub unsafe extern "C" fn kvc_prefix_unlock(prefix: *mut kvc_prefix, pin: u64) ->
 /// many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 /// ids of all that is cached.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules; outputs are writable to their sizes.
@@ -310,29 +416,28 @@ pub unsafe extern "C" fn kvc_prefix_evict(
     out_evicted: *mut u64,
 ) -> kvc_status {
     guard(|| {
-        let mut prefix = handle::exclusive::<Index>(prefix)?;
-        let index = &mut prefix.index;
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out_evicted, "out_evicted") }?;
-        let want = usize::try_from(want_blocks).unwrap_or(usize::MAX).min(index.len_blocks());
-        // What is cached fits in memory, so its ids can be counted.
-        let count = want * index.groups();
-        // SAFETY: the caller's promise.
-        let ids = unsafe { room(out_blocks, capacity, count, "out_blocks") }?;
-        let mut rest = ids.iter_mut();
-        let evicted = index.evict(want, &mut |_| true, &mut |gone| {
-            for (&id, slot) in gone.iter().zip(rest.by_ref()) {
-                *slot = id;
-            }
-        });
-        out.write(evicted as u64);
+        out.write(write(prefix, |index| {
+            let want = usize::try_from(want_blocks).unwrap_or(usize::MAX).min(index.len_blocks());
+            // What is cached fits in memory, so its ids can be counted.
+            let count = want * index.groups();
+            // SAFETY: the caller's promise.
+            let ids = unsafe { room(out_blocks, capacity, count, "out_blocks") }?;
+            let mut rest = ids.iter_mut();
+            Ok(index.evict(want, &mut |_| true, &mut |gone| {
+                for (&id, slot) in gone.iter().zip(rest.by_ref()) {
+                    *slot = id;
+                }
+            }) as u64)
+        })?);
         Ok(())
     })
 }
 
 /// Writes the index's sizes to `out`, `out_bytes` (its sizeof) at most.
 ///
-/// Threads: per-handle.
+/// Threads: thread-safe.
 ///
 /// # Safety
 /// The module's rules; `out` is writable for `out_bytes` bytes.
@@ -343,7 +448,7 @@ pub unsafe extern "C" fn kvc_prefix_stats(
     out_bytes: u64,
 ) -> kvc_status {
     guard(|| {
-        let stats = handle::exclusive::<Index>(prefix)?.index.stats();
+        let stats = read(prefix, |index| Ok(index.stats()))?;
         let counts = kvc_prefix_counts {
             blocks: stats.blocks as u64,
             capacity_blocks: stats.capacity_blocks as u64,

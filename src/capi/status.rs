@@ -169,9 +169,10 @@ pub(crate) fn guard(body: impl FnOnce() -> Result<()>) -> kvc_status {
     report(body())
 }
 
-fn report(result: Result<()>) -> kvc_status {
+/// The status of a result; an error becomes the thread's last error.
+pub(super) fn report<T>(result: Result<T>) -> kvc_status {
     match result {
-        Ok(()) => KVC_OK,
+        Ok(_) => KVC_OK,
         Err(error) => {
             last::set(&error);
             error.status() as kvc_status
