@@ -1,4 +1,5 @@
 //! Seeded random numbers for tests: the same on every machine.
+#![allow(dead_code, reason = "each test uses some of it")]
 
 /// SplitMix64.
 pub struct Rng(u64);
