@@ -30,14 +30,7 @@ part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
-part_fuzz() {
-    [ -d fuzz ] || { echo "skipped: no fuzz directory"; return; }
-    cargo fuzz --version >/dev/null 2>&1 || { echo "skipped: cargo-fuzz is not installed"; return; }
-    local target
-    for target in $(cargo fuzz list); do
-        RUSTC_BOOTSTRAP=1 cargo fuzz run "$target" -- -max_total_time="${FUZZ_SECONDS:-300}"
-    done
-}
+part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 
 part_msrv() {
     local version

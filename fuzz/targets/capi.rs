@@ -1,0 +1,379 @@
+//! Any order of calls of the C ABI, with live, stale, foreign and invented handles and numbers of
+//! every size. Pointers are NULL or valid for what the call is told; everything else is up to the
+//! input. What must hold: no crash, no panic, counts that add up after every call.
+#![no_main]
+
+mod input;
+
+use std::ptr::{null, null_mut};
+
+use input::Input;
+use kvcache::capi::*;
+use libfuzzer_sys::fuzz_target;
+
+/// Handles of one noun a program may hold.
+const SLOTS: usize = 3;
+/// Elements of every buffer that a call may write.
+const ROOM: usize = 4096;
+const MAX_ROWS: usize = 32;
+const HEADS: usize = 4;
+const DIM: usize = 16;
+
+struct Program<'a> {
+    input: Input<'a>,
+    /// Of each noun, live and stale: pool, prefix, cache, step.
+    handles: [[usize; SLOTS]; 4],
+    seqs: [u32; 8],
+    positions: [kvc_prefix_position; 4],
+    pins: [u64; 4],
+    ids: Vec<i32>,
+    words: Vec<u32>,
+    rows: Vec<f32>,
+    out: Vec<f32>,
+}
+
+const POOL: usize = 0;
+const PREFIX: usize = 1;
+const CACHE: usize = 2;
+const STEP: usize = 3;
+
+impl Program<'_> {
+    /// A handle of this noun, or what is none.
+    fn handle<T>(&mut self, noun: usize) -> *mut T {
+        let value = if self.input.seldom() {
+            let foreign = self.handles[self.input.below(4)][self.input.below(SLOTS)];
+            [foreign, self.input.number() as usize, foreign ^ 1][self.input.below(3)]
+        } else {
+            self.handles[noun][self.input.below(SLOTS)]
+        };
+        value as *mut T
+    }
+
+    /// Keeps a new handle where a call made one; the old one stays live, and leaks until the end
+    /// where nothing destroys it, so it is destroyed here.
+    fn keep(&mut self, noun: usize, made: usize) {
+        if made != 0 {
+            let slot = self.input.below(SLOTS);
+            let old = std::mem::replace(&mut self.handles[noun][slot], made);
+            destroy(noun, old);
+        }
+    }
+
+    /// A place for a result, or NULL.
+    fn or_null<T>(&mut self, place: *mut T) -> *mut T {
+        if self.input.seldom() { null_mut() } else { place }
+    }
+
+    /// Random block ids in the buffer, and how many.
+    fn some_ids(&mut self) -> (*const i32, u32) {
+        let count = self.input.below(40);
+        for i in 0..count {
+            self.ids[i] = self.input.number() as i32;
+        }
+        (self.ids.as_ptr(), count as u32)
+    }
+
+    fn capacity(&mut self) -> u64 {
+        self.input.number().min(ROOM as u64)
+    }
+
+    /// # Safety
+    /// None: whatever the input says must be answered.
+    unsafe fn call(&mut self) {
+        match self.input.below(26) {
+            0 => {
+                let mut made = null_mut();
+                // Up to what is created in an instant.
+                let blocks = self.input.number32().min(1 << 16);
+                let out = self.or_null(&mut made);
+                unsafe { kvc_pool_create(blocks, out) };
+                self.keep(POOL, made as usize);
+            }
+            1 => unsafe {
+                kvc_pool_destroy(self.handle(POOL));
+            },
+            2 => {
+                let n = (self.input.number() as usize).min(ROOM) as u32;
+                let out = self.ids.as_mut_ptr();
+                let out = self.or_null(out);
+                unsafe { kvc_pool_allocate_n(self.handle(POOL), n, out) };
+            }
+            3 => {
+                let (ids, n) = self.some_ids();
+                unsafe { kvc_pool_retain_n(self.handle(POOL), ids, n) };
+            }
+            4 => {
+                let (ids, n) = self.some_ids();
+                let mut freed = 0;
+                unsafe { kvc_pool_free_n(self.handle(POOL), ids, n, &mut freed) };
+            }
+            5 => {
+                let mut refs = 0;
+                let block = self.input.number() as i32;
+                unsafe { kvc_pool_refs(self.handle(POOL), block, &mut refs) };
+            }
+            6 => {
+                let mut made = null_mut();
+                let (block_tokens, groups) = (self.input.number32(), self.input.number32());
+                let capacity = self.input.number32().min(1 << 12);
+                unsafe { kvc_prefix_create(block_tokens, groups.min(8), capacity, &mut made) };
+                self.keep(PREFIX, made as usize);
+            }
+            7 => unsafe {
+                kvc_prefix_destroy(self.handle(PREFIX));
+            },
+            8..=10 => unsafe { self.prefix_run() },
+            11 => {
+                let at = self.positions[self.input.below(4)];
+                let mut pin = 0;
+                unsafe { kvc_prefix_lock(self.handle(PREFIX), &at, &mut pin) };
+                let slot = self.input.below(4);
+                self.pins[slot] = pin;
+            }
+            12 => {
+                let (want, capacity) = (self.input.number(), self.capacity());
+                let mut evicted = 0;
+                let out = self.ids.as_mut_ptr();
+                unsafe {
+                    kvc_prefix_evict(self.handle(PREFIX), want, out, capacity, &mut evicted)
+                };
+            }
+            13 => unsafe { self.cache_create() },
+            14 => unsafe {
+                kvc_cache_destroy(self.handle(CACHE));
+            },
+            15 => unsafe {
+                kvc_cache_clear_prefix(self.handle(CACHE));
+            },
+            16 | 17 => {
+                let prompt = self.input.tokens(60);
+                let (mut seq, mut cached) = (u32::MAX, 0);
+                let (at, count) = (prompt.as_ptr(), prompt.len() as u64);
+                let space = self.input.number() % 3;
+                unsafe {
+                    kvc_seq_start(
+                        self.handle(CACHE), at, count, space, &mut seq, &mut cached,
+                    )
+                };
+                let slot = self.input.below(8);
+                self.seqs[slot] = seq;
+            }
+            18 => {
+                let (from, to) = (self.seqs[self.input.below(8)], self.input.below(8));
+                unsafe { kvc_seq_fork(self.handle(CACHE), from, &mut self.seqs[to]) };
+            }
+            19 => {
+                let (seq, tokens) = (self.seqs[self.input.below(8)], self.input.number32());
+                unsafe { kvc_seq_truncate(self.handle(CACHE), seq, tokens) };
+            }
+            20 => {
+                let seq = self.seqs[self.input.below(8)];
+                unsafe { kvc_seq_release(self.handle(CACHE), seq) };
+            }
+            21 => {
+                let (seq, capacity) = (self.seqs[self.input.below(8)], self.capacity());
+                let (mut count, group) = (0, self.input.number32());
+                let (words, ids) = (self.words.as_mut_ptr(), self.ids.as_mut_ptr());
+                unsafe {
+                    kvc_seq_tokens(self.handle(CACHE), seq, words, capacity, &mut count);
+                    kvc_seq_blocks(self.handle(CACHE), seq, group, ids, capacity, &mut count);
+                }
+            }
+            22 => {
+                let mut made = null_mut();
+                unsafe { kvc_step_create(&mut made) };
+                self.keep(STEP, made as usize);
+            }
+            23 => unsafe {
+                kvc_step_destroy(self.handle(STEP));
+            },
+            _ => unsafe { self.step() },
+        }
+    }
+
+    unsafe fn prefix_run(&mut self) {
+        let (prefix, tokens) = (self.handle(PREFIX), self.input.tokens(40));
+        let count = tokens.len() as u64;
+        let max = self.input.number();
+        let room = self.capacity();
+        let ids = self.ids.as_mut_ptr();
+        let query = kvc_prefix_query {
+            name_space: self.input.number() % 3,
+            tokens: tokens.as_ptr(),
+            token_count: count,
+            max_tokens: max,
+            out_blocks: ids,
+            capacity: room,
+            out_tail_blocks: if self.input.seldom() { ids.wrapping_add(ROOM / 2) } else { null_mut() },
+            pin: self.input.below(3) as u32,
+            reserved: 0,
+        };
+        let given: Vec<i32> = (0..self.input.below(40) as i32).collect();
+        let above = if self.input.seldom() {
+            self.positions[self.input.below(4)]
+        } else {
+            kvc_prefix_position { parts: [0; 3], reserved: 0 }
+        };
+        let commit = kvc_prefix_commit {
+            name_space: self.input.number() % 3,
+            above,
+            tokens: tokens.as_ptr(),
+            token_count: count,
+            blocks: given.as_ptr(),
+            block_ids: given.len() as u64,
+            out_present: null_mut(),
+            capacity: 0,
+        };
+        let pin = self.pins[self.input.below(4)];
+        unsafe {
+            let (mut answer, mut committed) = (std::mem::zeroed(), std::mem::zeroed());
+            let mut batch = std::mem::zeroed();
+            assert_eq!(kvc_prefix_batch_init(&mut batch, size_of_val(&batch) as u32), KVC_OK);
+            (batch.queries, batch.out_answers) = (&query, &mut answer);
+            (batch.commits, batch.out_committed) = (&commit, &mut committed);
+            batch.unlocks = &pin;
+            batch.query_count = self.input.below(2) as u32;
+            batch.commit_count = self.input.below(2) as u32;
+            batch.unlock_count = u32::from(self.input.seldom());
+            if kvc_prefix_run(prefix, &batch) != KVC_OK {
+                return;
+            }
+            let slot = self.input.below(4);
+            if batch.query_count == 1 && answer.status == KVC_OK {
+                (self.positions[slot], self.pins[slot]) = (answer.hit.at, answer.pin);
+                assert!(answer.hit.tokens <= count.min(max));
+            }
+            if batch.commit_count == 1 && committed.status == KVC_OK {
+                self.positions[slot] = committed.inserted.at;
+            }
+        }
+    }
+
+    unsafe fn cache_create(&mut self) {
+        unsafe {
+            let (mut options, mut made) = (std::mem::zeroed(), null_mut());
+            let bytes = size_of_val(&options) as u32;
+            assert_eq!(kvc_cache_options_init(&mut options, bytes), KVC_OK);
+            options.blocks = self.input.number32().min(64);
+            options.max_seqs = self.input.number32().min(64);
+            options.threads = 1;
+            options.prefix_reuse = self.input.below(3) as u32;
+            if self.input.seldom() {
+                options.block_tokens = self.input.number32();
+            }
+            let mut groups = [std::mem::zeroed::<kvc_group_spec>(); 2];
+            for group in &mut groups {
+                assert_eq!(kvc_group_spec_init(group, size_of_val(group) as u32), KVC_OK);
+                group.layers = 1 + self.input.below(2) as u32;
+                group.kv_heads = 1 + self.input.below(2) as u32;
+                group.k_dim = DIM as u32;
+                group.v_dim = DIM as u32;
+                group.format = 1 + self.input.below(4) as u32;
+                group.window = self.input.below(3) as u32 * 20;
+            }
+            let count = self.input.below(4) as u32;
+            if count <= 2 {
+                kvc_cache_create(&options, groups.as_ptr(), count, &mut made);
+            }
+            self.keep(CACHE, made as usize);
+        }
+    }
+
+    /// Begins, or goes on with, a step.
+    unsafe fn step(&mut self) {
+        let (cache, step) = (self.handle(CACHE), self.handle(STEP));
+        unsafe {
+            match self.input.below(6) {
+                0 | 1 => {
+                    let lists = [self.input.tokens(MAX_ROWS / 2), self.input.tokens(MAX_ROWS / 2)];
+                    let work = lists.each_ref().map(|tokens| kvc_work {
+                        seq: self.seqs[self.input.below(8)],
+                        token_count: tokens.len() as u32,
+                        tokens: if tokens.is_empty() { null() } else { tokens.as_ptr() },
+                    });
+                    let count = self.input.below(3) as u32;
+                    kvc_step_begin(cache, step, work.as_ptr(), count);
+                }
+                2 => {
+                    let rope: *const kvc_rope = null();
+                    let (group, layer) = (self.input.below(3) as u32, self.input.below(3) as u32);
+                    let (k, v) = (self.rows.as_ptr().cast(), self.rows.as_ptr().cast());
+                    kvc_step_append(cache, step, group, layer, k, v, KVC_DTYPE_F32, rope);
+                }
+                3 => {
+                    let (group, layer) = (self.input.below(3) as u32, self.input.below(3) as u32);
+                    let heads = self.input.below(HEADS + 1) as u32;
+                    let (q, out) = (self.rows.as_ptr().cast(), self.out.as_mut_ptr().cast());
+                    let (f32_, none) = (KVC_DTYPE_F32, null());
+                    kvc_step_attend(
+                        cache, step, group, layer, heads, q, f32_, out, f32_, none, null_mut(),
+                    );
+                }
+                4 => _ = kvc_step_commit(cache, step),
+                _ => _ = kvc_step_cancel(cache, step),
+            }
+        }
+    }
+
+    /// Counts of everything that is live add up.
+    fn check(&self) {
+        for slot in 0..SLOTS {
+            unsafe {
+                let mut c: kvc_pool_counts = std::mem::zeroed();
+                let (handle, bytes) = (self.handles[POOL][slot] as *mut _, size_of_val(&c) as u64);
+                if kvc_pool_stats(handle, &mut c, bytes) == KVC_OK {
+                    assert_eq!(c.free_blocks + c.held_blocks, c.blocks);
+                }
+                let mut c: kvc_prefix_counts = std::mem::zeroed();
+                let (handle, bytes) =
+                    (self.handles[PREFIX][slot] as *mut _, size_of_val(&c) as u64);
+                if kvc_prefix_stats(handle, &mut c, bytes) == KVC_OK {
+                    assert!(c.blocks <= c.capacity_blocks);
+                }
+                let mut c: kvc_cache_counts = std::mem::zeroed();
+                let (handle, bytes) =
+                    (self.handles[CACHE][slot] as *mut _, size_of_val(&c) as u64);
+                if kvc_cache_stats(handle, &mut c, bytes) == KVC_OK {
+                    let all = c.free_blocks + c.cached_blocks + c.referenced_blocks;
+                    assert_eq!(all, c.blocks);
+                }
+            }
+        }
+    }
+}
+
+fn destroy(noun: usize, handle: usize) {
+    unsafe {
+        match noun {
+            POOL => kvc_pool_destroy(handle as *mut _),
+            PREFIX => kvc_prefix_destroy(handle as *mut _),
+            CACHE => kvc_cache_destroy(handle as *mut _),
+            _ => kvc_step_destroy(handle as *mut _),
+        };
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mut program = Program {
+        input: Input(data),
+        handles: [[0; SLOTS]; 4],
+        seqs: [u32::MAX; 8],
+        positions: [kvc_prefix_position { parts: [0; 3], reserved: 0 }; 4],
+        pins: [0; 4],
+        ids: vec![0; ROOM],
+        words: vec![0; ROOM],
+        rows: vec![0.5; MAX_ROWS * HEADS * DIM],
+        out: vec![0.0; MAX_ROWS * HEADS * DIM],
+    };
+    while !program.input.is_empty() {
+        // SAFETY: see `call`.
+        unsafe { program.call() };
+        program.check();
+    }
+    // Steps before caches: a step that is open gives its blocks back first.
+    for noun in [STEP, CACHE, PREFIX, POOL] {
+        for handle in program.handles[noun] {
+            destroy(noun, handle);
+        }
+    }
+});
