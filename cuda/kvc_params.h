@@ -86,6 +86,58 @@ struct kvc_append_params {
 };
 static_assert(sizeof(kvc_append_params) == 256, "layout of kvc_append_params");
 
+// Neighbouring sequences of a batch that share a prefix, or none of whose prefixes is used.
+struct kvc_cascade_segment {
+    // The first sequence.
+    uint32_t first_seq;
+    // How many; 0 in an entry that only fills the list up, whose `first_seq` is the batch.
+    uint32_t seqs;
+    // Blocks at the start of their tables that all of them share; 0 for none.
+    uint32_t shared_blocks;
+    // Keeps the size a power of two. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_cascade_segment) == 16, "layout of kvc_cascade_segment");
+
+// Splits a batch for cascade attention: the shared prefix of each segment becomes a sequence
+// whose queries are those of the whole segment, and what follows it stays a sequence each.
+struct kvc_cascade_split_params {
+    // `[segments]`, which cover the sequences in order.
+    const kvc_cascade_segment *segments;
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // First row of each sequence and the end of the last, `[batch + 1]`; null for `q_len` each.
+    const int32_t *q_indptr;
+    // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    const int32_t *table;
+    // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
+    const int32_t *table_indptr;
+    // Tokens of each sequence past the shared prefix, `[batch]`.
+    int32_t *own_lens;
+    // Where their blocks begin in `table`, `[batch + 1]`.
+    int32_t *own_indptr;
+    // Tokens of each segment's shared prefix, `[segments]`.
+    int32_t *shared_lens;
+    // Where its blocks begin in `table`, `[segments + 1]`.
+    int32_t *shared_indptr;
+    // First row of each segment, `[segments + 1]`.
+    int32_t *shared_rows;
+    // Raised (bit 0: a table too short, bit 3: tables or lengths do not allow a prefix as long
+    // as its segment says, and it was made shorter), or null.
+    uint32_t *error_flag;
+    // Entries from a sequence to the next in a dense table.
+    int64_t table_stride;
+    // Entries of `segments`.
+    uint32_t count;
+    // Sequences.
+    uint32_t batch;
+    // Query tokens of a sequence where `q_indptr` is null.
+    uint32_t q_len;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+};
+static_assert(sizeof(kvc_cascade_split_params) == 112, "layout of kvc_cascade_split_params");
+
 // Copies blocks of one pool to blocks of another (or the same), or fills blocks with zeros.
 //
 // A pool is one or more planes (an allocation of one layer, K or V of one layer), each with
@@ -338,6 +390,7 @@ static_assert(sizeof(kvc_merge_params) == 144, "layout of kvc_merge_params");
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
+    X(kvc_cascade_split, kvc_cascade_split_params) \
     X(kvc_copy, kvc_copy_params) \
     X(kvc_zero, kvc_copy_params) \
     X(kvc_decode_plan, kvc_decode_plan_params) \

@@ -8,7 +8,8 @@ use core::fmt::Write;
 
 use super::kernels;
 use super::params::{
-    AppendParams, CopyParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct, MergeParams,
+    AppendParams, CascadeSegment, CascadeSplitParams, CopyParams, DecodeItem, DecodeParams,
+    DecodePlanParams, DeviceStruct, MergeParams,
 };
 
 fn comment(out: &mut String, indent: &str, lines: &[&str]) {
@@ -36,6 +37,8 @@ fn kvc_params_h() -> String {
          #pragma once\n#include <stdint.h>\n\n",
     );
     structure::<AppendParams>(&mut out);
+    structure::<CascadeSegment>(&mut out);
+    structure::<CascadeSplitParams>(&mut out);
     structure::<CopyParams>(&mut out);
     structure::<DecodeItem>(&mut out);
     structure::<DecodePlanParams>(&mut out);

@@ -121,11 +121,13 @@ macro_rules! device_struct {
 
 // After the macro that they use.
 mod append;
+mod cascade;
 mod copy;
 mod decode;
 mod merge;
 
 pub use append::AppendParams;
+pub use cascade::{CascadeSegment, CascadeSplitParams};
 pub use copy::CopyParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
 pub use merge::MergeParams;
