@@ -297,6 +297,10 @@ fn a_claim_is_used_only_as_far_as_it_is_true() {
         let claimed = Some(vec![(4, 4), (4, 2)]);
         assert_eq!(check(&Case { claimed, ..case }), (8, vec![0, 0, 0, 0]));
     }
+    // A prefix must end before the queries: the last token of a sequence is never in it.
+    let mut last = Case::default();
+    last.lengths[2].1 = 64;
+    assert_eq!(check(&last), (8, vec![0, 48, 0, 320, 0, 0]));
     // Less than the truth is used as it is.
     let claimed = Some(vec![(1, 0), (3, 1), (2, 0), (2, 7)]);
     let case = Case { claimed, ..Case::default() };
