@@ -86,6 +86,113 @@ struct kvc_append_params {
 };
 static_assert(sizeof(kvc_append_params) == 256, "layout of kvc_append_params");
 
+// Neighbouring sequences of a batch that share a prefix, or none of whose prefixes is used.
+struct kvc_cascade_segment {
+    // The first sequence.
+    uint32_t first_seq;
+    // How many; 0 in an entry that only fills the list up, whose `first_seq` is the batch.
+    uint32_t seqs;
+    // Blocks at the start of their tables that all of them share; 0 for none.
+    uint32_t shared_blocks;
+    // Keeps the size a power of two. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_cascade_segment) == 16, "layout of kvc_cascade_segment");
+
+// Splits a batch for cascade attention: the shared prefix of each segment becomes a sequence
+// whose queries are those of the whole segment, and what follows it stays a sequence each.
+struct kvc_cascade_split_params {
+    // `[segments]`, which cover the sequences in order.
+    const kvc_cascade_segment *segments;
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // First row of each sequence and the end of the last, `[batch + 1]`; null for `q_len` each.
+    const int32_t *q_indptr;
+    // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    const int32_t *table;
+    // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
+    const int32_t *table_indptr;
+    // Tokens of each sequence past the shared prefix, `[batch]`.
+    int32_t *own_lens;
+    // Where their blocks begin in `table`, `[batch + 1]`.
+    int32_t *own_indptr;
+    // Tokens of each segment's shared prefix, `[segments]`.
+    int32_t *shared_lens;
+    // Where its blocks begin in `table`, `[segments + 1]`.
+    int32_t *shared_indptr;
+    // First row of each segment, `[segments + 1]`.
+    int32_t *shared_rows;
+    // Raised (bit 0: a table too short, bit 3: tables or lengths do not allow a prefix as long
+    // as its segment says, and it was made shorter), or null.
+    uint32_t *error_flag;
+    // Entries from a sequence to the next in a dense table.
+    int64_t table_stride;
+    // Entries of `segments`.
+    uint32_t count;
+    // Sequences.
+    uint32_t batch;
+    // Query tokens of a sequence where `q_indptr` is null.
+    uint32_t q_len;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+};
+static_assert(sizeof(kvc_cascade_split_params) == 112, "layout of kvc_cascade_split_params");
+
+// Copies blocks of one pool to blocks of another (or the same), or fills blocks with zeros.
+//
+// A pool is one or more planes (an allocation of one layer, K or V of one layer), each with
+// every block, all alike. In a plane a block is one or more runs. Whole blocks that lie in one
+// piece are one run.
+struct kvc_copy_params {
+    // Block 0 of plane 0 of the pool that is read; not used for zeros.
+    const void *from;
+    // Block 0 of plane 0 of the pool that is written.
+    void *to;
+    // Address of block 0 of each plane, `[planes]`; null: `from_plane` bytes apart from `from`.
+    const uint64_t *from_planes;
+    // The same of the pool that is written.
+    const uint64_t *to_planes;
+    // `[count][2]` ids, from and to; for zeros `[count]` ids.
+    const void *list;
+    // Tokens of each entry, from the first of every run; null for whole runs.
+    const uint32_t *tokens;
+    // Raised (bit 0: an id outside its pool), or null.
+    uint32_t *error_flag;
+    // Bytes from a plane to the next.
+    int64_t from_plane;
+    // Bytes from a block to the next.
+    int64_t from_block;
+    // Bytes from a run of a block to the next.
+    int64_t from_run;
+    // Bytes from a plane to the next.
+    int64_t to_plane;
+    // Bytes from a block to the next.
+    int64_t to_block;
+    // Bytes from a run of a block to the next.
+    int64_t to_run;
+    // Entries of `list`.
+    uint32_t count;
+    // 1 where ids are int64, 0 where they are int32.
+    uint32_t wide_ids;
+    // Planes of a pool.
+    uint32_t planes;
+    // Runs that a block has in a plane.
+    uint32_t runs;
+    // Bytes of a run, a multiple of 16.
+    uint32_t run_bytes;
+    // Bytes of a token in a run; only with `tokens`.
+    uint32_t token_bytes;
+    // Blocks of the pool that is read.
+    uint32_t from_blocks;
+    // Blocks of the pool that is written.
+    uint32_t to_blocks;
+    // Slices of 4 KiB that a run is cut into; the launch fills it in.
+    uint32_t slices;
+    // Entries times planes, runs and slices; the launch fills it in.
+    uint32_t items;
+};
+static_assert(sizeof(kvc_copy_params) == 144, "layout of kvc_copy_params");
+
 // A piece of one sequence's context: what a thread block of the decode kernel works on, once
 // for each unit (a KV head and up to eight of its query columns).
 struct kvc_decode_item {
@@ -231,11 +338,64 @@ struct kvc_decode_params {
 };
 static_assert(sizeof(kvc_decode_params) == 272, "layout of kvc_decode_params");
 
+// Merges attention over disjoint sets of keys: the outputs of each set, normalised, with the
+// logarithms of their denominators.
+struct kvc_merge_params {
+    // Output of part 0, row 0, head 0.
+    const void *parts;
+    // Its LSE (natural logarithm); a part that saw no key has -inf, and is not read.
+    const float *lse;
+    // Merged output of row 0, head 0; must not overlap `parts`.
+    void *out;
+    // Its LSE, or null; must not overlap `lse`.
+    float *out_lse;
+    // A logit for each head that joins the denominator, or null.
+    const float *sinks;
+    // Elements from a part to the next in `parts`. Of two parts that were allocated apart it is
+    // the difference of their addresses.
+    int64_t part;
+    // Elements from a row to the next in `parts`.
+    int64_t row;
+    // Elements from a head to the next in `parts`.
+    int64_t head;
+    // Elements from a part to the next in `lse`.
+    int64_t lse_part;
+    // Elements from a row to the next in `lse`.
+    int64_t lse_row;
+    // Elements from a head to the next in `lse`.
+    int64_t lse_head;
+    // Elements from a row to the next in `out`.
+    int64_t out_row;
+    // Elements from a head to the next in `out`.
+    int64_t out_head;
+    // Elements from a row to the next in `out_lse`.
+    int64_t out_lse_row;
+    // Elements from a head to the next in `out_lse`.
+    int64_t out_lse_head;
+    // How many parts.
+    uint32_t count;
+    // Rows.
+    uint32_t rows;
+    // Heads of a row.
+    uint32_t heads;
+    // Channels of a head, a multiple of 8.
+    uint32_t dim;
+    // Type id of `parts`.
+    uint32_t part_dtype;
+    // Type id of `out`.
+    uint32_t out_dtype;
+};
+static_assert(sizeof(kvc_merge_params) == 144, "layout of kvc_merge_params");
+
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
+    X(kvc_cascade_split, kvc_cascade_split_params) \
+    X(kvc_copy, kvc_copy_params) \
+    X(kvc_zero, kvc_copy_params) \
     X(kvc_decode_plan, kvc_decode_plan_params) \
     X(kvc_decode_f16_d64, kvc_decode_params) \
     X(kvc_decode_f16_d128, kvc_decode_params) \
     X(kvc_decode_bf16_d64, kvc_decode_params) \
-    X(kvc_decode_bf16_d128, kvc_decode_params)
+    X(kvc_decode_bf16_d128, kvc_decode_params) \
+    X(kvc_merge, kvc_merge_params)

@@ -243,6 +243,24 @@ impl Buffer {
         unsafe { std::ptr::write_bytes(self.base.as_ptr(), 0xff, self.bytes) }
     }
 
+    /// Writes `values` from byte `at` on, as a copy from the host does.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where they do not fit.
+    pub fn write<T: Plain>(&mut self, at: usize, values: &[T]) -> Result<()> {
+        if at.checked_add(size_of_val(values)).is_none_or(|end| end > self.bytes) {
+            return Err(Error::invalid("values", "must lie within the buffer"));
+        }
+        let bytes = size_of_val(values);
+        // SAFETY: the bytes lie in the allocation, which nobody else uses (`&mut`), and `values`
+        // lies outside it.
+        unsafe {
+            let to = self.base.as_ptr().add(at);
+            std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), to, bytes);
+        }
+        Ok(())
+    }
+
     /// The values it holds now; what does not fill a value at the end is left out.
     pub fn read<T: Plain>(&self) -> Vec<T> {
         let count = self.bytes / size_of::<T>();

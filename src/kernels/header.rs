@@ -7,7 +7,10 @@ use alloc::string::String;
 use core::fmt::Write;
 
 use super::kernels;
-use super::params::{AppendParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct};
+use super::params::{
+    AppendParams, CascadeSegment, CascadeSplitParams, CopyParams, DecodeItem, DecodeParams,
+    DecodePlanParams, DeviceStruct, MergeParams,
+};
 
 fn comment(out: &mut String, indent: &str, lines: &[&str]) {
     for line in lines {
@@ -34,9 +37,13 @@ fn kvc_params_h() -> String {
          #pragma once\n#include <stdint.h>\n\n",
     );
     structure::<AppendParams>(&mut out);
+    structure::<CascadeSegment>(&mut out);
+    structure::<CascadeSplitParams>(&mut out);
+    structure::<CopyParams>(&mut out);
     structure::<DecodeItem>(&mut out);
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
+    structure::<MergeParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
     for kernel in kernels() {

@@ -15,14 +15,24 @@ macro_rules! kernels {
 }
 
 mod append;
+mod cascade;
+mod cascade_choice;
+mod copy;
 mod decode;
 #[cfg(all(test, feature = "std"))]
 mod header;
 pub mod image;
+mod merge;
 pub mod params;
 
 pub use append::append_launch;
+pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
+pub use cascade_choice::{
+    CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
+};
+pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use merge::merge_launch;
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,5 +58,8 @@ pub struct Launch {
 
 /// Every kernel, family by family.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    [append::KERNELS, decode::KERNELS].into_iter().flatten().copied()
+    [append::KERNELS, cascade::KERNELS, copy::KERNELS, decode::KERNELS, merge::KERNELS]
+        .into_iter()
+        .flatten()
+        .copied()
 }

@@ -67,7 +67,7 @@ macro_rules! c_type {
         }
     )+};
 }
-c_type!(u32 => "uint32_t", i32 => "int32_t", i64 => "int64_t", f32 => "float", Any => "void");
+c_type!(u64 => "uint64_t", u32 => "uint32_t", i32 => "int32_t", i64 => "int64_t", f32 => "float", Any => "void");
 
 impl<T: CType> CType for In<T> {
     fn declare(field: &str) -> String {
@@ -121,7 +121,13 @@ macro_rules! device_struct {
 
 // After the macro that they use.
 mod append;
+mod cascade;
+mod copy;
 mod decode;
+mod merge;
 
 pub use append::AppendParams;
+pub use cascade::{CascadeSegment, CascadeSplitParams};
+pub use copy::CopyParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
+pub use merge::MergeParams;
