@@ -20,9 +20,11 @@ mod decode;
 mod header;
 pub mod image;
 pub mod params;
+mod prefill;
 
 pub use append::append_launch;
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,5 +50,5 @@ pub struct Launch {
 
 /// Every kernel, family by family.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    [append::KERNELS, decode::KERNELS].into_iter().flatten().copied()
+    [append::KERNELS, decode::KERNELS, prefill::KERNELS].into_iter().flatten().copied()
 }
