@@ -146,47 +146,51 @@ template <int HeadDim> struct Loader {
     static constexpr uint32_t kOwn = kKeys / kWarps;
 
     uint16_t *k_tile, *v_tile;
-    const uint16_t *k, *v;
-    // Of the tile looked up last: where lane i's token of this warp begins, and which of the tile's
-    // tokens exist and can be read.
-    int64_t k_from, v_from;
+    // Of the tile looked up last: the block and slot of this lane's token of those that the warp
+    // copies, and which of the tile's tokens exist and can be read.
+    uint32_t block, slot;
     uint64_t readable;
 
     // Looks up the tile that begins at `token`. Tokens that no row sees are not looked up: their
     // blocks may be gone.
     KVC_DEVICE void look_up(const kvc_prefill_params &p, const Tile &u, const BlockTable &table,
                             int32_t token) {
-        uint32_t slot[2] = {0, 0};
-        int32_t block[2] = {-1, -1};
+        uint32_t slots[2] = {0, 0};
+        int32_t blocks[2] = {-1, -1};
 KVC_UNROLL
         for (int i = 0; i < 2; ++i) {
             const uint32_t own = static_cast<uint32_t>(token) + i * 32 + lane_id();
             if (own >= static_cast<uint32_t>(u.first) && own < static_cast<uint32_t>(u.end))
-                block[i] = table.find(own, slot[i]);
+                blocks[i] = table.find(own, slots[i]);
         }
-        const uint32_t low = ballot(kFullMask, block[0] >= 0);
-        readable = static_cast<uint64_t>(ballot(kFullMask, block[1] >= 0)) << 32 | low;
+        const uint32_t low = ballot(kFullMask, blocks[0] >= 0);
+        readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
         // Lanes 0 to 15 of an even warp, 16 to 31 of an odd one, have the tokens that it copies.
-        const int which = warp_id() / 2;
-        const int64_t own_block = which != 0 ? block[1] : block[0];
-        const int64_t own_slot = which != 0 ? slot[1] : slot[0];
-        k_from = own_block < 0 ? 0 : own_block * p.k_block + own_slot * p.k_token;
-        v_from = own_block < 0 ? 0 : own_block * p.v_block + own_slot * p.v_token;
+        block = static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]);
+        slot = warp_id() < 2 ? slots[0] : slots[1];
     }
 
-    KVC_DEVICE void copy(uint16_t *to, const uint16_t *from, int64_t own) const {
+    KVC_DEVICE void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
+                         int64_t token_stride) const {
         const uint32_t first = warp_id() * kOwn;
+        // Where there is no block nothing is read.
+        const int64_t own = head + block * block_stride + slot * token_stride;
 KVC_UNROLL
         for (uint32_t i = 0; i < kOwn * kChunks / 32; ++i) {
             const uint32_t index = i * 32 + lane_id();
             const uint32_t row = index / kChunks, chunk = index % kChunks;
-            const int64_t at = shfl(kFullMask, own, first % 32 + row);
-            cp_async_16(to + (first + row) * kRow + chunk * 8, from + at + chunk * 8,
-                        (readable >> (first + row) & 1) != 0);
+            const int64_t from = shfl(kFullMask, own, first % 32 + row) + chunk * 8;
+            const bool valid = (readable >> (first + row) & 1) != 0;
+            cp_async_16(to + (first + row) * kRow + chunk * 8,
+                        static_cast<const uint16_t *>(rows) + (valid ? from : 0), valid);
         }
     }
-    KVC_DEVICE void copy_keys() const { copy(k_tile, k, k_from); }
-    KVC_DEVICE void copy_values() const { copy(v_tile, v, v_from); }
+    KVC_DEVICE void copy_keys(const kvc_prefill_params &p, const Tile &u) const {
+        copy(k_tile, p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
+    }
+    KVC_DEVICE void copy_values(const kvc_prefill_params &p, const Tile &u) const {
+        copy(v_tile, p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
+    }
 };
 
 // The rows of a warp: lane 4g+t has rows g and g+8 of each strip, and of each eight keys or
@@ -197,7 +201,6 @@ template <int HeadDim> struct Warp {
 
     uint32_t first_row;         // packed
     int32_t low_row, high_row;  // positions of the first and the last of its rows
-    int32_t position[kStrips][2];
     float m[kStrips][2], l[kStrips][2];
     float s[kStrips][kKeys / 8][4];
     float o[kStrips][HeadDim / 8][4];
@@ -209,7 +212,6 @@ template <int HeadDim> struct Warp {
         high_row = u.offset + static_cast<int32_t>(((end < u.rows ? end : u.rows) - 1) / u.group);
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
-            position[i / 2][i % 2] = u.offset + static_cast<int32_t>(row(i / 2, i % 2) / u.group);
             m[i / 2][i % 2] = -infinity();
             l[i / 2][i % 2] = 0.0f;
         }
@@ -222,6 +224,9 @@ KVC_UNROLL
     // The packed row that this lane has in `half` of a strip.
     KVC_DEVICE uint32_t row(int strip, int half) const {
         return first_row + strip * 16 + half * 8 + lane_id() / 4;
+    }
+    KVC_DEVICE int32_t position(const Tile &u, int strip, int half) const {
+        return u.offset + static_cast<int32_t>(row(strip, half) / u.group);
     }
     // Whether some row exists and sees some key of the tile that begins at `token`.
     KVC_DEVICE bool sees(const kvc_prefill_params &p, const Tile &u, int32_t token) const {
@@ -271,7 +276,7 @@ KVC_UNROLL
             const uint32_t head = u.kv_head * u.group + row(strip, half) % u.group;
             const float slope = p.slopes != nullptr ? p.slopes[head] : 0.0f;
             const int32_t distance =
-                token - position[strip][half] + static_cast<int32_t>(lane_id() % 4 * 2);
+                token - position(u, strip, half) + static_cast<int32_t>(lane_id() % 4 * 2);
 KVC_UNROLL
             for (int j = 0; j < kKeys / 8 * 2; ++j) {
                 float &x = s[strip][j / 2][half * 2 + j % 2];
@@ -284,12 +289,12 @@ KVC_UNROLL
     }
 
     // Takes away the keys that a row does not see or that cannot be read.
-    KVC_DEVICE void mask(const kvc_prefill_params &p, int32_t token, uint64_t readable) {
+    KVC_DEVICE void mask(const kvc_prefill_params &p, const Tile &u, int32_t token, uint64_t readable) {
         const int32_t own = static_cast<int32_t>(lane_id() % 4 * 2);
         const uint64_t bits = readable >> own;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
-            const int32_t at = position[i / 2][i % 2];
+            const int32_t at = position(u, i / 2, i % 2);
             // Both relative to this lane's first key of the tile.
             const int32_t high = p.causal != 0 ? at - token - own : kKeys;
             const int32_t low = lowest(p, at) - token - own;
@@ -420,8 +425,6 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
     Loader<HeadDim> loader;
     loader.k_tile = queries + S::kRows * S::kRow;
     loader.v_tile = loader.k_tile + kKeys * S::kRow;
-    loader.k = static_cast<const uint16_t *>(p.k) + u.kv_head * p.k_head;
-    loader.v = static_cast<const uint16_t *>(p.v) + u.kv_head * p.v_head;
     const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
                            p.num_blocks, p.error_flag);
     const bool plain = p.softcap == 0.0f && p.slopes == nullptr && p.scale > 0.0f;
@@ -433,7 +436,7 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
     bool more = token < u.end;
     if (more) {
         loader.look_up(p, u, table, token);
-        loader.copy_keys();
+        loader.copy_keys(p, u);
     }
     cp_async_commit();
     while (more) {
@@ -441,20 +444,20 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
         // The keys are there, and all warps are done with the values of the tile before.
         cp_async_wait<0>();
         sync_threads();
-        loader.copy_values();
+        loader.copy_values(p, u);
         cp_async_commit();
         if (sees) {
             warp.template multiply<T>(queries, loader.k_tile);
             if (!plain) warp.transform(p, u, token);
             if (loader.readable != kAllKeys || !warp.sees_all(p, token))
-                warp.mask(p, token, loader.readable);
+                warp.mask(p, u, token, loader.readable);
         }
         more = u.end - token > kKeys;
         if (more) loader.look_up(p, u, table, token + kKeys);
         // The values are there, and all warps are done with the keys.
         cp_async_wait<0>();
         sync_threads();
-        if (more) loader.copy_keys();
+        if (more) loader.copy_keys(p, u);
         cp_async_commit();
         if (sees) {
             warp.weigh(factor);
