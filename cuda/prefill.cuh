@@ -79,16 +79,17 @@ KVC_DEVICE uint32_t find_sequence(const kvc_prefill_params &p, uint32_t tile, ui
     return first;
 }
 
-// The tile of this block; false where there is none. The last rows of a sequence, which see the
-// most keys, come first.
-template <int Rows> KVC_DEVICE bool find_tile(const kvc_prefill_params &p, Tile &u) {
+// The tile of a block; false where there is none. The last rows of a sequence, which see the most
+// keys, come first.
+template <int Rows>
+KVC_DEVICE bool find_tile(const kvc_prefill_params &p, uint32_t work, Tile &u) {
     u.group = p.q_heads / p.kv_heads;
-    u.kv_head = block_x() % p.kv_heads;
-    const uint32_t tile = block_x() / p.kv_heads;
+    u.kv_head = work % p.kv_heads;
+    const uint32_t tile = work / p.kv_heads;
     u.seq = find_sequence<Rows>(p, tile, u.group);
     const int32_t begin = p.q_indptr[u.seq], end = p.q_indptr[u.seq + 1];
     const bool sound = begin >= 0 && end >= begin && static_cast<uint32_t>(end) <= p.q_tokens;
-    if (block_x() == 0 && static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
+    if (work == 0 && static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
         raise(p.error_flag, kFlagPosition);
     if (!sound) {
         raise(p.error_flag, kFlagPosition);
@@ -140,21 +141,21 @@ KVC_DEVICE void load_queries(const kvc_prefill_params &p, const Tile &u, uint16_
     }
 }
 
-// Copies tiles of keys and values, 16 tokens a warp.
+// Copies tiles of keys and values, 16 tokens a warp. Eight lanes copy a token's row at a time; lane
+// 8a+b copies of tokens a, a+4, a+8 and a+12, and knows where one of them lies.
 template <int HeadDim> struct Loader {
     static constexpr int kRow = Shape<HeadDim>::kRow, kChunks = Shape<HeadDim>::kChunks;
     static constexpr uint32_t kOwn = kKeys / kWarps;
 
     uint16_t *k_tile, *v_tile;
-    // Of the tile looked up last: the block and slot of this lane's token of those that the warp
-    // copies, and which of the tile's tokens exist and can be read.
+    // Of the tile looked up last: block and slot of token a + 4 (b mod 4) of the warp's, and which
+    // of the tile's tokens exist and can be read.
     uint32_t block, slot;
     uint64_t readable;
 
     // Looks up the tile that begins at `token`. Tokens that no row sees are not looked up: their
     // blocks may be gone.
-    KVC_DEVICE void look_up(const kvc_prefill_params &p, const Tile &u, const BlockTable &table,
-                            int32_t token) {
+    KVC_DEVICE void look_up(const Tile &u, const BlockTable &table, int32_t token) {
         uint32_t slots[2] = {0, 0};
         int32_t blocks[2] = {-1, -1};
 KVC_UNROLL
@@ -165,24 +166,27 @@ KVC_UNROLL
         }
         const uint32_t low = ballot(kFullMask, blocks[0] >= 0);
         readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
-        // Lanes 0 to 15 of an even warp, 16 to 31 of an odd one, have the tokens that it copies.
-        block = static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]);
-        slot = warp_id() < 2 ? slots[0] : slots[1];
+        // The tokens of warps 0 and 1 are among the first 32, those of 2 and 3 among the others.
+        const uint32_t from = warp_id() % 2 * kOwn + lane_id() / 8 + lane_id() % 4 * 4;
+        block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
+        slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
     }
 
     KVC_DEVICE void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
                          int64_t token_stride) const {
-        const uint32_t first = warp_id() * kOwn;
-        // Where there is no block nothing is read.
-        const int64_t own = head + block * block_stride + slot * token_stride;
+        const uint32_t row = warp_id() * kOwn + lane_id() / 8, chunk = lane_id() % 8;
+        const int64_t own =
+            block == ~0u ? 0 : head + block * block_stride + slot * token_stride;
+        const uint32_t valid = static_cast<uint32_t>(readable >> row);
+        const uint16_t *base = static_cast<const uint16_t *>(rows) + chunk * 8;
+        uint16_t *at = to + row * kRow + chunk * 8;
 KVC_UNROLL
-        for (uint32_t i = 0; i < kOwn * kChunks / 32; ++i) {
-            const uint32_t index = i * 32 + lane_id();
-            const uint32_t row = index / kChunks, chunk = index % kChunks;
-            const int64_t from = shfl(kFullMask, own, first % 32 + row) + chunk * 8;
-            const bool valid = (readable >> (first + row) & 1) != 0;
-            cp_async_16(to + (first + row) * kRow + chunk * 8,
-                        static_cast<const uint16_t *>(rows) + (valid ? from : 0), valid);
+        for (uint32_t i = 0; i < kOwn / 4; ++i) {
+            const uint16_t *from = base + shfl_of_8(kFullMask, own, i);
+KVC_UNROLL
+            for (uint32_t j = 0; j < kChunks; j += 8)
+                if (j + 8 <= kChunks || j + chunk < kChunks)
+                    cp_async_16(at + i * 4 * kRow + j * 8, from + j * 8, (valid >> i * 4 & 1) != 0);
         }
     }
     KVC_DEVICE void copy_keys(const kvc_prefill_params &p, const Tile &u) const {
@@ -193,23 +197,37 @@ KVC_UNROLL
     }
 };
 
+// The first `count` keys of a tile, as bits.
+KVC_DEVICE uint64_t keys_before(int32_t count) {
+    if (count <= 0) return 0;
+    return count < kKeys ? (uint64_t{1} << count) - 1 : kAllKeys;
+}
+
 // The rows of a warp: lane 4g+t has rows g and g+8 of each strip, and of each eight keys or
 // channels numbers 2t and 2t+1.
 template <int HeadDim> struct Warp {
     using S = Shape<HeadDim>;
     static constexpr int kStrips = S::kStrips;
 
+    // Dot products, then scores, then weights of a tile's keys.
+    using Scores = float[kStrips][kKeys / 8][4];
+
     uint32_t first_row;         // packed
-    int32_t low_row, high_row;  // positions of the first and the last of its rows
+    int32_t first, end;         // tokens that some row can see
+    int32_t all_first, all_end; // tokens that every row sees, if they can be read
     float m[kStrips][2], l[kStrips][2];
-    float s[kStrips][kKeys / 8][4];
     float o[kStrips][HeadDim / 8][4];
 
-    KVC_DEVICE explicit Warp(const Tile &u) {
+    KVC_DEVICE Warp(const kvc_prefill_params &p, const Tile &u) {
         first_row = u.begin + warp_id() * S::kWarpRows;
-        const uint32_t end = first_row + S::kWarpRows;
-        low_row = u.offset + static_cast<int32_t>(first_row / u.group);
-        high_row = u.offset + static_cast<int32_t>(((end < u.rows ? end : u.rows) - 1) / u.group);
+        const uint32_t end_row = first_row + S::kWarpRows;
+        const uint32_t last = (end_row < u.rows ? end_row : u.rows) - 1;
+        const int32_t low = u.offset + static_cast<int32_t>(first_row / u.group);
+        const int32_t high = u.offset + static_cast<int32_t>(last / u.group);
+        first = lowest(p, low);
+        end = first_row >= u.rows ? 0 : p.causal != 0 ? high + 1 : u.end;
+        all_first = lowest(p, high);
+        all_end = p.causal != 0 ? low + 1 : u.end;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             m[i / 2][i % 2] = -infinity();
@@ -221,33 +239,23 @@ KVC_UNROLL
                 for (int c = 0; c < 4; ++c) o[i][j][c] = 0.0f;
     }
 
-    // The packed row that this lane has in `half` of a strip.
-    KVC_DEVICE uint32_t row(int strip, int half) const {
-        return first_row + strip * 16 + half * 8 + lane_id() / 4;
+    // The packed row that this lane has in `half` of a strip, if `first` is the warp's first.
+    KVC_DEVICE static uint32_t row(uint32_t first, int strip, int half) {
+        return first + strip * 16 + half * 8 + lane_id() / 4;
     }
-    KVC_DEVICE int32_t position(const Tile &u, int strip, int half) const {
-        return u.offset + static_cast<int32_t>(row(strip, half) / u.group);
-    }
-    // Whether some row exists and sees some key of the tile that begins at `token`.
-    KVC_DEVICE bool sees(const kvc_prefill_params &p, const Tile &u, int32_t token) const {
-        return first_row < u.rows && (p.causal == 0 || token <= high_row) &&
-               lowest(p, low_row) - token < kKeys;
-    }
-    // Whether every row sees every key of the tile that is in place.
-    KVC_DEVICE bool sees_all(const kvc_prefill_params &p, int32_t token) const {
-        return (p.causal == 0 || low_row - token >= kKeys - 1) && token >= lowest(p, high_row);
+    // Whether some row sees some key of the tile that begins at `token`, and whether every row sees
+    // every one that can be read.
+    KVC_DEVICE bool sees(int32_t token) const { return token < end && first - token < kKeys; }
+    KVC_DEVICE bool sees_all(int32_t token) const {
+        return token >= all_first && all_end - token >= kKeys;
     }
 
-    // The dot products of the tile's keys.
-    template <typename T> KVC_DEVICE void multiply(const uint16_t *queries, const uint16_t *keys) {
+    // Adds the dot products of the tile's keys.
+    template <typename T> KVC_DEVICE void multiply(Scores &s, const uint16_t *queries, const uint16_t *keys) const {
         const uint32_t lane = lane_id();
         const uint16_t *q_at = queries + (warp_id() * S::kWarpRows + lane % 16) * S::kRow +
                                lane / 16 * 8;
         const uint16_t *k_at = keys + (lane % 8 + lane / 16 * 8) * S::kRow + lane / 8 % 2 * 8;
-KVC_UNROLL
-        for (int i = 0; i < kStrips; ++i)
-            for (int j = 0; j < kKeys / 8; ++j)
-                for (int c = 0; c < 4; ++c) s[i][j][c] = 0.0f;
 KVC_UNROLL
         for (int step = 0; step < S::kSteps; ++step) {
             uint32_t a[kStrips][4];
@@ -269,19 +277,21 @@ KVC_UNROLL
     }
 
     // Makes scores of the dot products where they are more than these times a positive factor.
-    KVC_DEVICE void transform(const kvc_prefill_params &p, const Tile &u, int32_t token) {
+    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token) const {
+        const float inverse = rcp_approx(p.softcap);
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             const int strip = i / 2, half = i % 2;
-            const uint32_t head = u.kv_head * u.group + row(strip, half) % u.group;
+            const uint32_t own = row(first_row, strip, half), at = own / u.group;
+            const uint32_t head = u.kv_head * u.group + (own - at * u.group);
             const float slope = p.slopes != nullptr ? p.slopes[head] : 0.0f;
-            const int32_t distance =
-                token - position(u, strip, half) + static_cast<int32_t>(lane_id() % 4 * 2);
+            const int32_t position = u.offset + static_cast<int32_t>(at);
+            const int32_t distance = token - position + static_cast<int32_t>(lane_id() % 4 * 2);
 KVC_UNROLL
             for (int j = 0; j < kKeys / 8 * 2; ++j) {
                 float &x = s[strip][j / 2][half * 2 + j % 2];
                 x *= p.scale;
-                if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x / p.softcap);
+                if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x * inverse);
                 x += slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
                 x *= kLog2e;
             }
@@ -289,27 +299,26 @@ KVC_UNROLL
     }
 
     // Takes away the keys that a row does not see or that cannot be read.
-    KVC_DEVICE void mask(const kvc_prefill_params &p, const Tile &u, int32_t token, uint64_t readable) {
-        const int32_t own = static_cast<int32_t>(lane_id() % 4 * 2);
-        const uint64_t bits = readable >> own;
+    KVC_DEVICE void mask(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token,
+                         uint64_t readable) const {
+        const uint32_t own = lane_id() % 4 * 2;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
-            const int32_t at = position(u, i / 2, i % 2);
-            // Both relative to this lane's first key of the tile.
-            const int32_t high = p.causal != 0 ? at - token - own : kKeys;
-            const int32_t low = lowest(p, at) - token - own;
+            const int32_t at =
+                u.offset + static_cast<int32_t>(row(first_row, i / 2, i % 2) / u.group);
+            uint64_t seen = readable & ~keys_before(lowest(p, at) - token);
+            if (p.causal != 0) seen &= keys_before(at - token + 1);
+            seen >>= own;
 KVC_UNROLL
-            for (int j = 0; j < kKeys / 8 * 2; ++j) {
-                const int32_t key = j / 2 * 8 + j % 2;
-                if (key > high || key < low || (bits >> key & 1) == 0)
+            for (int j = 0; j < kKeys / 8 * 2; ++j)
+                if ((seen >> (j / 2 * 8 + j % 2) & 1) == 0)
                     s[i / 2][j / 2][i % 2 * 2 + j % 2] = -infinity();
-            }
         }
     }
 
     // Turns the scores, which are `factor` times `s` in powers of two, into weights, and brings the
     // sums to the new largest score.
-    KVC_DEVICE void weigh(float factor) {
+    KVC_DEVICE void weigh(Scores &s, float factor) {
         float keep[kStrips][2];
         bool moved = false;
 KVC_UNROLL
@@ -345,7 +354,7 @@ KVC_UNROLL
     }
 
     // Adds the tile's weighted values.
-    template <typename T> KVC_DEVICE void add(const uint16_t *values) {
+    template <typename T> KVC_DEVICE void add(const Scores &s, const uint16_t *values) {
         const uint32_t lane = lane_id();
         const uint16_t *v_at = values + lane % 16 * S::kRow + lane / 16 * 8;
 KVC_UNROLL
@@ -375,6 +384,7 @@ KVC_UNROLL
     // that they leave in pieces of 16 bytes.
     KVC_DEVICE void finish(const kvc_prefill_params &p, const Tile &u) {
         const uint32_t lane = lane_id(), g = lane / 4, t = lane % 4;
+        first_row = u.begin + warp_id() * S::kWarpRows;
         float *rows = KVC_SMEM(float) + warp_id() * S::kWarpRows * S::kRow;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
@@ -382,7 +392,7 @@ KVC_UNROLL
             float sum = l[strip][half];
             sum += shfl_xor(kFullMask, sum, 1);
             sum += shfl_xor(kFullMask, sum, 2);
-            const uint32_t own = row(strip, half), token = own / u.group;
+            const uint32_t own = row(first_row, strip, half), token = own / u.group;
             const uint32_t head = u.kv_head * u.group + (own - token * u.group);
             const bool has_sink = p.sinks != nullptr;
             const Finish f =
@@ -420,7 +430,7 @@ KVC_UNROLL
 template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_params &p) {
     using S = Shape<HeadDim>;
     Tile u;
-    if (!find_tile<S::kRows>(p, u)) return;
+    if (!find_tile<S::kRows>(p, block_x(), u)) return;
     uint16_t *queries = KVC_SMEM(uint16_t);
     Loader<HeadDim> loader;
     loader.k_tile = queries + S::kRows * S::kRow;
@@ -429,45 +439,49 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
                            p.num_blocks, p.error_flag);
     const bool plain = p.softcap == 0.0f && p.slopes == nullptr && p.scale > 0.0f;
     const float factor = plain ? p.scale * kLog2e : 1.0f;
-    Warp<HeadDim> warp(u);
+    Warp<HeadDim> warp(p, u);
 
     load_queries<T, HeadDim>(p, u, queries);
     int32_t token = u.first / kKeys * kKeys;
     bool more = token < u.end;
     if (more) {
-        loader.look_up(p, u, table, token);
+        loader.look_up(u, table, token);
         loader.copy_keys(p, u);
     }
     cp_async_commit();
     while (more) {
-        const bool sees = warp.sees(p, u, token);
+        const bool sees = warp.sees(token);
         // The keys are there, and all warps are done with the values of the tile before.
         cp_async_wait<0>();
         sync_threads();
         loader.copy_values(p, u);
         cp_async_commit();
+        // Zeros in either case, as otherwise the scores of the tile before would be kept.
+        typename Warp<HeadDim>::Scores s = {};
         if (sees) {
-            warp.template multiply<T>(queries, loader.k_tile);
-            if (!plain) warp.transform(p, u, token);
-            if (loader.readable != kAllKeys || !warp.sees_all(p, token))
-                warp.mask(p, u, token, loader.readable);
+            warp.template multiply<T>(s, queries, loader.k_tile);
+            if (!plain) warp.transform(s, p, u, token);
+            if (loader.readable != kAllKeys || !warp.sees_all(token))
+                warp.mask(s, p, u, token, loader.readable);
         }
         more = u.end - token > kKeys;
-        if (more) loader.look_up(p, u, table, token + kKeys);
+        if (more) loader.look_up(u, table, token + kKeys);
         // The values are there, and all warps are done with the keys.
         cp_async_wait<0>();
         sync_threads();
         if (more) loader.copy_keys(p, u);
         cp_async_commit();
         if (sees) {
-            warp.weigh(factor);
-            warp.template add<T>(loader.v_tile);
+            warp.weigh(s, factor);
+            warp.template add<T>(s, loader.v_tile);
         }
         if (more) token += kKeys;
     }
     cp_async_wait<0>();
     sync_threads();
-    warp.finish(p, u);
+    // Found again, so that what only the end needs takes no registers until then.
+    Tile again;
+    if (find_tile<S::kRows>(p, block_x(), again)) warp.finish(p, again);
 }
 
 } // namespace kvc::prefill
