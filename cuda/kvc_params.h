@@ -387,6 +387,84 @@ struct kvc_merge_params {
 };
 static_assert(sizeof(kvc_merge_params) == 144, "layout of kvc_merge_params");
 
+// Chunked prefill: attention of the query tokens of each sequence over its cached context,
+// their own keys and values included.
+struct kvc_prefill_params {
+    // Queries: row, then head, then `head_dim` channels; rounded to the cache's type. Rows
+    // of a head begin at multiples of 16 bytes.
+    const void *q;
+    // Keys of block 0, head 0, token 0.
+    const void *k;
+    // Values of block 0, head 0, token 0.
+    const void *v;
+    // Outputs, rows as in `q`.
+    void *out;
+    // Natural logarithms of the denominators `[row][q_heads]`, or null.
+    float *lse;
+    // First row of each sequence and the end of the last, `[batch + 1]`, ascending from 0.
+    const int32_t *q_indptr;
+    // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    const int32_t *table;
+    // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
+    const int32_t *table_indptr;
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // A logit for each query head that joins the denominator, or null.
+    const float *sinks;
+    // ALiBi slope of each query head, or null.
+    const float *slopes;
+    // Raised (bit 0: a block id outside the pool or a table too short, bit 1: row offsets
+    // that do not ascend or end past `q_tokens`), or null.
+    uint32_t *error_flag;
+    // Elements from a row to the next in `q`.
+    int64_t q_row;
+    // Elements from a head to the next in `q`.
+    int64_t q_head;
+    // Elements from a row to the next in `out`.
+    int64_t out_row;
+    // Elements from a head to the next in `out`.
+    int64_t out_head;
+    // Elements from a block to the next in `k`.
+    int64_t k_block;
+    // Elements from a head to the next in `k`.
+    int64_t k_head;
+    // Elements from a token to the next in `k`.
+    int64_t k_token;
+    // Elements from a block to the next in `v`.
+    int64_t v_block;
+    // Elements from a head to the next in `v`.
+    int64_t v_head;
+    // Elements from a token to the next in `v`.
+    int64_t v_token;
+    // Entries from a sequence to the next in a dense table.
+    int64_t table_stride;
+    // Sequences.
+    uint32_t batch;
+    // Rows of all sequences, at most.
+    uint32_t q_tokens;
+    // 1 where a query sees no key after its own position, else 0.
+    uint32_t causal;
+    // Query heads.
+    uint32_t q_heads;
+    // KV heads.
+    uint32_t kv_heads;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+    // Blocks that exist.
+    uint32_t num_blocks;
+    // Sliding window in tokens, below 2^31; 0 for none.
+    uint32_t window;
+    // Type id of `q`.
+    uint32_t q_dtype;
+    // Type id of `out`.
+    uint32_t out_dtype;
+    // Factor of the dot products.
+    float scale;
+    // Logit soft-cap; 0 for none.
+    float softcap;
+};
+static_assert(sizeof(kvc_prefill_params) == 232, "layout of kvc_prefill_params");
+
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
@@ -398,4 +476,16 @@ static_assert(sizeof(kvc_merge_params) == 144, "layout of kvc_merge_params");
     X(kvc_decode_f16_d128, kvc_decode_params) \
     X(kvc_decode_bf16_d64, kvc_decode_params) \
     X(kvc_decode_bf16_d128, kvc_decode_params) \
-    X(kvc_merge, kvc_merge_params)
+    X(kvc_merge, kvc_merge_params) \
+    X(kvc_prefill_f16_d64, kvc_prefill_params) \
+    X(kvc_prefill_f16_d80, kvc_prefill_params) \
+    X(kvc_prefill_f16_d96, kvc_prefill_params) \
+    X(kvc_prefill_f16_d128, kvc_prefill_params) \
+    X(kvc_prefill_f16_d192, kvc_prefill_params) \
+    X(kvc_prefill_f16_d256, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d64, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d80, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d96, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d128, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d192, kvc_prefill_params) \
+    X(kvc_prefill_bf16_d256, kvc_prefill_params)

@@ -19,7 +19,7 @@ KVC_DEVICE void raise(uint32_t *flag, uint32_t bit KVC_SITE) {
 
 struct BlockTable {
     const int32_t *entries;
-    int64_t count;
+    uint32_t count;
     uint32_t block_tokens, shift, num_blocks;
     bool power_of_two;
     uint32_t *error_flag;
@@ -31,12 +31,16 @@ struct BlockTable {
           power_of_two((tokens & (tokens - 1)) == 0), error_flag(flag) {
         if (indptr != nullptr) {
             entries = table + indptr[seq];
-            count = static_cast<int64_t>(indptr[seq + 1]) - indptr[seq];
+            count = limit(static_cast<int64_t>(indptr[seq + 1]) - indptr[seq]);
         } else {
             entries = table + seq * stride;
-            count = stride;
+            count = limit(stride);
         }
         while (power_of_two && tokens >> shift != 1) ++shift;
+    }
+
+    KVC_DEVICE static uint32_t limit(int64_t entries) {
+        return entries < 0 ? 0 : entries < 0xffffffff ? static_cast<uint32_t>(entries) : ~0u;
     }
 
     // The block of `token` and the token's place in it; -1 where there is none.

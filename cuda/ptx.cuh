@@ -131,6 +131,20 @@ KVC_DEVICE int64_t shfl(uint32_t mask, int64_t value, uint32_t from KVC_SITE) {
     const uint64_t high = shfl(mask, static_cast<uint32_t>(bits >> 32), from KVC_PASS_SITE);
     return static_cast<int64_t>(high << 32 | low);
 }
+// From lane `from` of the eight that this lane is one of.
+KVC_DEVICE uint32_t shfl_of_8(uint32_t mask, uint32_t value, uint32_t from KVC_SITE) {
+#ifdef KVC_EMULATE
+    return shfl(mask, value, (lane_id() & 24u) + from, site);
+#else
+    return __shfl_sync(mask, value, from, 8);
+#endif
+}
+KVC_DEVICE int64_t shfl_of_8(uint32_t mask, int64_t value, uint32_t from KVC_SITE) {
+    const uint64_t bits = static_cast<uint64_t>(value);
+    const uint64_t low = shfl_of_8(mask, static_cast<uint32_t>(bits), from KVC_PASS_SITE);
+    const uint64_t high = shfl_of_8(mask, static_cast<uint32_t>(bits >> 32), from KVC_PASS_SITE);
+    return static_cast<int64_t>(high << 32 | low);
+}
 
 // ---- Atomics on device memory, and the fence that orders plain writes before them ----
 

@@ -7,10 +7,7 @@ use alloc::string::String;
 use core::fmt::Write;
 
 use super::kernels;
-use super::params::{
-    AppendParams, CascadeSegment, CascadeSplitParams, CopyParams, DecodeItem, DecodeParams,
-    DecodePlanParams, DeviceStruct, MergeParams,
-};
+use super::params::*;
 
 fn comment(out: &mut String, indent: &str, lines: &[&str]) {
     for line in lines {
@@ -44,6 +41,7 @@ fn kvc_params_h() -> String {
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
     structure::<MergeParams>(&mut out);
+    structure::<PrefillParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
     for kernel in kernels() {

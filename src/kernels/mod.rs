@@ -24,6 +24,7 @@ mod header;
 pub mod image;
 mod merge;
 pub mod params;
+mod prefill;
 
 pub use append::append_launch;
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
@@ -33,6 +34,7 @@ pub use cascade_choice::{
 pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
 pub use merge::merge_launch;
+pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,8 +60,13 @@ pub struct Launch {
 
 /// Every kernel, family by family.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    [append::KERNELS, cascade::KERNELS, copy::KERNELS, decode::KERNELS, merge::KERNELS]
-        .into_iter()
-        .flatten()
-        .copied()
+    let families = [
+        append::KERNELS,
+        cascade::KERNELS,
+        copy::KERNELS,
+        decode::KERNELS,
+        merge::KERNELS,
+        prefill::KERNELS,
+    ];
+    families.into_iter().flatten().copied()
 }

@@ -8,6 +8,8 @@ use kvcache::emu::Buffer;
 mod random;
 pub use random::Rng;
 
+pub mod paged;
+
 /// The step of a type near 1: its rounding error is half of it.
 pub fn epsilon(dtype: DType) -> f64 {
     match dtype {

@@ -125,9 +125,11 @@ mod cascade;
 mod copy;
 mod decode;
 mod merge;
+mod prefill;
 
 pub use append::AppendParams;
 pub use cascade::{CascadeSegment, CascadeSplitParams};
 pub use copy::CopyParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
 pub use merge::MergeParams;
+pub use prefill::PrefillParams;

@@ -1,0 +1,493 @@
+// Chunked prefill: attention of ragged query rows over paged keys and values, on tensor cores, in
+// the manner of FlashAttention-2.
+//
+// A block of four warps works on a tile: rows of one sequence that read one KV head. The query
+// heads of a group are packed into the rows (row = token * group + head in group), so that keys and
+// values are read once for all of them. A warp has 32 rows, or 16 where the sums of a head do not
+// leave room for more; every warp reads every key of a tile of 64:
+//
+//   S[rows x 64]  = Q K'      A = Q by ldmatrix, B = K by ldmatrix
+//   O[rows x d]  += P V       A = P, the registers of S rounded, B = V by ldmatrix.trans
+//
+// K and V have one place each in shared memory. While the scores of a tile are computed its values
+// are on their way, and while its values are summed the next keys are; another block of the same
+// multiprocessor fills what is left.
+//
+// Tiles are found from the row offsets on the device: no plan, no workspace. No sum is split
+// between blocks, and key tiles begin at multiples of 64, so a row has the same bits in any batch,
+// under any schedule, and however its prompt is cut into chunks.
+//
+// A form for Hopper (wgmma, TMA) has its place beside this file as prefill_sm90.cuh, with the same
+// parameters; src/kernels/prefill.rs is where a call gets its kernel by name.
+#pragma once
+#include "kvc_params.h"
+#include "page.cuh"
+#include "state.cuh"
+
+namespace kvc::prefill {
+
+constexpr uint32_t kWarps = 4, kThreads = 128;
+constexpr int kKeys = 64; // of a tile
+constexpr uint64_t kAllKeys = ~uint64_t{0};
+
+// What follows from the head dimension. A row in shared memory has eight elements more than it
+// needs, which spreads the rows of a matrix load over all banks.
+template <int HeadDim> struct Shape {
+    static constexpr int kStrips = HeadDim <= 128 ? 2 : 1; // of 16 rows, a warp
+    static constexpr int kWarpRows = 16 * kStrips, kRows = kWarps * kWarpRows;
+    static constexpr int kRow = HeadDim + 8, kChunks = HeadDim / 8, kSteps = HeadDim / 16;
+};
+
+// The part of a call that a block works on.
+struct Tile {
+    uint32_t seq, kv_head, group;
+    uint32_t first_q;   // row of the sequence's first token in q and out
+    uint32_t rows;      // of the sequence, packed
+    uint32_t begin;     // first packed row of the tile
+    int32_t length;     // cached tokens
+    int32_t offset;     // position of the sequence's first query token
+    int32_t first, end; // tokens that some row of the tile can see
+};
+
+// The first token that a query at `position` can see, if the window is all that hides. Tokens and
+// what is between a token and a position fit 32 bits; a sum of two such need not.
+KVC_DEVICE int32_t lowest(const kvc_prefill_params &p, int32_t position) {
+    const int32_t window = static_cast<int32_t>(p.window);
+    return window == 0 || position < window ? 0 : position - window + 1;
+}
+
+// Tiles that are set aside for the sequences before `seq`. Each has room for its own: with r rows
+// from row a on, (a + r) / R + 1 - a / R >= ceil(r / R), all quotients rounded down.
+template <int Rows>
+KVC_DEVICE uint64_t tiles_before(const kvc_prefill_params &p, uint32_t seq, uint32_t group) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(p.q_indptr[seq])) * group / Rows + seq;
+}
+
+// The last sequence whose tiles begin at or before `tile`; the lanes of a warp search together.
+template <int Rows>
+KVC_DEVICE uint32_t find_sequence(const kvc_prefill_params &p, uint32_t tile, uint32_t group) {
+    uint32_t first = 0, count = p.batch;
+    while (count > 1) {
+        const uint32_t step = (count + 31) / 32, at = lane_id() * step;
+        const bool before = at < count && tiles_before<Rows>(p, first + at, group) <= tile;
+        const uint32_t votes = ballot(kFullMask, before);
+        uint32_t last = 0;
+        while (votes >> last > 1) ++last;
+        first += last * step;
+        count = count - last * step < step ? count - last * step : step;
+    }
+    return first;
+}
+
+// The tile of a block; false where there is none. The last rows of a sequence, which see the most
+// keys, come first.
+template <int Rows>
+KVC_DEVICE bool find_tile(const kvc_prefill_params &p, uint32_t work, Tile &u) {
+    u.group = p.q_heads / p.kv_heads;
+    u.kv_head = work % p.kv_heads;
+    const uint32_t tile = work / p.kv_heads;
+    u.seq = find_sequence<Rows>(p, tile, u.group);
+    const int32_t begin = p.q_indptr[u.seq], end = p.q_indptr[u.seq + 1];
+    const bool sound = begin >= 0 && end >= begin && static_cast<uint32_t>(end) <= p.q_tokens;
+    if (work == 0 && static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
+        raise(p.error_flag, kFlagPosition);
+    if (!sound) {
+        raise(p.error_flag, kFlagPosition);
+        return false;
+    }
+    const uint32_t tokens = static_cast<uint32_t>(end - begin);
+    u.first_q = static_cast<uint32_t>(begin);
+    u.rows = tokens * u.group;
+    const uint64_t before = tiles_before<Rows>(p, u.seq, u.group);
+    const uint32_t count = (u.rows + Rows - 1) / Rows;
+    if (tile < before || tile - before >= count) return false;
+    u.begin = (count - 1 - static_cast<uint32_t>(tile - before)) * Rows;
+    const int32_t length = p.seq_lens[u.seq];
+    u.length = length > 0 ? length : 0;
+    u.offset = u.length - static_cast<int32_t>(tokens);
+    const uint32_t last = u.begin + Rows < u.rows ? u.begin + Rows - 1 : u.rows - 1;
+    u.end = p.causal != 0 ? u.offset + static_cast<int32_t>(last / u.group) + 1 : u.length;
+    u.first = lowest(p, u.offset + static_cast<int32_t>(u.begin / u.group));
+    return true;
+}
+
+// Where row `row` (packed) begins in a tensor of query rows, in elements.
+KVC_DEVICE int64_t row_start(const Tile &u, uint32_t row, int64_t row_stride, int64_t head_stride) {
+    const uint32_t token = row / u.group, head = row - token * u.group;
+    return static_cast<int64_t>(u.first_q + token) * row_stride +
+           static_cast<int64_t>(u.kv_head * u.group + head) * head_stride;
+}
+
+// Starts the copy of the tile's queries, rounded to T; rows that do not exist become zeros.
+template <typename T, int HeadDim>
+KVC_DEVICE void load_queries(const kvc_prefill_params &p, const Tile &u, uint16_t *to) {
+    using S = Shape<HeadDim>;
+    for (uint32_t i = thread_x(); i < S::kRows * S::kChunks; i += kThreads) {
+        const uint32_t row = i / S::kChunks, chunk = i % S::kChunks;
+        const bool exists = u.begin + row < u.rows;
+        const int64_t from =
+            exists ? row_start(u, u.begin + row, p.q_row, p.q_head) + chunk * 8 : 0;
+        uint16_t *at = to + row * S::kRow + chunk * 8;
+        if (p.q_dtype == T::id) {
+            cp_async_16(at, static_cast<const uint16_t *>(p.q) + from, exists);
+            continue;
+        }
+        Vec16 v = {};
+        if (exists) {
+            const Chunk c = load_chunk(p.q, from, p.q_dtype);
+            for (int j = 0; j < 4; ++j) v.word[j] = T::pack(c.x[2 * j], c.x[2 * j + 1]);
+        }
+        *reinterpret_cast<Vec16 *>(at) = v;
+    }
+}
+
+// Copies tiles of keys and values, 16 tokens a warp. Eight lanes copy a token's row at a time; lane
+// 8a+b copies of tokens a, a+4, a+8 and a+12, and knows where one of them lies.
+template <int HeadDim> struct Loader {
+    static constexpr int kRow = Shape<HeadDim>::kRow, kChunks = Shape<HeadDim>::kChunks;
+    static constexpr uint32_t kOwn = kKeys / kWarps;
+
+    uint16_t *k_tile, *v_tile;
+    // Of the tile looked up last: block and slot of token a + 4 (b mod 4) of the warp's, and which
+    // of the tile's tokens exist and can be read.
+    uint32_t block, slot;
+    uint64_t readable;
+
+    // Looks up the tile that begins at `token`. Tokens that no row sees are not looked up: their
+    // blocks may be gone.
+    KVC_DEVICE void look_up(const Tile &u, const BlockTable &table, int32_t token) {
+        uint32_t slots[2] = {0, 0};
+        int32_t blocks[2] = {-1, -1};
+KVC_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t own = static_cast<uint32_t>(token) + i * 32 + lane_id();
+            if (own >= static_cast<uint32_t>(u.first) && own < static_cast<uint32_t>(u.end))
+                blocks[i] = table.find(own, slots[i]);
+        }
+        const uint32_t low = ballot(kFullMask, blocks[0] >= 0);
+        readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
+        // The tokens of warps 0 and 1 are among the first 32, those of 2 and 3 among the others.
+        const uint32_t from = warp_id() % 2 * kOwn + lane_id() / 8 + lane_id() % 4 * 4;
+        block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
+        slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
+    }
+
+    KVC_DEVICE void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
+                         int64_t token_stride) const {
+        const uint32_t row = warp_id() * kOwn + lane_id() / 8, chunk = lane_id() % 8;
+        const int64_t own =
+            block == ~0u ? 0 : head + block * block_stride + slot * token_stride;
+        const uint32_t valid = static_cast<uint32_t>(readable >> row);
+        const uint16_t *base = static_cast<const uint16_t *>(rows) + chunk * 8;
+        uint16_t *at = to + row * kRow + chunk * 8;
+KVC_UNROLL
+        for (uint32_t i = 0; i < kOwn / 4; ++i) {
+            const uint16_t *from = base + shfl_of_8(kFullMask, own, i);
+KVC_UNROLL
+            for (uint32_t j = 0; j < kChunks; j += 8)
+                if (j + 8 <= kChunks || j + chunk < kChunks)
+                    cp_async_16(at + i * 4 * kRow + j * 8, from + j * 8, (valid >> i * 4 & 1) != 0);
+        }
+    }
+    KVC_DEVICE void copy_keys(const kvc_prefill_params &p, const Tile &u) const {
+        copy(k_tile, p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
+    }
+    KVC_DEVICE void copy_values(const kvc_prefill_params &p, const Tile &u) const {
+        copy(v_tile, p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
+    }
+};
+
+// The first `count` keys of a tile, as bits.
+KVC_DEVICE uint64_t keys_before(int32_t count) {
+    if (count <= 0) return 0;
+    return count < kKeys ? (uint64_t{1} << count) - 1 : kAllKeys;
+}
+
+// The rows of a warp: lane 4g+t has rows g and g+8 of each strip, and of each eight keys or
+// channels numbers 2t and 2t+1.
+template <int HeadDim> struct Warp {
+    using S = Shape<HeadDim>;
+    static constexpr int kStrips = S::kStrips;
+
+    // Dot products, then scores, then weights of a tile's keys.
+    using Scores = float[kStrips][kKeys / 8][4];
+
+    uint32_t first_row;         // packed
+    int32_t first, end;         // tokens that some row can see
+    int32_t all_first, all_end; // tokens that every row sees, if they can be read
+    float m[kStrips][2], l[kStrips][2];
+    float o[kStrips][HeadDim / 8][4];
+
+    KVC_DEVICE Warp(const kvc_prefill_params &p, const Tile &u) {
+        first_row = u.begin + warp_id() * S::kWarpRows;
+        const uint32_t end_row = first_row + S::kWarpRows;
+        const uint32_t last = (end_row < u.rows ? end_row : u.rows) - 1;
+        const int32_t low = u.offset + static_cast<int32_t>(first_row / u.group);
+        const int32_t high = u.offset + static_cast<int32_t>(last / u.group);
+        first = lowest(p, low);
+        end = first_row >= u.rows ? 0 : p.causal != 0 ? high + 1 : u.end;
+        all_first = lowest(p, high);
+        all_end = p.causal != 0 ? low + 1 : u.end;
+KVC_UNROLL
+        for (int i = 0; i < kStrips * 2; ++i) {
+            m[i / 2][i % 2] = -infinity();
+            l[i / 2][i % 2] = 0.0f;
+        }
+KVC_UNROLL
+        for (int i = 0; i < kStrips; ++i)
+            for (int j = 0; j < HeadDim / 8; ++j)
+                for (int c = 0; c < 4; ++c) o[i][j][c] = 0.0f;
+    }
+
+    // The packed row that this lane has in `half` of a strip, if `first` is the warp's first.
+    KVC_DEVICE static uint32_t row(uint32_t first, int strip, int half) {
+        return first + strip * 16 + half * 8 + lane_id() / 4;
+    }
+    // Whether some row sees some key of the tile that begins at `token`, and whether every row sees
+    // every one that can be read.
+    KVC_DEVICE bool sees(int32_t token) const { return token < end && first - token < kKeys; }
+    KVC_DEVICE bool sees_all(int32_t token) const {
+        return token >= all_first && all_end - token >= kKeys;
+    }
+
+    // Adds the dot products of the tile's keys.
+    template <typename T> KVC_DEVICE void multiply(Scores &s, const uint16_t *queries, const uint16_t *keys) const {
+        const uint32_t lane = lane_id();
+        const uint16_t *q_at = queries + (warp_id() * S::kWarpRows + lane % 16) * S::kRow +
+                               lane / 16 * 8;
+        const uint16_t *k_at = keys + (lane % 8 + lane / 16 * 8) * S::kRow + lane / 8 % 2 * 8;
+KVC_UNROLL
+        for (int step = 0; step < S::kSteps; ++step) {
+            uint32_t a[kStrips][4];
+KVC_UNROLL
+            for (int i = 0; i < kStrips; ++i)
+                ldmatrix_x4(a[i], q_at + i * 16 * S::kRow + step * 16);
+KVC_UNROLL
+            for (int j = 0; j < kKeys / 16; ++j) {
+                uint32_t b[4];
+                ldmatrix_x4(b, k_at + j * 16 * S::kRow + step * 16);
+                const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+KVC_UNROLL
+                for (int i = 0; i < kStrips; ++i) {
+                    T::mma(s[i][2 * j], a[i], b0);
+                    T::mma(s[i][2 * j + 1], a[i], b1);
+                }
+            }
+        }
+    }
+
+    // Makes scores of the dot products where they are more than these times a positive factor.
+    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token) const {
+        const float inverse = rcp_approx(p.softcap);
+KVC_UNROLL
+        for (int i = 0; i < kStrips * 2; ++i) {
+            const int strip = i / 2, half = i % 2;
+            const uint32_t own = row(first_row, strip, half), at = own / u.group;
+            const uint32_t head = u.kv_head * u.group + (own - at * u.group);
+            const float slope = p.slopes != nullptr ? p.slopes[head] : 0.0f;
+            const int32_t position = u.offset + static_cast<int32_t>(at);
+            const int32_t distance = token - position + static_cast<int32_t>(lane_id() % 4 * 2);
+KVC_UNROLL
+            for (int j = 0; j < kKeys / 8 * 2; ++j) {
+                float &x = s[strip][j / 2][half * 2 + j % 2];
+                x *= p.scale;
+                if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x * inverse);
+                x += slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
+                x *= kLog2e;
+            }
+        }
+    }
+
+    // Takes away the keys that a row does not see or that cannot be read.
+    KVC_DEVICE void mask(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token,
+                         uint64_t readable) const {
+        const uint32_t own = lane_id() % 4 * 2;
+KVC_UNROLL
+        for (int i = 0; i < kStrips * 2; ++i) {
+            const int32_t at =
+                u.offset + static_cast<int32_t>(row(first_row, i / 2, i % 2) / u.group);
+            uint64_t seen = readable & ~keys_before(lowest(p, at) - token);
+            if (p.causal != 0) seen &= keys_before(at - token + 1);
+            seen >>= own;
+KVC_UNROLL
+            for (int j = 0; j < kKeys / 8 * 2; ++j)
+                if ((seen >> (j / 2 * 8 + j % 2) & 1) == 0)
+                    s[i / 2][j / 2][i % 2 * 2 + j % 2] = -infinity();
+        }
+    }
+
+    // Turns the scores, which are `factor` times `s` in powers of two, into weights, and brings the
+    // sums to the new largest score.
+    KVC_DEVICE void weigh(Scores &s, float factor) {
+        float keep[kStrips][2];
+        bool moved = false;
+KVC_UNROLL
+        for (int i = 0; i < kStrips * 2; ++i) {
+            const int strip = i / 2, half = i % 2;
+            float top = -infinity();
+KVC_UNROLL
+            for (int j = 0; j < kKeys / 8 * 2; ++j)
+                top = max_f32(top, s[strip][j / 2][half * 2 + j % 2]);
+            top = max_f32(top, shfl_xor(kFullMask, top, 1));
+            top = max_f32(top, shfl_xor(kFullMask, top, 2));
+            const float before = m[strip][half], now = max_f32(before, top * factor);
+            // A row that has seen no key has no largest score: its weights are 2^-inf.
+            const float base = now == -infinity() ? 0.0f : now;
+            float sum = 0.0f;
+KVC_UNROLL
+            for (int j = 0; j < kKeys / 8 * 2; ++j) {
+                float &x = s[strip][j / 2][half * 2 + j % 2];
+                x = exp2_approx(x * factor - base);
+                sum += x;
+            }
+            keep[strip][half] = exp2_approx(before - base);
+            l[strip][half] = l[strip][half] * keep[strip][half] + sum;
+            m[strip][half] = now;
+            moved = moved || before != now;
+        }
+        // Nothing to do once the largest scores of all rows have been met, as is soon so.
+        if (ballot(kFullMask, moved) == 0) return;
+KVC_UNROLL
+        for (int i = 0; i < kStrips; ++i)
+            for (int j = 0; j < HeadDim / 8; ++j)
+                for (int c = 0; c < 4; ++c) o[i][j][c] *= keep[i][c / 2];
+    }
+
+    // Adds the tile's weighted values.
+    template <typename T> KVC_DEVICE void add(const Scores &s, const uint16_t *values) {
+        const uint32_t lane = lane_id();
+        const uint16_t *v_at = values + lane % 16 * S::kRow + lane / 16 * 8;
+KVC_UNROLL
+        for (int k = 0; k < kKeys / 16; ++k) {
+            uint32_t a[kStrips][4];
+KVC_UNROLL
+            for (int i = 0; i < kStrips; ++i)
+                for (int j = 0; j < 4; ++j) {
+                    const float(&x)[4] = s[i][2 * k + j / 2];
+                    a[i][j] = T::pack(x[j % 2 * 2], x[j % 2 * 2 + 1]);
+                }
+KVC_UNROLL
+            for (int step = 0; step < S::kSteps; ++step) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, v_at + k * 16 * S::kRow + step * 16);
+                const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+KVC_UNROLL
+                for (int i = 0; i < kStrips; ++i) {
+                    T::mma(o[i][2 * step], a[i], b0);
+                    T::mma(o[i][2 * step + 1], a[i], b1);
+                }
+            }
+        }
+    }
+
+    // Writes outputs and LSE. The rows go through shared memory, all of which is free by now, so
+    // that they leave in pieces of 16 bytes.
+    KVC_DEVICE void finish(const kvc_prefill_params &p, const Tile &u) {
+        const uint32_t lane = lane_id(), g = lane / 4, t = lane % 4;
+        first_row = u.begin + warp_id() * S::kWarpRows;
+        float *rows = KVC_SMEM(float) + warp_id() * S::kWarpRows * S::kRow;
+KVC_UNROLL
+        for (int i = 0; i < kStrips * 2; ++i) {
+            const int strip = i / 2, half = i % 2;
+            float sum = l[strip][half];
+            sum += shfl_xor(kFullMask, sum, 1);
+            sum += shfl_xor(kFullMask, sum, 2);
+            const uint32_t own = row(first_row, strip, half), token = own / u.group;
+            const uint32_t head = u.kv_head * u.group + (own - token * u.group);
+            const bool has_sink = p.sinks != nullptr;
+            const Finish f =
+                finish_row(m[strip][half], sum, has_sink, has_sink ? p.sinks[head] : 0.0f);
+            if (t == 0 && own < u.rows && p.lse != nullptr)
+                p.lse[static_cast<int64_t>(u.first_q + token) * p.q_heads + head] = f.lse;
+            float *to = rows + (strip * 16 + half * 8 + g) * S::kRow + 2 * t;
+KVC_UNROLL
+            for (int j = 0; j < HeadDim / 8; ++j) {
+                Pair pair = {o[strip][j][half * 2] * f.factor, o[strip][j][half * 2 + 1] * f.factor};
+                *reinterpret_cast<Pair *>(to + j * 8) = pair;
+            }
+        }
+        sync_warp();
+        for (uint32_t i = lane; i < S::kWarpRows * S::kChunks; i += 32) {
+            const uint32_t own = i / S::kChunks, channel = i % S::kChunks * 8;
+            if (first_row + own >= u.rows) continue;
+            const Vec16 *from = reinterpret_cast<const Vec16 *>(rows + own * S::kRow + channel);
+            const Vec16 low = from[0], high = from[1];
+            Chunk c;
+            for (int j = 0; j < 4; ++j) {
+                c.x[j] = as_float(low.word[j]);
+                c.x[4 + j] = as_float(high.word[j]);
+            }
+            store_chunk(p.out, row_start(u, first_row + own, p.out_row, p.out_head) + channel,
+                        p.out_dtype, c);
+        }
+    }
+
+    struct alignas(8) Pair {
+        float x, y;
+    };
+};
+
+template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_params &p) {
+    using S = Shape<HeadDim>;
+    Tile u;
+    if (!find_tile<S::kRows>(p, block_x(), u)) return;
+    uint16_t *queries = KVC_SMEM(uint16_t);
+    Loader<HeadDim> loader;
+    loader.k_tile = queries + S::kRows * S::kRow;
+    loader.v_tile = loader.k_tile + kKeys * S::kRow;
+    const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
+                           p.num_blocks, p.error_flag);
+    const bool plain = p.softcap == 0.0f && p.slopes == nullptr && p.scale > 0.0f;
+    const float factor = plain ? p.scale * kLog2e : 1.0f;
+    Warp<HeadDim> warp(p, u);
+
+    load_queries<T, HeadDim>(p, u, queries);
+    int32_t token = u.first / kKeys * kKeys;
+    bool more = token < u.end;
+    if (more) {
+        loader.look_up(u, table, token);
+        loader.copy_keys(p, u);
+    }
+    cp_async_commit();
+    while (more) {
+        const bool sees = warp.sees(token);
+        // The keys are there, and all warps are done with the values of the tile before.
+        cp_async_wait<0>();
+        sync_threads();
+        loader.copy_values(p, u);
+        cp_async_commit();
+        // Zeros in either case, as otherwise the scores of the tile before would be kept.
+        typename Warp<HeadDim>::Scores s = {};
+        if (sees) {
+            warp.template multiply<T>(s, queries, loader.k_tile);
+            if (!plain) warp.transform(s, p, u, token);
+            if (loader.readable != kAllKeys || !warp.sees_all(token))
+                warp.mask(s, p, u, token, loader.readable);
+        }
+        more = u.end - token > kKeys;
+        if (more) loader.look_up(u, table, token + kKeys);
+        // The values are there, and all warps are done with the keys.
+        cp_async_wait<0>();
+        sync_threads();
+        if (more) loader.copy_keys(p, u);
+        cp_async_commit();
+        if (sees) {
+            warp.weigh(s, factor);
+            warp.template add<T>(s, loader.v_tile);
+        }
+        if (more) token += kKeys;
+    }
+    cp_async_wait<0>();
+    sync_threads();
+    // Found again, so that what only the end needs takes no registers until then.
+    Tile again;
+    if (find_tile<S::kRows>(p, block_x(), again)) warp.finish(p, again);
+}
+
+} // namespace kvc::prefill
+
+// Defines the kernel for one cache type and head dimension.
+#define KVC_PREFILL(type, Type, dim)                                                     \
+    KVC_KERNEL(kvc_prefill_##type##_d##dim, kvc_prefill_params, 128, 2) {                \
+        kvc::prefill::attend<kvc::Type, dim>(p);                                         \
+    }

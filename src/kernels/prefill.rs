@@ -1,0 +1,156 @@
+//! How chunked prefill is launched.
+//!
+//! The host knows only maxima. Sequence `i` has the tiles from `q_indptr[i] * group / R + i` on,
+//! rounded down, where a tile has R rows and each token has one row for every query head of a
+//! group: always enough of them, and from the row offsets alone a thread block finds its own. So
+//! there is no workspace and nothing to plan, nothing is read back, and a captured graph can be
+//! replayed with other lengths. A tile is computed by one block from its first key to its last, so
+//! the result is the same bits in any batch.
+
+use super::params::PrefillParams;
+use super::{Kernel, Launch};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+kernels! {
+    F16_D64 = "kvc_prefill_f16_d64", "kvc_prefill_params", THREADS;
+    F16_D80 = "kvc_prefill_f16_d80", "kvc_prefill_params", THREADS;
+    F16_D96 = "kvc_prefill_f16_d96", "kvc_prefill_params", THREADS;
+    F16_D128 = "kvc_prefill_f16_d128", "kvc_prefill_params", THREADS;
+    F16_D192 = "kvc_prefill_f16_d192", "kvc_prefill_params", THREADS;
+    F16_D256 = "kvc_prefill_f16_d256", "kvc_prefill_params", THREADS;
+    BF16_D64 = "kvc_prefill_bf16_d64", "kvc_prefill_params", THREADS;
+    BF16_D80 = "kvc_prefill_bf16_d80", "kvc_prefill_params", THREADS;
+    BF16_D96 = "kvc_prefill_bf16_d96", "kvc_prefill_params", THREADS;
+    BF16_D128 = "kvc_prefill_bf16_d128", "kvc_prefill_params", THREADS;
+    BF16_D192 = "kvc_prefill_bf16_d192", "kvc_prefill_params", THREADS;
+    BF16_D256 = "kvc_prefill_bf16_d256", "kvc_prefill_params", THREADS;
+}
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Keys of a tile.
+const KEYS: u32 = 64;
+
+/// The prefill kernel for a cache of this type and head dimension.
+///
+/// # Errors
+/// `Unsupported` where the library has no instance.
+pub fn prefill_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
+    match (cache, head_dim) {
+        (DType::F16, 64) => Ok(&F16_D64),
+        (DType::F16, 80) => Ok(&F16_D80),
+        (DType::F16, 96) => Ok(&F16_D96),
+        (DType::F16, 128) => Ok(&F16_D128),
+        (DType::F16, 192) => Ok(&F16_D192),
+        (DType::F16, 256) => Ok(&F16_D256),
+        (DType::Bf16, 64) => Ok(&BF16_D64),
+        (DType::Bf16, 80) => Ok(&BF16_D80),
+        (DType::Bf16, 96) => Ok(&BF16_D96),
+        (DType::Bf16, 128) => Ok(&BF16_D128),
+        (DType::Bf16, 192) => Ok(&BF16_D192),
+        (DType::Bf16, 256) => Ok(&BF16_D256),
+        _ => Err(Error::Unsupported { what: "prefill with this cache type and head_dim" }),
+    }
+}
+
+/// Rows of a tile: the more, the less often keys are read, as far as registers allow.
+fn tile_rows(head_dim: u32) -> u32 {
+    if head_dim <= 128 { 128 } else { 64 }
+}
+
+/// The largest call that a launch must serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefillBounds {
+    /// Type of the cache.
+    pub cache: DType,
+    /// Channels of a head.
+    pub head_dim: u32,
+    /// Query heads, a multiple of `kv_heads`.
+    pub q_heads: u32,
+    /// KV heads.
+    pub kv_heads: u32,
+    /// Sequences, 1 to 2^20.
+    pub batch: u32,
+    /// Most query tokens of all sequences together, at least 1.
+    pub q_tokens: u32,
+}
+
+/// The kernel, the grid and the shared memory of chunked prefill within some bounds: what a call
+/// within them will run.
+///
+/// # Errors
+/// `InvalidArgument` for bounds outside their documented ranges, `Unsupported` where there is no
+/// kernel, `Overflow` where there would be more than 2^30 rows or 2^31 - 1 blocks.
+pub fn prefill_info(bounds: &PrefillBounds) -> Result<Launch> {
+    let b = bounds;
+    let kernel = prefill_kernel(b.cache, b.head_dim)?;
+    if b.kv_heads == 0
+        || b.q_heads == 0
+        || !b.q_heads.is_multiple_of(b.kv_heads)
+        || b.q_heads > 1 << 16
+    {
+        return Err(Error::invalid("q_heads", "must be a positive multiple of kv_heads"));
+    }
+    if b.batch == 0 || b.batch > 1 << 20 || b.q_tokens == 0 {
+        return Err(Error::invalid("batch, q_tokens", "must be 1 to 2^20, at least 1"));
+    }
+    let overflow = Error::Overflow { what: "prefill grid" };
+    let rows = u64::from(b.q_tokens) * u64::from(b.q_heads / b.kv_heads);
+    if rows > 1 << 30 {
+        return Err(overflow);
+    }
+    let tiles = rows / u64::from(tile_rows(b.head_dim)) + u64::from(b.batch);
+    let blocks = tiles * u64::from(b.kv_heads);
+    let blocks = i32::try_from(blocks).map_err(|_| overflow)?.unsigned_abs();
+    // A tile of queries, of keys and of values, each row with eight elements more.
+    let shared_bytes = (tile_rows(b.head_dim) + 2 * KEYS) * (b.head_dim + 8) * 2;
+    Ok(Launch { kernel, grid: [blocks, 1, 1], shared_bytes })
+}
+
+/// Fills what the bounds determine of `params` and gives the launch.
+///
+/// # Errors
+/// Those of [`prefill_info`]; `NullPointer` for a missing address that is not optional;
+/// `InvalidArgument` for no block size, an unknown type, or rows that do not begin at multiples of
+/// 16 bytes.
+pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Result<Launch> {
+    let launch = prefill_info(bounds)?;
+    let p = params;
+    if p.block_tokens == 0 {
+        return Err(Error::invalid("block_tokens", "must be at least 1"));
+    }
+    let q_dtype = DType::from_id(p.q_dtype)?;
+    let out_dtype = DType::from_id(p.out_dtype)?;
+    let rows = [
+        ("k", bounds.cache, p.k.0, [p.k_block, p.k_head, p.k_token]),
+        ("v", bounds.cache, p.v.0, [p.v_block, p.v_head, p.v_token]),
+        ("q", q_dtype, p.q.0, [p.q_row, p.q_head, 0]),
+        ("out", out_dtype, p.out.0, [p.out_row, p.out_head, 0]),
+    ];
+    for (what, dtype, address, strides) in rows {
+        let chunk = i64::from(16 / dtype.bytes());
+        if !address.is_multiple_of(16) || strides.iter().any(|stride| stride % chunk != 0) {
+            return Err(Error::invalid(what, "rows must begin at multiples of 16 bytes"));
+        }
+    }
+    let needed = [
+        ("q", p.q.0),
+        ("k", p.k.0),
+        ("v", p.v.0),
+        ("out", p.out.0),
+        ("q_indptr", p.q_indptr.0),
+        ("table", p.table.0),
+        ("seq_lens", p.seq_lens.0),
+    ];
+    if let Some(&(what, _)) = needed.iter().find(|(_, address)| *address == 0) {
+        return Err(Error::NullPointer { what });
+    }
+    // No context is as long as such a window.
+    p.window = if i32::try_from(p.window).is_ok() { p.window } else { 0 };
+    p.batch = bounds.batch;
+    p.q_tokens = bounds.q_tokens;
+    p.q_heads = bounds.q_heads;
+    p.kv_heads = bounds.kv_heads;
+    Ok(launch)
+}
