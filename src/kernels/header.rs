@@ -7,7 +7,9 @@ use alloc::string::String;
 use core::fmt::Write;
 
 use super::kernels;
-use super::params::{AppendParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct};
+use super::params::{
+    AppendParams, DecodeItem, DecodeParams, DecodePlanParams, DeviceStruct, MlaParams,
+};
 
 fn comment(out: &mut String, indent: &str, lines: &[&str]) {
     for line in lines {
@@ -37,6 +39,7 @@ fn kvc_params_h() -> String {
     structure::<DecodeItem>(&mut out);
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
+    structure::<MlaParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
     for kernel in kernels() {

@@ -7,7 +7,7 @@
 /// The kernels of one family: `IDENT = symbol, C name of the parameters, threads`.
 macro_rules! kernels {
     ($($id:ident = $name:literal, $params:literal, $threads:expr;)+) => {
-        $(const $id: $crate::kernels::Kernel =
+        $(pub(super) const $id: $crate::kernels::Kernel =
             $crate::kernels::Kernel { name: $name, params: $params, threads: $threads };)+
         /// The kernels of this family.
         pub(super) static KERNELS: &[&$crate::kernels::Kernel] = &[$(&$id),+];
@@ -19,10 +19,13 @@ mod decode;
 #[cfg(all(test, feature = "std"))]
 mod header;
 pub mod image;
+mod mla;
 pub mod params;
+mod split;
 
 pub use append::append_launch;
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,5 +51,5 @@ pub struct Launch {
 
 /// Every kernel, family by family.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    [append::KERNELS, decode::KERNELS].into_iter().flatten().copied()
+    [append::KERNELS, decode::KERNELS, mla::KERNELS].into_iter().flatten().copied()
 }

@@ -122,6 +122,8 @@ macro_rules! device_struct {
 // After the macro that they use.
 mod append;
 mod decode;
+mod mla;
 
 pub use append::AppendParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
+pub use mla::MlaParams;
