@@ -465,6 +465,78 @@ struct kvc_prefill_params {
 };
 static_assert(sizeof(kvc_prefill_params) == 232, "layout of kvc_prefill_params");
 
+// Latent attention: 1 to 8 query tokens of each sequence over its cached latents of 576
+// channels, whose first 512 are the values.
+struct kvc_mla_params {
+    // Queries: row, then head, then 576 channels; rounded to the cache's type.
+    const void *q;
+    // Latents of block 0, token 0.
+    const void *k;
+    // Outputs: row, then head, then 512 channels.
+    void *out;
+    // Natural logarithms of the denominators `[row][q_heads]`, or null.
+    float *lse;
+    // Rows of each sequence, `[batch + 1]`, at most `q_len` each; null for `q_len` each.
+    const int32_t *q_indptr;
+    // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    const int32_t *table;
+    // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
+    const int32_t *table_indptr;
+    // Tokens of each sequence, those of the queries included; below 1 is empty.
+    const int32_t *seq_lens;
+    // The plan's items.
+    const kvc_decode_item *items;
+    // How many items there are.
+    const uint32_t *item_count;
+    // The plan's counters: zero before the call, and after it.
+    uint32_t *tickets;
+    // Partial results: `[slot][unit][columns][512]`, then `[slot][unit][columns]` of their
+    // logarithms to base two, with the columns of the kernel.
+    float *partial;
+    // Raised (bit 0: a block id outside the pool or a table too short, bit 1: a sequence of
+    // more than `q_len` rows), or null.
+    uint32_t *error_flag;
+    // Elements from a row to the next in `q`.
+    int64_t q_row;
+    // Elements from a head to the next in `q`.
+    int64_t q_head;
+    // Elements from a row to the next in `out`.
+    int64_t out_row;
+    // Elements from a head to the next in `out`.
+    int64_t out_head;
+    // Elements from a block to the next in `k`.
+    int64_t k_block;
+    // Elements from a token to the next in `k`.
+    int64_t k_token;
+    // Entries from a sequence to the next in a dense table.
+    int64_t table_stride;
+    // Query tokens of a sequence, at most.
+    uint32_t q_len;
+    // 1 where a query sees no key after its own position, else 0.
+    uint32_t causal;
+    // Query heads.
+    uint32_t q_heads;
+    // Units of an item: query columns over the columns of the kernel, rounded up.
+    uint32_t units;
+    // Tokens of a cache block.
+    uint32_t block_tokens;
+    // Blocks that exist.
+    uint32_t num_blocks;
+    // Sliding window in tokens; 0 for none.
+    uint32_t window;
+    // Slots that `partial` has room for.
+    uint32_t max_slots;
+    // Type id of `q`.
+    uint32_t q_dtype;
+    // Type id of `out`.
+    uint32_t out_dtype;
+    // Factor of the dot products.
+    float scale;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
+
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
@@ -477,6 +549,10 @@ static_assert(sizeof(kvc_prefill_params) == 232, "layout of kvc_prefill_params")
     X(kvc_decode_bf16_d64, kvc_decode_params) \
     X(kvc_decode_bf16_d128, kvc_decode_params) \
     X(kvc_merge, kvc_merge_params) \
+    X(kvc_mla_f16_c16, kvc_mla_params) \
+    X(kvc_mla_f16_c32, kvc_mla_params) \
+    X(kvc_mla_bf16_c16, kvc_mla_params) \
+    X(kvc_mla_bf16_c32, kvc_mla_params) \
     X(kvc_prefill_f16_d64, kvc_prefill_params) \
     X(kvc_prefill_f16_d80, kvc_prefill_params) \
     X(kvc_prefill_f16_d96, kvc_prefill_params) \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA kernel with a pinned nvcc and holds what ptxas made of it against the committed
 # table cuda/resources.txt: registers, stack, spills, and how often the instructions stand in the
-# machine code that the kernels are built on. A spill, or a decode kernel without matrix products and
+# machine code that the kernels are built on. A spill, or an attention kernel without matrix products and
 # 16-byte copies, is an error whatever the table says. `--write` writes the table.
 source "$(dirname "$0")/common.sh"
 archs=(80 90a)
@@ -65,6 +65,8 @@ nvcc -cubin -std=c++17 -O3 -arch=sm_90a cuda/emu/probes.cu -o "$out/probes.cubin
 } >"$out/table"
 awk '!/^#/ && ($4 != 0 || $5 != 0) { print "spills or stack: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_decode_(f16|bf16)/ && ($6 == 0 || $7 == 0 || $8 == 0 || $9 == 0) {
+        print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
+    !/^#/ && $2 ~ /^kvc_mla_/ && ($6 == 0 || $7 == 0 || $9 == 0) {
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
     !/^#/ && $2 == "kvc_append" && ($10 == 0 || $11 == 0) {
         print "no 16-byte loads or stores: " $0; bad = 1 }

@@ -42,6 +42,7 @@ fn kvc_params_h() -> String {
     structure::<DecodeParams>(&mut out);
     structure::<MergeParams>(&mut out);
     structure::<PrefillParams>(&mut out);
+    structure::<MlaParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
     for kernel in kernels() {

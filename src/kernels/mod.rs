@@ -7,7 +7,7 @@
 /// The kernels of one family: `IDENT = symbol, C name of the parameters, threads`.
 macro_rules! kernels {
     ($($id:ident = $name:literal, $params:literal, $threads:expr;)+) => {
-        $(const $id: $crate::kernels::Kernel =
+        $(pub(super) const $id: $crate::kernels::Kernel =
             $crate::kernels::Kernel { name: $name, params: $params, threads: $threads };)+
         /// The kernels of this family.
         pub(super) static KERNELS: &[&$crate::kernels::Kernel] = &[$(&$id),+];
@@ -23,8 +23,10 @@ mod decode;
 mod header;
 pub mod image;
 mod merge;
+mod mla;
 pub mod params;
 mod prefill;
+mod split;
 
 pub use append::append_launch;
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
@@ -34,6 +36,7 @@ pub use cascade_choice::{
 pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
 pub use merge::merge_launch;
+pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 
 /// A kernel of `cuda/`.
@@ -66,6 +69,7 @@ pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
         copy::KERNELS,
         decode::KERNELS,
         merge::KERNELS,
+        mla::KERNELS,
         prefill::KERNELS,
     ];
     families.into_iter().flatten().copied()

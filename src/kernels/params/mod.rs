@@ -125,6 +125,7 @@ mod cascade;
 mod copy;
 mod decode;
 mod merge;
+mod mla;
 mod prefill;
 
 pub use append::AppendParams;
@@ -132,4 +133,5 @@ pub use cascade::{CascadeSegment, CascadeSplitParams};
 pub use copy::CopyParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
 pub use merge::MergeParams;
+pub use mla::MlaParams;
 pub use prefill::PrefillParams;
