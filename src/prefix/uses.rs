@@ -91,8 +91,8 @@ impl PrefixIndex {
             return;
         }
         let now = self.tick();
-        self.tree[end].stamp = now;
         if !self.notes_every_edge() {
+            self.tree[end].stamp = now;
             return;
         }
         let mut node = end;
