@@ -102,29 +102,37 @@ impl PrefixIndex {
         Ok(())
     }
 
-    /// Every leaf that may be evicted is queued once, under a key that is no later than its stamp.
+    /// Every leaf that may be evicted is in the queue of its lane, under a key that is no later than
+    /// its own; one whose priority ends is among the timers too; lanes have the blocks they count.
     fn audit_queue(&self, live: &[bool]) -> Result<()> {
-        let mut queued = vec![false; live.len()];
-        let entries = self.queue.entries();
-        for (i, &(key, at)) in entries.iter().enumerate() {
-            must(i == 0 || entries[(i - 1) / 2] <= entries[i], "prefix: the heap is out of order")?;
-            let node = self.tree.get(at).filter(|n| n.queued);
-            must(node.is_some(), "prefix: an entry of the queue has no node")?;
-            let twice = core::mem::replace(&mut queued[at as usize], true);
-            must(!twice, "prefix: a node is queued twice")?;
-            let node = &self.tree[at];
-            let leaf = node.kind == Kind::Edge && node.child == NIL && node.pins == 0;
-            must(!leaf || key <= node.stamp, "prefix: a key is later than its leaf")?;
+        let queues = [&self.queues[0], &self.queues[1], &self.timers];
+        must(queues.iter().all(|queue| queue.is_sound()), "prefix: a queue is out of order")?;
+        let mut keys = vec![[None; 3]; live.len()];
+        for (which, queue) in queues.iter().enumerate() {
+            for (key, at) in queue.entries() {
+                must(self.tree.get(at).is_some(), "prefix: an entry of a queue has no node")?;
+                keys[at as usize][which] = Some(key);
+            }
         }
+        let mut blocks = [0; 2];
         for (at, _) in live.iter().enumerate().filter(|&(_, &live)| live) {
             let node = &self.tree[at as u32];
-            let leaf = node.kind == Kind::Edge && node.child == NIL && node.pins == 0;
-            must(!leaf || queued[at], "prefix: a leaf is not queued")?;
-            must(
-                node.kind != Kind::Edge || node.stamp <= self.clock,
-                "prefix: a stamp of the future",
-            )?;
+            if node.kind != Kind::Edge {
+                continue;
+            }
+            let lane = self.policy.get().lane(node.order);
+            blocks[lane] += u64::from(node.len);
+            must(node.stamp <= self.clock, "prefix: a stamp of the future")?;
+            if !self.is_free_leaf(node) {
+                continue;
+            }
+            let queued = keys[at][lane].is_some_and(|key| key <= self.key(node));
+            must(queued, "prefix: a leaf is not queued, or too late")?;
+            let timed = self.deadline_of(node).is_none_or(|deadline| {
+                keys[at][2].is_some_and(|key| key.order <= deadline && deadline > self.now_ms)
+            });
+            must(timed, "prefix: the end of a priority is missed")?;
         }
-        Ok(())
+        must(blocks == self.lane_blocks, "prefix: the blocks of a lane are miscounted")
     }
 }

@@ -1,14 +1,17 @@
-//! Taking blocks out: by age, one sequence, a whole namespace. Always leaves first, from the last
+//! Taking blocks out: by the order of eviction, one sequence, a whole namespace. Always leaves first, from the last
 //! block of an edge up, so that what remains is a prefix of what was.
 
 use super::blocks::Run;
-use super::tree::Kind;
+use super::tree::{Kind, Node};
 use super::{NIL, PrefixIndex};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, TokenId};
 
 impl PrefixIndex {
-    /// Evicts up to `want_blocks` block entries, least recently used leaf first; returns how many.
+    /// Evicts up to `want_blocks` block entries, leaves first, in the order of the [`Eviction`] that
+    /// was chosen, after priorities and hints; returns how many.
+    ///
+    /// [`Eviction`]: super::Eviction
     ///
     /// `evictable` sees the ids of an entry (one per group) and may veto; then that entry and all
     /// that it hangs below stay for this call. Vetoes cost time in each call: pin what is known to
@@ -21,41 +24,35 @@ impl PrefixIndex {
     ) -> usize {
         let mut done = 0;
         while done < want_blocks {
-            let Some((key, leaf)) = self.queue.top() else {
+            let Some((lane, leaf)) = self.next_leaf() else {
                 break;
             };
-            let node = &mut self.tree[leaf];
-            if node.kind != Kind::Edge || node.child != NIL || node.pins > 0 {
-                node.queued = false;
-                self.queue.drop_top();
-                continue;
-            }
-            if key < node.stamp {
-                let stamp = node.stamp;
-                self.queue.raise_top(stamp);
-                continue;
-            }
-            let (start, len) = (node.start, node.len);
-            let most = usize::min(len as usize, want_blocks - done) as u32;
+            let Node { start, len, order, .. } = self.tree[leaf];
+            // With two lanes each block that goes may change the lane to take from.
+            let whole = if self.policy.two_lanes() { 1 } else { len as usize };
+            let most = usize::min(whole, want_blocks - done) as u32;
             let mut gone = 0;
             while gone < most {
-                let ids = self.blocks.ids(Run { start: start + len - 1 - gone, len: 1 });
+                let block = Run { start: start + len - 1 - gone, len: 1 };
+                let ids = self.blocks.ids(block);
                 if !evictable(ids) {
                     break;
                 }
                 evicted(ids);
+                if self.policy.remembers() {
+                    self.policy.get_mut().evicted(order, self.blocks.tokens(block));
+                }
                 gone += 1;
             }
             done += gone as usize;
             if gone == len {
-                self.tree[leaf].queued = false;
-                self.queue.drop_top();
+                self.queues[lane].drop_top();
             } else if gone < most {
-                self.queue.set_top_aside();
+                self.queues[lane].set_top_aside();
             }
             self.cut_leaf(leaf, gone);
         }
-        self.queue.restore();
+        self.queues.iter_mut().for_each(|queue| queue.restore());
         done
     }
 
@@ -70,14 +67,17 @@ impl PrefixIndex {
         // Other blocks may take their place in this edge: positions here end.
         node.generation = node.generation.wrapping_add(1);
         let (start, len, stamp) = (node.start, node.len, node.stamp);
+        self.lane_blocks[self.policy.get().lane(node.order)] -= u64::from(blocks);
         self.blocks.give(Run { start: start + len, len: blocks });
         if len > 0 {
             return;
         }
         let owner = self.tree.remove_leaf(leaf);
         if self.tree[owner].kind == Kind::Edge {
-            let node = &mut self.tree[owner];
-            node.stamp = node.stamp.max(stamp);
+            if !self.notes_every_edge() {
+                let node = &mut self.tree[owner];
+                node.stamp = node.stamp.max(stamp);
+            }
             self.queue_if_leaf(owner);
         } else if self.tree[owner].child == NIL {
             self.tree.remove_root(owner);

@@ -66,6 +66,10 @@ impl PrefixIndex {
             return Err(Error::invalid("blocks", "must be one id per block and group"));
         }
         let mut from = self.root(space);
+        if self.notes_every_edge() {
+            // What is noted of the blocks below is not true of those above.
+            self.settle(above)?;
+        }
         if above.blocks > 0 {
             (from.node, from.inside) = self.find(above)?;
             from.depth = above.blocks;
@@ -76,12 +80,15 @@ impl PrefixIndex {
         let result = if walk.out_of_memory {
             Err(Error::OutOfMemory { bytes: (count * groups * 4) as u64 })
         } else if stored == 0 {
-            self.touch(self.position(&walk)).map(|()| self.position(&walk))
+            self.settle(self.position(&walk)).map(|end| {
+                self.note_use(end, above.blocks);
+                self.position(&walk)
+            })
         } else {
             let new = present..present + stored;
             let ids = &blocks[new.start * groups..new.end * groups];
             let new = &tokens[new.start * block_tokens..new.end * block_tokens];
-            self.store(space, &walk, new, ids)
+            self.store(space, &walk, above.blocks, new, ids)
         };
         match result {
             Ok(at) => Ok(Inserted { present, stored, at }),
@@ -97,6 +104,7 @@ impl PrefixIndex {
         &mut self,
         space: Namespace,
         walk: &Walk,
+        above: u32,
         tokens: &[TokenId],
         ids: &[BlockId],
     ) -> Result<Position> {
@@ -124,6 +132,7 @@ impl PrefixIndex {
 
         // Nothing fails from here on.
         let (mut depth, mut at, mut end) = (walk.depth, 0, walk.node);
+        let mut first = NIL;
         let behind = (grown.len > 0).then_some(grown);
         for (i, run) in behind.into_iter().chain(runs.drain(..)).enumerate() {
             let next = at + run.len as usize;
@@ -136,8 +145,12 @@ impl PrefixIndex {
             if i == 0 && grown.len > 0 {
                 let leaf = &mut self.tree[end];
                 (leaf.len, leaf.end) = (leaf.len + run.len, depth);
+                self.lane_blocks[0] += u64::from(run.len);
             } else {
                 let edge = self.tree.new_edge(run.start, run.len, depth);
+                if first == NIL {
+                    first = edge;
+                }
                 if at == 0 {
                     self.hang(space, walk, edge, tokens);
                 } else {
@@ -148,19 +161,29 @@ impl PrefixIndex {
             at = next;
         }
         self.runs = runs;
-        self.tree[end].stamp = self.tick();
-        self.queue_if_leaf(end);
+        if self.notes_every_edge() {
+            // Nothing was appended to an edge: the new ones begin with `first`.
+            let present = self.tree.owner(first);
+            let used = if self.tree[present].kind == Kind::Edge { present } else { NIL };
+            self.note_use(used, above);
+        }
+        if first == NIL {
+            self.note_use(end, 0);
+        } else {
+            self.note_stored(first, end);
+        }
         Ok(Position { node: end, generation: self.tree[end].generation, blocks: depth })
     }
 
     /// Slots right behind the edge at whose end `walk` ended, if that is a leaf without pins, so
     /// that the edge can be made longer instead of hanging new ones below it. At most `count`,
-    /// maybe none. A short edge is moved to where all have room: sequences that are inserted a
+    /// maybe none: also where uses are noted in every edge, for then the new blocks are not as the
+    /// old ones. A short edge is moved to where all have room: sequences that are inserted a
     /// block at a time (while they are decoded) would else become chains of edges of one block.
     fn grow_leaf(&mut self, walk: &Walk, count: u32) -> Run {
         const MOVED_BLOCKS: u32 = 64;
         let none = Run { start: 0, len: 0 };
-        if walk.depth == 0 {
+        if walk.depth == 0 || self.notes_every_edge() {
             return none;
         }
         let edge = &self.tree[walk.node];

@@ -20,9 +20,11 @@
 //! make it stale: always if its last block went, sometimes if blocks below it did. A stale position
 //! is refused; look up again.
 //!
-//! # Recency
-//! Least recently used, leaf first: of all blocks that nothing hangs below, the one whose last
-//! touch (or insertion, or a touch of anything that hung below it) is longest ago goes first.
+//! # Eviction
+//! Leaf first: of all blocks that nothing hangs below, the [`Eviction`] that was chosen says which
+//! goes; by default the one whose last touch (or insertion, or a touch of anything that hung below
+//! it) is longest ago. What the engine knows comes before that: [`PrefixIndex::prioritize`] and
+//! [`PrefixIndex::hint`], and pins before all.
 //!
 //! ```
 //! use kvcache::ids::{BlockId, Namespace};
@@ -48,9 +50,12 @@ mod evict;
 mod insert;
 mod lookup;
 mod pins;
+mod policy;
 mod queue;
+mod retention;
 mod table;
 mod tree;
+mod uses;
 
 use alloc::vec::Vec;
 
@@ -58,12 +63,15 @@ use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use blocks::{Blocks, Run};
 use pins::Pins;
+use policy::Chosen;
 use queue::Queue;
 use tree::Tree;
 
 pub use insert::Inserted;
 pub use lookup::Hit;
 pub use pins::PinId;
+pub use policy::Eviction;
+pub use retention::{DEFAULT_PRIORITY, Hint, MAX_PRIORITY, Retention};
 
 /// No node, no slot.
 const NIL: u32 = u32::MAX;
@@ -73,10 +81,20 @@ const NIL: u32 = u32::MAX;
 pub struct PrefixIndex {
     blocks: Blocks,
     tree: Tree,
-    queue: Queue,
     pins: Pins,
-    /// Raised by every touch: the order of touches, not a time.
+    policy: Chosen,
+    /// The leaves of each of the policy's lanes, in the order of their eviction.
+    queues: [Queue; 2],
+    /// Blocks of each lane.
+    lane_blocks: [u64; 2],
+    /// Leaves whose priority or hint ends, by when it does.
+    timers: Queue,
+    /// Whether a priority or a hint was ever given.
+    steered: bool,
+    /// Raised by every use, and never behind the time; see `uses`.
     clock: u64,
+    /// The caller's time.
+    now_ms: u64,
     /// Reused by `insert`.
     runs: Vec<Run>,
 }
@@ -153,6 +171,21 @@ impl PrefixIndex {
     /// `InvalidArgument` if a number is 0, or `capacity_blocks` past [`Self::MAX_BLOCKS`], or the
     /// others past 2^16; `OutOfMemory` where the system refuses the storage.
     pub fn new(block_tokens: usize, groups: usize, capacity_blocks: u32) -> Result<Self> {
+        Self::with_eviction(block_tokens, groups, capacity_blocks, Eviction::default())
+    }
+
+    /// The same with an order of eviction. LRU, the default, has the cheapest uses: the others note
+    /// them in every edge of the prefix that is used, and store what is appended to a sequence as
+    /// edges of its own.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn with_eviction(
+        block_tokens: usize,
+        groups: usize,
+        capacity_blocks: u32,
+        eviction: Eviction,
+    ) -> Result<Self> {
         if block_tokens == 0 || block_tokens > 1 << 16 {
             return Err(Error::invalid("block_tokens", "must be 1 to 65536"));
         }
@@ -164,8 +197,24 @@ impl PrefixIndex {
         }
         let blocks = Blocks::new(block_tokens, groups, capacity_blocks)?;
         let tree = Tree::new(blocks.address());
-        let (queue, pins) = (Queue::new(), Pins::new());
-        Ok(PrefixIndex { blocks, tree, queue, pins, clock: 0, runs: Vec::new() })
+        Ok(PrefixIndex {
+            blocks,
+            tree,
+            pins: Pins::new(),
+            policy: Chosen::new(eviction, capacity_blocks)?,
+            queues: [Queue::new(), Queue::new()],
+            lane_blocks: [0; 2],
+            timers: Queue::new(),
+            steered: false,
+            clock: 0,
+            now_ms: 0,
+            runs: Vec::new(),
+        })
+    }
+
+    /// The order of eviction.
+    pub fn eviction(&self) -> Eviction {
+        self.policy.eviction()
     }
 
     /// Tokens of a block.
@@ -206,30 +255,22 @@ impl PrefixIndex {
             pins: self.pins.live(),
             bytes: self.blocks.bytes()
                 + self.tree.bytes()
-                + self.queue.bytes()
+                + self.queues[0].bytes()
+                + self.queues[1].bytes()
+                + self.timers.bytes()
+                + self.policy.get().bytes()
                 + self.pins.bytes()
                 + self.runs.capacity() * size_of::<Run>(),
         }
     }
 
-    /// Makes room for `nodes` further nodes in the tree and in the queue.
+    /// Makes room for `nodes` further nodes in the tree and in the queues.
     fn reserve_nodes(&mut self, nodes: usize) -> Result<()> {
         let places = self.tree.reserve(nodes)?;
-        self.queue.reserve(places)
-    }
-
-    /// The next reading of the clock.
-    fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
-    }
-
-    /// Queues `edge` for eviction if it is a leaf that nothing pins and is not queued already.
-    fn queue_if_leaf(&mut self, edge: u32) {
-        let node = &mut self.tree[edge];
-        if node.child == NIL && node.pins == 0 && !node.queued {
-            node.queued = true;
-            self.queue.push(node.stamp, edge);
+        self.queues[0].reserve(places)?;
+        if self.policy.two_lanes() {
+            self.queues[1].reserve(places)?;
         }
+        if self.steered { self.timers.reserve(places) } else { Ok(()) }
     }
 }

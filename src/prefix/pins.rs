@@ -105,10 +105,8 @@ impl PrefixIndex {
         self.pins.reserve()?;
         let node = self.settle(at)?;
         if node != NIL {
-            let stamp = self.tick();
-            let edge = &mut self.tree[node];
-            edge.pins += 1; // there are fewer than 2^32 pins in all
-            edge.stamp = stamp;
+            self.tree[node].pins += 1; // there are fewer than 2^32 pins in all
+            self.note_use(node, 0);
         }
         Ok(self.pins.add(node))
     }
@@ -133,26 +131,33 @@ impl PrefixIndex {
     /// `StaleHandle` if it is no longer cached, `OutOfMemory`. Nothing changed then.
     pub fn touch(&mut self, at: Position) -> Result<()> {
         let node = self.settle(at)?;
-        if node != NIL {
-            self.tree[node].stamp = self.tick();
-        }
+        self.note_use(node, 0);
         Ok(())
     }
 
-    /// Makes a pinned prefix the most recently used, as at the end of a request that used it.
+    /// Makes a pinned prefix the most recently used, as at the end of a request that used it. Not
+    /// one use more where uses are counted: that was the lock.
     ///
     /// # Errors
     /// `StaleHandle` for a pin that is not live. Nothing changed then.
     pub fn touch_pinned(&mut self, pin: PinId) -> Result<()> {
         let node = self.pins.node(pin)?;
-        if node != NIL {
-            self.tree[node].stamp = self.tick();
-        }
+        self.refresh(node, true);
         Ok(())
     }
 
+    /// Ends a pin at the end of the request that used the prefix: [`Self::touch_pinned`] and
+    /// [`Self::unlock`].
+    ///
+    /// # Errors
+    /// `StaleHandle` for a pin that is not live. Nothing changed then.
+    pub fn release(&mut self, pin: PinId) -> Result<()> {
+        self.touch_pinned(pin)?;
+        self.unlock(pin)
+    }
+
     /// The edge that ends exactly at `at`, split off if need be; `NIL` for the empty prefix.
-    fn settle(&mut self, at: Position) -> Result<u32> {
+    pub(super) fn settle(&mut self, at: Position) -> Result<u32> {
         let (node, inside) = self.find(at)?;
         if node == NIL || inside == self.tree[node].len {
             return Ok(node);

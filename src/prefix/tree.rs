@@ -9,12 +9,14 @@
 //!   query is found in at most `block_tokens` steps however many there are.
 //!
 //! A root or an edge has at most one child (an edge or a fork), a fork at least two, which a hash
-//! table finds by token. Nothing here recurses; nothing here knows recency, pins or storage.
+//! table finds by token. Nothing here recurses; nothing here knows recency, pins or storage. What a
+//! node carries for those is copied where a node is split, so that it still holds for every block.
 
 use alloc::vec::Vec;
 
-use super::NIL;
+use super::retention::DEFAULT_PRIORITY;
 use super::table::Table;
+use super::NIL;
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, TokenId};
 
@@ -27,11 +29,25 @@ pub(super) enum Kind {
     Fork,
 }
 
+/// What is known of an edge's next use, until that use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    None,
+    /// There will be none.
+    Ended,
+    /// It comes `duration_ms` after the last one.
+    Expected,
+    /// A request that waits for its turn will make it.
+    Waited,
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     /// Edge: when its end was last touched (a touch further down counts once that is evicted).
     /// Root: its namespace.
     pub stamp: u64,
+    /// Edge: the eviction policy's own number.
+    pub order: u64,
     pub parent: u32,
     /// Neighbours among the children of a fork; `next` also links free places.
     pub next: u32,
@@ -50,13 +66,18 @@ pub(super) struct Node {
     pub pins: u32,
     /// Raised whenever the edge is cut short or the place is emptied.
     pub generation: u32,
+    /// Edge: for how long after its last use its priority or hint holds, in ms; 0 for ever.
+    pub duration_ms: u32,
     pub kind: Kind,
-    /// Whether the eviction queue has an entry for this place.
-    pub queued: bool,
+    /// Edge: 0 to 100.
+    pub priority: u8,
+    /// Edge: what is known of its next use.
+    pub hint: Mark,
 }
 
 const EMPTY: Node = Node {
     stamp: 0,
+    order: 0,
     parent: NIL,
     next: NIL,
     prev: NIL,
@@ -67,8 +88,10 @@ const EMPTY: Node = Node {
     token: 0,
     pins: 0,
     generation: 0,
+    duration_ms: 0,
     kind: Kind::Free,
-    queued: false,
+    priority: DEFAULT_PRIORITY,
+    hint: Mark::None,
 };
 
 #[derive(Debug)]
@@ -149,16 +172,15 @@ impl Tree {
             return self.arena.len() as u32 - 1;
         }
         let node = self.free;
-        let Node { next, generation, queued, .. } = self[node];
+        let Node { next, generation, .. } = self[node];
         self.free = next;
-        self[node] = Node { kind, generation, queued, ..EMPTY };
+        self[node] = Node { kind, generation, ..EMPTY };
         node
     }
 
     fn discard(&mut self, node: u32) {
-        let Node { generation, queued, .. } = self[node];
-        let generation = generation.wrapping_add(1);
-        self[node] = Node { generation, queued, next: self.free, ..EMPTY };
+        let generation = self[node].generation.wrapping_add(1);
+        self[node] = Node { generation, next: self.free, ..EMPTY };
         self.free = node;
         self.live -= 1;
     }
@@ -253,12 +275,15 @@ impl Tree {
     }
 
     /// Cuts `edge` after its first `blocks` blocks, fewer than it has. The upper part is a new
-    /// node, which is returned; the lower part stays `edge`, and with it its pins, its stamp and
-    /// every position at its end.
+    /// node, which is returned; the lower part stays `edge`, and with it its pins and every position
+    /// at its end.
     pub(super) fn split(&mut self, edge: u32, blocks: u32) -> u32 {
-        let Node { start, len, end, .. } = self[edge];
+        let Node { start, len, end, stamp, order, duration_ms, priority, hint, .. } = self[edge];
         debug_assert!(0 < blocks && blocks < len);
         let upper = self.new_edge(start, blocks, end - len + blocks);
+        let node = &mut self[upper];
+        (node.stamp, node.order, node.duration_ms) = (stamp, order, duration_ms);
+        (node.priority, node.hint) = (priority, hint);
         self.take_place(edge, upper);
         self.attach(upper, edge);
         let lower = &mut self[edge];
