@@ -7,6 +7,7 @@ use crate::cpu::{AttendBatch, Rope};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
+use crate::prefix::Chain;
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
@@ -21,6 +22,8 @@ impl KvCache {
             return Err(Error::InvalidState { why: "the step is open" });
         }
         self.check_work(work)?;
+        self.outside.tick();
+        self.outside.resync(self.prefix.as_ref());
         step.clear();
         let mut planned = self.reserve_for(work).and_then(|()| self.reserve_step(step, work));
         for item in work {
@@ -315,6 +318,16 @@ impl KvCache {
             }
         }
         sequence.published_blocks = whole;
+        let (present, stored) = (inserted.present, inserted.stored);
+        if stored > 0 {
+            self.outside.stored(&Chain {
+                space: sequence.namespace,
+                // The last of those that were there already.
+                above: &self.canonical[present.saturating_sub(1) * groups..],
+                tokens: &sequence.tokens[present * block_tokens..(present + stored) * block_tokens],
+                blocks: &self.ids[present * groups..(present + stored) * groups],
+            });
+        }
         Ok(())
     }
 }

@@ -43,7 +43,9 @@
 
 mod audit;
 mod blocks;
+mod chains;
 mod compare;
+mod digest;
 mod evict;
 mod insert;
 mod lookup;
@@ -61,6 +63,8 @@ use pins::Pins;
 use queue::Queue;
 use tree::Tree;
 
+pub use chains::Chain;
+pub use digest::{Digest, Keys};
 pub use insert::Inserted;
 pub use lookup::Hit;
 pub use pins::PinId;
