@@ -106,7 +106,7 @@ impl Bed {
     /// Waits until the consumer has everything that was queued.
     fn settle(&self) {
         let start = Instant::now();
-        let busy = |stats: QueueStats| stats.queued_blocks > 0 || stats.publishing;
+        let busy = |stats: QueueStats| stats.queued_events > 0 || stats.publishing;
         while busy(self.queue.stats()) {
             assert!(start.elapsed() < Duration::from_secs(20));
             std::thread::sleep(Duration::from_millis(1));

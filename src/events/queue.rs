@@ -172,7 +172,9 @@ struct State {
 /// What a queue has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueStats {
-    /// Blocks of the events that wait.
+    /// Events that wait.
+    pub queued_events: usize,
+    /// Their blocks.
     pub queued_blocks: usize,
     /// Whether the publisher is busy with events that it took.
     pub publishing: bool,
@@ -238,6 +240,7 @@ impl Queue {
     pub fn stats(&self) -> QueueStats {
         let state = self.state();
         QueueStats {
+            queued_events: state.batch.events().len(),
             queued_blocks: state.batch.blocks(),
             publishing: state.publishing,
             capacity_blocks: self.capacity,
