@@ -17,9 +17,25 @@
 
 mod publisher;
 mod queue;
+#[cfg(feature = "zmq")]
+mod replay;
+#[cfg(feature = "zmq")]
+mod server;
+#[cfg(feature = "zmq")]
+mod socket;
+#[cfg(feature = "zmq")]
+mod wire;
+#[cfg(feature = "zmq")]
+mod zmq;
+#[cfg(feature = "zmq")]
+mod zmtp;
 
 pub use publisher::{Message, Publisher, Sink};
 pub use queue::{Batch, Events, Locked, Queue, QueueStats};
+#[cfg(feature = "zmq")]
+pub use wire::{Encoding, encode};
+#[cfg(feature = "zmq")]
+pub use zmq::{Subscribers, ZmqOptions, ZmqSink};
 
 use alloc::vec::Vec;
 

@@ -31,7 +31,7 @@ pub struct Message<'a> {
     pub time: f64,
     /// What all events share.
     pub shape: &'a Shape,
-    events: Option<Events<'a>>,
+    pub(super) events: Option<Events<'a>>,
 }
 
 impl<'a> Message<'a> {
