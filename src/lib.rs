@@ -22,9 +22,13 @@ pub mod dtype;
 #[cfg(feature = "emulate")]
 pub mod emu;
 pub mod error;
+#[cfg(feature = "std")]
+pub mod events;
 pub mod ids;
 pub mod kernels;
 pub mod layout;
+#[cfg(feature = "std")]
+pub mod metrics;
 pub mod plan;
 pub mod pool;
 pub mod prefix;

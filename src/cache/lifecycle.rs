@@ -4,6 +4,7 @@ use super::sequence::Sequence;
 use super::{KvCache, Started, reserve};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
+use crate::metrics::Evicted;
 use crate::pool::BlockTable;
 use crate::prefix::Hit;
 
@@ -23,7 +24,8 @@ impl KvCache {
         if prompt.len() > i32::MAX as usize {
             return Err(Error::invalid("prompt", "must be shorter than 2^31 tokens"));
         }
-        self.sequences.has_room()?;
+        self.has_room()?;
+        self.outside.tick();
         let mut sequence = Sequence { namespace, ..Sequence::default() };
         let mut hit = core::mem::take(&mut self.hit);
         let adopted = self.adopt(&mut sequence, prompt, &mut hit);
@@ -43,6 +45,7 @@ impl KvCache {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         prefix.lookup(sequence.namespace, prompt, prompt.len() - 1, hit);
         prefix.touch(hit.at)?;
+        self.outside.used(&hit.blocks);
         for (group, table) in sequence.tables.iter_mut().enumerate() {
             let blocks = hit.blocks.iter().skip(group).step_by(groups).copied();
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
@@ -87,6 +90,11 @@ impl KvCache {
         }
     }
 
+    /// Refuses where no sequence can be added.
+    fn has_room(&mut self) -> Result<()> {
+        self.sequences.has_room().inspect_err(|error| self.outside.refused(error))
+    }
+
     /// Gives a finished sequence an id; what it holds is given back where that or what made it
     /// failed.
     fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
@@ -107,7 +115,7 @@ impl KvCache {
     /// `StaleHandle`, `InvalidState` while a step holds the sequence, `OutOfSequences`,
     /// `OutOfMemory`.
     pub fn fork(&mut self, seq: SeqId) -> Result<SeqId> {
-        self.sequences.has_room()?;
+        self.has_room()?;
         let parent = self.sequences.get_idle(seq)?;
         let mut child = Sequence { namespace: parent.namespace, ..Sequence::default() };
         child.published = parent.published;
@@ -182,6 +190,6 @@ impl KvCache {
     /// None in practice: a failure is a bug in the library.
     pub fn clear_prefix(&mut self) -> Result<()> {
         let most = self.pools.iter().map(|pool| pool.cached_blocks()).max().unwrap_or(0);
-        self.evict(most)
+        self.evict(most, Evicted::Cleared)
     }
 }

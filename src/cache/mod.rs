@@ -13,7 +13,9 @@
 //! One `KvCache` is used from one thread at a time; kernels spread over its own threads.
 
 mod audit;
+mod digests;
 mod lifecycle;
+mod outside;
 mod sequence;
 mod stats;
 mod step;
@@ -30,9 +32,11 @@ use crate::cpu::{KvStore, Threads};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
+use crate::metrics::Evicted;
 use crate::pool::BlockPool;
 use crate::prefix::{Hit, PrefixIndex};
 
+use outside::Outside;
 use sequence::Sequences;
 
 /// Sizes and policies of a cache.
@@ -90,6 +94,7 @@ pub struct KvCache {
     sequences: Sequences,
     threads: Threads,
     totals: stats::Totals,
+    outside: Outside,
     // Buffers that calls reuse.
     hit: Hit,
     ids: Vec<BlockId>,
@@ -132,6 +137,7 @@ impl KvCache {
             None
         };
         let threads = Threads::new(options.threads)?;
+        let outside = Outside::new(pools.len());
         let stores = layouts
             .into_iter()
             .map(|layout| KvStore::new(layout, options.blocks))
@@ -146,6 +152,7 @@ impl KvCache {
             sequences,
             threads,
             totals: stats::Totals::default(),
+            outside,
             hit: Hit::default(),
             ids: Vec::new(),
             canonical: Vec::new(),
@@ -167,18 +174,20 @@ impl KvCache {
             let lacking = needed(group).saturating_sub(pool.free_blocks());
             if lacking > pool.cached_blocks() {
                 let missing = lacking - pool.cached_blocks();
-                return Err(Error::OutOfBlocks { needed: needed(group), missing });
+                let error = Error::OutOfBlocks { needed: needed(group), missing };
+                self.outside.refused(&error);
+                return Err(error);
             }
             evict = evict.max(lacking);
         }
         if evict > 0 {
-            self.evict(evict)?;
+            self.evict(evict, Evicted::Capacity)?;
         }
         Ok(())
     }
 
     /// Takes `blocks` blocks of each group out of the prefix index, least recently used first.
-    fn evict(&mut self, blocks: u32) -> Result<()> {
+    fn evict(&mut self, blocks: u32, why: Evicted) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         // A sequence that uses a block uses all before it, so every unreferenced block has only
         // unreferenced blocks after it and will be a leaf in its turn.
@@ -199,6 +208,7 @@ impl KvCache {
                 }
             }
         }
+        self.outside.evicted(&self.ids, why);
         Ok(())
     }
 }

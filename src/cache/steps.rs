@@ -7,7 +7,7 @@ use crate::cpu::{AttendBatch, Rope};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
-use crate::prefix::Position;
+use crate::prefix::{Chain, Position};
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
@@ -22,6 +22,8 @@ impl KvCache {
             return Err(Error::InvalidState { why: "the step is open" });
         }
         self.check_work(work)?;
+        self.outside.tick();
+        self.outside.resync(self.prefix.as_ref());
         step.clear();
         let mut planned = self.reserve_for(work).and_then(|()| self.reserve_step(step, work));
         for item in work {
@@ -327,6 +329,21 @@ impl KvCache {
             }
         }
         sequence.published = inserted.at;
+        let (present, stored) = (inserted.present, inserted.stored);
+        if stored > 0 {
+            let first = above.blocks() + present;
+            self.outside.stored(&Chain {
+                space: sequence.namespace,
+                // The last of those that were there already.
+                above: match (present, first) {
+                    (0, 0) => &[],
+                    (0, _) => &self.ids[(first - 1) * groups..first * groups],
+                    _ => &self.canonical[(present - 1) * groups..],
+                },
+                tokens: &sequence.tokens[first * block_tokens..(first + stored) * block_tokens],
+                blocks: &self.ids[first * groups..(first + stored) * groups],
+            });
+        }
         Ok(())
     }
 }

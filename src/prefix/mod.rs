@@ -45,7 +45,9 @@
 
 mod audit;
 mod blocks;
+mod chains;
 mod compare;
+mod digest;
 mod evict;
 mod insert;
 mod lookup;
@@ -67,6 +69,8 @@ use policy::Chosen;
 use queue::Queue;
 use tree::Tree;
 
+pub use chains::Chain;
+pub use digest::{Digest, Keys};
 pub use insert::Inserted;
 pub use lookup::Hit;
 pub use pins::PinId;

@@ -1,0 +1,269 @@
+//! What a cache shows the outside: digests of its committed blocks, KV events, metrics.
+//!
+//! Digests, events and block times are off until asked for. What they do inside a step cannot fail
+//! and waits for nobody: events go to a bounded queue, times are read once a call.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use std::time::Instant;
+
+use super::digests::Digests;
+use super::{KvCache, reserve};
+use crate::error::{Error, Result};
+use crate::events::{AttentionKind, Locked, Queue, Shape};
+use crate::ids::BlockId;
+use crate::layout::GroupSpec;
+use crate::metrics::{CacheMetrics, Counters, Evicted, Histogram, Watch};
+use crate::prefix::{Chain, Digest, PrefixIndex};
+
+/// What is shown.
+#[derive(Debug)]
+pub(super) struct Outside {
+    groups: usize,
+    digests: Option<Digests>,
+    queue: Option<Arc<Queue>>,
+    watch: Option<Box<Watch>>,
+    /// Where the time comes from; `None`: the caller sets it.
+    clock: Option<Instant>,
+    now_ms: u64,
+    counters: Counters,
+}
+
+impl Outside {
+    pub(super) fn new(groups: usize) -> Self {
+        Outside {
+            groups,
+            digests: None,
+            queue: None,
+            watch: None,
+            clock: Some(Instant::now()),
+            now_ms: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Reads the clock for the call that begins, if times are kept.
+    pub(super) fn tick(&mut self) {
+        if let (Some(start), Some(_)) = (self.clock, &self.watch) {
+            self.now_ms = start.elapsed().as_millis() as u64;
+        }
+    }
+
+    /// Entries were put into the index.
+    pub(super) fn stored(&mut self, chain: &Chain) {
+        if let Some(digests) = &mut self.digests {
+            digests.fill(chain);
+            if let Some(queue) = &self.queue {
+                digests.tell_stored(chain, &mut queue.lock());
+            }
+        }
+        if let Some(watch) = &mut self.watch {
+            // The first group stands for all.
+            for &id in chain.blocks.iter().step_by(self.groups) {
+                watch.cached(id, self.now_ms);
+            }
+        }
+    }
+
+    /// Cached entries (`[entry][group]`) were found by a lookup.
+    pub(super) fn used(&mut self, entries: &[BlockId]) {
+        if let Some(watch) = &mut self.watch {
+            for &id in entries.iter().step_by(self.groups) {
+                watch.used(id, self.now_ms);
+            }
+        }
+    }
+
+    /// Entries (`[entry][group]`) were taken out of the index.
+    pub(super) fn evicted(&mut self, entries: &[BlockId], why: Evicted) {
+        self.counters.evicted_blocks[why as usize] += (entries.len() / self.groups) as u64;
+        if let (Some(digests), Some(queue)) = (&self.digests, &self.queue) {
+            digests.tell_removed(entries, &mut queue.lock());
+        }
+        if let Some(watch) = &mut self.watch {
+            for &id in entries.iter().step_by(self.groups) {
+                watch.evicted(id, self.now_ms);
+            }
+        }
+    }
+
+    /// A call failed for want of something.
+    pub(super) fn refused(&mut self, error: &Error) {
+        match error {
+            Error::OutOfBlocks { missing, .. } => {
+                self.counters.out_of_blocks += 1;
+                self.counters.missing_blocks += u64::from(*missing);
+            }
+            Error::OutOfSequences { .. } => self.counters.out_of_sequences += 1,
+            _ => {}
+        }
+    }
+
+    /// Queues all that is resident, if events were lost and the publisher has said so.
+    pub(super) fn resync(&self, prefix: Option<&PrefixIndex>) {
+        if let Some(queue) = &self.queue {
+            let mut queue = queue.lock();
+            if queue.wants_resync() {
+                self.tell_all(prefix, &mut queue);
+            }
+        }
+    }
+
+    fn tell_all(&self, prefix: Option<&PrefixIndex>, queue: &mut Locked) {
+        queue.restart();
+        if let (Some(prefix), Some(digests)) = (prefix, &self.digests) {
+            prefix.for_each_chain(&mut |chain| digests.tell_stored(&chain, queue));
+        }
+    }
+}
+
+impl Drop for Outside {
+    /// What is gone is cleared.
+    fn drop(&mut self) {
+        if let Some(queue) = &self.queue {
+            queue.lock().restart();
+        }
+    }
+}
+
+/// What events say of the attention of a layer group.
+fn kind(group: &GroupSpec) -> AttentionKind {
+    match (group.v_in_k, group.window) {
+        (false, None) => AttentionKind::Full,
+        (true, None) => AttentionKind::Latent,
+        (false, Some(tokens)) => AttentionKind::Window(tokens),
+        (true, Some(tokens)) => AttentionKind::LatentWindow(tokens),
+    }
+}
+
+impl KvCache {
+    /// Computes the digest of every cached block now, and from now on of each block that is
+    /// committed. Does nothing where that is so already.
+    ///
+    /// # Errors
+    /// `OutOfMemory` where 32 bytes a block and group are refused. Nothing changed then.
+    pub fn enable_digests(&mut self) -> Result<()> {
+        if self.outside.digests.is_none() {
+            let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
+            let mut digests = Digests::new(self.spec.block_tokens, groups, blocks)?;
+            if let Some(prefix) = &self.prefix {
+                prefix.for_each_chain(&mut |chain| digests.fill(&chain));
+            }
+            self.outside.digests = Some(digests);
+        }
+        Ok(())
+    }
+
+    /// The digest of a cached block of a layer group. `None` for a block that is not in the prefix
+    /// index, and without [`Self::enable_digests`].
+    pub fn digest(&self, group: u32, block: BlockId) -> Option<Digest> {
+        let cached = self.pools.get(group as usize)?.is_cached(block);
+        let digests = self.outside.digests.as_ref().filter(|_| cached)?;
+        digests.of(group as usize, block)
+    }
+
+    /// Queues KV events from now on, beginning with [`Event::Cleared`] and all that is resident.
+    /// The queue is for one [`Publisher`] and holds `capacity_blocks` blocks of events; 0 for twice
+    /// what the cache itself has.
+    ///
+    /// [`Event::Cleared`]: crate::events::Event::Cleared
+    /// [`Publisher`]: crate::events::Publisher
+    ///
+    /// # Errors
+    /// `InvalidState` where the cache queues events already, or reuses no prefixes;
+    /// `InvalidArgument` for a capacity below the blocks of all groups; `OutOfMemory`.
+    pub fn enable_events(&mut self, capacity_blocks: usize) -> Result<Arc<Queue>> {
+        if self.outside.queue.is_some() {
+            return Err(Error::InvalidState { why: "the cache has its events published already" });
+        }
+        if self.prefix.is_none() {
+            return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
+        }
+        let resident = self.pools.iter().map(|pool| pool.blocks() as usize).sum::<usize>();
+        let capacity = if capacity_blocks == 0 { 2 * resident } else { capacity_blocks };
+        if capacity < resident {
+            let why = "must be at least the blocks of all layer groups";
+            return Err(Error::invalid("capacity_blocks", why));
+        }
+        let mut groups = Vec::new();
+        reserve(&mut groups, self.spec.groups.len())?;
+        groups.extend(self.spec.groups.iter().map(kind));
+        let queue = Queue::new(Shape { block_tokens: self.spec.block_tokens, groups }, capacity)?;
+        self.enable_digests()?;
+        self.outside.queue = Some(queue.clone());
+        self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
+        Ok(queue)
+    }
+
+    /// Queues no more events; the last one says that everything is cleared.
+    pub fn disable_events(&mut self) {
+        if let Some(queue) = self.outside.queue.take() {
+            queue.lock().restart();
+        }
+    }
+
+    /// Queues [`Event::Cleared`] and then everything resident as stored, in place of all that
+    /// still waits: for consumers that come late or have lost track. Takes time in proportion to
+    /// what is resident.
+    ///
+    /// [`Event::Cleared`]: crate::events::Event::Cleared
+    ///
+    /// # Errors
+    /// `InvalidState` where the cache queues no events.
+    pub fn snapshot_events(&self) -> Result<()> {
+        let Some(queue) = &self.outside.queue else {
+            return Err(Error::InvalidState { why: "the cache publishes no events" });
+        };
+        self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
+        Ok(())
+    }
+
+    /// Keeps the times of every `every`-th block from now on, for the histograms of
+    /// [`Self::metrics`], which begin anew; 0 for none. The clock is read once in each `begin` and
+    /// `start`, or never after [`Self::set_time`].
+    ///
+    /// # Errors
+    /// `OutOfMemory` where 8 bytes a watched block are refused. Nothing changed then.
+    pub fn watch_blocks(&mut self, every: u32) -> Result<()> {
+        let mut watch = match every {
+            0 => None,
+            _ => Some(Box::new(Watch::new(every, self.pools[0].blocks())?)),
+        };
+        core::mem::swap(&mut self.outside.watch, &mut watch);
+        self.outside.tick();
+        let now_ms = self.outside.now_ms;
+        if let (Some(watch), Some(prefix)) = (&mut self.outside.watch, &self.prefix) {
+            prefix.for_each_block(&mut |ids| watch.cached(ids[0], now_ms));
+        }
+        Ok(())
+    }
+
+    /// Sets the time, in milliseconds since whenever the caller likes; the system's clock is not
+    /// read from now on. Earlier than before counts as no time passed.
+    pub fn set_time(&mut self, now_ms: u64) {
+        let before = if self.outside.clock.take().is_some() { 0 } else { self.outside.now_ms };
+        self.outside.now_ms = now_ms.max(before);
+    }
+
+    /// Everything that is counted and timed.
+    pub fn metrics(&self) -> CacheMetrics {
+        let (stats, outside) = (self.stats(), &self.outside);
+        let none = Histogram::default();
+        let times = outside.watch.as_ref();
+        CacheMetrics {
+            blocks: stats.blocks,
+            referenced_blocks: stats.referenced_blocks,
+            cached_blocks: stats.cached_blocks,
+            sequences: stats.sequences,
+            queries_tokens: stats.looked_up_tokens,
+            hits_tokens: stats.hit_tokens,
+            counters: outside.counters,
+            watched_every: times.map_or(0, |watch| watch.every()),
+            lifetime: times.map_or(none, |watch| watch.lifetime),
+            idle_before_evict: times.map_or(none, |watch| watch.idle_before_evict),
+            reuse_gap: times.map_or(none, |watch| watch.reuse_gap),
+            dropped_events: outside.queue.as_ref().map_or(0, |q| q.stats().dropped_events),
+        }
+    }
+}

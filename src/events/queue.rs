@@ -1,0 +1,395 @@
+//! Events on their way from the cache to the publisher: one buffer that the cache fills and the
+//! publisher swaps for an empty one.
+//!
+//! The buffers are flat (events, digests, tokens) and grow up to a bound, so filling one allocates
+//! nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
+//! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::{Event, Medium, Shape};
+use crate::error::{Error, Result};
+use crate::ids::{Namespace, TokenId};
+use crate::prefix::Digest;
+
+/// The most blocks of one event: longer chains are several.
+const MAX_EVENT_BLOCKS: usize = 1024;
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Stored { space: Namespace, parent: Option<Digest> },
+    Removed,
+    Cleared,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    kind: Kind,
+    medium: Medium,
+    group: u32,
+    /// One past its last digest and token in the batch.
+    digests: usize,
+    tokens: usize,
+}
+
+/// Events in the order in which they happened.
+#[derive(Debug, Default)]
+pub struct Batch {
+    entries: Vec<Entry>,
+    digests: Vec<Digest>,
+    tokens: Vec<TokenId>,
+}
+
+impl Batch {
+    /// Whether there is no event.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Blocks of all events together.
+    pub fn blocks(&self) -> usize {
+        self.digests.len()
+    }
+
+    /// The events.
+    pub fn events(&self) -> Events<'_> {
+        Events { batch: self, next: 0, end: self.entries.len() }
+    }
+
+    /// Empties it, keeping the memory.
+    pub(super) fn clear(&mut self) {
+        self.entries.clear();
+        self.digests.clear();
+        self.tokens.clear();
+    }
+
+    /// Room for an event with so many digests and tokens; false where memory is refused.
+    fn reserve(&mut self, digests: usize, tokens: usize) -> bool {
+        self.entries.try_reserve(1).is_ok()
+            && self.digests.try_reserve(digests).is_ok()
+            && self.tokens.try_reserve(tokens).is_ok()
+    }
+
+    /// Ends an event whose digests and tokens were pushed: of the last one, if `joins`.
+    fn end(&mut self, joins: bool, kind: Kind, medium: Medium, group: u32) {
+        let (digests, tokens) = (self.digests.len(), self.tokens.len());
+        match self.entries.last_mut() {
+            Some(last) if joins => (last.digests, last.tokens) = (digests, tokens),
+            _ => self.entries.push(Entry { kind, medium, group, digests, tokens }),
+        }
+    }
+
+    /// The last event with its digests, if it is of this medium and group and may grow.
+    fn open(&self, medium: Medium, group: u32) -> Option<(Kind, &[Digest])> {
+        let last = self.entries.last()?;
+        let before = self.entries.len().checked_sub(2).map_or(0, |at| self.entries[at].digests);
+        let digests = &self.digests[before..];
+        let fits = digests.len() < MAX_EVENT_BLOCKS;
+        (fits && last.medium == medium && last.group == group).then_some((last.kind, digests))
+    }
+}
+
+/// Some or all events of a [`Batch`]; an iterator.
+#[derive(Debug, Clone)]
+pub struct Events<'a> {
+    batch: &'a Batch,
+    next: usize,
+    end: usize,
+}
+
+impl<'a> Events<'a> {
+    /// Splits off the leading events that together have at most `max_blocks` blocks, at least one
+    /// event if there is any.
+    pub(super) fn split_front(&mut self, max_blocks: usize) -> Events<'a> {
+        let entries = &self.batch.entries;
+        let start = self.next.checked_sub(1).map_or(0, |at| entries[at].digests);
+        let mut end = self.end.min(self.next + 1);
+        while end < self.end && entries[end].digests - start <= max_blocks {
+            end += 1;
+        }
+        let front = Events { batch: self.batch, next: self.next, end };
+        self.next = end;
+        front
+    }
+}
+
+impl<'a> Iterator for Events<'a> {
+    type Item = Event<'a>;
+
+    fn next(&mut self) -> Option<Event<'a>> {
+        if self.next == self.end {
+            return None;
+        }
+        let entries = &self.batch.entries;
+        let Entry { kind, medium, group, digests, tokens } = entries[self.next];
+        let before = self.next.checked_sub(1).map(|at| (entries[at].digests, entries[at].tokens));
+        let (first_digest, first_token) = before.unwrap_or((0, 0));
+        let digests = &self.batch.digests[first_digest..digests];
+        let tokens = &self.batch.tokens[first_token..tokens];
+        self.next += 1;
+        Some(match kind {
+            Kind::Stored { space, parent } => {
+                Event::Stored { medium, group, space, parent, digests, tokens }
+            }
+            Kind::Removed => Event::Removed { medium, group, digests },
+            Kind::Cleared => Event::Cleared,
+        })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.end - self.next, Some(self.end - self.next))
+    }
+}
+
+impl ExactSizeIterator for Events<'_> {}
+
+/// Whether the queue takes events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    Open,
+    /// Events were dropped; the publisher does not know yet.
+    Lost,
+    /// The publisher has told its sinks; the cache has to queue what is resident.
+    Resync,
+}
+
+#[derive(Debug)]
+struct State {
+    batch: Batch,
+    flow: Flow,
+    stop: bool,
+    /// The publisher sleeps and must be woken.
+    asleep: bool,
+    /// It works on what it took.
+    publishing: bool,
+    dropped_events: u64,
+    losses: u64,
+}
+
+/// What a queue has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Events that wait.
+    pub queued_events: usize,
+    /// Their blocks.
+    pub queued_blocks: usize,
+    /// Whether the publisher is busy with events that it took.
+    pub publishing: bool,
+    /// The most blocks that may wait.
+    pub capacity_blocks: usize,
+    /// Events that were dropped because the queue was full, or memory was refused.
+    pub dropped_events: u64,
+    /// How often events began to be dropped.
+    pub losses: u64,
+}
+
+/// A bounded queue of events, shared by one cache and one publisher.
+#[derive(Debug)]
+pub struct Queue {
+    shape: Shape,
+    capacity: usize,
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+/// What the publisher took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// Events, maybe none.
+    Events,
+    /// Events were dropped: everything known so far is to be forgotten.
+    Lost,
+    /// Nothing is left and nothing will come.
+    Stopped,
+}
+
+impl Queue {
+    /// An empty queue for at most `capacity_blocks` blocks, counted for each event that has them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a capacity of 0 or a shape without groups or tokens.
+    pub fn new(shape: Shape, capacity_blocks: usize) -> Result<Arc<Self>> {
+        if capacity_blocks == 0 {
+            return Err(Error::invalid("capacity_blocks", "must be at least 1"));
+        }
+        if shape.groups.is_empty() || shape.block_tokens == 0 {
+            return Err(Error::invalid("shape", "must have groups and tokens"));
+        }
+        let state = State {
+            batch: Batch::default(),
+            flow: Flow::Open,
+            stop: false,
+            asleep: false,
+            publishing: false,
+            dropped_events: 0,
+            losses: 0,
+        };
+        let (state, wake) = (Mutex::new(state), Condvar::new());
+        Ok(Arc::new(Queue { shape, capacity: capacity_blocks, state, wake }))
+    }
+
+    /// What all its events share.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// What it has seen.
+    pub fn stats(&self) -> QueueStats {
+        let state = self.state();
+        QueueStats {
+            queued_events: state.batch.events().len(),
+            queued_blocks: state.batch.blocks(),
+            publishing: state.publishing,
+            capacity_blocks: self.capacity,
+            dropped_events: state.dropped_events,
+            losses: state.losses,
+        }
+    }
+
+    /// To queue events; the publisher waits meanwhile. Dropping the guard wakes it.
+    pub fn lock(&self) -> Locked<'_> {
+        Locked { queue: self, state: self.state() }
+    }
+
+    /// Lets the publisher end after it took what is queued.
+    pub(super) fn stop(&self) {
+        self.state().stop = true;
+        self.wake.notify_all();
+    }
+
+    /// Swaps the queued events for those in `batch`, which is emptied. Waits for some.
+    pub(super) fn take(&self, batch: &mut Batch) -> Taken {
+        batch.clear();
+        let mut state = self.state();
+        loop {
+            state.publishing = true;
+            if state.flow == Flow::Lost {
+                state.flow = Flow::Resync;
+                return Taken::Lost;
+            }
+            if !state.batch.is_empty() {
+                core::mem::swap(&mut state.batch, batch);
+                return Taken::Events;
+            }
+            state.publishing = false;
+            if state.stop {
+                return Taken::Stopped;
+            }
+            state.asleep = true;
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.asleep = false;
+        }
+    }
+
+    /// Sleeps for `time` after what was taken is published, or until the queue is stopped.
+    pub(super) fn rest(&self, time: Duration) {
+        let mut state = self.state();
+        state.publishing = false;
+        let stopped = |state: &mut State| !state.stop;
+        drop(self.wake.wait_timeout_while(state, time, stopped));
+    }
+
+    /// Every change below leaves the state whole, so that a panic elsewhere does no harm to it.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A queue that takes events.
+#[derive(Debug)]
+pub struct Locked<'a> {
+    queue: &'a Queue,
+    state: MutexGuard<'a, State>,
+}
+
+impl Locked<'_> {
+    /// Whether events were dropped and the publisher has said so: all that is resident should be
+    /// queued, after [`Self::restart`].
+    pub fn wants_resync(&self) -> bool {
+        self.state.flow == Flow::Resync
+    }
+
+    /// Blocks that follow `parent` and each other are cached; `tokens` are theirs.
+    pub fn stored(
+        &mut self,
+        (medium, group, space): (Medium, u32, Namespace),
+        mut parent: Option<Digest>,
+        mut digests: &[Digest],
+        mut tokens: &[TokenId],
+    ) {
+        let block_tokens = self.queue.shape.block_tokens as usize;
+        debug_assert_eq!(digests.len() * block_tokens, tokens.len());
+        while !digests.is_empty() && self.room(digests.len(), tokens.len()) {
+            let batch = &mut self.state.batch;
+            let (mut joins, mut most) = (false, MAX_EVENT_BLOCKS);
+            if let Some((Kind::Stored { space: last, .. }, open)) = batch.open(medium, group)
+                && last == space
+                && open.last() == parent.as_ref()
+            {
+                (joins, most) = (true, MAX_EVENT_BLOCKS - open.len());
+            }
+            let count = digests.len().min(most);
+            let (now, later) = digests.split_at(count);
+            let (now_tokens, later_tokens) = tokens.split_at(count * block_tokens);
+            batch.digests.extend_from_slice(now);
+            batch.tokens.extend_from_slice(now_tokens);
+            batch.end(joins, Kind::Stored { space, parent }, medium, group);
+            (parent, digests, tokens) = (now.last().copied(), later, later_tokens);
+        }
+    }
+
+    /// A block is not cached there any more.
+    pub fn removed(&mut self, medium: Medium, group: u32, digest: Digest) {
+        if self.room(1, 0) {
+            let batch = &mut self.state.batch;
+            let joins = matches!(batch.open(medium, group), Some((Kind::Removed, _)));
+            batch.digests.push(digest);
+            batch.end(joins, Kind::Removed, medium, group);
+        }
+    }
+
+    /// Begins anew: consumers are to forget everything, and are told what is resident next.
+    pub fn restart(&mut self) {
+        // What waits is part of what is forgotten.
+        self.state.batch.clear();
+        self.state.flow = Flow::Open;
+        if self.room(0, 0) {
+            self.state.batch.end(false, Kind::Cleared, Medium::Gpu, 0);
+        }
+    }
+
+    /// Whether an event fits; drops everything where it does not.
+    fn room(&mut self, digests: usize, tokens: usize) -> bool {
+        let state = &mut *self.state;
+        if state.flow == Flow::Open
+            && digests <= self.queue.capacity - state.batch.blocks()
+            && state.batch.reserve(digests, tokens)
+        {
+            return true;
+        }
+        if state.flow == Flow::Open {
+            state.flow = Flow::Lost;
+            state.losses += 1;
+            state.dropped_events += state.batch.entries.len() as u64;
+            state.batch.clear();
+        }
+        state.dropped_events += 1;
+        false
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let news = !self.state.batch.is_empty() || self.state.flow == Flow::Lost;
+        if news && self.state.asleep {
+            self.queue.wake.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
