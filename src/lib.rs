@@ -28,6 +28,7 @@ pub mod layout;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
+pub mod quant;
 
 pub use error::{Error, Result, Status};
 
