@@ -210,7 +210,7 @@ const LATENT: HeadShape =
 
 fn configs() -> Vec<Config> {
     let mut list = Vec::new();
-    for &format in KvFormat::ALL {
+    for &format in KvFormat::FLOATS {
         let base = Config {
             name: "decode",
             format,

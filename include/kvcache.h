@@ -135,6 +135,37 @@ uint32_t kvc_last_missing_blocks(void);
 // Storage format of K and V: bfloat16.
 #define KVC_FORMAT_BF16 3
 
+// Storage format: 8-bit floats, 4 exponent bits; one scale a layer and KV head. The planner knows
+// this format and those below; kernels that lack one answer KVC_ERR_UNSUPPORTED.
+#define KVC_FORMAT_FP8_E4M3 4
+
+// Storage format: 8-bit floats, 5 exponent bits.
+#define KVC_FORMAT_FP8_E5M2 5
+
+// Storage format: symmetric 8-bit integers, one scale a token and head, keys rotated.
+#define KVC_FORMAT_INT8_T 6
+
+// Storage format: 4-bit integers, scale and minimum a token and head, rotated.
+#define KVC_FORMAT_INT4_T 7
+
+// Storage format: 4-bit floats with a scale for 16 channels.
+#define KVC_FORMAT_NVFP4 8
+
+// Storage format: sealed tiles of 32, 64 or 128 tokens, 8-bit keys and values.
+#define KVC_FORMAT_KT8V8 16
+
+// Storage format: sealed tiles, 4-bit keys and values.
+#define KVC_FORMAT_KT4V4 17
+
+// Storage format: sealed tiles, 3-bit keys and values.
+#define KVC_FORMAT_KT3V3 18
+
+// Storage format: sealed tiles, 4-bit keys and 2-bit values.
+#define KVC_FORMAT_KT4V2 19
+
+// Storage format: sealed tiles, 2-bit keys and values.
+#define KVC_FORMAT_KT2V2 20
+
 // Exists in libraries of ABI 0.1 and no others: a program that refers to it does not link with a
 // library of another ABI. Does nothing.
 //

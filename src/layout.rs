@@ -8,14 +8,19 @@
 //!               [V: kv_head][token][v_dim]
 //! ```
 //!
-//! so that a block is one object for tiers, and one run per (layer, head) for kernels. All sizes
-//! are `u64` and every product is checked once, in [`GroupLayout::new`]; what it accepts cannot
-//! overflow later.
+//! so that a block is one object for tiers, and one run per (layer, head) for kernels. A run of
+//! quantised tokens has the rows of codes first and their scales behind them; a block of sealed
+//! tiles is `[layer][kv_head]` records with K and V in one ([`tile`]). All sizes are `u64` and
+//! every product is checked once, in [`GroupLayout::new`]; what it accepts cannot overflow later.
+
+pub mod tile;
 
 use alloc::vec::Vec;
 
-use crate::dtype::KvFormat;
+use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
+
+use tile::{TileLayout, TileShape};
 
 /// The largest head dimension that a key row may have (multi-head latent attention uses 576).
 pub const MAX_HEAD_DIM: u32 = 576;
@@ -100,7 +105,12 @@ impl CacheSpec {
 /// The most layer groups a cache may have.
 pub const MAX_GROUPS: usize = 16;
 
-/// Distances between rows of one layer's K or V, in elements.
+/// Raw blocks of a sealed-tile format that one sequence may hold beside its sealed ones: the block
+/// that is being filled, and the one before it until it is sealed.
+pub const STAGING_BLOCKS: u64 = 2;
+
+/// Distances between rows of one layer's K or V, in elements; in bytes where the format is
+/// quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Strides {
     /// From a block to the next.
@@ -120,14 +130,15 @@ pub struct GroupLayout {
     v_run_bytes: u64,
     layer_bytes: u64,
     block_bytes: u64,
+    staging_block_bytes: u64,
 }
 
 impl GroupLayout {
     /// Checks the spec and multiplies its dimensions out.
     ///
     /// # Errors
-    /// `InvalidArgument` for a geometry outside the documented ranges, `Overflow` where a block
-    /// would not fit in 63 bits.
+    /// `InvalidArgument` for a geometry outside the documented ranges or one that the format
+    /// cannot have, `Overflow` where a block would not fit in 63 bits.
     pub fn new(spec: GroupSpec, block_tokens: u32) -> Result<Self> {
         if !block_tokens.is_power_of_two() || !BLOCK_TOKENS_RANGE.contains(&block_tokens) {
             return Err(Error::invalid("block_tokens", "must be a power of two, 16 to 256"));
@@ -154,19 +165,32 @@ impl GroupLayout {
             return Err(Error::invalid("k_dim, v_dim", "must be multiples of 8, 8 to 256"));
         }
         let overflow = Error::Overflow { what: "block_bytes" };
-        let k_run_bytes = spec.format.row_bytes(spec.k_dim) * u64::from(block_tokens);
-        let v_run_bytes = if spec.v_in_k {
-            0
-        } else {
-            spec.format.row_bytes(spec.v_dim) * u64::from(block_tokens)
+        let (k_run_bytes, v_run_bytes) = run_bytes(&spec, block_tokens)?;
+        let of_block = |head_bytes: u64| {
+            head_bytes
+                .checked_mul(u64::from(spec.kv_heads))
+                .and_then(|layer| layer.checked_mul(u64::from(spec.layers)))
+                .filter(|&bytes| bytes <= i64::MAX as u64)
+                .ok_or(overflow)
         };
-        let layer_bytes =
-            (k_run_bytes + v_run_bytes).checked_mul(u64::from(spec.kv_heads)).ok_or(overflow)?;
-        let block_bytes = layer_bytes.checked_mul(u64::from(spec.layers)).ok_or(overflow)?;
-        if block_bytes > i64::MAX as u64 {
-            return Err(overflow);
-        }
-        Ok(Self { spec, block_tokens, k_run_bytes, v_run_bytes, layer_bytes, block_bytes })
+        let block_bytes = of_block(k_run_bytes + v_run_bytes)?;
+        let staging_block_bytes = if spec.format.class() == FormatClass::Tile {
+            let v_dim = if spec.v_in_k { 0 } else { spec.v_dim };
+            let row_bytes = spec.format.row_bytes(spec.k_dim) + spec.format.row_bytes(v_dim);
+            of_block(row_bytes * u64::from(block_tokens))?
+        } else {
+            0
+        };
+        let layer_bytes = block_bytes / u64::from(spec.layers);
+        Ok(Self {
+            spec,
+            block_tokens,
+            k_run_bytes,
+            v_run_bytes,
+            layer_bytes,
+            block_bytes,
+            staging_block_bytes,
+        })
     }
 
     /// The spec this layout was made from.
@@ -184,9 +208,21 @@ impl GroupLayout {
         self.block_bytes
     }
 
-    /// Bytes that one token takes in the group (its share of a full block).
+    /// Bytes that one token takes in the group (its share of a full block, rounded up).
     pub fn token_bytes(&self) -> u64 {
-        self.block_bytes / u64::from(self.block_tokens)
+        self.block_bytes.div_ceil(u64::from(self.block_tokens))
+    }
+
+    /// Bytes of one raw block in the staging pool of a sealed-tile format, all layers of the
+    /// group; 0 for other formats.
+    pub fn staging_block_bytes(&self) -> u64 {
+        self.staging_block_bytes
+    }
+
+    /// The record of one layer and head in a block of sealed tiles; `None` for other formats.
+    pub fn tile(&self) -> Option<TileLayout> {
+        // What `new` accepted is a tile, or the format has none.
+        TileLayout::new(self.spec.format, tile_shape(&self.spec, self.block_tokens)).ok()
     }
 
     /// Bytes of `blocks` blocks.
@@ -211,48 +247,99 @@ impl GroupLayout {
         u64::from(layer) * self.layer_bytes
     }
 
-    /// Byte offset of the values of `layer` in a block (that of the keys where values lie in keys).
+    /// Byte offset of the values of `layer` in a block (that of the keys where values lie in keys
+    /// or in the same record).
     pub fn v_offset(&self, layer: u32) -> u64 {
-        let keys =
-            if self.spec.v_in_k { 0 } else { self.k_run_bytes * u64::from(self.spec.kv_heads) };
+        // Values lie in the keys' rows, or in the record that both share.
+        let shared = self.spec.v_in_k || self.spec.format.class() == FormatClass::Tile;
+        let keys = if shared { 0 } else { self.k_run_bytes * u64::from(self.spec.kv_heads) };
         self.k_offset(layer) + keys
     }
 
-    /// Strides of the keys, in elements.
+    /// Strides of the keys: in elements, in bytes where the format is quantised.
     pub fn k_strides(&self) -> Strides {
-        self.strides(self.spec.k_dim)
+        self.strides(self.spec.k_dim, self.k_run_bytes)
     }
 
-    /// Strides of the values, in elements (those of the keys where values lie in keys).
+    /// Strides of the values (those of the keys where values lie in keys).
     pub fn v_strides(&self) -> Strides {
-        self.strides(if self.spec.v_in_k { self.spec.k_dim } else { self.spec.v_dim })
+        if self.spec.v_in_k {
+            self.k_strides()
+        } else {
+            self.strides(self.spec.v_dim, self.v_run_bytes)
+        }
     }
 
-    fn strides(&self, dim: u32) -> Strides {
+    fn strides(&self, dim: u32, run_bytes: u64) -> Strides {
+        let format = self.spec.format;
+        let (unit, token) = match format.class() {
+            FormatClass::Float => (u64::from(format.dtype().bytes()), u64::from(dim)),
+            FormatClass::Token => (1, format.row_bytes(dim)),
+            // A record is one object: its rows are found through `tile`.
+            FormatClass::Tile => (1, 0),
+        };
+        let run_bytes =
+            if format.class() == FormatClass::Tile { self.k_run_bytes } else { run_bytes };
         Strides {
-            block: (self.block_bytes / u64::from(self.spec.format.dtype().bytes())) as i64,
-            head: i64::from(dim) * i64::from(self.block_tokens),
-            token: i64::from(dim),
+            block: (self.block_bytes / unit) as i64,
+            head: (run_bytes / unit) as i64,
+            token: token as i64,
         }
     }
 
     /// The contiguous runs of a block that hold K or V of one head, as (byte offset, bytes a
-    /// token): what a copy of the first tokens of a block walks over.
+    /// token): what a copy of the first tokens of a block walks over. Codes and scales of
+    /// quantised tokens are runs of their own; sealed tiles have none, they are copied whole.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let tokens = u64::from(self.block_tokens);
-        (0..self.spec.layers).flat_map(move |layer| {
-            (0..self.spec.kv_heads).flat_map(move |head| {
-                let k = (
-                    self.k_offset(layer) + u64::from(head) * self.k_run_bytes,
-                    self.k_run_bytes / tokens,
-                );
-                let v = (
-                    self.v_offset(layer) + u64::from(head) * self.v_run_bytes,
-                    self.v_run_bytes / tokens,
-                );
-                core::iter::once(k).chain((!self.spec.v_in_k).then_some(v))
+        let (spec, tokens) = (&self.spec, u64::from(self.block_tokens));
+        let side = move |start: u64, dim: u32| {
+            let (codes, scales) = row_parts(spec, dim);
+            let runs = [(start, codes), (start + tokens * codes, scales)];
+            runs.into_iter().filter(|&(_, bytes)| bytes != 0)
+        };
+        let sealed = spec.format.class() == FormatClass::Tile;
+        let layers = if sealed { 0 } else { spec.layers };
+        (0..layers).flat_map(move |layer| {
+            (0..spec.kv_heads).flat_map(move |head| {
+                let k = self.k_offset(layer) + u64::from(head) * self.k_run_bytes;
+                let v = self.v_offset(layer) + u64::from(head) * self.v_run_bytes;
+                let v_dim = if spec.v_in_k { 0 } else { spec.v_dim };
+                side(k, spec.k_dim).chain(side(v, v_dim))
             })
         })
+    }
+}
+
+/// Bytes of codes and of scales of one token and head, 0 and 0 for a `dim` of 0.
+fn row_parts(spec: &GroupSpec, dim: u32) -> (u64, u64) {
+    let parts = if spec.v_in_k && spec.v_dim < spec.k_dim { 2 } else { 1 };
+    match dim {
+        0 => (0, 0),
+        _ => (spec.format.row_bytes(dim), spec.format.row_scale_bytes(dim, parts)),
+    }
+}
+
+fn tile_shape(spec: &GroupSpec, tokens: u32) -> TileShape {
+    TileShape { k_dim: spec.k_dim, v_dim: spec.v_dim, v_in_k: spec.v_in_k, tokens }
+}
+
+/// Bytes of one head's keys and of its values in a block; a record counts as keys.
+fn run_bytes(spec: &GroupSpec, block_tokens: u32) -> Result<(u64, u64)> {
+    match spec.format.class() {
+        FormatClass::Tile => {
+            let record = TileLayout::new(spec.format, tile_shape(spec, block_tokens))?;
+            Ok((record.bytes() as u64, 0))
+        }
+        class => {
+            if class == FormatClass::Token {
+                tile::check_quantized_dims(spec.k_dim, spec.v_dim, spec.v_in_k)?;
+            }
+            let run = |dim: u32| {
+                let (codes, scales) = row_parts(spec, dim);
+                u64::from(block_tokens) * (codes + scales)
+            };
+            Ok((run(spec.k_dim), run(if spec.v_in_k { 0 } else { spec.v_dim })))
+        }
     }
 }
 
@@ -280,6 +367,45 @@ mod tests {
         assert_eq!(layout.token_bytes(), 70_272);
         assert_eq!(layout.v_offset(7), layout.k_offset(7));
         assert_eq!(layout.runs().count(), 61);
+    }
+
+    #[test]
+    fn quantised_tokens_have_codes_and_scales_in_runs_that_cover_the_block() {
+        let tokens = KvFormat::ALL.iter().filter(|f| f.class() == FormatClass::Token);
+        for &format in tokens {
+            for spec in
+                [GroupSpec::uniform(3, 2, 80, format), GroupSpec::latent(2, 512, 64, format)]
+            {
+                let layout = GroupLayout::new(spec, 32).unwrap();
+                let mut runs: Vec<_> = layout.runs().collect();
+                runs.sort_unstable();
+                let mut at = 0;
+                for (offset, token_bytes) in runs {
+                    assert_eq!(offset, at, "{format:?}");
+                    at += token_bytes * 32;
+                }
+                assert_eq!(at, layout.block_bytes(), "{format:?}");
+                assert!(layout.k_strides().head % 16 == 0 && layout.staging_block_bytes() == 0);
+            }
+        }
+        let int8 = GroupLayout::new(GroupSpec::uniform(1, 1, 128, KvFormat::Int8T), 16).unwrap();
+        assert_eq!(int8.token_bytes(), 2 * (128 + 2));
+    }
+
+    #[test]
+    fn a_block_of_sealed_tiles_is_its_records() {
+        let spec = GroupSpec::uniform(3, 2, 128, KvFormat::Kt4v4);
+        let layout = GroupLayout::new(spec.clone(), 64).unwrap();
+        assert_eq!(layout.block_bytes(), 3 * 2 * 8_592);
+        assert_eq!(layout.token_bytes(), 806); // 805.5
+        assert_eq!(layout.tile().map(|tile| tile.bytes()), Some(8_592));
+        assert_eq!((layout.k_strides().head, layout.v_offset(2)), (8_592, layout.k_offset(2)));
+        assert_eq!(layout.runs().count(), 0);
+        assert_eq!(layout.staging_block_bytes(), 3 * 2 * 64 * 2 * 128 * 2);
+        for block_tokens in [16, 256] {
+            assert!(GroupLayout::new(spec.clone(), block_tokens).is_err());
+        }
+        assert!(GroupLayout::new(GroupSpec { k_dim: 72, ..spec }, 64).is_err());
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub mod metrics;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
+pub mod quant;
 
 pub use error::{Error, Result, Status};
 

@@ -7,7 +7,8 @@
 //! A layer group with a sliding window holds, for each sequence, the blocks that a window can
 //! touch at its worst alignment, and no more however long the context grows. That is the steady
 //! state of decoding; a prefill in chunks of `n` tokens holds up to `n - 1` further tokens while
-//! it runs.
+//! it runs. A group of sealed tiles also holds raw blocks in a staging pool, for each sequence at
+//! most [`STAGING_BLOCKS`].
 
 pub mod presets;
 
@@ -15,7 +16,7 @@ use alloc::vec::Vec;
 
 use crate::dtype::KvFormat;
 use crate::error::{Error, Result};
-use crate::layout::{CacheSpec, GroupLayout};
+use crate::layout::{CacheSpec, GroupLayout, STAGING_BLOCKS};
 
 /// Parts per million in one: the scale of [`Budget::reserve_ppm`].
 pub const PPM: u32 = 1_000_000;
@@ -74,6 +75,10 @@ pub struct GroupPlan {
     pub sequence_blocks: u64,
     /// Blocks of the group's pool when the budget is split as sequences of the context need it.
     pub blocks: u64,
+    /// Bytes of one raw block of the staging pool; 0 unless the format has sealed tiles.
+    pub staging_block_bytes: u64,
+    /// Blocks of the staging pool when the budget is split likewise.
+    pub staging_blocks: u64,
 }
 
 /// What a budget holds.
@@ -83,7 +88,7 @@ pub struct Plan {
     pub kv_bytes: u64,
     /// Bytes that one more token takes, all groups, while no window is full.
     pub token_bytes: u64,
-    /// Bytes of one sequence of the context, whole blocks, windows respected.
+    /// Bytes of one sequence of the context, whole blocks, windows respected, staging included.
     pub sequence_bytes: u64,
     /// Bytes of the whole batch at the context.
     pub batch_bytes: u64,
@@ -123,17 +128,20 @@ pub fn plan(spec: &CacheSpec, budget: &Budget, workload: &Workload) -> Result<Pl
             .ok_or(Error::Overflow { what: "bytes of a token" })?;
         let sequence_blocks = sequence_blocks(layout, workload.context_tokens);
         // Each group's share is kv_bytes * (its bytes / all bytes of a sequence), in whole blocks.
-        let blocks =
-            u128::from(kv_bytes) * u128::from(sequence_blocks) / u128::from(sequence_bytes);
-        // The highest id marks "no block", so ids number u32::MAX blocks.
-        if blocks > u128::from(u32::MAX) {
-            return Err(Error::Overflow { what: "blocks of a group" });
-        }
+        let share = |count: u64| {
+            let blocks = u128::from(kv_bytes) * u128::from(count) / u128::from(sequence_bytes);
+            // The highest id marks "no block", so ids number u32::MAX blocks.
+            u32::try_from(blocks)
+                .map(u64::from)
+                .map_err(|_| Error::Overflow { what: "blocks of a group" })
+        };
         groups.push(GroupPlan {
             token_bytes: layout.token_bytes(),
             block_bytes: layout.block_bytes(),
             sequence_blocks,
-            blocks: blocks as u64,
+            blocks: share(sequence_blocks)?,
+            staging_block_bytes: layout.staging_block_bytes(),
+            staging_blocks: share(staging_blocks(layout, sequence_blocks))?,
         });
     }
     Ok(Plan {
@@ -162,14 +170,26 @@ pub fn sequence_blocks(layout: &GroupLayout, tokens: u64) -> u64 {
     layout.blocks_for(tokens).min(window_blocks(layout))
 }
 
-/// Bytes that one sequence of `tokens` tokens holds in all groups.
+/// Raw blocks that a sequence of `blocks` blocks holds in a group's staging pool.
+fn staging_blocks(layout: &GroupLayout, blocks: u64) -> u64 {
+    if layout.staging_block_bytes() == 0 { 0 } else { blocks.min(STAGING_BLOCKS) }
+}
+
+/// Bytes that one sequence of `tokens` tokens holds in all groups, staging included.
 ///
 /// # Errors
 /// `Overflow` past 63 bits in a group or 64 in the sum.
 pub fn sequence_bytes(layouts: &[GroupLayout], tokens: u64) -> Result<u64> {
+    let overflow = Error::Overflow { what: "bytes of a sequence" };
     layouts.iter().try_fold(0u64, |sum, layout| {
-        sum.checked_add(layout.pool_bytes(sequence_blocks(layout, tokens))?)
-            .ok_or(Error::Overflow { what: "bytes of a sequence" })
+        let blocks = sequence_blocks(layout, tokens);
+        let staged = layout
+            .staging_block_bytes()
+            .checked_mul(staging_blocks(layout, blocks))
+            .ok_or(overflow)?;
+        sum.checked_add(layout.pool_bytes(blocks)?)
+            .and_then(|sum| sum.checked_add(staged))
+            .ok_or(overflow)
     })
 }
 
@@ -188,13 +208,17 @@ fn window_blocks(layout: &GroupLayout) -> u64 {
 /// The longest context whose blocks fit in `sequence_budget` bytes, `None` where all do.
 fn max_context(layouts: &[GroupLayout], sequence_budget: u64) -> Option<u64> {
     // A group holds min(n, cap) blocks of an n-block context: monotone in n, so bisect. Every group
-    // has the same block_tokens. At most 2^60 blocks of 2^63 bytes in 16 groups: below 2^128.
+    // has the same block_tokens. At most 2^60 blocks of 2^63 bytes in 16 groups, and two raw ones:
+    // below 2^128.
     let block_tokens = layouts.first().map_or(1, |layout| u64::from(layout.block_tokens()));
     let fits = |blocks: u64| {
         let bytes: u128 = layouts
             .iter()
             .map(|layout| {
-                u128::from(blocks.min(window_blocks(layout))) * u128::from(layout.block_bytes())
+                let held = blocks.min(window_blocks(layout));
+                let staged = u128::from(staging_blocks(layout, held));
+                u128::from(held) * u128::from(layout.block_bytes())
+                    + staged * u128::from(layout.staging_block_bytes())
             })
             .sum();
         bytes <= u128::from(sequence_budget)

@@ -26,6 +26,9 @@ fn published_figures_come_out_of_the_command_line() {
     let latent = json(&["--layers", "61", "--latent", "512", "--rope", "64"]);
     assert_eq!(latent["plan"]["token_bytes"], 70_272);
     assert_eq!(latent["formats"]["f32"]["token_bytes"], 2 * 70_272);
+    // 64 rows of 288 bytes, two bytes a channel and a header, over 64 tokens.
+    assert_eq!(latent["formats"]["kt4v4"]["token_bytes"], 61u64 * (64 * 288 + 1168) / 64 + 1);
+    assert_eq!(latent["formats"]["kt4v4"]["block_tokens"], 64);
     let dims = ["--layers", "80", "--kv-heads", "64", "--head-dim", "128", "--context", "4096"];
     assert_eq!(json(&dims)["plan"]["sequence_bytes"], 10u64 << 30);
 }
@@ -83,7 +86,8 @@ fn bad_input_is_an_error_on_stderr_only() {
         (&["--context", "18446744073709551615"], "not fit"),
         (&["--batch", "0"], "--batch"),
         (&["--reserve", "1.0"], "fraction"),
-        (&["--dtype", "f17"], "f32, f16 or bf16"),
+        (&["--dtype", "kt4v4", "--block-tokens", "16"], "32, 64 or 128"),
+        (&["--dtype", "f17"], "f32, f16, bf16"),
     ];
     for (arguments, expected) in bad {
         let output = plan(arguments);

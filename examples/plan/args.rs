@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use kvcache::dtype::KvFormat;
+use kvcache::dtype::{FormatClass, KvFormat};
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::plan::{Budget, presets::Preset};
 
@@ -19,8 +19,10 @@ geometry   --layers N --kv-heads N --head-dim N
              [--window-layers N]      only N of the layers have the window
            --layers N --latent N --rope N
                                       multi-head latent attention
-cache      --dtype NAME               f32, f16 or bf16 (default bf16)
-           --block-tokens N           16, 32, 64, 128 or 256 (default 16)
+cache      --dtype NAME               f32, f16, bf16 (default), fp8_e4m3, fp8_e5m2, int8_t,
+                                      int4_t, nvfp4, kt8v8, kt4v4, kt3v3, kt4v2 or kt2v2
+           --block-tokens N           16, 32, 64, 128 or 256 (default 16; 64 for sealed tiles,
+                                      the kt formats, which have 32, 64 or 128)
 budget     --memory SIZE              device memory (default 80GiB)
            --weights SIZE             what the weights take of it (default 0)
            --reserve FRACTION         left to activations and run time (default 0.1)
@@ -31,6 +33,9 @@ output     --json                     one JSON object
            --help                     this text
 
 A SIZE is in bytes or has a unit: 80GiB is 80 * 2^30, 80GB is 80 * 10^9.";
+
+/// Tokens of a sealed tile, where none were asked for.
+pub const TILE_TOKENS: u32 = 64;
 
 /// What the user asked for.
 pub enum Request {
@@ -78,7 +83,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Request, String> {
     let mut words = words;
     let mut model = None;
     let mut format = KvFormat::Bf16;
-    let mut block_tokens = 16;
+    let mut block_tokens = None;
     let mut budget = Budget { memory_bytes: 80 << 30, weight_bytes: 0, reserve_ppm: 100_000 };
     let (mut context_tokens, mut batch, mut json) = (8192, 1, false);
     let mut dims = Dimensions::default();
@@ -90,7 +95,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Request, String> {
             "--list" => return Ok(Request::List),
             "--json" => json = true,
             "--dtype" => format = KvFormat::from_name(&value()?).map_err(|e| e.to_string())?,
-            "--block-tokens" => block_tokens = number(&word, &value()?)?,
+            "--block-tokens" => block_tokens = Some(number(&word, &value()?)?),
             "--memory" => budget.memory_bytes = parse_bytes(&value()?)?,
             "--weights" => budget.weight_bytes = parse_bytes(&value()?)?,
             "--reserve" => budget.reserve_ppm = parse_ppm(&value()?)?,
@@ -110,6 +115,8 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Request, String> {
         }
     }
 
+    let tiles = format.class() == FormatClass::Tile;
+    let block_tokens = block_tokens.unwrap_or(if tiles { TILE_TOKENS } else { 16 });
     if model.is_some() && dims.any() {
         return Err("give a preset or dimensions, not both".to_string());
     }

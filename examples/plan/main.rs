@@ -6,7 +6,7 @@
 //! ```
 //!
 //! All arithmetic is [`kvcache::plan`]'s; this program reads arguments and prints. The first table
-//! is the chosen KV format, the last one every format the library has.
+//! is the chosen KV format, the last one every format that the geometry can have.
 
 mod args;
 mod units;
@@ -15,8 +15,9 @@ use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
-use args::{Args, Request};
-use kvcache::dtype::KvFormat;
+use args::{Args, Request, TILE_TOKENS};
+use kvcache::dtype::{FormatClass, KvFormat};
+use kvcache::layout::{CacheSpec, tile};
 use kvcache::plan::{Plan, Workload, plan, presets, with_format};
 use serde_json::{Value, json};
 use units::{binary, grouped};
@@ -56,29 +57,45 @@ fn main() -> ExitCode {
     }
 }
 
-/// The plan of every format.
-fn formats(args: &Args) -> kvcache::Result<Vec<(KvFormat, Plan)>> {
+/// A format with the spec it was planned in, which may need other blocks than the chosen one.
+struct Planned {
+    format: KvFormat,
+    spec: CacheSpec,
+    plan: Plan,
+}
+
+/// The plan of every format; without those that the geometry cannot have, the chosen one excepted,
+/// whose error is the answer.
+fn formats(args: &Args) -> kvcache::Result<Vec<Planned>> {
     let workload = Workload { context_tokens: args.context_tokens, batch: args.batch };
-    let plan_of = |&format| {
-        let plan = plan(&with_format(&args.spec, format), &args.budget, &workload)?;
-        Ok((format, plan))
-    };
-    KvFormat::ALL.iter().map(plan_of).collect()
+    let mut plans = Vec::new();
+    for &format in KvFormat::ALL {
+        let mut spec = with_format(&args.spec, format);
+        let tiles = format.class() == FormatClass::Tile;
+        if format != args.format && tiles && !tile::TILE_TOKENS.contains(&spec.block_tokens) {
+            spec.block_tokens = TILE_TOKENS;
+        }
+        if format != args.format && spec.layouts().is_err() {
+            continue;
+        }
+        let plan = plan(&spec, &args.budget, &workload)?;
+        plans.push(Planned { format, spec, plan });
+    }
+    Ok(plans)
 }
 
 /// The plan of the format that was asked for.
-fn chosen<'a>(args: &Args, plans: &'a [(KvFormat, Plan)]) -> &'a Plan {
-    let found = plans.iter().find(|(format, _)| *format == args.format);
-    &found.expect("every format is planned").1
+fn chosen<'a>(args: &Args, plans: &'a [Planned]) -> &'a Planned {
+    plans.iter().find(|plan| plan.format == args.format).expect("the chosen format is planned")
 }
 
 fn context_text(plan: &Plan) -> String {
     plan.max_context_tokens.map_or_else(|| "any length".to_string(), grouped)
 }
 
-fn tables(args: &Args, plans: &[(KvFormat, Plan)]) -> String {
+fn tables(args: &Args, plans: &[Planned]) -> String {
     let mut text = String::new();
-    let plan = chosen(args, plans);
+    let plan = &chosen(args, plans).plan;
     let mut row = |name: &str, value: String| {
         writeln!(text, "{name:<28}{value:>20}").expect("a string grows");
     };
@@ -91,6 +108,11 @@ fn tables(args: &Args, plans: &[(KvFormat, Plan)]) -> String {
     row("batch", grouped(args.batch));
     row("bytes a token", grouped(plan.token_bytes));
     row("a sequence of the context", binary(plan.sequence_bytes));
+    let staged: u64 =
+        plan.groups.iter().map(|group| group.staging_blocks * group.staging_block_bytes).sum();
+    if staged != 0 {
+        row("of the KV, raw blocks staged", binary(staged));
+    }
     row("the batch at the context", binary(plan.batch_bytes));
     row("fits", if plan.fits { "yes" } else { "no" }.to_string());
     row("largest batch at the context", grouped(plan.max_batch));
@@ -131,16 +153,23 @@ fn tables(args: &Args, plans: &[(KvFormat, Plan)]) -> String {
 
     writeln!(
         text,
-        "\n{:<8}{:>14}{:>14}{:>14}{:>15}{:>17}",
-        "format", "bytes/token", "a sequence", "blocks", "largest batch", "largest context"
+        "\n{:<10}{:>7}{:>14}{:>14}{:>14}{:>15}{:>17}",
+        "format",
+        "block",
+        "bytes/token",
+        "a sequence",
+        "blocks",
+        "largest batch",
+        "largest context"
     )
     .expect("a string grows");
-    for (format, plan) in plans {
+    for Planned { format, spec, plan } in plans {
         let blocks: u64 = plan.groups.iter().map(|group| group.blocks).sum();
         writeln!(
             text,
-            "{:<8}{:>14}{:>14}{:>14}{:>15}{:>17}",
+            "{:<10}{:>7}{:>14}{:>14}{:>14}{:>15}{:>17}",
             format.name(),
+            spec.block_tokens,
             grouped(plan.token_bytes),
             binary(plan.sequence_bytes),
             grouped(blocks),
@@ -152,8 +181,7 @@ fn tables(args: &Args, plans: &[(KvFormat, Plan)]) -> String {
     text
 }
 
-fn to_json(args: &Args, plans: &[(KvFormat, Plan)]) -> Value {
-    let plan = chosen(args, plans);
+fn to_json(args: &Args, plans: &[Planned]) -> Value {
     json!({
         "model": args.model,
         "format": args.format.name(),
@@ -163,16 +191,17 @@ fn to_json(args: &Args, plans: &[(KvFormat, Plan)]) -> Value {
         "reserve_ppm": args.budget.reserve_ppm,
         "context_tokens": args.context_tokens,
         "batch": args.batch,
-        "plan": plan_json(args, plan),
+        "plan": plan_json(chosen(args, plans)),
         "formats": plans
             .iter()
-            .map(|(format, plan)| (format.name().to_string(), plan_json(args, plan)))
+            .map(|planned| (planned.format.name().to_string(), plan_json(planned)))
             .collect::<serde_json::Map<_, _>>(),
     })
 }
 
-fn plan_json(args: &Args, plan: &Plan) -> Value {
-    let groups = plan.groups.iter().zip(&args.spec.groups).map(|(group, spec)| {
+fn plan_json(planned: &Planned) -> Value {
+    let Planned { spec, plan, .. } = planned;
+    let groups = plan.groups.iter().zip(&spec.groups).map(|(group, spec)| {
         json!({
             "layers": spec.layers,
             "kv_heads": spec.kv_heads,
@@ -184,9 +213,12 @@ fn plan_json(args: &Args, plan: &Plan) -> Value {
             "block_bytes": group.block_bytes,
             "sequence_blocks": group.sequence_blocks,
             "blocks": group.blocks,
+            "staging_block_bytes": group.staging_block_bytes,
+            "staging_blocks": group.staging_blocks,
         })
     });
     json!({
+        "block_tokens": spec.block_tokens,
         "kv_bytes": plan.kv_bytes,
         "token_bytes": plan.token_bytes,
         "sequence_bytes": plan.sequence_bytes,

@@ -24,11 +24,40 @@ pub const KVC_FORMAT_F32: u32 = 1;
 pub const KVC_FORMAT_F16: u32 = 2;
 /// Storage format of K and V: bfloat16.
 pub const KVC_FORMAT_BF16: u32 = 3;
+/// Storage format: 8-bit floats, 4 exponent bits; one scale a layer and KV head. The planner knows
+/// this format and those below; kernels that lack one answer KVC_ERR_UNSUPPORTED.
+pub const KVC_FORMAT_FP8_E4M3: u32 = 4;
+/// Storage format: 8-bit floats, 5 exponent bits.
+pub const KVC_FORMAT_FP8_E5M2: u32 = 5;
+/// Storage format: symmetric 8-bit integers, one scale a token and head, keys rotated.
+pub const KVC_FORMAT_INT8_T: u32 = 6;
+/// Storage format: 4-bit integers, scale and minimum a token and head, rotated.
+pub const KVC_FORMAT_INT4_T: u32 = 7;
+/// Storage format: 4-bit floats with a scale for 16 channels.
+pub const KVC_FORMAT_NVFP4: u32 = 8;
+/// Storage format: sealed tiles of 32, 64 or 128 tokens, 8-bit keys and values.
+pub const KVC_FORMAT_KT8V8: u32 = 16;
+/// Storage format: sealed tiles, 4-bit keys and values.
+pub const KVC_FORMAT_KT4V4: u32 = 17;
+/// Storage format: sealed tiles, 3-bit keys and values.
+pub const KVC_FORMAT_KT3V3: u32 = 18;
+/// Storage format: sealed tiles, 4-bit keys and 2-bit values.
+pub const KVC_FORMAT_KT4V2: u32 = 19;
+/// Storage format: sealed tiles, 2-bit keys and values.
+pub const KVC_FORMAT_KT2V2: u32 = 20;
 
 const _: () = {
     assert!(KVC_DTYPE_F32 == DType::F32.id() && KVC_FORMAT_F32 == KvFormat::F32.id());
     assert!(KVC_DTYPE_F16 == DType::F16.id() && KVC_FORMAT_F16 == KvFormat::F16.id());
     assert!(KVC_DTYPE_BF16 == DType::Bf16.id() && KVC_FORMAT_BF16 == KvFormat::Bf16.id());
+    assert!(KVC_FORMAT_FP8_E4M3 == KvFormat::Fp8E4m3.id());
+    assert!(KVC_FORMAT_FP8_E5M2 == KvFormat::Fp8E5m2.id());
+    assert!(KVC_FORMAT_INT8_T == KvFormat::Int8T.id());
+    assert!(KVC_FORMAT_INT4_T == KvFormat::Int4T.id());
+    assert!(KVC_FORMAT_NVFP4 == KvFormat::Nvfp4.id());
+    assert!(KVC_FORMAT_KT8V8 == KvFormat::Kt8v8.id() && KVC_FORMAT_KT4V4 == KvFormat::Kt4v4.id());
+    assert!(KVC_FORMAT_KT3V3 == KvFormat::Kt3v3.id() && KVC_FORMAT_KT4V2 == KvFormat::Kt4v2.id());
+    assert!(KVC_FORMAT_KT2V2 == KvFormat::Kt2v2.id());
 };
 
 /// Exists in libraries of ABI 0.1 and no others: a program that refers to it does not link with a

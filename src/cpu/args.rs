@@ -150,9 +150,19 @@ fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result
         .ok_or(Error::Overflow { what })
 }
 
+/// The kernels of this module read and write rows of floats.
+pub(crate) fn check_format(format: KvFormat) -> Result<()> {
+    if format.is_float() {
+        Ok(())
+    } else {
+        Err(Error::Unsupported { what: "a quantised KV format by the CPU kernels" })
+    }
+}
+
 impl KvView {
     /// Checks pointers, sizes and strides for `shape`.
     pub(crate) fn check(&self, shape: &HeadShape) -> Result<()> {
+        check_format(self.format)?;
         if self.block_tokens == 0 {
             return Err(Error::invalid("block_tokens", "must be at least 1"));
         }

@@ -38,7 +38,7 @@ macro_rules! instantiate {
             use $crate::cpu::{
                 decode, dot::Widened, job::Job, kernels::Kernels, prefill, vector::Stored,
             };
-            use $crate::dtype::{DType, KvFormat, bf16, f16};
+            use $crate::dtype::{DType, bf16, f16};
 
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
@@ -61,14 +61,15 @@ macro_rules! instantiate {
                 // SAFETY: the caller's promise.
                 unsafe { finish_row(parts, sink, dtype, out, v_dim) }
             }
-            match format {
-                KvFormat::F32 => {
+            // Quantised formats have been refused: the caller's arguments are checked.
+            match format.dtype() {
+                DType::F32 => {
                     Kernels { decode: decode_kernel::<f32>, tile: tile_kernel::<f32>, finish }
                 }
-                KvFormat::F16 => {
+                DType::F16 => {
                     Kernels { decode: decode_kernel::<f16>, tile: tile_kernel::<f16>, finish }
                 }
-                KvFormat::Bf16 => {
+                DType::Bf16 => {
                     Kernels { decode: decode_kernel::<bf16>, tile: tile_kernel::<bf16>, finish }
                 }
             }

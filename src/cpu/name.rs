@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// parts to be joined: `attend_decode_cpu_avx2_bf16`.
 ///
 /// # Errors
-/// As for a call: an impossible shape, or a level that this CPU lacks.
+/// As for a call: an impossible shape, a format without kernels, or a level that this CPU lacks.
 pub fn kernel_name(
     shape: &HeadShape,
     format: KvFormat,
@@ -18,6 +18,7 @@ pub fn kernel_name(
     q_tokens: u32,
 ) -> Result<[&'static str; 4]> {
     shape.check()?;
+    super::args::check_format(format)?;
     if !level.is_available() {
         return Err(Error::Unsupported { what: "the CPU level" });
     }

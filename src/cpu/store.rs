@@ -41,8 +41,10 @@ impl KvStore {
     /// Allocates and zeroes the blocks.
     ///
     /// # Errors
-    /// `Overflow`, `OutOfMemory`; `Unsupported` for a `KVCACHE_CPU` that this CPU cannot run.
+    /// `Overflow`, `OutOfMemory`; `Unsupported` for a format that the kernels cannot read and for a
+    /// `KVCACHE_CPU` that this CPU cannot run.
     pub fn new(layout: GroupLayout, blocks: u32) -> Result<Self> {
+        super::args::check_format(layout.spec().format)?;
         if blocks > i32::MAX as u32 {
             return Err(Error::invalid("blocks", "must fit in 31 bits"));
         }

@@ -6,7 +6,7 @@
 mod format;
 mod rows;
 
-pub use format::KvFormat;
+pub use format::{FormatClass, KvFormat};
 pub use half::{bf16, f16};
 pub use rows::{Rows, RowsMut};
 

@@ -53,7 +53,8 @@ fn every_preset_is_a_valid_cache_under_one_name() {
         assert!(presets::ALL[..at].iter().all(|other| other.name != preset.name));
         assert_eq!(preset.name, preset.name.to_ascii_lowercase());
         for &format in KvFormat::ALL {
-            let spec = preset.spec(format, 16);
+            // Sealed tiles have 32, 64 or 128 tokens; every preset has dims that all formats take.
+            let spec = preset.spec(format, 64);
             spec.layouts().unwrap();
             assert!(spec.groups.iter().all(|group| group.format == format));
         }
@@ -204,4 +205,31 @@ fn a_format_of_half_the_bytes_holds_twice_as_much() {
     assert_eq!(wide.token_bytes, 2 * narrow.token_bytes);
     assert_eq!(narrow.max_batch, 2 * wide.max_batch);
     assert_eq!(narrow.groups[0].blocks, 2 * wide.groups[0].blocks);
+}
+
+#[test]
+fn sealed_tiles_count_their_raw_blocks() {
+    let spec = spec_of("llama-3-8b", KvFormat::Kt4v4, 64);
+    let (block, raw) = (32 * 8 * 8_592, 32 * 8 * 64 * 2 * 128 * 2);
+    // One raw block while the first tile fills, two from then on, never more.
+    assert_eq!(bytes_at(&spec, 64), block + raw);
+    assert_eq!(bytes_at(&spec, 65), 2 * (block + raw));
+    assert_eq!(bytes_at(&spec, 64_000), 1000 * block + 2 * raw);
+
+    let workload = Workload { context_tokens: 8192, batch: 4 };
+    let tiles = plan(&spec, &budget(GIB), &workload).unwrap();
+    let group = &tiles.groups[0];
+    assert_eq!(tiles.sequence_bytes, 128 * block + 2 * raw);
+    assert_eq!(group.staging_block_bytes, raw);
+    assert!(group.staging_blocks >= 2 * tiles.max_batch && group.staging_blocks > 0);
+    let held = group.blocks * block + group.staging_blocks * raw;
+    assert!(held <= tiles.kv_bytes && held + block + raw > tiles.kv_bytes);
+    // The longest context fits, and one block more does not.
+    let longest = tiles.max_context_tokens.unwrap();
+    assert!(4 * bytes_at(&spec, longest) <= tiles.kv_bytes);
+    assert!(4 * bytes_at(&spec, longest + 1) > tiles.kv_bytes);
+
+    let floats = plan(&with_format(&spec, KvFormat::Bf16), &budget(GIB), &workload).unwrap();
+    assert_eq!((floats.groups[0].staging_blocks, floats.groups[0].staging_block_bytes), (0, 0));
+    assert!(tiles.max_batch >= 3 * floats.max_batch);
 }

@@ -157,7 +157,7 @@ impl Case {
         let any = |rng: &mut Rng| rng.below(3) == 0;
         Case {
             shape,
-            format: rng.pick(KvFormat::ALL),
+            format: rng.pick(KvFormat::FLOATS),
             q_dtype: rng.pick(&dtypes),
             out_dtype: rng.pick(&dtypes),
             layout: rng.pick(&[Layout::Native, Layout::Nhd, Layout::Hnd]),
