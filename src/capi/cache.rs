@@ -60,7 +60,7 @@ unsafe impl Sized32 for kvc_cache_options {
     const NAME: &'static str = "kvc_cache_options";
     const FIRST_BYTES: usize = size_of::<Self>();
     fn initial() -> Self {
-        let CacheOptions { blocks, max_seqs, threads, prefix_reuse } = CacheOptions::default();
+        let CacheOptions { blocks, max_seqs, threads, prefix_reuse, .. } = CacheOptions::default();
         Self {
             struct_size: size_of::<Self>() as u32,
             block_tokens: 16,
@@ -160,6 +160,7 @@ pub unsafe extern "C" fn kvc_cache_create(
             max_seqs: options.max_seqs,
             threads: options.threads,
             prefix_reuse: flag(options.prefix_reuse, "prefix_reuse")?,
+            ..CacheOptions::default()
         };
         let cache = KvCache::new(&spec, &options)?;
         out.write(handle::publish(Locked(Mutex::new(cache)))?);

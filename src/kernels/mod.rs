@@ -22,7 +22,7 @@ pub mod image;
 pub mod params;
 
 pub use append::append_launch;
-pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use decode::{DecodeBounds, DecodePlan, Pieces, decode_kernel};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
