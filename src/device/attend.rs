@@ -1,14 +1,14 @@
-//! Attention over a device store: which kernel serves a batch, its plan, its workspace.
+//! Attention over a device store: the call's plan, its workspace, its launches.
 //!
 //! A plan is made on the device from the lengths that stand there, once a batch; the layers after
-//! the first reuse it. Sequences of up to eight new tokens are decoded; longer ones go through the
-//! same kernel eight tokens at a time.
+//! the first reuse it. Sequences of more than eight new tokens go through the decode kernel eight
+//! tokens at a time.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use super::backend::launch;
-use super::batch::{BatchView, DeviceBatch};
+use super::backend::{launch, launch_attend};
+use super::batch::DeviceBatch;
 use super::memory::DeviceMemory;
 use super::rows::{DeviceRows, DeviceRowsMut};
 use super::store::{DeviceStore, check_len};
@@ -16,8 +16,7 @@ use super::{Backend, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernels::params::{DecodeParams, In, Out};
-use crate::kernels::{DecodeBounds, DecodePlan, Pieces, decode_kernel};
+use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces};
 use crate::layout::GroupLayout;
 
 /// Query tokens of a sequence that the decode kernel takes at once.
@@ -30,7 +29,7 @@ const FIXED_PIECE: u32 = 512;
 #[derive(Debug)]
 pub(super) struct Attend {
     /// The plan that the workspace holds, and what it was made for.
-    planned: Option<(PlanKey, DecodePlan)>,
+    planned: Option<(PlanKey, AttendPlan)>,
     workspace: DeviceMemory,
     /// Sinks and slopes, and what was uploaded there last.
     per_head: DeviceMemory,
@@ -45,14 +44,6 @@ struct PlanKey {
     serial: u64,
     q_heads: u32,
     window: Option<u32>,
-}
-
-/// One call, its arguments checked.
-struct Call<'a> {
-    shape: HeadShape,
-    batch: BatchView,
-    params: DecodeParams,
-    scoring: &'a Scoring<'a>,
 }
 
 impl Attend {
@@ -74,23 +65,35 @@ impl Attend {
     /// `Unsupported` where there are none.
     pub fn check(layout: &GroupLayout) -> Result<()> {
         let spec = layout.spec();
-        if spec.v_in_k || spec.k_dim != spec.v_dim {
-            return Err(Error::Unsupported { what: "this kind of attention on this device" });
-        }
-        decode_kernel(spec.format.dtype(), spec.k_dim).map(|_| ())
+        AttendPlan::new(&AttendBounds {
+            shape: HeadShape {
+                q_heads: spec.kv_heads,
+                kv_heads: spec.kv_heads,
+                k_dim: spec.k_dim,
+                v_dim: spec.v_dim,
+                v_in_k: spec.v_in_k,
+            },
+            cache: spec.format.dtype(),
+            seqs: 1,
+            q_len: 1,
+            kv_len: 1,
+            pieces: Pieces::Balanced,
+            multiprocessors: 1,
+        })
+        .map(|_| ())
     }
 
-    /// Addresses of sinks and slopes on the device, null where there are none.
+    /// Addresses of sinks and slopes on the device, 0 where there are none.
     fn per_head(
         &mut self,
         backend: &dyn Backend,
         stream: Stream,
         scoring: &Scoring,
-    ) -> Result<(In<f32>, In<f32>)> {
+    ) -> Result<(u64, u64)> {
         let lists = [scoring.sinks, scoring.alibi];
         let bytes = lists.iter().flatten().map(|list| list.len() * 4).sum::<usize>();
         if bytes == 0 {
-            return Ok((In::NULL, In::NULL));
+            return Ok((0, 0));
         }
         let wanted = || lists.into_iter().flatten().flatten().flat_map(|x| x.to_ne_bytes());
         if !self.per_head_bytes.iter().copied().eq(wanted()) {
@@ -104,8 +107,8 @@ impl Attend {
         let sinks = self.per_head.address();
         let slopes = sinks + scoring.sinks.map_or(0, |list| list.len() as u64 * 4);
         Ok((
-            In::at(if scoring.sinks.is_some() { sinks } else { 0 }),
-            In::at(if scoring.alibi.is_some() { slopes } else { 0 }),
+            if scoring.sinks.is_some() { sinks } else { 0 },
+            if scoring.alibi.is_some() { slopes } else { 0 },
         ))
     }
 }
@@ -149,75 +152,59 @@ impl DeviceStore {
             }
         }
         let (sinks, slopes) = self.attend.per_head(&*self.backend, self.options.stream, scoring)?;
-        let heads = i64::from(shape.q_heads);
-        let params = DecodeParams {
-            q: In::at(q.address()),
-            k: In::at(view.k),
-            v: In::at(view.v),
-            out: Out::at(out.address()),
-            lse: Out::at(lse.map_or(0, |lse| lse.address())),
-            q_indptr: In::at(at.q_indptr),
-            table: In::at(at.indices),
-            table_indptr: In::at(at.indptr),
-            seq_lens: In::at(at.kv_lens),
+        let strides = |dim: u32| [i64::from(shape.q_heads) * i64::from(dim), i64::from(dim)];
+        let args = AttendArgs {
+            q: q.address(),
+            q_dtype: q.dtype(),
+            q_strides: strides(shape.k_dim),
+            out: out.address(),
+            out_dtype: out.dtype(),
+            out_strides: strides(shape.v_dim),
+            lse: lse.map_or(0, |lse| lse.address()),
+            k: view.k,
+            k_strides: view.k_strides,
+            v: view.v,
+            v_strides: view.v_strides,
+            block_tokens: self.layout().block_tokens(),
+            num_blocks: self.blocks,
+            table: at.indices,
+            table_stride: 0,
+            table_indptr: at.indptr,
+            seqs: at.seqs,
+            q_indptr: at.q_indptr,
+            kv_lens: at.kv_lens,
+            scale: scoring.scale,
+            causal: scoring.causal,
+            window: scoring.window,
+            softcap: scoring.softcap,
             sinks,
             slopes,
             error_flag: self.flag(),
-            q_row: heads * i64::from(shape.k_dim),
-            q_head: shape.k_dim.into(),
-            out_row: heads * i64::from(shape.v_dim),
-            out_head: shape.v_dim.into(),
-            k_block: view.k_strides.block,
-            k_head: view.k_strides.head,
-            k_token: view.k_strides.token,
-            v_block: view.v_strides.block,
-            v_head: view.v_strides.head,
-            v_token: view.v_strides.token,
-            causal: u32::from(scoring.causal),
-            block_tokens: self.layout().block_tokens(),
-            num_blocks: self.blocks,
-            window: scoring.window.unwrap_or(0),
-            q_dtype: q.dtype().id(),
-            out_dtype: out.dtype().id(),
-            scale: scoring.scale,
-            softcap: scoring.softcap.unwrap_or(0.0),
-            ..DecodeParams::default()
         };
-        let call = Call { shape, batch: at, params, scoring };
-        if at.max_q <= MAX_DECODE_TOKENS {
-            self.decode(call)
-        } else {
-            let (q_bytes, out_bytes) = (q.dtype().bytes(), out.dtype().bytes());
-            self.decode_in_chunks(call, batch, q_bytes.into(), out_bytes.into())
+        if at.max_q > MAX_DECODE_TOKENS {
+            return self.attend_in_chunks(&shape, args, batch);
         }
-    }
-
-    /// Decodes a batch of at most eight query tokens a sequence.
-    fn decode(&mut self, mut call: Call) -> Result<()> {
-        let (at, window) = (call.batch, call.scoring.window);
-        let key = PlanKey { serial: at.serial, q_heads: call.shape.q_heads, window };
+        let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: scoring.window };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,
             _ => {
-                let plan = self.plan(&call, at.max_q, at.seqs, at.max_kv)?;
-                self.launch_plan(&plan, In::at(at.kv_lens), at.seqs, window)?;
+                let plan = self.plan(&shape, &args, at.max_q, at.max_kv)?;
                 self.attend.planned = Some((key, plan));
                 plan
             }
         };
-        self.launch_decode(&plan, &mut call.params)
+        self.run(&plan, &args)
     }
 
-    /// Decodes sequences one after another, eight query tokens at a time: each chunk is a batch of
-    /// one sequence that ends with the chunk.
-    fn decode_in_chunks(
+    /// Attends for sequences one after another, eight query tokens at a time: each chunk is a batch
+    /// of one sequence that ends with the chunk.
+    fn attend_in_chunks(
         &mut self,
-        mut call: Call,
+        shape: &HeadShape,
+        args: AttendArgs,
         batch: &DeviceBatch,
-        q_bytes: u64,
-        out_bytes: u64,
     ) -> Result<()> {
-        if !call.scoring.causal {
+        if !args.causal {
             return Err(Error::Unsupported {
                 what: "more than 8 query tokens without a causal mask on this device",
             });
@@ -234,45 +221,48 @@ impl DeviceStore {
             }
         }
         let attend = &mut self.attend;
-        attend.planned = None;
         attend.lengths_bytes.clear();
         attend.lengths_bytes.extend(chunks.iter().flat_map(|chunk| chunk.3.to_ne_bytes()));
         attend.lengths.grow(attend.lengths_bytes.len() as u64)?;
         let lengths = attend.lengths.address();
         // SAFETY: the memory has these bytes; the staging buffer is not page-locked.
         unsafe { self.backend.upload(lengths, &attend.lengths_bytes, self.options.stream) }?;
-        let whole = call.params;
+        let row_bytes = |strides: [i64; 2], dtype: DType| strides[0] as u64 * dtype.bytes() as u64;
         for (n, &(seq, row, count, length)) in chunks.iter().enumerate() {
-            let plan = self.plan(&call, count, 1, length as u32)?;
-            let length = In::at(lengths + 4 * n as u64);
-            self.launch_plan(&plan, length, 1, call.scoring.window)?;
-            call.params = DecodeParams {
-                q: In::at(whole.q.0 + row * whole.q_row as u64 * q_bytes),
-                out: Out::at(whole.out.0 + row * whole.out_row as u64 * out_bytes),
-                lse: match whole.lse.0 {
-                    0 => Out::NULL,
-                    lse => Out::at(lse + row * u64::from(call.shape.q_heads) * 4),
+            let chunk = AttendArgs {
+                q: args.q + row * row_bytes(args.q_strides, args.q_dtype),
+                out: args.out + row * row_bytes(args.out_strides, args.out_dtype),
+                lse: match args.lse {
+                    0 => 0,
+                    lse => lse + row * u64::from(shape.q_heads) * 4,
                 },
-                q_indptr: In::NULL,
-                table_indptr: In::at(whole.table_indptr.0 + 4 * seq),
-                seq_lens: length,
-                ..whole
+                table_indptr: args.table_indptr + 4 * seq,
+                seqs: 1,
+                q_indptr: 0,
+                kv_lens: lengths + 4 * n as u64,
+                ..args
             };
-            self.launch_decode(&plan, &mut call.params)?;
+            let plan = self.plan(shape, &chunk, count, length as u32)?;
+            self.run(&plan, &chunk)?;
         }
         Ok(())
     }
 
-    /// A plan for these maxima, with workspace for it.
-    fn plan(&mut self, call: &Call, q_len: u32, batch: u32, max_tokens: u32) -> Result<DecodePlan> {
-        let plan = DecodePlan::new(DecodeBounds {
+    /// Plans for a call with these maxima: on the host, and on the device where its kernel wants
+    /// that.
+    fn plan(
+        &mut self,
+        shape: &HeadShape,
+        args: &AttendArgs,
+        q_len: u32,
+        kv_len: u32,
+    ) -> Result<AttendPlan> {
+        let plan = AttendPlan::new(&AttendBounds {
+            shape: *shape,
             cache: self.layout().spec().format.dtype(),
-            head_dim: call.shape.k_dim,
-            q_heads: call.shape.q_heads,
-            kv_heads: call.shape.kv_heads,
+            seqs: args.seqs,
             q_len,
-            batch,
-            max_tokens,
+            kv_len,
             pieces: if self.options.deterministic {
                 Pieces::Fixed(FIXED_PIECE)
             } else {
@@ -282,26 +272,17 @@ impl DeviceStore {
         })?;
         self.attend.planned = None;
         self.attend.workspace.grow(plan.workspace_bytes())?;
+        if let Some((first, params)) = plan.plan_launch(self.attend.workspace.address(), args)? {
+            // SAFETY: the workspace has the bytes that the plan asks for, and the lengths are those
+            // of the batch; all of it is freed after what is enqueued.
+            unsafe { launch(&*self.backend, &first, &params, self.options.stream) }?;
+        }
         Ok(plan)
     }
 
-    fn launch_plan(
-        &mut self,
-        plan: &DecodePlan,
-        lengths: In<i32>,
-        batch: u32,
-        window: Option<u32>,
-    ) -> Result<()> {
-        let workspace = self.attend.workspace.address();
-        let (first, params) = plan.plan_launch(workspace, lengths, batch, window, self.flag())?;
-        // SAFETY: the workspace has the bytes that the plan asks for, and the lengths are those of
-        // the batch; all of it is freed after what is enqueued.
-        unsafe { launch(&*self.backend, &first, &params, self.options.stream) }
-    }
-
-    fn launch_decode(&mut self, plan: &DecodePlan, params: &mut DecodeParams) -> Result<()> {
-        let second = plan.decode_launch(self.attend.workspace.address(), params)?;
+    fn run(&mut self, plan: &AttendPlan, args: &AttendArgs) -> Result<()> {
+        let (second, params) = plan.attend_launch(self.attend.workspace.address(), args)?;
         // SAFETY: as above; rows were vouched for and have the elements that the sizes say.
-        unsafe { launch(&*self.backend, &second, params, self.options.stream) }
+        unsafe { launch_attend(&*self.backend, &second, &params, self.options.stream) }
     }
 }

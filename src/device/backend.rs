@@ -8,8 +8,8 @@ use core::fmt;
 
 use super::Device;
 use crate::error::Result;
-use crate::kernels::Launch;
 use crate::kernels::params::DeviceStruct;
+use crate::kernels::{AttendParams, Launch};
 
 /// A queue of work on a device: what is enqueued runs in order. For CUDA a `CUstream`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -124,7 +124,7 @@ pub trait Backend: fmt::Debug + Send + Sync {
 ///
 /// # Safety
 /// As for [`Backend::launch`].
-pub(super) unsafe fn launch<P: DeviceStruct>(
+pub(crate) unsafe fn launch<P: DeviceStruct>(
     backend: &dyn Backend,
     launch: &Launch,
     params: &P,
@@ -133,4 +133,22 @@ pub(super) unsafe fn launch<P: DeviceStruct>(
     debug_assert_eq!(launch.kernel.params, P::C_NAME);
     // SAFETY: the caller's promise; the struct is as long as its type.
     unsafe { backend.launch(launch, core::ptr::from_ref(params).cast(), size_of::<P>(), stream) }
+}
+
+/// [`Backend::launch`] with the parameter struct of whichever kernel attends.
+///
+/// # Errors
+/// As for [`Backend::launch`].
+///
+/// # Safety
+/// As for [`Backend::launch`].
+pub(crate) unsafe fn launch_attend(
+    backend: &dyn Backend,
+    plan: &Launch,
+    params: &AttendParams,
+    stream: Stream,
+) -> Result<()> {
+    let AttendParams::Decode(params) = params;
+    // SAFETY: the caller's promise.
+    unsafe { launch(backend, plan, params, stream) }
 }

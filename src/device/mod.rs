@@ -22,6 +22,7 @@ mod rows;
 mod store;
 
 pub use backend::{Backend, Stream};
+pub(crate) use backend::{launch, launch_attend};
 pub use batch::{BatchTables, DeviceBatch, GroupTables};
 #[cfg(feature = "emulate")]
 pub use emulated::Emulated;

@@ -131,8 +131,9 @@ impl DeviceStore {
         Err(Error::BadBlock { block: u32::MAX })
     }
 
-    pub(super) fn flag(&self) -> Out<u32> {
-        Out::at(self.flag.address())
+    /// The word that kernels raise.
+    pub(super) fn flag(&self) -> u64 {
+        self.flag.address()
     }
 
     pub(super) fn view(&self, layer: u32) -> Result<LayerView> {
@@ -217,7 +218,7 @@ impl DeviceStore {
             k_cache: Out::at(view.k),
             v_cache: Out::at(view.v),
             slots: In::at(at.slots),
-            error_flag: self.flag(),
+            error_flag: Out::at(self.flag()),
             k_token: row(shape.k_dim),
             k_head: shape.k_dim.into(),
             v_token: row(v_dim),

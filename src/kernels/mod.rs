@@ -15,6 +15,7 @@ macro_rules! kernels {
 }
 
 mod append;
+mod attend;
 mod decode;
 #[cfg(all(test, feature = "std"))]
 mod header;
@@ -22,7 +23,8 @@ pub mod image;
 pub mod params;
 
 pub use append::append_launch;
-pub use decode::{DecodeBounds, DecodePlan, Pieces, decode_kernel};
+pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan};
+pub use decode::{DecodeBounds, DecodePlan, Pieces};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
