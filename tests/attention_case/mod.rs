@@ -35,6 +35,12 @@ impl Buffer {
         }
     }
 
+    #[allow(dead_code)]
+    pub fn of(dtype: DType, values: &[f32]) -> Self {
+        let mut values = values.iter().copied();
+        Self::filled(dtype, values.len(), || values.next().unwrap_or(f32::NAN))
+    }
+
     pub fn rows(&self) -> Rows<'_> {
         match self {
             Buffer::F32(x) => Rows::F32(x),
