@@ -50,6 +50,9 @@ mod header {
         ("cache", "cache: the whole KV cache"),
         ("seq", "seq: the sequences of a cache"),
         ("step", "step: one forward pass over a batch"),
+        ("step_device", "step: for rows in the memory of the cache's device"),
+        ("device", "device: where kernels run beside the CPU"),
+        ("device_kernels", "device: its kernels alone, on the caller's own memory and stream"),
     ];
 
     const HEAD: &str = include_str!("src/capi/header.txt");

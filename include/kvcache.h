@@ -82,6 +82,9 @@ typedef int32_t kvc_status;
 // The device is not present.
 #define KVC_ERR_NO_DEVICE -201
 
+// The device or its driver reported an error.
+#define KVC_ERR_DEVICE_FAILED -202
+
 // The object is not in a state in which the call is allowed, or another call is using it.
 #define KVC_ERR_INVALID_STATE -300
 
@@ -184,7 +187,7 @@ const char *kvc_version(void);
 
 // Copies one line about the build as snprintf would, and returns the length of the whole line,
 // the NUL not counted: version, features, storage formats, the CPU level that kernels use (or
-// why there is none), and whether GPU kernels are inside. `buf` may be NULL with a `len` of 0.
+// why there is none), and which GPU kernels are inside. `buf` may be NULL with a `len` of 0.
 //
 // Threads: thread-safe.
 uint64_t kvc_build_info(char *buf, uint64_t len);
@@ -882,6 +885,18 @@ typedef struct {
     uint32_t threads;
     // 1 (the default): publish committed blocks to the prefix index and start sequences from it.
     uint32_t prefix_reuse;
+    // KVC_DEVICE_*: where blocks live and kernels run. KVC_DEVICE_CPU by default.
+    uint32_t device;
+    // The device's number among those of its kind.
+    uint32_t device_ordinal;
+    // The device's stream (a CUstream) that everything is enqueued on, for as long as the cache
+    // lives; NULL (the default) for its default stream.
+    void *stream;
+    // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
+    // on the CPU it always does. 0 by default.
+    uint32_t deterministic;
+    // 0.
+    uint32_t reserved;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -925,7 +940,8 @@ typedef struct {
 kvc_status kvc_cache_options_init(kvc_cache_options *options, uint32_t struct_size);
 
 // Makes a cache of `groups[group_count]` (1 to 16) layer groups, and allocates its memory.
-// `options` may be NULL for the defaults.
+// `options` may be NULL for the defaults. On a device: KVC_ERR_NO_KERNELS, KVC_ERR_NO_DEVICE, and
+// KVC_ERR_UNSUPPORTED for a group that it has no kernels for.
 //
 // Threads: thread-safe.
 kvc_status kvc_cache_create(const kvc_cache_options *options,
@@ -938,6 +954,12 @@ kvc_status kvc_cache_create(const kvc_cache_options *options,
 //
 // Threads: thread-safe.
 kvc_status kvc_cache_destroy(kvc_cache *cache);
+
+// Waits for everything that the cache has enqueued on its device. KVC_ERR_DEVICE_FAILED where some
+// of it has failed. Nothing is waited for on the CPU.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_sync(kvc_cache *cache);
 
 // Drops everything from the prefix index that no sequence uses.
 //
@@ -1126,6 +1148,246 @@ kvc_status kvc_step_commit(kvc_cache *cache, kvc_step *step);
 //
 // Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_cancel(kvc_cache *cache, kvc_step *step);
+
+// ----------------------------------------------------------------------------------------------
+// step: for rows in the memory of the cache's device
+// ----------------------------------------------------------------------------------------------
+// kvc_step_append for rows in the memory of the cache's device, aligned to 16 bytes: enqueues the
+// work on the cache's stream. KVC_ERR_INVALID_STATE where the cache is on the CPU.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
+kvc_status kvc_step_append_device(kvc_cache *cache,
+                                  const kvc_step *step,
+                                  uint32_t group,
+                                  uint32_t layer,
+                                  const void *k,
+                                  const void *v,
+                                  uint32_t dtype,
+                                  const kvc_rope *rope);
+
+// kvc_step_attend for rows in the memory of the cache's device, aligned to 16 bytes (`lse` to 4):
+// enqueues the work on the cache's stream. The lists of `scoring` are host memory, and copied.
+// KVC_ERR_INVALID_STATE where the cache is on the CPU.
+//
+// Threads: thread-safe on the cache, per-handle on the step.
+kvc_status kvc_step_attend_device(kvc_cache *cache,
+                                  const kvc_step *step,
+                                  uint32_t group,
+                                  uint32_t layer,
+                                  uint32_t q_heads,
+                                  const void *q,
+                                  uint32_t q_dtype,
+                                  void *out,
+                                  uint32_t out_dtype,
+                                  const kvc_scoring *scoring,
+                                  float *lse);
+
+// ----------------------------------------------------------------------------------------------
+// device: where kernels run beside the CPU
+// ----------------------------------------------------------------------------------------------
+// The CPU: no device to open; a cache's default.
+#define KVC_DEVICE_CPU 0
+
+// An NVIDIA GPU.
+#define KVC_DEVICE_CUDA 1
+
+// The CUDA kernels on the host, under an emulator: for tests of builds that have it.
+#define KVC_DEVICE_EMU 2
+
+// A device that is open: its driver's primary context, with the library's kernels loaded. Calls
+// on it are thread-safe. Addresses and streams of other libraries in the process are valid with it
+// where they are of the primary context, as those of the CUDA runtime and PyTorch are.
+typedef struct kvc_device kvc_device;
+
+// What a device is.
+typedef struct {
+    // KVC_DEVICE_*.
+    uint32_t kind;
+    // Its number among those of its kind.
+    uint32_t ordinal;
+    // Multiprocessors: what work is divided by.
+    uint32_t multiprocessors;
+    // 0.
+    uint32_t reserved;
+} kvc_device_facts;
+
+// Opens the device `ordinal` (from 0) of the kind KVC_DEVICE_CUDA or KVC_DEVICE_EMU.
+// KVC_ERR_NO_KERNELS where the library was built without kernels for it, KVC_ERR_NO_DEVICE where
+// it is not there.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_open(uint32_t kind, uint32_t ordinal, kvc_device **out);
+
+// Closes a device. NULL is accepted. What was allocated on it stays until it is freed through
+// another handle of the device; an emulator's memory goes with its last handle and cache.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_close(kvc_device *device);
+
+// Writes what the device is to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_info(const kvc_device *device, kvc_device_facts *out, uint64_t out_bytes);
+
+// Writes the device's name to `buf`, with a NUL. `len` is the size of `buf`;
+// KVC_ERR_BUFFER_TOO_SMALL where it does not fit (128 bytes are enough).
+//
+// Threads: thread-safe.
+kvc_status kvc_device_name(const kvc_device *device, char *buf, uint64_t len);
+
+// Allocates `bytes` bytes of device memory, aligned to 256, of no particular content.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_alloc(const kvc_device *device, uint64_t bytes, void **out);
+
+// Frees memory of kvc_device_alloc, after everything that is enqueued. NULL is accepted.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_free(const kvc_device *device, void *address);
+
+// Copies `bytes` bytes from host memory to the device on `stream` (a CUstream; NULL for the default
+// stream), and waits.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_upload(const kvc_device *device,
+                             void *to,
+                             const void *from,
+                             uint64_t bytes,
+                             void *stream);
+
+// Copies `bytes` bytes from the device to host memory, after what is enqueued on `stream`, and
+// waits.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_download(const kvc_device *device,
+                               void *to,
+                               const void *from,
+                               uint64_t bytes,
+                               void *stream);
+
+// Enqueues the zeroing of `bytes` bytes on `stream`.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_zero(const kvc_device *device, void *at, uint64_t bytes, void *stream);
+
+// Waits for everything that is enqueued on `stream`. KVC_ERR_DEVICE_FAILED where some of it has
+// failed.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_sync(const kvc_device *device, void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// device: its kernels alone, on the caller's own memory and stream
+// ----------------------------------------------------------------------------------------------
+// What kvc_device_attend must know beside the call's description.
+typedef struct {
+    // sizeof(kvc_device_attend_options); kvc_device_attend_options_init sets it.
+    uint32_t struct_size;
+    // Most query tokens of one sequence; all have as many where q_indptr is NULL. 1 by default.
+    uint32_t max_q_tokens;
+    // Most cached tokens of one sequence.
+    uint32_t max_kv_tokens;
+    // 0 (the default): contexts are cut so that the whole device has work. A multiple of 64: in
+    // pieces of so many tokens, and a sequence gets the same bits whatever else is in the batch.
+    uint32_t piece_tokens;
+    // 1: the workspace holds the plan of an earlier call with the same lengths, window, heads and
+    // options (another layer's): it is not made again. 0 by default.
+    uint32_t planned;
+    // Multiprocessors to divide the work by; 0 (the default) for those of the device.
+    uint32_t multiprocessors;
+} kvc_device_attend_options;
+
+// What kvc_device_append can do beside the call's description: rotate, and write rotated queries.
+typedef struct {
+    // sizeof(kvc_device_append_options); kvc_device_append_options_init sets it.
+    uint32_t struct_size;
+    // KVC_ROPE_HALVES (the default) or KVC_ROPE_INTERLEAVED.
+    uint32_t rope_style;
+    // Channels that are rotated, even; 0 for no rotation.
+    uint32_t rotary_dim;
+    // The first of them, a multiple of 8.
+    uint32_t first_channel;
+    // Rows of cosines and sines: positions from 0 on.
+    uint32_t table_positions;
+    // Query heads; 0 without q.
+    uint32_t q_heads;
+    // `[table_positions][rotary_dim / 2]` cosines, any scale included.
+    const float *cosines;
+    // Sines of the same shape.
+    const float *sines;
+    // NULL, or queries `[row][q_head][k_dim]` of the description's dtype, to be rotated.
+    const void *q;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t q_token_stride;
+    // Elements from a head to the next.
+    int64_t q_head_stride;
+    // Where rotated queries are written; must not overlap q.
+    void *q_out;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t q_out_token_stride;
+    // Elements from a head to the next.
+    int64_t q_out_head_stride;
+    // NULL, or a word in which bit 0 is set where a slot is past the blocks, and bit 1 where a
+    // position is past the tables; such rows are skipped.
+    uint32_t *error_flag;
+} kvc_device_append_options;
+
+// Fills a kvc_device_attend_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_attend_options_init(kvc_device_attend_options *options, uint32_t struct_size);
+
+// Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
+// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
+// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+// NULL where the options say how many multiprocessors it has.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_attend_workspace_size(const kvc_device *device,
+                                            const kvc_attend_desc *desc,
+                                            const kvc_device_attend_options *options,
+                                            uint64_t *out_bytes);
+
+// Writes the name of the kernel that kvc_device_attend would run to `buf`, with a NUL. `len` is the
+// size of `buf`; KVC_ERR_BUFFER_TOO_SMALL where the name does not fit (64 bytes are enough),
+// KVC_ERR_UNSUPPORTED where there is no kernel. No pointer of `desc` is followed; `device` as for
+// kvc_device_attend_workspace_size.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_attend_kernel(const kvc_device *device,
+                                    const kvc_attend_desc *desc,
+                                    const kvc_device_attend_options *options,
+                                    char *buf,
+                                    uint64_t len);
+
+// Enqueues attention for the batch that `desc` describes on `stream` (a CUstream; NULL for the
+// default stream). Every pointer of `desc` is a device address: rows of Q, K, V and out begin at
+// multiples of 16 bytes, the workspace at one of 256. `q_indptr` may be NULL where all sequences
+// have max_q_tokens query tokens; `threads` is ignored. `bad_block`, if given, is set to other than
+// 0 where a table has an entry that is not a block: such keys are masked and never read.
+//
+// Threads: thread-safe, where calls share no outputs and no workspace.
+kvc_status kvc_device_attend(const kvc_device *device,
+                             const kvc_attend_desc *desc,
+                             const kvc_device_attend_options *options,
+                             void *stream);
+
+// Fills a kvc_device_append_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_append_options_init(kvc_device_append_options *options, uint32_t struct_size);
+
+// Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
+// default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
+// bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
+// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+// raise the error flag.
+//
+// Threads: thread-safe, where calls share no slots.
+kvc_status kvc_device_append(const kvc_device *device,
+                             const kvc_append_desc *desc,
+                             const kvc_device_append_options *options,
+                             void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

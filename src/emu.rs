@@ -133,6 +133,27 @@ pub unsafe fn launch<P: Copy>(
     params: &P,
     options: Options,
 ) -> std::result::Result<(), Fault> {
+    let (params, bytes) = (std::ptr::from_ref(params).cast(), size_of::<P>());
+    // SAFETY: the caller's promise; the struct is as long as its type.
+    unsafe { launch_raw(kernel, grid, threads, shared_bytes, params, bytes, options) }
+}
+
+/// [`launch`] with a parameter struct of `params_bytes` bytes at `params`.
+///
+/// # Errors
+/// The first fault that a detector finds.
+///
+/// # Safety
+/// As for [`launch`]; `params` must be readable for that many bytes, and aligned to 8.
+pub unsafe fn launch_raw(
+    kernel: &str,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    params: *const c_void,
+    params_bytes: usize,
+    options: Options,
+) -> std::result::Result<(), Fault> {
     let Ok(name) = CString::new(kernel) else {
         return Err(Fault { kind: FaultKind::Launch, text: "a name with a zero byte".into() });
     };
@@ -152,8 +173,8 @@ pub unsafe fn launch<P: Copy>(
             grid.as_ptr(),
             threads,
             shared_bytes,
-            std::ptr::from_ref(params).cast(),
-            u32::try_from(size_of::<P>()).unwrap_or(u32::MAX),
+            params,
+            u32::try_from(params_bytes).unwrap_or(u32::MAX),
             &raw,
             text.as_mut_ptr().cast(),
         )

@@ -47,6 +47,8 @@ pub enum Status {
     NoKernels = -200,
     /// The device is not present.
     NoDevice = -201,
+    /// The device or its driver reported an error.
+    DeviceFailed = -202,
     /// The object is not in a state in which the call is allowed.
     InvalidState = -300,
     /// The library panicked; the object involved is poisoned.
@@ -134,10 +136,23 @@ pub enum Error {
         /// How many there are.
         limit: u32,
     },
-    /// No kernels for the device are in this build.
-    NoKernels,
+    /// A kernel that the call needs is not in this build, or not for this device.
+    NoKernels {
+        /// The kernel, or why there is none at all.
+        what: &'static str,
+    },
     /// The device is absent.
-    NoDevice,
+    NoDevice {
+        /// What is missing.
+        why: &'static str,
+    },
+    /// The device or its driver reported an error. Work that was enqueued before may have failed.
+    DeviceFailed {
+        /// The call of the driver that reported it.
+        call: &'static str,
+        /// The driver's own text.
+        why: &'static str,
+    },
     /// The object does not allow the call now.
     InvalidState {
         /// Why not.
@@ -169,8 +184,9 @@ impl Error {
             Error::OutOfSequences { .. } => Status::OutOfSequences,
             Error::OutOfMemory { .. } => Status::OutOfMemory,
             Error::TooManyHandles { .. } => Status::TooManyHandles,
-            Error::NoKernels => Status::NoKernels,
-            Error::NoDevice => Status::NoDevice,
+            Error::NoKernels { .. } => Status::NoKernels,
+            Error::NoDevice { .. } => Status::NoDevice,
+            Error::DeviceFailed { .. } => Status::DeviceFailed,
             Error::InvalidState { .. } => Status::InvalidState,
             Error::Panic => Status::Panic,
             Error::Poisoned => Status::Poisoned,
@@ -203,6 +219,7 @@ impl Status {
             Status::TooManyHandles => "too many handles",
             Status::NoKernels => "no kernels for this device in the build",
             Status::NoDevice => "no such device",
+            Status::DeviceFailed => "the device reported an error",
             Status::InvalidState => "not allowed in this state",
             Status::Panic => "internal error: a panic was caught",
             Status::Poisoned => "the object was poisoned by an earlier panic",
@@ -238,9 +255,10 @@ impl fmt::Display for Error {
             Error::OutOfMemory { bytes } => write!(f, "the system refused {bytes} bytes"),
             Error::TooManyHandles { limit } => write!(f, "all {limit} handles are in use"),
             Error::InvalidState { why } => f.write_str(why),
-            Error::NoKernels | Error::NoDevice | Error::Panic | Error::Poisoned => {
-                f.write_str(self.status().text())
-            }
+            Error::NoKernels { what } => write!(f, "no kernels: {what}"),
+            Error::NoDevice { why } => f.write_str(why),
+            Error::DeviceFailed { call, why } => write!(f, "{call}: {why}"),
+            Error::Panic | Error::Poisoned => f.write_str(self.status().text()),
         }
     }
 }

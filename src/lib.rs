@@ -18,6 +18,10 @@ pub mod attention;
 pub mod cache;
 pub mod capi;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "std")]
+pub mod device;
 pub mod dtype;
 #[cfg(feature = "emulate")]
 pub mod emu;

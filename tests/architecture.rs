@@ -51,7 +51,7 @@ const SIDEWAYS: &[(&str, &str)] = &[
 const ROOT_ITEMS: &[(&str, &str)] = &[("Error", "error"), ("Result", "error"), ("Status", "error")];
 
 /// The modules in which `unsafe` may be written.
-const UNSAFE: &[&str] = &["cpu", "cuda", "emu", "capi"];
+const UNSAFE: &[&str] = &["cpu", "device", "cuda", "emu", "capi"];
 /// The module that exports symbols.
 const EXPORTS: &str = "capi";
 /// The longest a source file may be, its tests included.

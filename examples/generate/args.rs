@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::str::FromStr;
 
+use kvcache::device::Device;
 use kvcache::dtype::KvFormat;
 
 pub const USAGE: &str = "\
@@ -12,6 +13,8 @@ usage: cargo run --release --example generate -- [options]
   --max-tokens N       tokens to generate for each prompt (default 32)
   --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16)
   --dtype f32|f16|bf16 how K and V are stored (default bf16)
+  --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
+                       cuda, emu the feature emulate; both want f16 or bf16)
   --threads N          threads (default: one a core)
   --temperature T      0 is greedy (default 0)
   --seed N             seed of the draw where the temperature is not 0 (default 0)
@@ -24,6 +27,7 @@ pub struct Args {
     pub max_tokens: usize,
     pub block_tokens: u32,
     pub format: KvFormat,
+    pub device: Device,
     pub threads: u32,
     pub temperature: f32,
     pub seed: u64,
@@ -39,6 +43,7 @@ impl Args {
             max_tokens: 32,
             block_tokens: 16,
             format: KvFormat::Bf16,
+            device: Device::Cpu,
             threads: 0,
             temperature: 0.0,
             seed: 0,
@@ -53,6 +58,7 @@ impl Args {
                 "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
                 "--dtype" => args.format = KvFormat::from_name(&value()?)?,
+                "--device" => args.device = Device::from_name(&value()?)?,
                 "--threads" => args.threads = number(&flag, &value()?)?,
                 "--temperature" => args.temperature = number(&flag, &value()?)?,
                 "--seed" => args.seed = number(&flag, &value()?)?,

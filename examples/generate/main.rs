@@ -22,8 +22,9 @@ mod tokenizer;
 
 use std::error::Error;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use kvcache::cache::{CacheOptions, KvCache};
 use kvcache::layout::{CacheSpec, GroupSpec};
@@ -56,9 +57,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// What the kernels ran on.
+fn device_name(cache: &KvCache) -> String {
+    cache.backend().map_or_else(|| "cpu".into(), |backend| backend.name().into())
+}
+
 /// Runs the prompts and prints the report; true unless the check failed.
 fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
+    // Elsewhere than where it was built, the model's folder is named.
+    let folder = std::env::var_os("KVCACHE_MODEL_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model"),
+        PathBuf::from,
+    );
     let model = Model::load(&folder)?;
     let tokenizer = Tokenizer::parse(&fs::read_to_string(folder.join("tokenizer.txt"))?)?;
     if args.threads > 0 {
@@ -94,7 +104,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         blocks: u32::try_from(blocks)?,
         max_seqs: u32::try_from(args.batch)?,
         threads: args.threads,
-        prefix_reuse: true,
+        device: args.device,
+        ..CacheOptions::default()
     };
     let mut cache = KvCache::new(&spec, &options)?;
 
@@ -102,9 +113,11 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         serve::Limits { batch: args.batch, max_tokens: args.max_tokens, keep_logits: args.check };
     let mut sampler = Sampler::new(args.temperature, args.seed);
     let mut progress = Progress::new(prompts.len() * args.max_tokens);
+    let clock = Instant::now();
     let (outputs, figures) =
         serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |n| progress.at(n))?;
     progress.end();
+    let served_time = clock.elapsed();
     let checked = if args.check {
         Some(check::check(&model, args.format, &prompts, &outputs, args.temperature == 0.0)?)
     } else {
@@ -118,6 +131,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         texts: &texts,
         outputs: &outputs,
         figures: &figures,
+        served_time,
+        device: &device_name(&cache),
         stats: cache.stats(),
         block_tokens: args.block_tokens.into(),
         contiguous_bytes: report::contiguous_bytes(

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io::{IsTerminal, Write, stderr};
+use std::time::Duration;
 
 use kvcache::cache::{CacheStats, KvCache};
 use serde_json::json;
@@ -58,6 +59,8 @@ pub struct Report<'a> {
     pub texts: &'a [String],
     pub outputs: &'a [Output],
     pub figures: &'a Figures,
+    pub served_time: Duration,
+    pub device: &'a str,
     pub stats: CacheStats,
     pub block_tokens: u64,
     pub contiguous_bytes: u64,
@@ -75,8 +78,7 @@ impl Report<'_> {
     }
 
     fn rates(&self) -> (f64, f64) {
-        let rate =
-            |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         let f = self.figures;
         (rate(f.prefill_tokens, f.prefill_time), rate(f.decode_tokens, f.decode_time))
     }
@@ -93,6 +95,8 @@ impl Report<'_> {
             .collect();
         let mut object = json!({
             "sequences": sequences,
+            "device": self.device,
+            "seconds": self.served_time.as_secs_f64(),
             "prompt_tokens": self.figures.prompt_tokens,
             "prefix_hit_tokens": self.stats.hit_tokens,
             "blocks_used": blocks,
@@ -121,6 +125,8 @@ impl Report<'_> {
         let hits = self.stats.hit_tokens;
         let row = |name: &str, value: String| println!("{name:<34}{value}");
         row("model", format!("{parameters:.2} M parameters, KV in {}", args.format.name()));
+        let seconds = self.served_time.as_secs_f64();
+        row("device", format!("{}, {seconds:.1} s in all", self.device));
         row("prompt tokens", format!("{prompt_tokens}"));
         let share = 100.0 * hits as f64 / prompt_tokens as f64;
         row("found in the prefix index", format!("{hits} ({share:.1} %)"));

@@ -49,8 +49,18 @@ fn in_rust() -> Layout {
             evicted_blocks, copied_blocks, merged_blocks,
         }
         kvc_cache_options {
-            struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse,
+            struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, device,
+            device_ordinal, stream, deterministic, reserved,
         }
+        kvc_device_append_options {
+            struct_size, rope_style, rotary_dim, first_channel, table_positions, q_heads, cosines,
+            sines, q, q_token_stride, q_head_stride, q_out, q_out_token_stride, q_out_head_stride,
+            error_flag,
+        }
+        kvc_device_attend_options {
+            struct_size, max_q_tokens, max_kv_tokens, piece_tokens, planned, multiprocessors,
+        }
+        kvc_device_facts { kind, ordinal, multiprocessors, reserved }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
         kvc_plan_options {
@@ -135,7 +145,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 21);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 24);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

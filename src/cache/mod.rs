@@ -10,25 +10,31 @@
 //! sequence) or referenced. Bad input is answered by an error and changes nothing; running out of
 //! blocks is an answer too, and says how many were missing after everything evictable is counted.
 //!
-//! One `KvCache` is used from one thread at a time; kernels spread over its own threads.
+//! One `KvCache` is used from one thread at a time; kernels spread over its own threads. On a device
+//! (`CacheOptions::device`) the books are kept here all the same, and the blocks lie there.
 
 mod audit;
 mod digests;
 mod lifecycle;
+mod on_device;
 mod outside;
 mod sequence;
 mod stats;
 mod step;
 mod steps;
+mod store;
 
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
 
+use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{KvStore, Threads};
+use crate::device::{self, Backend, Device, DeviceStore, StoreOptions, Stream};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
@@ -38,6 +44,7 @@ use crate::prefix::{Hit, PrefixIndex};
 
 use outside::Outside;
 use sequence::Sequences;
+use store::Store;
 
 /// Sizes and policies of a cache.
 #[derive(Debug, Clone)]
@@ -50,11 +57,26 @@ pub struct CacheOptions {
     pub threads: u32,
     /// Publish committed blocks to the prefix index, and start sequences from it.
     pub prefix_reuse: bool,
+    /// Where blocks live and kernels run.
+    pub device: Device,
+    /// The stream of the device that everything is enqueued on.
+    pub stream: Stream,
+    /// On a device, a sequence gets the same bits whatever else is in the batch, for some speed; on
+    /// the CPU it always does.
+    pub deterministic: bool,
 }
 
 impl Default for CacheOptions {
     fn default() -> Self {
-        Self { blocks: 1024, max_seqs: 256, threads: 0, prefix_reuse: true }
+        Self {
+            blocks: 1024,
+            max_seqs: 256,
+            threads: 0,
+            prefix_reuse: true,
+            device: Device::Cpu,
+            stream: Stream::DEFAULT,
+            deterministic: false,
+        }
     }
 }
 
@@ -88,7 +110,10 @@ pub struct Started {
 pub struct KvCache {
     id: u64,
     spec: CacheSpec,
-    stores: Vec<KvStore>,
+    stores: Vec<Store>,
+    /// `None` for the CPU.
+    backend: Option<Arc<dyn Backend>>,
+    stream: Stream,
     pools: Vec<BlockPool>,
     prefix: Option<PrefixIndex>,
     sequences: Sequences,
@@ -117,8 +142,33 @@ impl KvCache {
     ///
     /// # Errors
     /// `InvalidArgument` for an impossible spec or option, `Overflow` and `OutOfMemory` for one
-    /// that does not fit.
+    /// that does not fit; `NoDevice`, `NoKernels`, and `Unsupported` for a group that the device
+    /// has no kernels for.
     pub fn new(spec: &CacheSpec, options: &CacheOptions) -> Result<Self> {
+        let backend = match options.device {
+            Device::Cpu => None,
+            device => Some(device::open(device)?),
+        };
+        Self::with_backend(spec, options, backend)
+    }
+
+    /// The same on a device that is open already: `options.device` is not looked at.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn on(
+        backend: &Arc<dyn Backend>,
+        spec: &CacheSpec,
+        options: &CacheOptions,
+    ) -> Result<Self> {
+        Self::with_backend(spec, options, Some(backend.clone()))
+    }
+
+    fn with_backend(
+        spec: &CacheSpec,
+        options: &CacheOptions,
+        backend: Option<Arc<dyn Backend>>,
+    ) -> Result<Self> {
         let layouts = spec.layouts()?;
         if options.blocks == 0 {
             return Err(Error::invalid("blocks", "must be at least 1"));
@@ -140,13 +190,25 @@ impl KvCache {
         let outside = Outside::new(pools.len());
         let stores = layouts
             .into_iter()
-            .map(|layout| KvStore::new(layout, options.blocks))
+            .map(|layout| match &backend {
+                None => KvStore::new(layout, options.blocks).map(Store::Cpu),
+                Some(backend) => {
+                    let how = StoreOptions {
+                        stream: options.stream,
+                        deterministic: options.deterministic,
+                    };
+                    let store = DeviceStore::new(backend, layout, options.blocks, how)?;
+                    Ok(Store::Device(Box::new(store)))
+                }
+            })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
             // Relaxed: only uniqueness matters.
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             spec: spec.clone(),
             stores,
+            backend,
+            stream: options.stream,
             pools,
             prefix,
             sequences,

@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 
+use crate::device::DeviceBatch;
 use crate::ids::{SeqId, TokenId};
 
 /// New tokens of one sequence.
@@ -28,6 +29,8 @@ pub struct Step {
     /// Tokens of each sequence, the new ones included.
     pub(super) kv_lens: Vec<i32>,
     pub(super) groups: Vec<GroupTables>,
+    /// The same tables where the kernels of a device read them.
+    pub(super) device: DeviceBatch,
 }
 
 /// Block tables of the step's sequences in one layer group, as the kernels read them.

@@ -1,9 +1,10 @@
 //! Steps: reserve blocks, write keys and values, read attention, commit or cancel.
 
 use super::step::GroupTables;
+use super::store::Crew;
 use super::{KvCache, LayerId, Step, Work, reserve};
 use crate::attention::Scoring;
-use crate::cpu::{AttendBatch, Rope};
+use crate::cpu::Rope;
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::SeqId;
@@ -29,6 +30,7 @@ impl KvCache {
         for item in work {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
+        planned = planned.and_then(|()| self.upload_step(step));
         if let Err(error) = planned {
             step.clear();
             for item in work {
@@ -183,11 +185,12 @@ impl KvCache {
     /// Writes the keys and values of the step's tokens in one layer, converting to the stored
     /// format (round to nearest even). `k` is `[rows][kv_heads][k_dim]`, `v`
     /// `[rows][kv_heads][v_dim]`; where values lie in keys, `v` is empty. With `rope` the keys are
-    /// rotated to their positions on the way.
+    /// rotated to their positions on the way. On a device the rows are copied there, and the call
+    /// waits until they have been read.
     ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one, `InvalidArgument` for a layer
-    /// or a length that does not fit.
+    /// or a length that does not fit; the device's own errors.
     pub fn append(
         &mut self,
         step: &Step,
@@ -197,15 +200,13 @@ impl KvCache {
         rope: Option<&Rope>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
-        let rope = rope.map(|rope| (rope, step.positions.as_slice()));
-        let slots = &step.groups[group].slots;
-        self.stores[group].append(layer.layer, slots, k, v, rope, &self.threads)
+        self.stores[group].append(step, layer, k, v, rope, &self.threads)
     }
 
     /// Attention of the step's query rows over everything their sequences hold in one layer, the
     /// step's own tokens included. `q` is `[rows][q_heads][k_dim]`, `out` `[rows][q_heads][v_dim]`,
     /// `lse` (natural logarithm) `[rows][q_heads]`. A group's window applies where `scoring` has
-    /// none of its own.
+    /// none of its own. On a device the rows are copied there and back, and the call waits for them.
     ///
     /// # Errors
     /// As for [`append`](Self::append).
@@ -220,19 +221,12 @@ impl KvCache {
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
         let window = scoring.window.or(self.stores[group].layout().spec().window);
-        let tables = &step.groups[group];
-        let batch = AttendBatch {
-            q_indptr: &step.q_indptr,
-            kv_lens: &step.kv_lens,
-            indptr: &tables.indptr,
-            indices: &tables.indices,
-        };
         let scoring = Scoring { window, ..*scoring };
-        let store = &self.stores[group];
-        store.attend(layer.layer, &batch, q, out, lse, &scoring, &mut self.workspace, &self.threads)
+        let crew = Crew { threads: &self.threads, workspace: &mut self.workspace };
+        self.stores[group].attend(step, layer, q, out, lse, &scoring, crew)
     }
 
-    fn check_step(&self, step: &Step, layer: LayerId) -> Result<usize> {
+    pub(super) fn check_step(&self, step: &Step, layer: LayerId) -> Result<usize> {
         if step.owner != Some(self.id) {
             return Err(Error::InvalidState { why: "the step is not open in this cache" });
         }

@@ -170,7 +170,7 @@ unsafe impl Sized32 for kvc_append_desc {
 }
 
 impl kvc_append_desc {
-    fn args(&self) -> Result<AppendArgs<'_>> {
+    pub(super) fn args(&self) -> Result<AppendArgs<'_>> {
         if self.reserved != 0 {
             return Err(Error::invalid("reserved", "must be 0"));
         }

@@ -136,7 +136,7 @@ unsafe impl Sized32 for kvc_attend_desc {
 }
 
 impl kvc_attend_desc {
-    fn shape(&self) -> Result<HeadShape> {
+    pub(super) fn shape(&self) -> Result<HeadShape> {
         let v_in_k = flag(self.v_in_k, "v_in_k")?;
         let Self { q_heads, kv_heads, k_dim, v_dim, .. } = *self;
         let shape = HeadShape { q_heads, kv_heads, k_dim, v_dim, v_in_k };
@@ -149,23 +149,45 @@ impl kvc_attend_desc {
     unsafe fn scoring<'a>(&self) -> Result<Scoring<'a>> {
         // SAFETY: the caller's promise.
         let list = |list, what| unsafe { per_head(list, self.q_heads, what) };
+        let (sinks, alibi) = (list(self.sinks, "sinks")?, list(self.alibi, "alibi")?);
+        Ok(Scoring { sinks, alibi, ..self.scoring_values()? })
+    }
+
+    /// The scoring without its lists.
+    pub(super) fn scoring_values(&self) -> Result<Scoring<'static>> {
         Ok(Scoring {
             scale: if self.scale == 0.0 { Scoring::causal(self.k_dim).scale } else { self.scale },
             causal: flag(self.causal, "causal")?,
             window: (self.window != 0).then_some(self.window),
             softcap: (self.softcap != 0.0).then_some(self.softcap),
-            sinks: list(self.sinks, "sinks")?,
-            alibi: list(self.alibi, "alibi")?,
+            sinks: None,
+            alibi: None,
         })
     }
 
-    fn kv(&self) -> Result<KvView> {
+    pub(super) fn cache(&self) -> Result<KvFormat> {
+        KvFormat::from_id(self.format)
+    }
+
+    /// Queries and outputs.
+    pub(super) fn rows(&self, shape: &HeadShape) -> Result<(RowsView, RowsView)> {
+        if self.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
+        let q_dtype = DType::from_id(self.q_dtype)?;
+        let out_dtype = DType::from_id(self.out_dtype)?;
+        let q = (self.q.cast_mut().cast(), q_dtype, self.q_token_stride, self.q_head_stride);
+        let out = (self.out.cast(), out_dtype, self.out_token_stride, self.out_head_stride);
+        Ok((rows(q, shape.q_heads, shape.k_dim), rows(out, shape.q_heads, shape.v_dim)))
+    }
+
+    pub(super) fn kv(&self) -> Result<KvView> {
         let k_strides = [self.k_block_stride, self.k_head_stride, self.k_token_stride];
         let v_strides = [self.v_block_stride, self.v_head_stride, self.v_token_stride];
         Ok(KvView {
             k: self.k.cast_mut().cast(),
             v: self.v.cast_mut().cast(),
-            format: KvFormat::from_id(self.format)?,
+            format: self.cache()?,
             k_strides: strides(k_strides, self.kv_heads, self.block_tokens, self.k_dim)?,
             v_strides: strides(v_strides, self.kv_heads, self.block_tokens, self.v_dim)?,
             num_blocks: self.num_blocks,
@@ -178,14 +200,8 @@ impl kvc_attend_desc {
     /// # Safety
     /// The pointers must be as documented.
     unsafe fn args<'a>(&self) -> Result<AttendArgs<'a>> {
-        if self.reserved != 0 {
-            return Err(Error::invalid("reserved", "must be 0"));
-        }
         let shape = self.shape()?;
-        let q_dtype = DType::from_id(self.q_dtype)?;
-        let out_dtype = DType::from_id(self.out_dtype)?;
-        let q = (self.q.cast_mut().cast(), q_dtype, self.q_token_stride, self.q_head_stride);
-        let out = (self.out.cast(), out_dtype, self.out_token_stride, self.out_head_stride);
+        let (q, out) = self.rows(&shape)?;
         let bad_block = if self.bad_block.is_null() {
             None
         } else {
@@ -207,8 +223,8 @@ impl kvc_attend_desc {
             seqs: self.seqs,
             q_indptr: self.q_indptr,
             kv_lens: self.kv_lens,
-            q: rows(q, shape.q_heads, shape.k_dim),
-            out: rows(out, shape.q_heads, shape.v_dim),
+            q,
+            out,
             lse: self.lse,
             bad_block,
         })

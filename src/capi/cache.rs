@@ -2,11 +2,15 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use core::ffi::c_void;
+
+use super::device::{KVC_DEVICE_CPU, named};
 use super::handle::{self, Noun, Shared};
 use super::plan::{kvc_group_spec, read_spec};
 use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use crate::cache::{CacheOptions, KvCache};
+use crate::device::Stream;
 use crate::error::{Error, Result};
 
 /// The whole cache: block pools, prefix index, storage of K and V, and kernels with threads of
@@ -51,16 +55,28 @@ pub struct kvc_cache_options {
     pub threads: u32,
     /// 1 (the default): publish committed blocks to the prefix index and start sequences from it.
     pub prefix_reuse: u32,
+    /// KVC_DEVICE_*: where blocks live and kernels run. KVC_DEVICE_CPU by default.
+    pub device: u32,
+    /// The device's number among those of its kind.
+    pub device_ordinal: u32,
+    /// The device's stream (a CUstream) that everything is enqueued on, for as long as the cache
+    /// lives; NULL (the default) for its default stream.
+    pub stream: *mut c_void,
+    /// 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
+    /// on the CPU it always does. 0 by default.
+    pub deterministic: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
-// SAFETY: integers.
+// SAFETY: integers, a pointer.
 unsafe impl Plain for kvc_cache_options {}
 // SAFETY: the first field is the size.
 unsafe impl Sized32 for kvc_cache_options {
     const NAME: &'static str = "kvc_cache_options";
-    const FIRST_BYTES: usize = size_of::<Self>();
+    const FIRST_BYTES: usize = 24;
     fn initial() -> Self {
-        let CacheOptions { blocks, max_seqs, threads, prefix_reuse } = CacheOptions::default();
+        let CacheOptions { blocks, max_seqs, threads, prefix_reuse, .. } = CacheOptions::default();
         Self {
             struct_size: size_of::<Self>() as u32,
             block_tokens: 16,
@@ -68,6 +84,11 @@ unsafe impl Sized32 for kvc_cache_options {
             max_seqs,
             threads,
             prefix_reuse: u32::from(prefix_reuse),
+            device: KVC_DEVICE_CPU,
+            device_ordinal: 0,
+            stream: core::ptr::null_mut(),
+            deterministic: 0,
+            reserved: 0,
         }
     }
 }
@@ -131,12 +152,14 @@ pub unsafe extern "C" fn kvc_cache_options_init(
 }
 
 /// Makes a cache of `groups[group_count]` (1 to 16) layer groups, and allocates its memory.
-/// `options` may be NULL for the defaults.
+/// `options` may be NULL for the defaults. On a device: KVC_ERR_NO_KERNELS, KVC_ERR_NO_DEVICE, and
+/// KVC_ERR_UNSUPPORTED for a group that it has no kernels for.
 ///
 /// Threads: thread-safe.
 ///
 /// # Safety
-/// The module's rules; inputs are readable to their sizes, `out` is writable.
+/// The module's rules; inputs are readable to their sizes, `out` is writable; the stream is one of
+/// the device while the cache lives.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_cache_create(
     options: *const kvc_cache_options,
@@ -151,6 +174,9 @@ pub unsafe extern "C" fn kvc_cache_create(
             // SAFETY: the caller's promise.
             unsafe { pointer::read(options) }?
         };
+        if options.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         // SAFETY: the caller's promise.
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
@@ -160,6 +186,10 @@ pub unsafe extern "C" fn kvc_cache_create(
             max_seqs: options.max_seqs,
             threads: options.threads,
             prefix_reuse: flag(options.prefix_reuse, "prefix_reuse")?,
+            device: named(options.device, options.device_ordinal)?,
+            // SAFETY: the caller's promise.
+            stream: unsafe { Stream::from_raw(options.stream) },
+            deterministic: flag(options.deterministic, "deterministic")?,
         };
         let cache = KvCache::new(&spec, &options)?;
         out.write(handle::publish(Locked(Mutex::new(cache)))?);
@@ -177,6 +207,18 @@ pub unsafe extern "C" fn kvc_cache_create(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_cache_destroy(cache: *mut kvc_cache) -> kvc_status {
     guard(|| handle::destroy::<Locked>(cache))
+}
+
+/// Waits for everything that the cache has enqueued on its device. KVC_ERR_DEVICE_FAILED where some
+/// of it has failed. Nothing is waited for on the CPU.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_sync(cache: *mut kvc_cache) -> kvc_status {
+    guard(|| open(cache)?.lock()?.sync())
 }
 
 /// Drops everything from the prefix index that no sequence uses.

@@ -7,6 +7,7 @@ use super::pointer;
 use crate::cpu::CpuLevel;
 use crate::dtype::DType;
 use crate::dtype::KvFormat;
+use crate::kernels::image;
 
 /// The ABI that this header describes: 0x00MAJOR_00MINOR as 16 + 16 bits.
 pub const KVC_ABI_VERSION: u32 = 0x0000_0001;
@@ -85,7 +86,7 @@ pub extern "C" fn kvc_version() -> *const c_char {
 
 /// Copies one line about the build as snprintf would, and returns the length of the whole line,
 /// the NUL not counted: version, features, storage formats, the CPU level that kernels use (or
-/// why there is none), and whether GPU kernels are inside. `buf` may be NULL with a `len` of 0.
+/// why there is none), and which GPU kernels are inside. `buf` may be NULL with a `len` of 0.
 ///
 /// Threads: thread-safe.
 ///
@@ -102,8 +103,19 @@ pub unsafe extern "C" fn kvc_build_info(buf: *mut c_char, len: u64) -> u64 {
 }
 
 fn describe(line: &mut Line) -> fmt::Result {
-    let std = if cfg!(feature = "std") { "std" } else { "none" };
-    write!(line, "libkvcache {}; features: {std}; formats:", env!("CARGO_PKG_VERSION"))?;
+    write!(line, "libkvcache {}; features:", env!("CARGO_PKG_VERSION"))?;
+    let features = [
+        ("std", cfg!(feature = "std")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("emulate", cfg!(feature = "emulate")),
+    ];
+    if !features.iter().any(|(_, built)| *built) {
+        line.write_str(" none")?;
+    }
+    for (name, _) in features.iter().filter(|(_, built)| *built) {
+        write!(line, " {name}")?;
+    }
+    line.write_str("; formats:")?;
     for format in KvFormat::ALL {
         write!(line, " {}", format.name())?;
     }
@@ -111,7 +123,7 @@ fn describe(line: &mut Line) -> fmt::Result {
         Ok(level) => write!(line, "; cpu: {}", level.name())?,
         Err(error) => write!(line, "; cpu: none ({error})")?,
     }
-    line.write_str("; cuda: no kernels in this build")
+    write!(line, "; cuda: {}", image::build_text())
 }
 
 /// Text without an allocation.
@@ -139,6 +151,6 @@ mod tests {
         describe(&mut line).unwrap();
         let text = core::str::from_utf8(&line.bytes[..line.len]).unwrap();
         assert!(text.starts_with("libkvcache 0.1.0; features: "), "{text}");
-        assert!(text.ends_with("cuda: no kernels in this build"), "{text}");
+        assert!(text.ends_with(&alloc::format!("; cuda: {}", image::build_text())), "{text}");
     }
 }

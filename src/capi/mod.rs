@@ -18,6 +18,10 @@ pub mod append;
 pub mod attend;
 #[cfg(feature = "std")]
 pub mod cache;
+#[cfg(feature = "std")]
+pub mod device;
+#[cfg(feature = "std")]
+pub mod device_kernels;
 pub mod info;
 pub mod plan;
 pub mod pool;
@@ -28,6 +32,8 @@ pub mod seq;
 pub mod status;
 #[cfg(feature = "std")]
 pub mod step;
+#[cfg(feature = "std")]
+pub mod step_device;
 
 mod handle;
 mod pointer;
@@ -38,6 +44,10 @@ pub use append::*;
 pub use attend::*;
 #[cfg(feature = "std")]
 pub use cache::*;
+#[cfg(feature = "std")]
+pub use device::*;
+#[cfg(feature = "std")]
+pub use device_kernels::*;
 pub use info::*;
 pub use plan::*;
 pub use pool::*;
@@ -48,3 +58,5 @@ pub use seq::*;
 pub use status::*;
 #[cfg(feature = "std")]
 pub use step::*;
+#[cfg(feature = "std")]
+pub use step_device::*;

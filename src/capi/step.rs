@@ -24,8 +24,8 @@ use crate::layout::GroupSpec;
 pub struct kvc_step(());
 
 /// What a step handle holds.
-struct OpenStep {
-    step: Step,
+pub(super) struct OpenStep {
+    pub(super) step: Step,
     /// The handle of the cache that has it open, to be cancelled with the step: a number, which is
     /// checked like any other handle.
     cache: usize,
@@ -97,7 +97,7 @@ unsafe impl Sized32 for kvc_scoring {
 impl kvc_scoring {
     /// # Safety
     /// `sinks` and `alibi` must be as documented.
-    unsafe fn scoring<'a>(&self, k_dim: u32, q_heads: u32) -> Result<Scoring<'a>> {
+    pub(super) unsafe fn scoring<'a>(&self, k_dim: u32, q_heads: u32) -> Result<Scoring<'a>> {
         if self.reserved != 0 {
             return Err(Error::invalid("reserved", "must be 0"));
         }
@@ -116,13 +116,13 @@ impl kvc_scoring {
 }
 
 /// The group that a layer is in.
-fn group_of(cache: &KvCache, group: u32) -> Result<&GroupSpec> {
+pub(super) fn group_of(cache: &KvCache, group: u32) -> Result<&GroupSpec> {
     let found = cache.spec().groups.get(group as usize);
     found.ok_or(Error::invalid("group", "is not in the cache"))
 }
 
 /// Elements of `rows` rows of `heads` heads of `dim` channels.
-fn elements(rows: usize, heads: u32, dim: u32) -> Result<u64> {
+pub(super) fn elements(rows: usize, heads: u32, dim: u32) -> Result<u64> {
     (rows as u64)
         .checked_mul(u64::from(heads))
         .and_then(|n| n.checked_mul(u64::from(dim)))

@@ -4,6 +4,8 @@
 //! Angles are computed in f64, so that they are right at a million tokens, where f32 has lost all
 //! but a few bits of the fast-turning pairs. Knows rows and positions, nothing of caches.
 
+use alloc::vec::Vec;
+
 use crate::error::{Error, Result};
 use crate::layout::MAX_HEAD_DIM;
 
@@ -21,7 +23,7 @@ pub enum RopeStyle {
 }
 
 /// Frequencies and layout of one model's rotary embedding.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rope {
     style: RopeStyle,
     first_channel: u32,
@@ -104,8 +106,32 @@ impl Rope {
         Ok(())
     }
 
+    /// Which channels form a pair.
+    pub fn style(&self) -> RopeStyle {
+        self.style
+    }
+
+    /// The first channel that is rotated, and how many are.
+    pub fn channels(&self) -> (u32, u32) {
+        (self.first_channel, 2 * self.pairs)
+    }
+
+    /// Cosines and sines `[positions][pairs]`, the scale included: what kernels with tables read.
+    pub fn tables(&self, positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
+        let mut turn = [(0.0, 0.0); MAX_ROPE_PAIRS];
+        let count = positions.len() * self.pairs as usize;
+        let (mut cosines, mut sines) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for &position in positions {
+            for &(cos, sin) in self.turn(position, &mut turn) {
+                cosines.push(cos);
+                sines.push(sin);
+            }
+        }
+        (cosines, sines)
+    }
+
     /// Whether rows of `dim` channels have those that are rotated.
-    pub(super) fn check(&self, dim: u32) -> Result<()> {
+    pub(crate) fn check(&self, dim: u32) -> Result<()> {
         let end = self.first_channel.checked_add(2 * self.pairs);
         if dim == 0 || dim > MAX_HEAD_DIM || end.is_none_or(|end| end > dim) {
             return Err(Error::invalid("rope", "rotates channels that the rows do not have"));
@@ -151,7 +177,6 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
 
     #[test]
     fn both_layouts_turn_pairs_by_the_papers_angle() {

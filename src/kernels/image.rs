@@ -16,7 +16,9 @@ pub struct Image {
 mod embedded {
     use super::Image;
 
-    /// Gives the bytes it holds the alignment that the driver wants of an image.
+    /// Gives the bytes it holds the alignment that the driver wants of an image. Unused where there
+    /// are none.
+    #[allow(dead_code)]
     #[repr(C, align(16))]
     struct Aligned<T: ?Sized>(T);
 

@@ -15,6 +15,7 @@ macro_rules! kernels {
 }
 
 mod append;
+mod attend;
 mod cascade;
 mod cascade_choice;
 mod copy;
@@ -29,6 +30,7 @@ mod prefill;
 mod split;
 
 pub use append::append_launch;
+pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan};
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
 pub use cascade_choice::{
     CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,

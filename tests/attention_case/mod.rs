@@ -13,6 +13,8 @@ use kvcache::cpu::{
 use kvcache::dtype::{DType, KvFormat, Rows, bf16, f16};
 use kvcache::layout::Strides;
 
+#[cfg(any(feature = "emulate", feature = "cuda"))]
+mod on_device;
 #[path = "../random/mod.rs"]
 mod random;
 pub use random::Rng;
@@ -31,6 +33,12 @@ impl Buffer {
             DType::F16 => Buffer::F16((0..elements).map(|_| f16::from_f32(next())).collect()),
             _ => Buffer::Bf16((0..elements).map(|_| bf16::from_f32(next())).collect()),
         }
+    }
+
+    #[allow(dead_code)]
+    pub fn of(dtype: DType, values: &[f32]) -> Self {
+        let mut values = values.iter().copied();
+        Self::filled(dtype, values.len(), || values.next().unwrap_or(f32::NAN))
     }
 
     pub fn rows(&self) -> Rows<'_> {
@@ -239,7 +247,7 @@ impl Case {
             alibi,
             want: ReferenceOutput { out: Vec::new(), lse: Vec::new() },
         };
-        instance.want = instance.reference();
+        instance.want = instance.reference(instance.q.rows());
         instance
     }
 }
@@ -277,7 +285,7 @@ impl Instance {
         }
     }
 
-    fn reference(&self) -> ReferenceOutput {
+    fn reference(&self, q: Rows) -> ReferenceOutput {
         let v = if self.together || self.case.shape.v_in_k { &self.k } else { &self.v };
         let kv = PagedKv {
             k: self.k.rows(),
@@ -293,8 +301,7 @@ impl Instance {
         let q_indptr: Vec<usize> = self.q_indptr.iter().map(|&i| i as usize).collect();
         let kv_lens: Vec<usize> = self.case.lengths.iter().map(|l| l.1 as usize).collect();
         let shape = &self.case.shape;
-        reference_attention(shape, &self.scoring(), &kv, self.q.rows(), &q_indptr, &kv_lens)
-            .unwrap()
+        reference_attention(shape, &self.scoring(), &kv, q, &q_indptr, &kv_lens).unwrap()
     }
 
     /// Replaces some entry that is looked up by `bad`, and computes the reference again.
@@ -305,7 +312,7 @@ impl Instance {
         let s = rng.pick(&used);
         let at = rng.below(self.tables[s].len());
         self.tables[s][at] = bad;
-        self.want = self.reference();
+        self.want = self.reference(self.q.rows());
     }
 
     /// Writes `value` over table entries without computing the reference again.
@@ -399,22 +406,33 @@ impl Instance {
     /// Runs at `level` and compares with the reference; returns whether a bad block was reported.
     pub fn check(&self, level: CpuLevel) -> bool {
         let (out, lse, flag) = self.call(level, 1, 0..self.tables.len(), self.scoring(), None);
-        self.compare(level, |i| out.get(i), &lse);
+        self.compare_level(level, |i| out.get(i), &lse);
         flag
     }
 
-    fn compare(&self, level: CpuLevel, out: impl Fn(usize) -> f32, lse: &[f32]) {
-        let rounding = match self.case.out_dtype {
-            DType::F32 => 0.0,
-            DType::F16 => 2f64.powi(-11),
-            _ => 2f64.powi(-8),
-        };
+    fn compare_level(&self, level: CpuLevel, out: impl Fn(usize) -> f32, lse: &[f32]) {
         // Where pairs of bf16 are multiplied, softmax weights are rounded to bf16: at most 2^-8 of
         // the largest value, which `normal` keeps below 4.25.
         let pairs = level == CpuLevel::Avx512Bf16
             && (self.case.format, self.case.q_dtype) == (KvFormat::Bf16, DType::Bf16);
         let tolerance = if pairs { 4.25 * 2f64.powi(-8) } else { 4e-5 };
-        for (i, &want) in self.want.out.iter().enumerate() {
+        self.compare(level.name(), &self.want, tolerance, out, lse);
+    }
+
+    fn compare(
+        &self,
+        what: &str,
+        want: &ReferenceOutput,
+        tolerance: f64,
+        out: impl Fn(usize) -> f32,
+        lse: &[f32],
+    ) {
+        let rounding = match self.case.out_dtype {
+            DType::F32 => 0.0,
+            DType::F16 => 2f64.powi(-11),
+            _ => 2f64.powi(-8),
+        };
+        for (i, &want) in want.out.iter().enumerate() {
             let got = f64::from(out(i));
             let error = (got - want).abs();
             if !(error <= tolerance + rounding * want.abs()) {
@@ -422,15 +440,15 @@ impl Instance {
                 let (row, c) = (i / dim as usize, i % dim as usize);
                 let (token, head) = (row / heads as usize, row % heads as usize);
                 panic!(
-                    "{level:?}: token {token} head {head} channel {c}: {got}, want {want}\n{:?}",
+                    "{what}: token {token} head {head} channel {c}: {got}, want {want}\n{:?}",
                     self.case
                 );
             }
         }
-        for (i, (&got, &want)) in lse.iter().zip(&self.want.lse).enumerate() {
+        for (i, (&got, &want)) in lse.iter().zip(&want.lse).enumerate() {
             let same = f64::from(got) == want;
             if !same && !((f64::from(got) - want).abs() <= 2e-5 * (1.0 + want.abs())) {
-                panic!("{level:?}: LSE of row {i}: {got}, want {want}\n{:?}", self.case);
+                panic!("{what}: LSE of row {i}: {got}, want {want}\n{:?}", self.case);
             }
         }
     }
@@ -479,6 +497,6 @@ impl Instance {
             out.extend(a);
             lse.extend(a_lse);
         }
-        self.compare(level, |i| out[i], &lse);
+        self.compare_level(level, |i| out[i], &lse);
     }
 }

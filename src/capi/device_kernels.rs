@@ -1,0 +1,456 @@
+//! The kernels of a device alone, on the caller's own device memory and stream.
+//!
+//! The same descriptions as for the CPU serve, with device addresses in them; what the host cannot
+//! read on a device (the longest sequence) is said beside them. Nothing here allocates, waits or
+//! reads device memory, so all of it can be captured in a CUDA graph and replayed with other
+//! lengths.
+
+use core::ffi::{c_char, c_void};
+
+use super::append::{KVC_ROPE_HALVES, KVC_ROPE_INTERLEAVED, kvc_append_desc};
+use super::attend::kvc_attend_desc;
+use super::device::{kvc_device, opened, whole_text};
+use super::pointer::{self, Plain, Sized32, flag};
+use super::status::{guard, kvc_status};
+use crate::cpu::RowsView;
+use crate::device::{Stream, launch, launch_attend};
+use crate::error::{Error, Result};
+use crate::kernels::params::{AppendParams, In, Out};
+use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces, append_launch};
+
+/// What kvc_device_attend must know beside the call's description.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvc_device_attend_options {
+    /// sizeof(kvc_device_attend_options); kvc_device_attend_options_init sets it.
+    pub struct_size: u32,
+    /// Most query tokens of one sequence; all have as many where q_indptr is NULL. 1 by default.
+    pub max_q_tokens: u32,
+    /// Most cached tokens of one sequence.
+    pub max_kv_tokens: u32,
+    /// 0 (the default): contexts are cut so that the whole device has work. A multiple of 64: in
+    /// pieces of so many tokens, and a sequence gets the same bits whatever else is in the batch.
+    pub piece_tokens: u32,
+    /// 1: the workspace holds the plan of an earlier call with the same lengths, window, heads and
+    /// options (another layer's): it is not made again. 0 by default.
+    pub planned: u32,
+    /// Multiprocessors to divide the work by; 0 (the default) for those of the device.
+    pub multiprocessors: u32,
+}
+
+// SAFETY: integers.
+unsafe impl Plain for kvc_device_attend_options {}
+// SAFETY: the first field is the size.
+unsafe impl Sized32 for kvc_device_attend_options {
+    const NAME: &'static str = "kvc_device_attend_options";
+    const FIRST_BYTES: usize = size_of::<Self>();
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>() as u32,
+            max_q_tokens: 1,
+            max_kv_tokens: 0,
+            piece_tokens: 0,
+            planned: 0,
+            multiprocessors: 0,
+        }
+    }
+}
+
+/// What kvc_device_append can do beside the call's description: rotate, and write rotated queries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvc_device_append_options {
+    /// sizeof(kvc_device_append_options); kvc_device_append_options_init sets it.
+    pub struct_size: u32,
+    /// KVC_ROPE_HALVES (the default) or KVC_ROPE_INTERLEAVED.
+    pub rope_style: u32,
+    /// Channels that are rotated, even; 0 for no rotation.
+    pub rotary_dim: u32,
+    /// The first of them, a multiple of 8.
+    pub first_channel: u32,
+    /// Rows of cosines and sines: positions from 0 on.
+    pub table_positions: u32,
+    /// Query heads; 0 without q.
+    pub q_heads: u32,
+    /// `[table_positions][rotary_dim / 2]` cosines, any scale included.
+    pub cosines: *const f32,
+    /// Sines of the same shape.
+    pub sines: *const f32,
+    /// NULL, or queries `[row][q_head][k_dim]` of the description's dtype, to be rotated.
+    pub q: *const c_void,
+    /// Elements from a row to the next. Both 0: contiguous.
+    pub q_token_stride: i64,
+    /// Elements from a head to the next.
+    pub q_head_stride: i64,
+    /// Where rotated queries are written; must not overlap q.
+    pub q_out: *mut c_void,
+    /// Elements from a row to the next. Both 0: contiguous.
+    pub q_out_token_stride: i64,
+    /// Elements from a head to the next.
+    pub q_out_head_stride: i64,
+    /// NULL, or a word in which bit 0 is set where a slot is past the blocks, and bit 1 where a
+    /// position is past the tables; such rows are skipped.
+    pub error_flag: *mut u32,
+}
+
+// SAFETY: integers, pointers.
+unsafe impl Plain for kvc_device_append_options {}
+// SAFETY: the first field is the size.
+unsafe impl Sized32 for kvc_device_append_options {
+    const NAME: &'static str = "kvc_device_append_options";
+    const FIRST_BYTES: usize = size_of::<Self>();
+    fn initial() -> Self {
+        // SAFETY: every bit pattern is a value of a Plain type.
+        let zero: Self = unsafe { core::mem::zeroed() };
+        Self { struct_size: size_of::<Self>() as u32, rope_style: KVC_ROPE_HALVES, ..zero }
+    }
+}
+
+fn address<T>(pointer: *const T) -> u64 {
+    pointer.expose_provenance() as u64
+}
+
+/// Maxima and the plan of a call.
+///
+/// # Safety
+/// As for [`pointer::read`] of the two structs.
+unsafe fn plan(
+    device: *const kvc_device,
+    desc: &kvc_attend_desc,
+    options: *const kvc_device_attend_options,
+) -> Result<(AttendBounds, AttendPlan, kvc_device_attend_options)> {
+    let options = if options.is_null() {
+        kvc_device_attend_options::initial()
+    } else {
+        // SAFETY: the caller's promise.
+        unsafe { pointer::read(options) }?
+    };
+    let multiprocessors = match options.multiprocessors {
+        0 => opened(device)?.0.multiprocessors(),
+        given => given,
+    };
+    let bounds = AttendBounds {
+        shape: desc.shape()?,
+        cache: desc.cache()?.dtype(),
+        seqs: desc.seqs,
+        q_len: options.max_q_tokens,
+        kv_len: options.max_kv_tokens,
+        pieces: match options.piece_tokens {
+            0 => Pieces::Balanced,
+            tokens => Pieces::Fixed(tokens),
+        },
+        multiprocessors,
+    };
+    Ok((bounds, AttendPlan::new(&bounds)?, options))
+}
+
+/// Fills a kvc_device_attend_options of `struct_size` bytes with its defaults.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `options` is writable for `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_attend_options_init(
+    options: *mut kvc_device_attend_options,
+    struct_size: u32,
+) -> kvc_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { pointer::init(options, struct_size) })
+}
+
+/// Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
+/// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
+/// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+/// NULL where the options say how many multiprocessors it has.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `out_bytes` is writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_attend_workspace_size(
+    device: *const kvc_device,
+    desc: *const kvc_attend_desc,
+    options: *const kvc_device_attend_options,
+    out_bytes: *mut u64,
+) -> kvc_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let (desc, out) = unsafe { (pointer::read(desc)?, pointer::out(out_bytes, "out_bytes")?) };
+        // SAFETY: the caller's promise.
+        let (_, plan, _) = unsafe { plan(device, &desc, options) }?;
+        out.write(plan.workspace_bytes());
+        Ok(())
+    })
+}
+
+/// Writes the name of the kernel that kvc_device_attend would run to `buf`, with a NUL. `len` is the
+/// size of `buf`; KVC_ERR_BUFFER_TOO_SMALL where the name does not fit (64 bytes are enough),
+/// KVC_ERR_UNSUPPORTED where there is no kernel. No pointer of `desc` is followed; `device` as for
+/// kvc_device_attend_workspace_size.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `buf` is writable for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_attend_kernel(
+    device: *const kvc_device,
+    desc: *const kvc_attend_desc,
+    options: *const kvc_device_attend_options,
+    buf: *mut c_char,
+    len: u64,
+) -> kvc_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let desc = unsafe { pointer::read(desc) }?;
+        // SAFETY: the caller's promise.
+        let (bounds, plan, _) = unsafe { plan(device, &desc, options) }?;
+        // SAFETY: the caller's promise.
+        unsafe { whole_text(plan.kernel(&bounds)?.name, buf, len) }
+    })
+}
+
+/// Enqueues attention for the batch that `desc` describes on `stream` (a CUstream; NULL for the
+/// default stream). Every pointer of `desc` is a device address: rows of Q, K, V and out begin at
+/// multiples of 16 bytes, the workspace at one of 256. `q_indptr` may be NULL where all sequences
+/// have max_q_tokens query tokens; `threads` is ignored. `bad_block`, if given, is set to other than
+/// 0 where a table has an entry that is not a block: such keys are masked and never read.
+///
+/// Threads: thread-safe, where calls share no outputs and no workspace.
+///
+/// # Safety
+/// The module's rules; the addresses are of memory of the device, as long as kvc_attend says, until
+/// the stream has done the work; `stream` is one of the device.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_attend(
+    device: *const kvc_device,
+    desc: *const kvc_attend_desc,
+    options: *const kvc_device_attend_options,
+    stream: *mut c_void,
+) -> kvc_status {
+    guard(|| {
+        let backend = opened(device)?;
+        // SAFETY: the caller's promise, here and below.
+        let desc = unsafe { pointer::read(desc) }?;
+        // SAFETY: see above.
+        let (_, plan, options) = unsafe { plan(device, &desc, options) }?;
+        let planned = flag(options.planned, "planned")?;
+        let args = desc.device_args()?;
+        let workspace = address(desc.workspace);
+        let needed = plan.workspace_bytes();
+        if desc.workspace_bytes < needed {
+            return Err(Error::BufferTooSmall { what: "workspace", needed });
+        }
+        if needed != 0 && workspace == 0 {
+            return Err(Error::NullPointer { what: "workspace" });
+        }
+        if !workspace.is_multiple_of(256) {
+            return Err(Error::Misaligned { what: "workspace", align_bytes: 256 });
+        }
+        // Everything is checked before anything is enqueued.
+        let first = plan.plan_launch(workspace, &args)?;
+        let (second, params) = plan.attend_launch(workspace, &args)?;
+        // SAFETY: see above.
+        unsafe {
+            let stream = Stream::from_raw(stream);
+            if let Some((first, params)) = first.filter(|_| !planned) {
+                launch(&*backend.0, &first, &params, stream)?;
+            }
+            launch_attend(&*backend.0, &second, &params, stream)
+        }
+    })
+}
+
+impl kvc_attend_desc {
+    /// The call with its pointers as device addresses.
+    fn device_args(&self) -> Result<AttendArgs> {
+        let (shape, kv) = (self.shape()?, self.kv()?);
+        let scoring = self.scoring_values()?;
+        scoring.check(shape.q_heads)?;
+        let (q, out) = self.rows(&shape)?;
+        let strides = |rows: &RowsView| [rows.token_stride, rows.head_stride];
+        Ok(AttendArgs {
+            q: address(self.q),
+            q_dtype: q.dtype,
+            q_strides: strides(&q),
+            out: address(self.out),
+            out_dtype: out.dtype,
+            out_strides: strides(&out),
+            lse: address(self.lse),
+            k: address(self.k),
+            k_strides: kv.k_strides,
+            v: address(self.v),
+            v_strides: kv.v_strides,
+            block_tokens: self.block_tokens,
+            num_blocks: self.num_blocks,
+            table: address(self.table),
+            table_stride: self.table_stride,
+            table_indptr: address(self.table_indptr),
+            seqs: self.seqs,
+            q_indptr: address(self.q_indptr),
+            kv_lens: address(self.kv_lens),
+            scale: scoring.scale,
+            causal: scoring.causal,
+            window: scoring.window,
+            softcap: scoring.softcap,
+            sinks: address(self.sinks),
+            slopes: address(self.alibi),
+            error_flag: address(self.bad_block),
+        })
+    }
+}
+
+/// Fills a kvc_device_append_options of `struct_size` bytes with its defaults.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `options` is writable for `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_append_options_init(
+    options: *mut kvc_device_append_options,
+    struct_size: u32,
+) -> kvc_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { pointer::init(options, struct_size) })
+}
+
+/// Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
+/// default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
+/// bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
+/// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+/// raise the error flag.
+///
+/// Threads: thread-safe, where calls share no slots.
+///
+/// # Safety
+/// The module's rules; the addresses are of memory of the device, as long as kvc_append says, until
+/// the stream has done the work; `stream` is one of the device.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_device_append(
+    device: *const kvc_device,
+    desc: *const kvc_append_desc,
+    options: *const kvc_device_append_options,
+    stream: *mut c_void,
+) -> kvc_status {
+    guard(|| {
+        let backend = opened(device)?;
+        // SAFETY: the caller's promise, here and below.
+        let desc = unsafe { pointer::read(desc) }?;
+        let options = if options.is_null() {
+            kvc_device_append_options::initial()
+        } else {
+            // SAFETY: see above.
+            unsafe { pointer::read(options) }?
+        };
+        let mut params = append_params(&desc, &options)?;
+        let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
+        // SAFETY: see above.
+        unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) }
+    })
+}
+
+fn append_params(
+    desc: &kvc_append_desc,
+    options: &kvc_device_append_options,
+) -> Result<AppendParams> {
+    if !desc.rope.is_null() {
+        return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
+    }
+    let args = desc.args()?;
+    let v_in_k = args.shape.v_in_k;
+    let rotates = options.rotary_dim != 0;
+    let interleaved = match options.rope_style {
+        KVC_ROPE_HALVES => 0,
+        KVC_ROPE_INTERLEAVED => 1,
+        _ => return Err(Error::invalid("rope_style", "must be 1 (halves) or 2 (interleaved)")),
+    };
+    let q_strides = |token: i64, head: i64| {
+        if (token, head) == (0, 0) {
+            let dim = i64::from(desc.k_dim);
+            (i64::from(options.q_heads) * dim, dim)
+        } else {
+            (token, head)
+        }
+    };
+    let (q_token, q_head) = q_strides(options.q_token_stride, options.q_head_stride);
+    let (q_out_token, q_out_head) =
+        q_strides(options.q_out_token_stride, options.q_out_head_stride);
+    let needed = [
+        ("k", address(desc.k), true),
+        ("k_rows", address(desc.k_rows), true),
+        ("v", address(desc.v), !v_in_k),
+        ("v_rows", address(desc.v_rows), !v_in_k),
+        ("slots", address(desc.slots), true),
+        ("cosines", address(options.cosines), rotates),
+        ("sines", address(options.sines), rotates),
+        ("positions", address(desc.positions), rotates),
+        ("q", address(options.q), options.q_heads != 0),
+        ("q_out", address(options.q_out), options.q_heads != 0),
+    ];
+    for (what, at, wanted) in needed {
+        if wanted && at == 0 && desc.rows != 0 {
+            return Err(Error::NullPointer { what });
+        }
+    }
+    let words = [
+        ("slots", address(desc.slots), 8),
+        ("positions", address(desc.positions), 4),
+        ("cosines", address(options.cosines), 4),
+        ("sines", address(options.sines), 4),
+        ("error_flag", address(options.error_flag), 4),
+    ];
+    for (what, at, align) in words {
+        if !at.is_multiple_of(u64::from(align)) {
+            return Err(Error::Misaligned { what, align_bytes: align });
+        }
+    }
+    if desc.num_blocks > i32::MAX as u32 {
+        return Err(Error::invalid("num_blocks", "must be below 2^31"));
+    }
+    let (k, v) = (args.kv.k_strides, args.kv.v_strides);
+    let v_dim = if v_in_k { 0 } else { desc.v_dim };
+    Ok(AppendParams {
+        k: In::at(address(desc.k_rows)),
+        v: In::at(if v_in_k { 0 } else { address(desc.v_rows) }),
+        q: In::at(if options.q_heads == 0 { 0 } else { address(options.q) }),
+        q_out: Out::at(address(options.q_out)),
+        k_cache: Out::at(address(desc.k)),
+        v_cache: Out::at(if v_in_k { 0 } else { address(desc.v) }),
+        slots: In::at(address(desc.slots)),
+        positions: In::at(address(desc.positions)),
+        cosines: In::at(if rotates { address(options.cosines) } else { 0 }),
+        sines: In::at(if rotates { address(options.sines) } else { 0 }),
+        error_flag: Out::at(address(options.error_flag)),
+        k_token: args.k.token_stride,
+        k_head: args.k.head_stride,
+        v_token: if v_in_k { 0 } else { args.v.token_stride },
+        v_head: if v_in_k { 0 } else { args.v.head_stride },
+        q_token,
+        q_head,
+        q_out_token,
+        q_out_head,
+        k_cache_block: k.block,
+        k_cache_head: k.head,
+        k_cache_token: k.token,
+        v_cache_block: v.block,
+        v_cache_head: v.head,
+        v_cache_token: v.token,
+        tokens: desc.rows,
+        tokens_per_block: 0,
+        q_heads: options.q_heads,
+        kv_heads: desc.kv_heads,
+        k_dim: desc.k_dim,
+        v_dim,
+        block_tokens: desc.block_tokens,
+        num_blocks: desc.num_blocks,
+        rope_first: options.first_channel,
+        rope_dim: options.rotary_dim,
+        rope_positions: options.table_positions,
+        rope_interleaved: interleaved,
+        row_dtype: args.k.dtype.id(),
+        cache_dtype: args.kv.format.dtype().id(),
+    })
+}

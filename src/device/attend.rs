@@ -1,0 +1,288 @@
+//! Attention over a device store: the call's plan, its workspace, its launches.
+//!
+//! A plan is made on the device from the lengths that stand there, once a batch; the layers after
+//! the first reuse it. Sequences of more than eight new tokens go through the decode kernel eight
+//! tokens at a time.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use super::backend::{launch, launch_attend};
+use super::batch::DeviceBatch;
+use super::memory::DeviceMemory;
+use super::rows::{DeviceRows, DeviceRowsMut};
+use super::store::{DeviceStore, check_len};
+use super::{Backend, Stream};
+use crate::attention::{HeadShape, Scoring};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces};
+use crate::layout::GroupLayout;
+
+/// Query tokens of a sequence that the decode kernel takes at once.
+const MAX_DECODE_TOKENS: u32 = 8;
+/// Tokens of a piece in the deterministic mode: long enough that merging them costs little, short
+/// enough that a long sequence alone has work for a device.
+const FIXED_PIECE: u32 = 512;
+
+/// What attention keeps between calls.
+#[derive(Debug)]
+pub(super) struct Attend {
+    /// The plan that the workspace holds, and what it was made for.
+    planned: Option<(PlanKey, AttendPlan)>,
+    workspace: DeviceMemory,
+    /// Sinks and slopes, and what was uploaded there last.
+    per_head: DeviceMemory,
+    per_head_bytes: Vec<u8>,
+    /// Lengths of sequences cut at their queries.
+    lengths: DeviceMemory,
+    lengths_bytes: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PlanKey {
+    serial: u64,
+    q_heads: u32,
+    window: Option<u32>,
+}
+
+impl Attend {
+    pub fn new(backend: &Arc<dyn Backend>) -> Result<Self> {
+        let memory = || DeviceMemory::new(backend, 1);
+        Ok(Self {
+            planned: None,
+            workspace: memory()?,
+            per_head: memory()?,
+            per_head_bytes: Vec::new(),
+            lengths: memory()?,
+            lengths_bytes: Vec::new(),
+        })
+    }
+
+    /// Whether there are kernels for a layout.
+    ///
+    /// # Errors
+    /// `Unsupported` where there are none.
+    pub fn check(layout: &GroupLayout) -> Result<()> {
+        let spec = layout.spec();
+        AttendPlan::new(&AttendBounds {
+            shape: HeadShape {
+                q_heads: spec.kv_heads,
+                kv_heads: spec.kv_heads,
+                k_dim: spec.k_dim,
+                v_dim: spec.v_dim,
+                v_in_k: spec.v_in_k,
+            },
+            cache: spec.format.dtype(),
+            seqs: 1,
+            q_len: 1,
+            kv_len: 1,
+            pieces: Pieces::Balanced,
+            multiprocessors: 1,
+        })
+        .map(|_| ())
+    }
+
+    /// Addresses of sinks and slopes on the device, 0 where there are none.
+    fn per_head(
+        &mut self,
+        backend: &dyn Backend,
+        stream: Stream,
+        scoring: &Scoring,
+    ) -> Result<(u64, u64)> {
+        let lists = [scoring.sinks, scoring.alibi];
+        let bytes = lists.iter().flatten().map(|list| list.len() * 4).sum::<usize>();
+        if bytes == 0 {
+            return Ok((0, 0));
+        }
+        let wanted = || lists.into_iter().flatten().flatten().flat_map(|x| x.to_ne_bytes());
+        if !self.per_head_bytes.iter().copied().eq(wanted()) {
+            self.per_head_bytes.clear();
+            self.per_head.grow(bytes as u64)?;
+            let list: Vec<u8> = wanted().collect();
+            // SAFETY: the memory has these bytes; the list is not page-locked.
+            unsafe { backend.upload(self.per_head.address(), &list, stream) }?;
+            self.per_head_bytes = list;
+        }
+        let sinks = self.per_head.address();
+        let slopes = sinks + scoring.sinks.map_or(0, |list| list.len() as u64 * 4);
+        Ok((
+            if scoring.sinks.is_some() { sinks } else { 0 },
+            if scoring.alibi.is_some() { slopes } else { 0 },
+        ))
+    }
+}
+
+impl DeviceStore {
+    /// Enqueues attention for rows in device memory: `q` is `[rows][q_heads][k_dim]`, `out`
+    /// `[rows][q_heads][v_dim]`, `lse`, of f32, `[rows][q_heads]`; `q_heads` follows from the
+    /// length of `q`. The lists in `scoring` are host memory and are copied.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for sizes that do not fit together, `InvalidState` for a batch that is not
+    /// on the device, `Unsupported` for what no kernel does, `NoKernels`, `OutOfMemory`,
+    /// `DeviceFailed`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend_device(
+        &mut self,
+        layer: u32,
+        batch: &DeviceBatch,
+        group: usize,
+        q: DeviceRows,
+        out: DeviceRowsMut,
+        lse: Option<DeviceRowsMut>,
+        scoring: &Scoring,
+    ) -> Result<()> {
+        let (view, at) = (self.view(layer)?, batch.view(group)?);
+        let row = u64::from(at.rows) * u64::from(self.layout().spec().k_dim);
+        if at.rows == 0 {
+            return Ok(());
+        }
+        if q.elements() == 0 || !q.elements().is_multiple_of(row) || q.elements() / row > 1 << 16 {
+            return Err(Error::invalid("q", "must be [rows][q_heads][k_dim]"));
+        }
+        let shape = self.shape((q.elements() / row) as u32);
+        shape.check()?;
+        scoring.check(shape.q_heads)?;
+        check_len("out", out.elements(), at.rows, shape.q_heads, shape.v_dim)?;
+        if let Some(lse) = &lse {
+            check_len("lse", lse.elements(), at.rows, shape.q_heads, 1)?;
+            if lse.dtype() != DType::F32 {
+                return Err(Error::invalid("lse", "must be f32"));
+            }
+        }
+        let (sinks, slopes) = self.attend.per_head(&*self.backend, self.options.stream, scoring)?;
+        let strides = |dim: u32| [i64::from(shape.q_heads) * i64::from(dim), i64::from(dim)];
+        let args = AttendArgs {
+            q: q.address(),
+            q_dtype: q.dtype(),
+            q_strides: strides(shape.k_dim),
+            out: out.address(),
+            out_dtype: out.dtype(),
+            out_strides: strides(shape.v_dim),
+            lse: lse.map_or(0, |lse| lse.address()),
+            k: view.k,
+            k_strides: view.k_strides,
+            v: view.v,
+            v_strides: view.v_strides,
+            block_tokens: self.layout().block_tokens(),
+            num_blocks: self.blocks,
+            table: at.indices,
+            table_stride: 0,
+            table_indptr: at.indptr,
+            seqs: at.seqs,
+            q_indptr: at.q_indptr,
+            kv_lens: at.kv_lens,
+            scale: scoring.scale,
+            causal: scoring.causal,
+            window: scoring.window,
+            softcap: scoring.softcap,
+            sinks,
+            slopes,
+            error_flag: self.flag(),
+        };
+        if at.max_q > MAX_DECODE_TOKENS {
+            return self.attend_in_chunks(&shape, args, batch);
+        }
+        let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: scoring.window };
+        let plan = match self.attend.planned {
+            Some((of, plan)) if of == key => plan,
+            _ => {
+                let plan = self.plan(&shape, &args, at.max_q, at.max_kv)?;
+                self.attend.planned = Some((key, plan));
+                plan
+            }
+        };
+        self.run(&plan, &args)
+    }
+
+    /// Attends for sequences one after another, eight query tokens at a time: each chunk is a batch
+    /// of one sequence that ends with the chunk.
+    fn attend_in_chunks(
+        &mut self,
+        shape: &HeadShape,
+        args: AttendArgs,
+        batch: &DeviceBatch,
+    ) -> Result<()> {
+        if !args.causal {
+            return Err(Error::Unsupported {
+                what: "more than 8 query tokens without a causal mask on this device",
+            });
+        }
+        let (q_indptr, kv_lens) = batch.lengths();
+        let mut chunks = Vec::new();
+        for (seq, bounds) in q_indptr.windows(2).enumerate() {
+            let mut row = bounds[0];
+            while row < bounds[1] {
+                let count = (bounds[1] - row).min(MAX_DECODE_TOKENS as i32);
+                let length = i64::from(kv_lens[seq]) - i64::from(bounds[1] - row - count);
+                chunks.push((seq as u64, row as u64, count as u32, length.max(0) as i32));
+                row += count;
+            }
+        }
+        let attend = &mut self.attend;
+        attend.lengths_bytes.clear();
+        attend.lengths_bytes.extend(chunks.iter().flat_map(|chunk| chunk.3.to_ne_bytes()));
+        attend.lengths.grow(attend.lengths_bytes.len() as u64)?;
+        let lengths = attend.lengths.address();
+        // SAFETY: the memory has these bytes; the staging buffer is not page-locked.
+        unsafe { self.backend.upload(lengths, &attend.lengths_bytes, self.options.stream) }?;
+        let row_bytes = |strides: [i64; 2], dtype: DType| strides[0] as u64 * dtype.bytes() as u64;
+        for (n, &(seq, row, count, length)) in chunks.iter().enumerate() {
+            let chunk = AttendArgs {
+                q: args.q + row * row_bytes(args.q_strides, args.q_dtype),
+                out: args.out + row * row_bytes(args.out_strides, args.out_dtype),
+                lse: match args.lse {
+                    0 => 0,
+                    lse => lse + row * u64::from(shape.q_heads) * 4,
+                },
+                table_indptr: args.table_indptr + 4 * seq,
+                seqs: 1,
+                q_indptr: 0,
+                kv_lens: lengths + 4 * n as u64,
+                ..args
+            };
+            let plan = self.plan(shape, &chunk, count, length as u32)?;
+            self.run(&plan, &chunk)?;
+        }
+        Ok(())
+    }
+
+    /// Plans for a call with these maxima: on the host, and on the device where its kernel wants
+    /// that.
+    fn plan(
+        &mut self,
+        shape: &HeadShape,
+        args: &AttendArgs,
+        q_len: u32,
+        kv_len: u32,
+    ) -> Result<AttendPlan> {
+        let plan = AttendPlan::new(&AttendBounds {
+            shape: *shape,
+            cache: self.layout().spec().format.dtype(),
+            seqs: args.seqs,
+            q_len,
+            kv_len,
+            pieces: if self.options.deterministic {
+                Pieces::Fixed(FIXED_PIECE)
+            } else {
+                Pieces::Balanced
+            },
+            multiprocessors: self.backend.multiprocessors(),
+        })?;
+        self.attend.planned = None;
+        self.attend.workspace.grow(plan.workspace_bytes())?;
+        if let Some((first, params)) = plan.plan_launch(self.attend.workspace.address(), args)? {
+            // SAFETY: the workspace has the bytes that the plan asks for, and the lengths are those
+            // of the batch; all of it is freed after what is enqueued.
+            unsafe { launch(&*self.backend, &first, &params, self.options.stream) }?;
+        }
+        Ok(plan)
+    }
+
+    fn run(&mut self, plan: &AttendPlan, args: &AttendArgs) -> Result<()> {
+        let (second, params) = plan.attend_launch(self.attend.workspace.address(), args)?;
+        // SAFETY: as above; rows were vouched for and have the elements that the sizes say.
+        unsafe { launch_attend(&*self.backend, &second, &params, self.options.stream) }
+    }
+}

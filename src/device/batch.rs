@@ -1,0 +1,186 @@
+//! The ragged batch of one step on a device: lengths, block tables and slots, uploaded once and
+//! read by every layer.
+//!
+//! One allocation and one copy a step, whatever the number of layer groups. A serial number tells
+//! apart what was made from different batches. Knows block ids, not who holds them.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use super::memory::DeviceMemory;
+use super::{Backend, Stream};
+use crate::error::{Error, Result};
+
+/// A batch in host memory, as [`crate::cpu::AttendArgs`] describes it.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchTables<'a> {
+    /// `[seqs + 1]` offsets of query tokens, from 0.
+    pub q_indptr: &'a [i32],
+    /// `[seqs]` cached tokens.
+    pub kv_lens: &'a [i32],
+}
+
+/// Block tables and slots of one layer group in host memory.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupTables<'a> {
+    /// `[seqs + 1]` offsets into `indices`, from 0.
+    pub indptr: &'a [i32],
+    /// Block ids.
+    pub indices: &'a [i32],
+    /// Slot of each query token: `block * block_tokens + offset`, or -1.
+    pub slots: &'a [i64],
+}
+
+/// Byte offsets of a group's tables.
+#[derive(Debug, Clone, Copy)]
+struct GroupAt {
+    indptr: u64,
+    indices: u64,
+    slots: u64,
+}
+
+/// A batch in device memory. Reused from step to step, it keeps its memory.
+#[derive(Debug, Default)]
+pub struct DeviceBatch {
+    memory: Option<DeviceMemory>,
+    staging: Vec<u8>,
+    serial: u64,
+    seqs: u32,
+    rows: u32,
+    max_q: u32,
+    max_kv: u32,
+    q_indptr: u64,
+    kv_lens: u64,
+    row_numbers: u64,
+    groups: Vec<GroupAt>,
+}
+
+/// Serial numbers are those of the process: two batches never have the same.
+static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
+
+impl DeviceBatch {
+    /// Puts a batch of this many groups into device memory.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for tables that do not fit together; `OutOfMemory`, `DeviceFailed`.
+    pub fn upload<'a>(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        stream: Stream,
+        batch: &BatchTables,
+        groups: impl Iterator<Item = GroupTables<'a>>,
+    ) -> Result<()> {
+        self.serial = 0;
+        let seqs = batch.kv_lens.len();
+        let rises = |list: &[i32]| list[0] == 0 && list.windows(2).all(|w| w[0] <= w[1]);
+        if batch.q_indptr.len() != seqs + 1 || !rises(batch.q_indptr) {
+            return Err(Error::invalid(
+                "q_indptr",
+                "must rise from 0, one entry more than kv_lens",
+            ));
+        }
+        let rows = batch.q_indptr[seqs] as usize;
+        self.staging.clear();
+        self.groups.clear();
+        self.q_indptr = self.put(batch.q_indptr.iter().map(|x| x.to_ne_bytes()))?;
+        self.kv_lens = self.put(batch.kv_lens.iter().map(|x| x.to_ne_bytes()))?;
+        self.row_numbers = self.put((0..rows).map(|row| (row as u32).to_ne_bytes()))?;
+        for group in groups {
+            let fits = group.indptr.len() == seqs + 1 && group.slots.len() == rows;
+            if !fits || !rises(group.indptr) || group.indptr[seqs] as usize > group.indices.len() {
+                return Err(Error::invalid("indptr, slots", "do not fit the batch"));
+            }
+            let at = GroupAt {
+                indptr: self.put(group.indptr.iter().map(|x| x.to_ne_bytes()))?,
+                indices: self.put(group.indices.iter().map(|x| x.to_ne_bytes()))?,
+                slots: self.put(group.slots.iter().map(|x| x.to_ne_bytes()))?,
+            };
+            self.groups.push(at);
+        }
+        let bytes = self.staging.len() as u64;
+        let mut memory = match self.memory.take() {
+            Some(memory) if memory.is_on(backend) => memory,
+            _ => DeviceMemory::new(backend, bytes)?,
+        };
+        let grown = memory.grow(bytes);
+        let to = memory.address();
+        self.memory = Some(memory);
+        grown?;
+        // SAFETY: the memory has these bytes; the staging buffer is not page-locked.
+        unsafe { backend.upload(to, &self.staging, stream) }?;
+        let lengths = batch.q_indptr.windows(2).map(|w| (w[1] - w[0]) as u32);
+        self.seqs = u32::try_from(seqs).map_err(|_| Error::Overflow { what: "seqs" })?;
+        self.rows = rows as u32;
+        self.max_q = lengths.max().unwrap_or(0);
+        self.max_kv = batch.kv_lens.iter().map(|&n| n.max(0) as u32).max().unwrap_or(0);
+        self.serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Appends a table to what will be uploaded, from a multiple of 16 bytes; where it is.
+    fn put<const N: usize>(
+        &mut self,
+        entries: impl ExactSizeIterator<Item = [u8; N]>,
+    ) -> Result<u64> {
+        let at = self.staging.len().next_multiple_of(16);
+        let bytes = entries.len() * N;
+        let refused = Error::OutOfMemory { bytes: bytes as u64 };
+        self.staging.try_reserve(bytes + 16).map_err(|_| refused)?;
+        self.staging.resize(at, 0);
+        entries.for_each(|entry| self.staging.extend_from_slice(&entry));
+        Ok(at as u64)
+    }
+
+    /// The batch that it holds.
+    ///
+    /// # Errors
+    /// `InvalidState` where nothing was uploaded, `InvalidArgument` for a group it does not have.
+    pub(super) fn view(&self, group: usize) -> Result<BatchView> {
+        let empty = Error::InvalidState { why: "the batch is not on the device" };
+        let memory = self.memory.as_ref().filter(|_| self.serial != 0).ok_or(empty)?;
+        let at = self.groups.get(group).ok_or(Error::invalid("group", "is not in the batch"))?;
+        let base = memory.address();
+        Ok(BatchView {
+            serial: self.serial,
+            seqs: self.seqs,
+            rows: self.rows,
+            max_q: self.max_q,
+            max_kv: self.max_kv,
+            q_indptr: base + self.q_indptr,
+            kv_lens: base + self.kv_lens,
+            row_numbers: base + self.row_numbers,
+            indptr: base + at.indptr,
+            indices: base + at.indices,
+            slots: base + at.slots,
+        })
+    }
+
+    /// The batch on the host again, as it was uploaded.
+    pub(super) fn lengths(&self) -> (Vec<i32>, Vec<i32>) {
+        let ints = |at: u64, count: usize| {
+            let bytes = &self.staging[at as usize..at as usize + 4 * count];
+            bytes.chunks_exact(4).map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
+        };
+        (ints(self.q_indptr, self.seqs as usize + 1), ints(self.kv_lens, self.seqs as usize))
+    }
+}
+
+/// Device addresses of a batch and one group's tables, and the maxima that plans need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BatchView {
+    pub serial: u64,
+    pub seqs: u32,
+    pub rows: u32,
+    /// Most query tokens of a sequence.
+    pub max_q: u32,
+    /// Most cached tokens of a sequence.
+    pub max_kv: u32,
+    pub q_indptr: u64,
+    pub kv_lens: u64,
+    /// `[rows]`: 0, 1, 2, ...
+    pub row_numbers: u64,
+    pub indptr: u64,
+    pub indices: u64,
+    pub slots: u64,
+}

@@ -1,0 +1,66 @@
+//! The CUDA driver as a backend: each method is the driver module's own.
+
+use core::ffi::c_void;
+
+use super::{Backend, Device, Stream};
+use crate::cuda::Cuda;
+use crate::error::Result;
+use crate::kernels::Launch;
+
+impl Backend for Cuda {
+    fn device(&self) -> Device {
+        Device::Cuda { ordinal: self.ordinal() }
+    }
+
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors()
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<u64> {
+        self.alloc(bytes)
+    }
+
+    unsafe fn free(&self, address: u64) {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.free(address) }
+    }
+
+    unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.upload(to, from, stream.as_raw()) }
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8], stream: Stream) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.download(from, to, stream.as_raw()) }
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: u64, stream: Stream) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.copy(from, to, bytes, stream.as_raw()) }
+    }
+
+    unsafe fn zero(&self, at: u64, bytes: u64, stream: Stream) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.zero(at, bytes, stream.as_raw()) }
+    }
+
+    unsafe fn launch(
+        &self,
+        launch: &Launch,
+        params: *const c_void,
+        _: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: see above.
+        unsafe { self.launch(launch, params, stream.as_raw()) }
+    }
+
+    fn sync(&self, stream: Stream) -> Result<()> {
+        self.sync(stream.as_raw())
+    }
+}

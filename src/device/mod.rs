@@ -1,0 +1,93 @@
+//! Where a cache's blocks live and its kernels run: the CPU, a GPU, or the emulator of one.
+//!
+//! A GPU and the emulator are the same to the layers above: a [`Backend`] that has memory and runs
+//! the launches that `kernels` plans. [`DeviceStore`] is the storage of one layer group on such a
+//! device, with the operations of the CPU's store. The CPU has no backend: its kernels are called
+//! directly.
+//!
+//! `unsafe` is here because addresses of a device cannot be checked by the compiler: the functions
+//! that take bare ones are `unsafe`, and what safe code holds are [`DeviceMemory`], which owns its
+//! range, and [`DeviceRows`], whose maker answered for it.
+
+mod attend;
+mod backend;
+mod batch;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "emulate")]
+mod emulated;
+mod memory;
+mod rotation;
+mod rows;
+mod store;
+
+pub use backend::{Backend, Stream};
+pub(crate) use backend::{launch, launch_attend};
+pub use batch::{BatchTables, DeviceBatch, GroupTables};
+#[cfg(feature = "emulate")]
+pub use emulated::Emulated;
+pub use memory::DeviceMemory;
+pub use rows::{DeviceRows, DeviceRowsMut};
+pub use store::{DeviceStore, StoreOptions};
+
+use alloc::sync::Arc;
+
+use crate::error::{Error, Result};
+
+/// Where blocks live and kernels run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Device {
+    /// Host memory and SIMD kernels.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda {
+        /// Its number, as the driver counts them.
+        ordinal: u32,
+    },
+    /// The CUDA kernels on the host, under the emulator (feature `emulate`): for tests.
+    Emu,
+}
+
+impl Device {
+    /// The device that `name` spells: `cpu`, `cuda`, `cuda:1`, `emu`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another text.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda { ordinal: 0 }),
+            "emu" => Ok(Device::Emu),
+            _ => name
+                .strip_prefix("cuda:")
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(|ordinal| Device::Cuda { ordinal })
+                .ok_or(Error::invalid("device", "must be cpu, cuda, cuda:N or emu")),
+        }
+    }
+}
+
+/// The backend of a device. All callers of a process share one for each GPU; each emulator is a
+/// device of its own.
+///
+/// # Errors
+/// `InvalidArgument` for the CPU, which has none; `NoKernels` where this build has no kernels for
+/// the device; `NoDevice` where it is not there; `DeviceFailed` where its driver fails.
+pub fn open(device: Device) -> Result<Arc<dyn Backend>> {
+    match device {
+        Device::Cpu => Err(Error::invalid("device", "the CPU's kernels are called directly")),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { ordinal } => Ok(crate::cuda::Cuda::open(ordinal)?),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda { .. } => {
+            Err(Error::NoKernels { what: "this library was built without the feature cuda" })
+        }
+        #[cfg(feature = "emulate")]
+        Device::Emu => Ok(Arc::new(Emulated::new(Default::default()))),
+        #[cfg(not(feature = "emulate"))]
+        Device::Emu => {
+            Err(Error::NoKernels { what: "this library was built without the feature emulate" })
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Attention on a device, whatever kernel does it: the choice, the workspace, the launches.
+//!
+//! What a call is given ([`AttendArgs`]) is the same for all kernels, and the choice depends on
+//! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
+//! workspace it needs, and a captured graph stays right for other lengths.
+
+use super::decode::{DecodeBounds, DecodePlan, Pieces};
+use super::params::{DecodeParams, DecodePlanParams, In, Out};
+use super::{Kernel, Launch};
+use crate::attention::HeadShape;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Strides;
+
+/// The largest call that a plan serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttendBounds {
+    /// Heads and channels.
+    pub shape: HeadShape,
+    /// Type of the cache.
+    pub cache: DType,
+    /// Sequences.
+    pub seqs: u32,
+    /// Query tokens of one sequence.
+    pub q_len: u32,
+    /// Cached tokens of one sequence.
+    pub kv_len: u32,
+    /// How contexts are cut.
+    pub pieces: Pieces,
+    /// Multiprocessors of the device.
+    pub multiprocessors: u32,
+}
+
+/// One call: device addresses, strides in elements, and how scores are made.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendArgs {
+    /// Queries `[row][q_head][k_dim]`.
+    pub q: u64,
+    /// Their type.
+    pub q_dtype: DType,
+    /// Elements from a row of `q` to the next, and from a head to the next.
+    pub q_strides: [i64; 2],
+    /// Outputs `[row][q_head][v_dim]`.
+    pub out: u64,
+    /// Their type.
+    pub out_dtype: DType,
+    /// Elements from a row of `out` to the next, and from a head to the next.
+    pub out_strides: [i64; 2],
+    /// Natural logarithms of the denominators `[row][q_heads]`, f32, or 0.
+    pub lse: u64,
+    /// Keys of block 0, head 0, token 0, and their strides.
+    pub k: u64,
+    /// Strides of the keys.
+    pub k_strides: Strides,
+    /// Values, likewise.
+    pub v: u64,
+    /// Strides of the values.
+    pub v_strides: Strides,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Blocks that exist.
+    pub num_blocks: u32,
+    /// Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
+    pub table: u64,
+    /// Entries from a sequence to the next in a dense table.
+    pub table_stride: i64,
+    /// Where the indices of each sequence begin, `[seqs + 1]`; 0 for a dense table.
+    pub table_indptr: u64,
+    /// Sequences.
+    pub seqs: u32,
+    /// Rows of each sequence, `[seqs + 1]`; 0 where all have as many as the bounds say.
+    pub q_indptr: u64,
+    /// Cached tokens of each sequence, `[seqs]`, those of the queries included.
+    pub kv_lens: u64,
+    /// Factor of the dot products.
+    pub scale: f32,
+    /// A query sees no key after its own position.
+    pub causal: bool,
+    /// Keys a query sees, its own included, counted back.
+    pub window: Option<u32>,
+    /// Logit soft-cap.
+    pub softcap: Option<f32>,
+    /// A logit for each query head that joins the denominator, f32, or 0.
+    pub sinks: u64,
+    /// ALiBi slope of each query head, f32, or 0.
+    pub slopes: u64,
+    /// A word that is raised where a table has an entry that is not a block, or 0.
+    pub error_flag: u64,
+}
+
+impl AttendArgs {
+    fn check(&self) -> Result<()> {
+        let needed = [
+            ("q", self.q),
+            ("out", self.out),
+            ("k", self.k),
+            ("v", self.v),
+            ("table", self.table),
+            ("kv_lens", self.kv_lens),
+        ];
+        if let Some(&(what, _)) = needed.iter().find(|(_, address)| *address == 0) {
+            return Err(Error::NullPointer { what });
+        }
+        let words = [
+            ("table", self.table),
+            ("table_indptr", self.table_indptr),
+            ("q_indptr", self.q_indptr),
+            ("kv_lens", self.kv_lens),
+            ("lse", self.lse),
+            ("sinks", self.sinks),
+            ("alibi", self.slopes),
+            ("error flag", self.error_flag),
+        ];
+        if let Some(&(what, _)) = words.iter().find(|(_, address)| address % 4 != 0) {
+            return Err(Error::Misaligned { what, align_bytes: 4 });
+        }
+        let rows = [
+            ("q", self.q, self.q_dtype, self.q_strides),
+            ("out", self.out, self.out_dtype, self.out_strides),
+        ];
+        for (what, address, dtype, strides) in rows {
+            let chunk = i64::from(16 / dtype.bytes());
+            if address % 16 != 0 || strides.iter().any(|stride| stride % chunk != 0) {
+                return Err(Error::invalid(what, "rows must begin at multiples of 16 bytes"));
+            }
+        }
+        if self.block_tokens == 0 || self.num_blocks > i32::MAX as u32 {
+            return Err(Error::invalid(
+                "block_tokens, num_blocks",
+                "must be at least 1, below 2^31",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The kernel for some bounds, and what its calls need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttendPlan {
+    /// Paged decode: up to eight query tokens a sequence.
+    Decode(DecodePlan),
+}
+
+/// The parameter struct of whichever kernel attends.
+#[derive(Debug, Clone, Copy)]
+pub enum AttendParams {
+    /// Of paged decode.
+    Decode(DecodeParams),
+}
+
+impl AttendPlan {
+    /// Plans for calls within `bounds`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for bounds outside their ranges, `Unsupported` where there is no kernel,
+    /// `Overflow` for a workspace that cannot be.
+    pub fn new(bounds: &AttendBounds) -> Result<Self> {
+        let b = bounds;
+        b.shape.check()?;
+        if b.shape.v_in_k || b.shape.k_dim != b.shape.v_dim {
+            return Err(Error::Unsupported { what: "attention of such heads on a device" });
+        }
+        DecodePlan::new(DecodeBounds {
+            cache: b.cache,
+            head_dim: b.shape.k_dim,
+            q_heads: b.shape.q_heads,
+            kv_heads: b.shape.kv_heads,
+            q_len: b.q_len,
+            batch: b.seqs,
+            max_tokens: b.kv_len,
+            pieces: b.pieces,
+            multiprocessors: b.multiprocessors,
+        })
+        .map(AttendPlan::Decode)
+    }
+
+    /// Bytes of workspace that any call within the bounds needs, from an address that is a multiple
+    /// of 256.
+    pub fn workspace_bytes(&self) -> u64 {
+        match self {
+            AttendPlan::Decode(plan) => plan.workspace_bytes(),
+        }
+    }
+
+    /// The launch that must precede the attention whenever lengths have changed: any number of
+    /// calls (one a layer) may follow. `None` for a kernel that plans nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the call is past the bounds; those of
+    /// [`attend_launch`](Self::attend_launch).
+    pub fn plan_launch(
+        &self,
+        workspace: u64,
+        args: &AttendArgs,
+    ) -> Result<Option<(Launch, DecodePlanParams)>> {
+        args.check()?;
+        let AttendPlan::Decode(plan) = self;
+        let (lens, flag) = (In::at(args.kv_lens), Out::at(args.error_flag));
+        plan.plan_launch(workspace, lens, args.seqs, args.window, flag).map(Some)
+    }
+
+    /// The launch of the attention itself.
+    ///
+    /// # Errors
+    /// `NullPointer` for what is not optional, `Misaligned` for numbers that are not aligned to their
+    /// size, `InvalidArgument` for rows that do not begin at multiples of 16 bytes.
+    pub fn attend_launch(
+        &self,
+        workspace: u64,
+        args: &AttendArgs,
+    ) -> Result<(Launch, AttendParams)> {
+        args.check()?;
+        let AttendPlan::Decode(plan) = self;
+        let mut params = decode_params(args);
+        let launch = plan.decode_launch(workspace, &mut params)?;
+        Ok((launch, AttendParams::Decode(params)))
+    }
+
+    /// The kernel that attends.
+    ///
+    /// # Errors
+    /// None in practice: a plan has a kernel.
+    pub fn kernel(&self, bounds: &AttendBounds) -> Result<&'static Kernel> {
+        let AttendPlan::Decode(_) = self;
+        super::decode::decode_kernel(bounds.cache, bounds.shape.k_dim)
+    }
+}
+
+fn decode_params(args: &AttendArgs) -> DecodeParams {
+    let a = args;
+    DecodeParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        v: In::at(a.v),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        sinks: In::at(a.sinks),
+        slopes: In::at(a.slopes),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_head: a.k_strides.head,
+        k_token: a.k_strides.token,
+        v_block: a.v_strides.block,
+        v_head: a.v_strides.head,
+        v_token: a.v_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        softcap: a.softcap.unwrap_or(0.0),
+        ..DecodeParams::default()
+    }
+}

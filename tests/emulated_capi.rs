@@ -1,0 +1,307 @@
+//! The C ABI on a device, driven as a C program would: the emulator's memory, the kernels alone on
+//! it, and a cache on it with rows on either side.
+#![cfg(feature = "emulate")]
+
+use std::ffi::c_void;
+use std::ptr;
+
+use kvcache::attention::{HeadShape, PagedKv, Scoring, reference_attention};
+use kvcache::capi::*;
+use kvcache::dtype::{Rows, f16};
+use kvcache::layout::Strides;
+
+mod device;
+use device::Rng;
+
+fn ok(status: kvc_status) {
+    let mut text = [0u8; 256];
+    // SAFETY: the buffer has its length.
+    let len = unsafe { kvc_last_error(text.as_mut_ptr().cast(), 256) } as usize;
+    assert_eq!(status, KVC_OK, "{}", String::from_utf8_lossy(&text[..len.min(255)]));
+}
+
+/// Device memory with numbers in it.
+struct Memory {
+    device: *mut kvc_device,
+    at: *mut c_void,
+    bytes: usize,
+}
+
+impl Memory {
+    fn of<T: Copy>(device: *mut kvc_device, values: &[T]) -> Self {
+        let (mut at, bytes) = (ptr::null_mut(), size_of_val(values));
+        // SAFETY: the pointers are to live memory of these sizes.
+        unsafe {
+            ok(kvc_device_alloc(device, bytes as u64, &mut at));
+            ok(kvc_device_upload(
+                device,
+                at,
+                values.as_ptr().cast(),
+                bytes as u64,
+                ptr::null_mut(),
+            ));
+        }
+        Memory { device, at, bytes }
+    }
+
+    fn read<T: Copy + Default>(&self) -> Vec<T> {
+        let mut values = vec![T::default(); self.bytes / size_of::<T>()];
+        let to = values.as_mut_ptr().cast();
+        // SAFETY: the vector has these bytes, and any bytes are numbers.
+        ok(unsafe {
+            kvc_device_download(self.device, to, self.at, self.bytes as u64, ptr::null_mut())
+        });
+        values
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated on this device, freed once.
+        ok(unsafe { kvc_device_free(self.device, self.at) });
+    }
+}
+
+fn open() -> *mut kvc_device {
+    let mut device = ptr::null_mut();
+    // SAFETY: the pointer is to a live handle.
+    ok(unsafe { kvc_device_open(KVC_DEVICE_EMU, 0, &mut device) });
+    device
+}
+
+fn halves(rng: &mut Rng, count: usize) -> Vec<f16> {
+    (0..count).map(|_| f16::from_f32(rng.normal())).collect()
+}
+
+const D: usize = 64;
+const HEADS: usize = 2;
+const Q_HEADS: usize = 8;
+const BLOCK: usize = 16;
+const BLOCKS: usize = 12;
+
+#[test]
+fn append_and_attend_alone_are_right() {
+    let device = open();
+    let mut rng = Rng::new(5);
+    let lens = [37i32, 0, 64];
+    let rows: usize = lens.iter().map(|&n| n as usize).sum();
+    let table = [[3i32, 7, 1, -1], [-1; 4], [5, 2, 11, 8]];
+    let (k, v) = (halves(&mut rng, rows * HEADS * D), halves(&mut rng, rows * HEADS * D));
+    let q = halves(&mut rng, 3 * Q_HEADS * D);
+    let slots: Vec<i64> = (0..3)
+        .flat_map(|s| {
+            (0..lens[s] as usize)
+                .map(move |t| i64::from(table[s][t / BLOCK]) * BLOCK as i64 + (t % BLOCK) as i64)
+        })
+        .collect();
+    let nan = vec![f16::NAN; BLOCKS * HEADS * BLOCK * D];
+    let (cache_k, cache_v) = (Memory::of(device, &nan), Memory::of(device, &nan));
+    let (new_k, new_v) = (Memory::of(device, &k), Memory::of(device, &v));
+    let slots = Memory::of(device, &slots);
+    let flag = Memory::of(device, &[0u32]);
+
+    // SAFETY: every bit pattern is a value; init fills them in.
+    let mut append: kvc_append_desc = unsafe { std::mem::zeroed() };
+    let mut more: kvc_device_append_options = unsafe { std::mem::zeroed() };
+    // SAFETY: the structs are of the sizes given.
+    unsafe {
+        ok(kvc_append_desc_init(&mut append, size_of::<kvc_append_desc>() as u32));
+        let size = size_of::<kvc_device_append_options>() as u32;
+        ok(kvc_device_append_options_init(&mut more, size));
+    }
+    (append.kv_heads, append.k_dim, append.v_dim) = (HEADS as u32, D as u32, D as u32);
+    (append.format, append.dtype) = (KVC_FORMAT_F16, KVC_DTYPE_F16);
+    (append.block_tokens, append.num_blocks) = (BLOCK as u32, BLOCKS as u32);
+    append.rows = rows as u32;
+    (append.k, append.v) = (cache_k.at, cache_v.at);
+    (append.k_rows, append.v_rows) = (new_k.at, new_v.at);
+    append.slots = slots.at.cast();
+    more.error_flag = flag.at.cast();
+    // SAFETY: the addresses are of live device memory of these sizes.
+    ok(unsafe { kvc_device_append(device, &append, &more, ptr::null_mut()) });
+    assert_eq!(flag.read::<u32>(), [0]);
+
+    // SAFETY: every bit pattern is a value; init fills it in.
+    let mut desc: kvc_attend_desc = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct is of the size given.
+    ok(unsafe { kvc_attend_desc_init(&mut desc, size_of::<kvc_attend_desc>() as u32) });
+    (desc.q_heads, desc.kv_heads) = (Q_HEADS as u32, HEADS as u32);
+    (desc.k_dim, desc.v_dim) = (D as u32, D as u32);
+    (desc.format, desc.q_dtype, desc.out_dtype) = (KVC_FORMAT_F16, KVC_DTYPE_F16, KVC_DTYPE_F32);
+    (desc.block_tokens, desc.num_blocks, desc.seqs) = (BLOCK as u32, BLOCKS as u32, 3);
+    let mut bytes = 0;
+    // SAFETY: the struct and the pointer are live.
+    ok(unsafe { kvc_device_attend_workspace_size(device, &desc, ptr::null(), &mut bytes) });
+    let workspace = Memory::of(device, &vec![0xffu8; bytes as usize]);
+    let (lens_at, table_at) = (Memory::of(device, &lens), Memory::of(device, &table.concat()));
+    let q_at = Memory::of(device, &q);
+    let out = Memory::of(device, &vec![f32::NAN; 3 * Q_HEADS * D]);
+    let lse = Memory::of(device, &[f32::NAN; 3 * Q_HEADS]);
+    (desc.k, desc.v, desc.q, desc.out) = (cache_k.at, cache_v.at, q_at.at, out.at);
+    (desc.table, desc.table_stride) = (table_at.at.cast(), 4);
+    desc.kv_lens = lens_at.at.cast();
+    desc.lse = lse.at.cast();
+    desc.bad_block = flag.at.cast();
+    (desc.workspace, desc.workspace_bytes) = (workspace.at, bytes);
+
+    // Bad arguments are answered before anything runs.
+    let attend = |desc: &kvc_attend_desc| {
+        // SAFETY: the addresses are of live device memory, as long as the description says.
+        unsafe { kvc_device_attend(device, desc, ptr::null(), ptr::null_mut()) }
+    };
+    assert_eq!(
+        attend(&kvc_attend_desc { workspace_bytes: bytes - 1, ..desc }),
+        KVC_ERR_BUFFER_TOO_SMALL
+    );
+    assert_eq!(attend(&kvc_attend_desc { q: ptr::null(), ..desc }), KVC_ERR_NULL_POINTER);
+    let odd = desc.kv_lens.wrapping_byte_add(2);
+    assert_eq!(attend(&kvc_attend_desc { kv_lens: odd, ..desc }), KVC_ERR_MISALIGNED);
+    assert_eq!(attend(&kvc_attend_desc { k_dim: 72, v_dim: 72, ..desc }), KVC_ERR_UNSUPPORTED);
+    assert!(out.read::<f32>().iter().all(|x| x.is_nan()), "nothing ran");
+
+    let plain = |rows: &[f16]| rows.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+    let (held_k, held_v) = (plain(&cache_k.read::<f16>()), plain(&cache_v.read::<f16>()));
+    let stride = (HEADS * BLOCK * D) as i64;
+    let strides = Strides { block: stride, head: (BLOCK * D) as i64, token: D as i64 };
+    let kv = PagedKv {
+        k: Rows::F32(&held_k),
+        v: Rows::F32(&held_v),
+        k_offset: 0,
+        v_offset: 0,
+        k_strides: strides,
+        v_strides: strides,
+        block_tokens: BLOCK,
+        num_blocks: BLOCKS,
+        tables: table.iter().map(|row| &row[..]).collect(),
+    };
+    let shape = HeadShape {
+        q_heads: Q_HEADS as u32,
+        kv_heads: HEADS as u32,
+        k_dim: D as u32,
+        v_dim: D as u32,
+        v_in_k: false,
+    };
+    let want = reference_attention(
+        &shape,
+        &Scoring::causal(D as u32),
+        &kv,
+        Rows::F32(&plain(&q)),
+        &[0, 1, 2, 3],
+        &lens.map(|n| n as usize),
+    )
+    .unwrap();
+    // Once with a plan of its own, once with the workspace's.
+    // SAFETY: every bit pattern is a value; init fills it in.
+    let mut options: kvc_device_attend_options = unsafe { std::mem::zeroed() };
+    let size = size_of::<kvc_device_attend_options>() as u32;
+    // SAFETY: the struct is of the size given.
+    ok(unsafe { kvc_device_attend_options_init(&mut options, size) });
+    for planned in [0, 1] {
+        options.planned = planned;
+        // SAFETY: as above.
+        ok(unsafe { kvc_device_attend(device, &desc, &options, ptr::null_mut()) });
+        for (got, want) in out.read::<f32>().iter().zip(&want.out) {
+            // Weights are rounded to f16; values are below 5.
+            assert!((f64::from(*got) - want).abs() <= 5.0 * 2f64.powi(-11), "{got} for {want}");
+        }
+        for (got, want) in lse.read::<f32>().iter().zip(&want.lse) {
+            let same = f64::from(*got) == *want;
+            assert!(same || (f64::from(*got) - want).abs() <= 1e-3, "{got} for {want}");
+        }
+    }
+    assert_eq!(flag.read::<u32>(), [0]);
+    let mut name = [0u8; 64];
+    // SAFETY: the buffer has its length.
+    ok(unsafe {
+        kvc_device_attend_kernel(device, &desc, ptr::null(), name.as_mut_ptr().cast(), 64)
+    });
+    assert!(name.starts_with(b"kvc_decode_f16_d64\0"));
+
+    drop((new_k, new_v, slots, flag, cache_k, cache_v));
+    drop((workspace, lens_at, table_at, q_at, out, lse));
+    // SAFETY: open, and closed once.
+    ok(unsafe { kvc_device_close(device) });
+}
+
+#[test]
+fn a_cache_on_a_device_takes_rows_from_either_side() {
+    // SAFETY: every bit pattern is a value; init fills them in.
+    let mut options: kvc_cache_options = unsafe { std::mem::zeroed() };
+    let mut group: kvc_group_spec = unsafe { std::mem::zeroed() };
+    // SAFETY: the structs are of the sizes given.
+    unsafe {
+        ok(kvc_cache_options_init(&mut options, size_of::<kvc_cache_options>() as u32));
+        ok(kvc_group_spec_init(&mut group, size_of::<kvc_group_spec>() as u32));
+    }
+    options.device = KVC_DEVICE_EMU;
+    (group.layers, group.kv_heads) = (1, HEADS as u32);
+    (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, KVC_FORMAT_F16);
+    let (mut cache, mut step) = (ptr::null_mut(), ptr::null_mut());
+    let mut rng = Rng::new(6);
+    let tokens: Vec<u32> = (0..21).collect();
+    let (k, v) = (halves(&mut rng, 21 * HEADS * D), halves(&mut rng, 21 * HEADS * D));
+    let q = halves(&mut rng, 21 * Q_HEADS * D);
+    let (mut seq, mut cached) = (0, 0);
+    let (mut host, mut host_lse) = (vec![f32::NAN; 21 * Q_HEADS * D], vec![0f32; 21 * Q_HEADS]);
+    // SAFETY: the pointers are to live memory of the sizes that the calls document.
+    unsafe {
+        let device = open();
+        ok(kvc_cache_create(&options, &group, 1, &mut cache));
+        ok(kvc_step_create(&mut step));
+        ok(kvc_seq_start(cache, tokens.as_ptr(), 21, 0, &mut seq, &mut cached));
+        let work = kvc_work { seq, token_count: 21, tokens: tokens.as_ptr() };
+        ok(kvc_step_begin(cache, step, &work, 1));
+        let (k_at, v_at) = (k.as_ptr().cast(), v.as_ptr().cast());
+        ok(kvc_step_append(cache, step, 0, 0, k_at, v_at, KVC_DTYPE_F16, ptr::null()));
+        ok(kvc_step_attend(
+            cache,
+            step,
+            0,
+            0,
+            Q_HEADS as u32,
+            q.as_ptr().cast(),
+            KVC_DTYPE_F16,
+            host.as_mut_ptr().cast(),
+            KVC_DTYPE_F32,
+            ptr::null(),
+            host_lse.as_mut_ptr(),
+        ));
+        // Each emulator has memory of its own, but all of it is the process's: a kernel reads it.
+        let (dk, dv, dq) = (Memory::of(device, &k), Memory::of(device, &v), Memory::of(device, &q));
+        let out = Memory::of(device, &vec![f32::NAN; host.len()]);
+        let lse = Memory::of(device, &vec![f32::NAN; host_lse.len()]);
+        ok(kvc_step_append_device(cache, step, 0, 0, dk.at, dv.at, KVC_DTYPE_F16, ptr::null()));
+        let attend = |q| {
+            kvc_step_attend_device(
+                cache,
+                step,
+                0,
+                0,
+                Q_HEADS as u32,
+                q,
+                KVC_DTYPE_F16,
+                out.at,
+                KVC_DTYPE_F32,
+                ptr::null(),
+                lse.at.cast(),
+            )
+        };
+        assert_eq!(attend(dq.at.wrapping_byte_add(8)), KVC_ERR_MISALIGNED);
+        ok(attend(dq.at));
+        ok(kvc_cache_sync(cache));
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&out.read::<f32>()), bits(&host));
+        assert_eq!(bits(&lse.read::<f32>()), bits(&host_lse));
+        assert!(host.iter().all(|x| x.is_finite()));
+        ok(kvc_step_commit(cache, step));
+        ok(kvc_step_destroy(step));
+        ok(kvc_cache_destroy(cache));
+        drop((dk, dv, dq, out, lse));
+        ok(kvc_device_close(device));
+    }
+    // What a device has no kernels for is refused when the cache is made.
+    group.format = KVC_FORMAT_F32;
+    // SAFETY: as above.
+    let refused = unsafe { kvc_cache_create(&options, &group, 1, &mut cache) };
+    assert_eq!(refused, KVC_ERR_UNSUPPORTED);
+}

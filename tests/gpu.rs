@@ -1,0 +1,187 @@
+//! What only a GPU can show: a graph captured once and replayed with other lengths and tables, and
+//! streams. Skipped where there is none (`KVCACHE_REQUIRE_GPU=1`: fails).
+#![cfg(feature = "cuda")]
+
+mod backends;
+#[path = "random/mod.rs"]
+mod random;
+
+use std::sync::Arc;
+
+use kvcache::attention::HeadShape;
+use kvcache::cuda::{Cuda, Event, Graph, Queue};
+use kvcache::device::{Backend, DeviceMemory, Stream};
+use kvcache::dtype::{DType, bf16};
+use kvcache::kernels::{
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, kernels,
+};
+use kvcache::layout::Strides;
+use random::Rng;
+
+const SEQS: usize = 5;
+const BLOCKS: usize = 96;
+const BLOCK: usize = 16;
+const WIDTH: usize = 20;
+const HEADS: usize = 2;
+const Q_HEADS: usize = 8;
+const D: usize = 128;
+
+fn gpu() -> Option<Arc<Cuda>> {
+    backends::gpu()?;
+    Some(Cuda::open(0).unwrap())
+}
+
+fn bytes<T: Copy>(values: &[T]) -> &[u8] {
+    // SAFETY: numbers without padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+fn put<T: Copy>(backend: &Arc<dyn Backend>, values: &[T]) -> DeviceMemory {
+    let mut memory = DeviceMemory::new(backend, size_of_val(values) as u64).unwrap();
+    memory.upload(0, bytes(values), Stream::DEFAULT).unwrap();
+    memory
+}
+
+fn enqueue<P>(backend: &dyn Backend, launch: &Launch, params: &P, stream: Stream) {
+    let (at, bytes) = (std::ptr::from_ref(params).cast(), size_of::<P>());
+    // SAFETY: the parameters were made by the plan for this kernel, from live memory.
+    unsafe { backend.launch(launch, at, bytes, stream) }.unwrap();
+}
+
+#[test]
+fn a_captured_graph_follows_lengths_and_tables() {
+    let Some(cuda) = gpu() else { return };
+    let backend: Arc<dyn Backend> = cuda.clone();
+    let queue = Queue::new(&cuda).unwrap();
+    // SAFETY: a stream of this device, which outlives every use.
+    let stream = unsafe { Stream::from_raw(queue.as_raw()) };
+    let mut rng = Rng::new(9);
+    let mut drawn =
+        |count: usize| -> Vec<bf16> { (0..count).map(|_| bf16::from_f32(rng.normal())).collect() };
+    let (k, v) = (drawn(BLOCKS * HEADS * BLOCK * D), drawn(BLOCKS * HEADS * BLOCK * D));
+    let (k, v) = (put(&backend, &k), put(&backend, &v));
+    let q = put(&backend, &drawn(SEQS * Q_HEADS * D));
+    let mut out = put(&backend, &[f32::NAN; SEQS * Q_HEADS * D]);
+    let shape = HeadShape {
+        q_heads: Q_HEADS as u32,
+        kv_heads: HEADS as u32,
+        k_dim: D as u32,
+        v_dim: D as u32,
+        v_in_k: false,
+    };
+    let plan = AttendPlan::new(&AttendBounds {
+        shape,
+        cache: DType::Bf16,
+        seqs: SEQS as u32,
+        q_len: 1,
+        kv_len: (WIDTH * BLOCK) as u32,
+        pieces: Pieces::Balanced,
+        multiprocessors: backend.multiprocessors(),
+    })
+    .unwrap();
+    let workspace = DeviceMemory::new(&backend, plan.workspace_bytes()).unwrap();
+    let mut tables = put(&backend, &[0i32; SEQS * WIDTH]);
+    let mut lens = put(&backend, &[0i32; SEQS]);
+    let strides =
+        Strides { block: (HEADS * BLOCK * D) as i64, head: (BLOCK * D) as i64, token: D as i64 };
+    let rows = [(Q_HEADS * D) as i64, D as i64];
+    let args = AttendArgs {
+        q: q.address(),
+        q_dtype: DType::Bf16,
+        q_strides: rows,
+        out: out.address(),
+        out_dtype: DType::F32,
+        out_strides: rows,
+        lse: 0,
+        k: k.address(),
+        k_strides: strides,
+        v: v.address(),
+        v_strides: strides,
+        block_tokens: BLOCK as u32,
+        num_blocks: BLOCKS as u32,
+        table: tables.address(),
+        table_stride: WIDTH as i64,
+        table_indptr: 0,
+        seqs: SEQS as u32,
+        q_indptr: 0,
+        kv_lens: lens.address(),
+        scale: 0.09,
+        causal: true,
+        window: None,
+        softcap: None,
+        sinks: 0,
+        slopes: 0,
+        error_flag: 0,
+    };
+    let attend = || {
+        if let Some((launch, params)) = plan.plan_launch(workspace.address(), &args)? {
+            enqueue(&*backend, &launch, &params, stream);
+        }
+        let (launch, params) = plan.attend_launch(workspace.address(), &args)?;
+        match &params {
+            AttendParams::Decode(params) => enqueue(&*backend, &launch, params, stream),
+        }
+        Ok(())
+    };
+    let graph = Graph::capture(&queue, attend).unwrap();
+    let mut read = |clear: bool| {
+        let mut held = vec![0u8; out.bytes() as usize];
+        out.download(0, &mut held, stream).unwrap();
+        if clear {
+            out.upload(0, bytes(&[f32::NAN; SEQS * Q_HEADS * D]), stream).unwrap();
+        }
+        held
+    };
+    let mut previous = read(true);
+    for round in 0..6u32 {
+        // Some rounds have empty sequences, as a padded graph does.
+        let new_lens: Vec<i32> =
+            (0..SEQS as i32).map(|s| (s * 61 * round as i32 + 3 * s) % 320).collect();
+        let new_tables: Vec<i32> =
+            (0..SEQS * WIDTH).map(|i| ((i * 7 + round as usize * 13) % BLOCKS) as i32).collect();
+        lens.upload(0, bytes(&new_lens), stream).unwrap();
+        tables.upload(0, bytes(&new_tables), stream).unwrap();
+        graph.launch(&queue).unwrap();
+        let replayed = read(true);
+        attend().unwrap();
+        let direct = read(true);
+        assert!(replayed == direct, "round {round}: a replay differs from a call");
+        assert!(replayed != previous, "round {round}: the lengths had no effect");
+        assert!(
+            replayed
+                .chunks_exact(4)
+                .all(|b| { f32::from_ne_bytes([b[0], b[1], b[2], b[3]]).is_finite() })
+        );
+        previous = replayed;
+    }
+}
+
+#[test]
+fn every_kernel_of_the_build_is_found() {
+    let Some(cuda) = gpu() else { return };
+    let missing: Vec<&str> = cuda.missing().collect();
+    // A build may leave out head dimensions; nothing else.
+    for name in &missing {
+        assert!(name.contains("_d"), "{name} is missing");
+    }
+    let found: Vec<&Kernel> = kernels().filter(|kernel| !missing.contains(&kernel.name)).collect();
+    assert!(found.iter().any(|kernel| kernel.name == "kvc_append"));
+    println!("{} kernels, {} left out; {:?}", found.len(), missing.len(), cuda.facts().unwrap());
+}
+
+#[test]
+fn events_measure_what_a_queue_does() {
+    let Some(cuda) = gpu() else { return };
+    let queue = Queue::new(&cuda).unwrap();
+    let backend: Arc<dyn Backend> = cuda.clone();
+    // SAFETY: a stream of this device, which outlives every use.
+    let stream = unsafe { Stream::from_raw(queue.as_raw()) };
+    let mut memory = DeviceMemory::new(&backend, 64 << 20).unwrap();
+    let (start, end) = (Event::new(&cuda).unwrap(), Event::new(&cuda).unwrap());
+    start.record(&queue).unwrap();
+    memory.zero(stream).unwrap();
+    end.record(&queue).unwrap();
+    queue.sync().unwrap();
+    let took = end.milliseconds_since(&start).unwrap();
+    assert!(took > 0.0 && took < 1000.0, "{took} ms for 64 MiB");
+}
