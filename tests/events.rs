@@ -85,7 +85,13 @@ impl Bed {
         let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
         let window = GroupSpec { window: Some(64), ..full.clone() };
         let spec = CacheSpec { block_tokens: 16, groups: vec![full, window] };
-        let options = CacheOptions { blocks, max_seqs: 8, threads: 1, prefix_reuse: true };
+        let options = CacheOptions {
+            blocks,
+            max_seqs: 8,
+            threads: 1,
+            prefix_reuse: true,
+            ..CacheOptions::default()
+        };
         KvCache::new(&spec, &options).unwrap()
     }
 
