@@ -272,6 +272,10 @@ fn a_consumer_that_hangs_is_not_waited_for_and_recovers() {
         sink.lock().unwrap().take(message);
     };
     let publisher = Some(Publisher::start(queue.clone(), vec![Box::new(take)]).unwrap());
+    // It hangs with the first event in its hands, or that one could be lost with the others.
+    while !queue.stats().publishing {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let mut bed = Bed { cache, queue, publisher, consumer, step: Step::new() };
     live(&mut bed, 3, 600);
     let stats = bed.queue.stats();
