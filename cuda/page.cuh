@@ -43,14 +43,22 @@ struct BlockTable {
         return entries < 0 ? 0 : entries < 0xffffffff ? static_cast<uint32_t>(entries) : ~0u;
     }
 
-    // The block of `token` and the token's place in it; -1 where there is none.
-    KVC_DEVICE int32_t find(uint32_t token, uint32_t &slot) const {
+    // What the table has for `token`, unchecked, and the token's place in its block; -1 past the
+    // table's end. `checked` says what to make of it, which can wait until the load is there.
+    KVC_DEVICE int32_t load(uint32_t token, uint32_t &slot) const {
         const uint32_t index = power_of_two ? token >> shift : token / block_tokens;
         slot = token - index * block_tokens;
-        const int32_t block = index < count ? entries[index] : -1;
-        if (static_cast<uint32_t>(block) < num_blocks) return block;
+        return index < count ? entries[index] : -1;
+    }
+    // The block of an entry, -1 where there is none.
+    KVC_DEVICE int32_t checked(int32_t entry) const {
+        if (static_cast<uint32_t>(entry) < num_blocks) return entry;
         raise(error_flag, kFlagBlock);
         return -1;
+    }
+    // The block of `token` and the token's place in it; -1 where there is none.
+    KVC_DEVICE int32_t find(uint32_t token, uint32_t &slot) const {
+        return checked(load(token, slot));
     }
 };
 

@@ -280,6 +280,15 @@ KVC_DEVICE void mbar_fence_init() {
 #endif
 #endif
 }
+// Orders what this thread did to shared memory before the bulk copies into it that are issued after
+// a barrier (sm_90).
+KVC_DEVICE void fence_bulk() {
+#if !defined(KVC_EMULATE) && defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+#endif
+}
 KVC_DEVICE void mbar_arrive(uint64_t *bar KVC_SITE) {
 #ifdef KVC_EMULATE
     emu::mbar_arrive(bar, 0, site);
@@ -413,6 +422,9 @@ KVC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 // ---- Conversions and approximate functions ----
 
 #ifdef KVC_EMULATE
+KVC_DEVICE uint32_t population(uint32_t bits) {
+    return static_cast<uint32_t>(__builtin_popcount(bits));
+}
 KVC_DEVICE uint32_t pack_f16(float low, float high) {
     return emu::f32_to_f16(low) | static_cast<uint32_t>(emu::f32_to_f16(high)) << 16;
 }
@@ -424,6 +436,7 @@ KVC_DEVICE float exp2_approx(float x) { return exp2f(x); }
 KVC_DEVICE float log2_approx(float x) { return log2f(x); }
 KVC_DEVICE float rcp_approx(float x) { return 1.0f / x; }
 #else
+KVC_DEVICE uint32_t population(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 // Two floats, rounded to nearest even, in one word.
 KVC_DEVICE uint32_t pack_f16(float low, float high) {
     uint32_t d;

@@ -25,7 +25,7 @@ use super::sources::{in_parallel, kernels, read_all};
 const DEFAULT_ARCHS: &str = "80;90a;90-virtual";
 
 /// The head dimensions of most models; the others are a list away.
-const DEFAULT_HEAD_DIMS: &str = "64;128";
+const DEFAULT_HEAD_DIMS: &str = "64;128;256";
 
 /// Compiles what changed in `cuda` and writes `kvc_images.rs`.
 pub fn build(cuda: &Path) {

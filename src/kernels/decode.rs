@@ -13,10 +13,18 @@ use crate::error::{Error, Result};
 
 kernels! {
     DECODE_PLAN = "kvc_decode_plan", "kvc_decode_plan_params", 256;
-    DECODE_F16_D64 = "kvc_decode_f16_d64", "kvc_decode_params", 128;
-    DECODE_F16_D128 = "kvc_decode_f16_d128", "kvc_decode_params", 128;
-    DECODE_BF16_D64 = "kvc_decode_bf16_d64", "kvc_decode_params", 128;
-    DECODE_BF16_D128 = "kvc_decode_bf16_d128", "kvc_decode_params", 128;
+    F16_D64 = "kvc_decode_f16_d64", "kvc_decode_params", THREADS;
+    F16_D80 = "kvc_decode_f16_d80", "kvc_decode_params", THREADS;
+    F16_D96 = "kvc_decode_f16_d96", "kvc_decode_params", THREADS;
+    F16_D128 = "kvc_decode_f16_d128", "kvc_decode_params", THREADS;
+    F16_D192 = "kvc_decode_f16_d192", "kvc_decode_params", THREADS;
+    F16_D256 = "kvc_decode_f16_d256", "kvc_decode_params", THREADS;
+    BF16_D64 = "kvc_decode_bf16_d64", "kvc_decode_params", THREADS;
+    BF16_D80 = "kvc_decode_bf16_d80", "kvc_decode_params", THREADS;
+    BF16_D96 = "kvc_decode_bf16_d96", "kvc_decode_params", THREADS;
+    BF16_D128 = "kvc_decode_bf16_d128", "kvc_decode_params", THREADS;
+    BF16_D192 = "kvc_decode_bf16_d192", "kvc_decode_params", THREADS;
+    BF16_D256 = "kvc_decode_bf16_d256", "kvc_decode_params", THREADS;
 }
 
 /// The decode kernel for a cache of this type and head dimension.
@@ -25,23 +33,73 @@ kernels! {
 /// `Unsupported` where the library has no instance.
 pub fn decode_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
     match (cache, head_dim) {
-        (DType::F16, 64) => Ok(&DECODE_F16_D64),
-        (DType::F16, 128) => Ok(&DECODE_F16_D128),
-        (DType::Bf16, 64) => Ok(&DECODE_BF16_D64),
-        (DType::Bf16, 128) => Ok(&DECODE_BF16_D128),
+        (DType::F16, 64) => Ok(&F16_D64),
+        (DType::F16, 80) => Ok(&F16_D80),
+        (DType::F16, 96) => Ok(&F16_D96),
+        (DType::F16, 128) => Ok(&F16_D128),
+        (DType::F16, 192) => Ok(&F16_D192),
+        (DType::F16, 256) => Ok(&F16_D256),
+        (DType::Bf16, 64) => Ok(&BF16_D64),
+        (DType::Bf16, 80) => Ok(&BF16_D80),
+        (DType::Bf16, 96) => Ok(&BF16_D96),
+        (DType::Bf16, 128) => Ok(&BF16_D128),
+        (DType::Bf16, 192) => Ok(&BF16_D192),
+        (DType::Bf16, 256) => Ok(&BF16_D256),
         _ => Err(Error::Unsupported { what: "decode with this cache type and head_dim" }),
     }
 }
 
+/// Blocks of a multiprocessor that the registers of a kernel leave room for: what its source asks
+/// the compiler for.
+fn blocks_by_registers(head_dim: u32) -> u32 {
+    match head_dim {
+        ..=80 => 3,
+        ..=192 => 2,
+        _ => 1,
+    }
+}
+
+/// Threads of a block.
+const THREADS: u32 = 128;
 /// Query columns of a unit: the columns of the matrix instruction.
 const COLUMNS: u32 = 8;
 /// Tokens that a block works on at a time.
 const TILE_TOKENS: u32 = 64;
-/// Stages of the pipeline, warps of a block.
-const STAGES: u32 = 3;
-const WARPS: u32 = 4;
+/// The most stages of a pipeline.
+const MAX_STAGES: u32 = 3;
+/// Shared memory behind the stages: two barriers of 8 bytes for each.
+const BARRIER_BYTES: u32 = 64;
+/// What the device keeps of a multiprocessor's shared memory for each block.
+const RESERVED_BYTES: u32 = 1024;
+/// Tokens of a run, which a bulk copy brings.
+const RUN_TOKENS: u32 = 8;
 /// The most query tokens of a sequence.
 const MAX_Q_LEN: u32 = 8;
+
+/// The stages of a block's pipeline, and how many such blocks a multiprocessor holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Residence {
+    stages: u32,
+    blocks: u32,
+    shared_bytes: u32,
+}
+
+impl Residence {
+    /// The one with the most tiles under way, then the most blocks; `None` where not even one
+    /// stage fits.
+    fn best(head_dim: u32, multiprocessor_shared_bytes: u32) -> Option<Self> {
+        let with = |stages| {
+            // K and V, rows of eight elements more than they hold.
+            let shared_bytes = stages * 2 * TILE_TOKENS * (head_dim + 8) * 2 + BARRIER_BYTES;
+            let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
+            Self { stages, blocks: fit.min(blocks_by_registers(head_dim)), shared_bytes }
+        };
+        (1..=MAX_STAGES)
+            .map(with)
+            .filter(|r| r.blocks > 0)
+            .max_by_key(|r| (r.blocks * (r.stages - 1), r.blocks))
+    }
+}
 
 /// How contexts are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +132,8 @@ pub struct DecodeBounds {
     pub pieces: Pieces,
     /// Multiprocessors of the device.
     pub multiprocessors: u32,
+    /// Shared memory of a multiprocessor, in bytes: 233472 on sm_90, 167936 on sm_80.
+    pub multiprocessor_shared_bytes: u32,
 }
 
 /// Launches and workspace of paged decode within some bounds.
@@ -87,8 +147,8 @@ pub struct DecodePlan {
     max_tickets: u32,
     offsets: [u64; 4],
     workspace_bytes: u64,
-    shared_bytes: u32,
-    grid: u32,
+    launch: Launch,
+    stages: u32,
 }
 
 impl DecodePlan {
@@ -99,7 +159,7 @@ impl DecodePlan {
     /// no kernel, `Overflow` where the workspace would not fit in the kernel's 32-bit counts.
     pub fn new(bounds: DecodeBounds) -> Result<Self> {
         let b = bounds;
-        decode_kernel(b.cache, b.head_dim)?;
+        let kernel = decode_kernel(b.cache, b.head_dim)?;
         if b.kv_heads == 0
             || b.q_heads == 0
             || !b.q_heads.is_multiple_of(b.kv_heads)
@@ -124,11 +184,9 @@ impl DecodePlan {
         };
         let overflow = Error::Overflow { what: "decode workspace" };
         let units = b.kv_heads * (b.q_heads / b.kv_heads * b.q_len).div_ceil(COLUMNS);
-        let row_bytes = (b.head_dim + 8) * 2;
-        let shared_bytes = WARPS * STAGES * 2 * 16 * row_bytes;
-        // As many blocks as the shared memory of a multiprocessor holds, at most four.
-        let resident = (200 * 1024 / shared_bytes).clamp(1, 4);
-        let grid = b.multiprocessors.min(1 << 16) * resident;
+        let residence = Residence::best(b.head_dim, b.multiprocessor_shared_bytes)
+            .ok_or(Error::Unsupported { what: "decode with this little shared memory" })?;
+        let grid = b.multiprocessors.min(1 << 16) * residence.blocks;
         let (target, pieces) = match fixed {
             None => {
                 let target = grid.div_ceil(units);
@@ -171,9 +229,15 @@ impl DecodePlan {
             max_tickets,
             offsets,
             workspace_bytes,
-            shared_bytes,
-            grid,
+            launch: Launch { kernel, grid: [grid, 1, 1], shared_bytes: residence.shared_bytes },
+            stages: residence.stages,
         })
+    }
+
+    /// The launch of any decode call within the bounds, apart from the planning kernel that comes
+    /// before it: which kernel, how many blocks, how much shared memory.
+    pub fn kernel(&self) -> Launch {
+        self.launch
     }
 
     /// Bytes of workspace that any call within the bounds needs, from an address that is a multiple
@@ -222,35 +286,61 @@ impl DecodePlan {
     }
 
     /// Fills what the plan determines of `params` and gives the launch of the decode kernel.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a null address that is not optional, rows that do not begin at a
+    /// multiple of 16 bytes in `k` and `v` or of 4 bytes in `q` and `out`, types that are not
+    /// those of `src/dtype`, a scale or soft-cap that is not finite, no block_tokens.
     pub fn decode_launch(&self, workspace: u64, params: &mut DecodeParams) -> Result<Launch> {
-        params.items = In::at(workspace + self.offsets[0]);
-        params.item_count = In::at(workspace + self.offsets[1]);
-        params.tickets = Out::at(workspace + self.offsets[2]);
-        params.partial = Out::at(workspace + self.offsets[3]);
-        params.units = self.units;
-        params.max_slots = self.max_slots;
-        params.q_len = self.bounds.q_len;
-        params.q_heads = self.bounds.q_heads;
-        params.kv_heads = self.bounds.kv_heads;
-        if params.block_tokens == 0 {
-            return Err(Error::invalid("block_tokens", "must be at least 1"));
-        }
-        let strides = [params.k_block, params.k_head, params.k_token];
-        if strides
-            .iter()
-            .chain(&[params.v_block, params.v_head, params.v_token])
-            .any(|s| s % 8 != 0)
-            || !params.k.0.is_multiple_of(16)
-            || !params.v.0.is_multiple_of(16)
-        {
-            return Err(Error::invalid("k, v", "rows must begin at multiples of 16 bytes"));
-        }
-        Ok(Launch {
-            kernel: decode_kernel(self.bounds.cache, self.bounds.head_dim)?,
-            grid: [self.grid, 1, 1],
-            shared_bytes: self.shared_bytes,
-        })
+        let p = params;
+        check_call(p)?;
+        p.items = In::at(workspace + self.offsets[0]);
+        p.item_count = In::at(workspace + self.offsets[1]);
+        p.tickets = Out::at(workspace + self.offsets[2]);
+        p.partial = Out::at(workspace + self.offsets[3]);
+        p.units = self.units;
+        p.max_slots = self.max_slots;
+        p.q_len = self.bounds.q_len;
+        p.q_heads = self.bounds.q_heads;
+        p.kv_heads = self.bounds.kv_heads;
+        p.stages = self.stages;
+        let row = i64::from(self.bounds.head_dim);
+        let runs = p.block_tokens.is_multiple_of(RUN_TOKENS);
+        p.bulk = u32::from(runs && p.k_token == row && p.v_token == row);
+        Ok(self.launch)
     }
+}
+
+/// What the kernel takes for granted of a call.
+fn check_call(p: &DecodeParams) -> Result<()> {
+    let null = [p.q.0, p.k.0, p.v.0, p.out.0, p.table.0, p.seq_lens.0].contains(&0);
+    if null {
+        return Err(Error::invalid("q, k, v, out, table, seq_lens", "must not be null"));
+    }
+    if p.block_tokens == 0 {
+        return Err(Error::invalid("block_tokens", "must be at least 1"));
+    }
+    if !p.scale.is_finite() || !p.softcap.is_finite() || p.softcap < 0.0 {
+        return Err(Error::invalid("scale, softcap", "must be finite, the soft-cap not negative"));
+    }
+    let strides = [p.k_block, p.k_head, p.k_token, p.v_block, p.v_head, p.v_token];
+    if strides.iter().any(|s| s % 8 != 0) || (p.k.0 | p.v.0) % 16 != 0 {
+        return Err(Error::invalid("k, v", "rows must begin at multiples of 16 bytes"));
+    }
+    for (dtype, at, strides, what) in [
+        (p.q_dtype, p.q.0, [p.q_row, p.q_head], "q"),
+        (p.out_dtype, p.out.0, [p.out_row, p.out_head], "out"),
+    ] {
+        let even = match dtype {
+            id if id == DType::F32.id() => 1,
+            id if id == DType::F16.id() || id == DType::Bf16.id() => 2,
+            _ => return Err(Error::invalid(what, "must be f32, f16 or bf16")),
+        };
+        if at % 4 != 0 || strides.iter().any(|s| s % even != 0) {
+            return Err(Error::invalid(what, "rows must begin at multiples of 4 bytes"));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -268,6 +358,7 @@ mod tests {
             max_tokens: 1 << 17,
             pieces: Pieces::Balanced,
             multiprocessors: 132,
+            multiprocessor_shared_bytes: 233_472,
         }
     }
 
@@ -277,8 +368,120 @@ mod tests {
         let longer = DecodePlan::new(DecodeBounds { max_tokens: u32::MAX, ..sound() }).unwrap();
         assert_eq!(plan.workspace_bytes(), longer.workspace_bytes());
         assert!(plan.workspace_bytes() < 4 << 20, "{}", plan.workspace_bytes());
-        assert_eq!(plan.shared_bytes, 104_448);
-        assert_eq!(plan.grid, 132);
+    }
+
+    #[test]
+    fn a_plan_names_the_kernel_it_will_run() {
+        let plan = DecodePlan::new(sound()).unwrap();
+        let kernel = plan.kernel();
+        assert_eq!((kernel.kernel.name, kernel.kernel.threads), ("kvc_decode_bf16_d128", 128));
+        assert_eq!((kernel.grid, kernel.shared_bytes), ([264, 1, 1], 104_512));
+        let mut params = call();
+        assert_eq!(plan.decode_launch(4096, &mut params), Ok(kernel));
+    }
+
+    #[test]
+    fn the_pipeline_fits_the_device() {
+        let best = |head_dim, kib: u32| {
+            Residence::best(head_dim, kib * 1024).map(|r| (r.stages, r.blocks))
+        };
+        assert_eq!(
+            [64, 80, 96, 128].map(|d| best(d, 228)),
+            [(3, 3), (3, 3), (3, 2), (3, 2)].map(Some)
+        );
+        assert_eq!([192, 256].map(|d| best(d, 228)), [(2, 2), (3, 1)].map(Some));
+        assert_eq!(
+            [64, 128, 192, 256].map(|d| best(d, 164)),
+            [(3, 2), (2, 2), (3, 1), (2, 1)].map(Some)
+        );
+        assert_eq!(
+            [64, 128, 192, 256].map(|d| best(d, 100)),
+            [(2, 2), (2, 1), (1, 1), (1, 1)].map(Some)
+        );
+        assert_eq!(best(256, 48), None);
+        let little = DecodeBounds { head_dim: 256, multiprocessor_shared_bytes: 49_152, ..sound() };
+        assert!(matches!(DecodePlan::new(little), Err(Error::Unsupported { .. })));
+    }
+
+    fn call() -> DecodeParams {
+        DecodeParams {
+            q: In::at(256),
+            k: In::at(256),
+            v: In::at(256),
+            out: Out::at(256),
+            table: In::at(256),
+            seq_lens: In::at(256),
+            q_row: 4096,
+            q_head: 128,
+            out_row: 4096,
+            out_head: 128,
+            k_block: 16_384,
+            k_head: 2048,
+            k_token: 128,
+            v_block: 16_384,
+            v_head: 2048,
+            v_token: 128,
+            block_tokens: 16,
+            q_dtype: DType::Bf16.id(),
+            out_dtype: DType::F32.id(),
+            scale: 1.0,
+            ..DecodeParams::default()
+        }
+    }
+
+    #[test]
+    fn bulk_copies_are_for_runs_of_rows_in_one_block() {
+        let plan = DecodePlan::new(sound()).unwrap();
+        let bulk = |mut params: DecodeParams| {
+            plan.decode_launch(4096, &mut params).unwrap();
+            params.bulk
+        };
+        assert_eq!(bulk(call()), 1);
+        assert_eq!(bulk(DecodeParams { block_tokens: 8, ..call() }), 1);
+        assert_eq!(bulk(DecodeParams { block_tokens: 12, ..call() }), 0);
+        assert_eq!(bulk(DecodeParams { k_token: 1024, ..call() }), 0);
+        assert_eq!(bulk(DecodeParams { v_token: 136, ..call() }), 0);
+    }
+
+    #[test]
+    fn calls_that_the_kernel_cannot_take_are_refused() {
+        let plan = DecodePlan::new(sound()).unwrap();
+        for bad in [
+            DecodeParams { q: In::NULL, ..call() },
+            DecodeParams { table: In::NULL, ..call() },
+            DecodeParams { block_tokens: 0, ..call() },
+            DecodeParams { k_token: 132, ..call() },
+            DecodeParams { v: In::at(264), ..call() },
+            DecodeParams { q: In::at(258), ..call() },
+            DecodeParams { q_head: 127, ..call() },
+            DecodeParams { out_dtype: 77, ..call() },
+            DecodeParams { scale: f32::NAN, ..call() },
+            DecodeParams { softcap: -1.0, ..call() },
+        ] {
+            let mut params = bad;
+            let before = alloc::format!("{params:?}");
+            assert!(plan.decode_launch(4096, &mut params).is_err(), "{bad:?}");
+            assert_eq!(alloc::format!("{params:?}"), before, "a refused call is changed");
+        }
+        // An f32 output needs no even strides.
+        let mut odd = DecodeParams { out_head: 129, ..call() };
+        assert!(plan.decode_launch(4096, &mut odd).is_ok());
+    }
+
+    /// The sources say how many blocks a multiprocessor shall hold, and so does this file.
+    #[cfg(feature = "std")]
+    #[test]
+    fn the_sources_ask_for_as_many_blocks() {
+        for kernel in KERNELS.iter().filter(|kernel| **kernel != &DECODE_PLAN) {
+            let (rest, dim) = kernel.name.rsplit_once("_d").unwrap();
+            let (name, head_dim) = (rest.rsplit_once('_').unwrap().1, dim.parse().unwrap());
+            let path = alloc::format!("{}/cuda/decode_d{dim}.cu", env!("CARGO_MANIFEST_DIR"));
+            let source = std::fs::read_to_string(path).unwrap();
+            let upper = if name == "f16" { "F16" } else { "Bf16" };
+            let blocks = blocks_by_registers(head_dim);
+            let line = alloc::format!("KVC_DECODE({name}, {upper}, {dim}, {blocks})");
+            assert!(source.lines().any(|l| l == line), "no `{line}` in decode_d{dim}.cu");
+        }
     }
 
     #[test]

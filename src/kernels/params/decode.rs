@@ -78,6 +78,13 @@ device_struct! {
         lse: Out<f32>,
         /// Rows of each sequence, `[batch + 1]`, at most `q_len` each; null for `q_len` each.
         q_indptr: In<i32>,
+        /// For each row of `q` the tokens of its sequence's tail that it sees, or null; with it
+        /// `causal` means nothing. The tail is the last tokens of a sequence, those of its rows:
+        /// bit `j` is the token of its row `j`, bits past its rows mean nothing. All tokens before
+        /// the tail are seen. For a tree, a row has the bits of its path, its own included: its
+        /// position, and that of its token, for window and ALiBi is then that in its path (as many
+        /// places into the tail as it has bits, less one; the tail's first without any).
+        tail_mask: In<u32>,
         /// Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
         table: In<i32>,
         /// Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
@@ -139,6 +146,11 @@ device_struct! {
         window: u32,
         /// Slots that `partial` has room for.
         max_slots: u32,
+        /// Stages of the pipeline, 1 to 3.
+        stages: u32,
+        /// 1 where the rows of a head follow each other within a block of a multiple of 8 tokens,
+        /// so that eight are one run: devices that have bulk copies then use them. Else 0.
+        bulk: u32,
         /// Keeps the size a multiple of 8. Zero.
         reserved: u32,
         /// Type id of `q`.
