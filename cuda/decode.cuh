@@ -38,19 +38,19 @@ template <typename T, int HeadDim>
 KVC_DEVICE void accumulate(const kvc_decode_params &p, const Unit &u, const Column (&columns)[2],
                            const uint32_t (&q)[HeadDim / 16][2], const Part &part,
                            WarpState<HeadDim> &state) {
-    float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    // Two sums, so that a product waits for the one before the last.
+    float s[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 KVC_UNROLL
     for (int i = 0; i < HeadDim / 16; ++i) {
         uint32_t a[4];
         ldmatrix_x4(a, part.k + i * 16);
-        T::mma(s, a, q[i]);
+        T::mma(i % 2 == 0 ? s : odd, a, q[i]);
     }
+    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+    make_scores(p, u, columns, part.tokens, part.readable, s);
     float scale[2];
 KVC_UNROLL
     for (int c = 0; c < 2; ++c) {
-        for (int half = 0; half < 2; ++half)
-            s[2 * half + c] = score(p, u, columns[c], s[2 * half + c], part.tokens[half],
-                                    part.readable[half]);
         const float top = max_f32(state.m[c], max_over_tokens(max_f32(s[c], s[2 + c])));
         scale[c] = weight(state.m[c], top);
         s[c] = weight(s[c], top);
@@ -121,18 +121,23 @@ KVC_DEVICE void decode_unit(const kvc_decode_params &p, const kvc_decode_item &i
     source.count = (item.end - item.begin + kTileTokens - 1) / kTileTokens;
     const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
                            p.num_blocks, p.error_flag);
-    const uint32_t ahead = p.stages - 1;
     pipe.look_up(source, table, 0);
-    for (uint32_t n = 0; n < ahead; ++n) pipe.issue(source, table, n);
 
     // B fragments of the queries: column g, channels 2t, 2t+1 and those eight further.
     uint32_t q[kSteps][2];
     const Column own = find_column(p, u, g);
     const int64_t q_at = own.row * p.q_row + own.head * p.q_head + 2 * t;
 KVC_UNROLL
-    for (int i = 0; i < kSteps; ++i)
-        for (int j = 0; j < 2; ++j)
-            q[i][j] = own.exists ? load_pair<T>(p.q, q_at + i * 16 + j * 8, p.q_dtype) : 0;
+    for (int i = 0; i < 2 * kSteps; ++i) q[i / 2][i % 2] = 0;
+    if (own.exists && p.q_dtype == T::id) {
+KVC_UNROLL
+        for (int i = 0; i < 2 * kSteps; ++i)
+            q[i / 2][i % 2] = load_pair<T>(p.q, q_at + i * 8, T::id);
+    } else if (own.exists) {
+KVC_UNROLL
+        for (int i = 0; i < 2 * kSteps; ++i)
+            q[i / 2][i % 2] = load_pair<T>(p.q, q_at + i * 8, p.q_dtype);
+    }
 
     const Column columns[2] = {find_column(p, u, 2 * t), find_column(p, u, 2 * t + 1)};
     WarpState<HeadDim> state;
@@ -143,11 +148,12 @@ KVC_UNROLL
     for (int i = 0; i < kSteps; ++i)
         for (int j = 0; j < 4; ++j) state.o[i][j] = 0.0f;
 
-    for (uint32_t n = 0; n < source.count; ++n) {
-        if (ahead == 0) pipe.issue(source, table, n);
+    const uint32_t ahead = p.stages - 1;
+    for (uint32_t next = 0; next < source.count + ahead; ++next) {
+        pipe.issue(source, table, next);
+        if (next < ahead) continue;
         pipe.wait();
-        if (ahead != 0) pipe.issue(source, table, n + ahead);
-        accumulate<T, HeadDim>(p, u, columns, q, pipe.part(source, n), state);
+        accumulate<T, HeadDim>(p, u, columns, q, pipe.part(source, next - ahead), state);
         pipe.release();
     }
     pipe.finish();

@@ -50,6 +50,8 @@ struct Source {
 
 template <int HeadDim> struct CopyPipeline {
     static constexpr uint32_t kRow = HeadDim + 8, kRowChunks = HeadDim / 8;
+    // Lanes beside each other on a row: as many as divide its chunks, at most a line of 128 bytes.
+    static constexpr uint32_t kAbreast = kRowChunks % 8 == 0 ? 8 : kRowChunks % 4 == 0 ? 4 : 2;
     static constexpr uint32_t kWarpElements = kWarpTokens * kRow;
 
     const kvc_decode_params &p;
@@ -86,17 +88,24 @@ template <int HeadDim> struct CopyPipeline {
             const uint32_t own_slot = slot;
             look_up(s, table, n + 1);
             const uint32_t mask = ballot(kFullMask, own >= 0);
-            for (uint32_t i = 0; i < kRowChunks / 2; ++i) {
-                const uint32_t index = i * 32 + lane_id();
-                const uint32_t row = index / kRowChunks, chunk = index % kRowChunks;
+KVC_UNROLL
+            for (uint32_t first = 0; first < kWarpTokens; first += 32 / kAbreast) {
+                const uint32_t row = first + lane_id() / kAbreast;
+                const uint32_t chunk = lane_id() % kAbreast;
                 const int32_t block =
                     static_cast<int32_t>(shfl(kFullMask, static_cast<uint32_t>(own), row));
                 const uint32_t place = shfl(kFullMask, own_slot, row);
                 const bool valid = block >= 0;
                 const int64_t k_at = valid ? block * p.k_block + place * p.k_token : 0;
                 const int64_t v_at = valid ? block * p.v_block + place * p.v_token : 0;
-                cp_async_16(tile(to, 0) + row * kRow + chunk * 8, s.k + k_at + chunk * 8, valid);
-                cp_async_16(tile(to, 1) + row * kRow + chunk * 8, s.v + v_at + chunk * 8, valid);
+                uint16_t *k_to = tile(to, 0) + row * kRow + chunk * 8;
+                uint16_t *v_to = tile(to, 1) + row * kRow + chunk * 8;
+                const uint16_t *k_from = s.k + k_at + chunk * 8, *v_from = s.v + v_at + chunk * 8;
+KVC_UNROLL
+                for (uint32_t i = 0; i < HeadDim; i += kAbreast * 8) {
+                    cp_async_16(k_to + i, k_from + i, valid);
+                    cp_async_16(v_to + i, v_from + i, valid);
+                }
             }
             readable = (readable & ~(0xffffull << 16 * to)) | static_cast<uint64_t>(mask) << 16 * to;
             to = to + 1 == stages ? 0 : to + 1;
@@ -104,12 +113,11 @@ template <int HeadDim> struct CopyPipeline {
         cp_async_commit();
     }
 
-    // Waits for the next tile, for all of the warp; all its lanes are done with the one before.
+    // Waits for the oldest tile under way, for all of the warp.
     KVC_DEVICE void wait() {
-        if (stages == kMaxStages)
-            cp_async_wait<1>();
-        else
-            cp_async_wait<0>();
+        if (stages == 1) cp_async_wait<0>();
+        if (stages == 2) cp_async_wait<1>();
+        if (stages == 3) cp_async_wait<2>();
         sync_warp();
     }
 
@@ -125,10 +133,10 @@ template <int HeadDim> struct CopyPipeline {
                 {(mask >> g & 1) != 0, (mask >> (g + 8) & 1) != 0}};
     }
 
-    // The tile is used. The next `wait` stands before its place is written, but not with one stage.
+    // The tile is used, and its place is the next that is written.
     KVC_DEVICE void release() {
         from = from + 1 == stages ? 0 : from + 1;
-        if (stages == 1) sync_warp();
+        sync_warp();
     }
     // After the last tile of a piece, and after the last other use of the tiles' memory.
     KVC_DEVICE void finish() {
@@ -153,7 +161,7 @@ template <int HeadDim> struct BulkPipeline {
         : p(params), stages(params.stages), to(0), from(0), to_phase(1), from_phase(0), valid(0),
           entry(-1), slot(0) {
         if (thread_x() == 0) {
-            for (uint32_t at = 0; at < stages; ++at) {
+            for (uint32_t at = 0; at < kMaxStages; ++at) {
                 mbar_init(full(at), kDecodeWarps);
                 mbar_init(free(at), kDecodeWarps);
             }
@@ -203,21 +211,21 @@ template <int HeadDim> struct BulkPipeline {
         valid = (valid & ~(0xffu << 8 * to)) | mask << 8 * to;
 
         mbar_wait(free(to), to_phase);
-        uint32_t rows = 0, all = 1;
-        for (uint32_t run = first; run < first + 2; ++run) {
-            Rows r = rows_of(s, n, run);
-            if ((mask >> run & 1) == 0) r.low = r.high = 0;
-            rows += r.any() ? r.high - r.low : 0;
-            if (r.any() && r.low == 0 && r.high == kRun) continue;
-            // The other rows of V become zeros.
-            all = 0;
-            uint16_t *v = tile(to, 1) + run * kRunElements;
-            for (uint32_t i = lane; i < kRunElements / 8 - 1; i += 32) {
-                const uint32_t row = i / (HeadDim / 8);
-                if (row < r.low || row >= r.high) *reinterpret_cast<Vec16 *>(v + i * 8) = Vec16{};
+        uint32_t rows = 2 * kRun;
+        const uint32_t begin = s.begin + n * kTileTokens;
+        if (mask != 0xff || begin < s.first_token || begin + kTileTokens > s.end) {
+            rows = 0;
+            for (uint32_t run = first; run < first + 2; ++run) {
+                Rows r = rows_of(s, n, run);
+                if ((mask >> run & 1) == 0) r.low = r.high = 0;
+                rows += r.any() ? r.high - r.low : 0;
+                // The other rows of V become zeros.
+                uint16_t *v = tile(to, 1) + run * kRunElements;
+                for (uint32_t i = lane; i < HeadDim; i += 32) {
+                    const uint32_t row = i / (HeadDim / 8);
+                    if (row < r.low || row >= r.high) *reinterpret_cast<Vec16 *>(v + i * 8) = Vec16{};
+                }
             }
-        }
-        if (all == 0) {
             fence_bulk();
             sync_warp();
         }

@@ -94,20 +94,35 @@ KVC_DEVICE Column find_column(const kvc_decode_params &p, const Unit &u, uint32_
     return out;
 }
 
-// The score of a token for a column in powers of two; -inf where it is not seen. A token that can
-// be read is one of the sequence.
-KVC_DEVICE float score(const kvc_decode_params &p, const Unit &u, const Column &c, float dot,
-                       int32_t token, bool readable) {
-    const int32_t place = token - u.tail;
-    const bool seen = place < 0 || (c.tail >> (place & 31) & 1) != 0;
-    int32_t position = token;
-    if (p.tail_mask != nullptr && readable && place >= 0)
-        position = u.tail + depth(tail_bits(p, u, static_cast<uint32_t>(place)));
-    if (!readable || position < c.low || !seen) return -infinity();
-    float x = dot * p.scale;
-    if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x / p.softcap);
-    if (p.slopes != nullptr) x += c.slope * (static_cast<float>(position) - c.position);
-    return x * kLog2e;
+// Turns dot products into scores in powers of two, -inf where a token is not seen: s[2 * i + c] is
+// token i for column c. A token that can be read is one of the sequence.
+KVC_DEVICE void make_scores(const kvc_decode_params &p, const Unit &u, const Column (&columns)[2],
+                            const int32_t (&tokens)[2], const bool (&readable)[2], float (&s)[4]) {
+    for (int i = 0; i < 4; ++i) s[i] *= p.scale;
+    if (p.softcap != 0.0f) {
+        const float inverse = 1.0f / p.softcap;
+        for (int i = 0; i < 4; ++i) s[i] = p.softcap * tanh_approx(s[i] * inverse);
+    }
+    int32_t positions[2] = {tokens[0], tokens[1]};
+    if (p.tail_mask != nullptr) {
+        for (int i = 0; i < 2; ++i)
+            if (readable[i] && tokens[i] >= u.tail)
+                positions[i] =
+                    u.tail + depth(tail_bits(p, u, static_cast<uint32_t>(tokens[i] - u.tail)));
+    }
+    if (p.slopes != nullptr) {
+        for (int i = 0; i < 4; ++i) {
+            const Column &c = columns[i % 2];
+            s[i] += c.slope * (static_cast<float>(positions[i / 2]) - c.position);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Column &c = columns[i % 2];
+        const int32_t place = tokens[i / 2] - u.tail;
+        const bool seen = place < 0 || (c.tail >> (place & 31) & 1) != 0;
+        const bool hidden = !readable[i / 2] || !seen || positions[i / 2] < c.low;
+        s[i] = hidden ? -infinity() : s[i] * kLog2e;
+    }
 }
 
 // Writes four channels of a finished row; the thread with the first of them writes its LSE.

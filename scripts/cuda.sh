@@ -41,11 +41,13 @@ build() { # source, architecture
         file == 2 && /LDGSTS.*\.128 / { copy[kernel]++ }
         file == 2 && /LDG\.[.A-Z0-9_]*\.128/ { load[kernel]++ }
         file == 2 && /STG\.[.A-Z0-9_]*\.128/ { store[kernel]++ }
+        file == 2 && /UBLKCP/ { bulk[kernel]++ }
         END {
             for (i = 1; i <= n; i++) {
                 k = names[i]
-                printf "%-7s %-24s %9d %5d %6d %5d %5d %5d %8d %7d %8d\n", arch, k, registers[k],
-                    stack[k], spill[k], hmma[k], ldsm[k], movm[k], copy[k], load[k], store[k]
+                printf "%-7s %-24s %9d %5d %6d %5d %5d %5d %8d %7d %8d %4d\n", arch, k,
+                    registers[k], stack[k], spill[k], hmma[k], ldsm[k], movm[k], copy[k], load[k],
+                    store[k], bulk[k]
             }
         }' "$out/$name-$2.log" "$out/$name-$2.sass" >"$out/$name-$2.rows"
 }
@@ -59,13 +61,15 @@ nvcc -cubin -std=c++17 -O3 -arch=sm_90a cuda/emu/probes.cu -o "$out/probes.cubin
 
 {
     echo "# Written by scripts/cuda.sh --write with nvcc $(nvcc --version | sed -n 's/.* V//p')."
-    printf '%-7s %-24s %9s %5s %6s %5s %5s %5s %8s %7s %8s\n' '# arch' kernel registers stack spills \
-        HMMA LDSM MOVM copy128 load128 store128
+    printf '%-7s %-24s %9s %5s %6s %5s %5s %5s %8s %7s %8s %4s\n' '# arch' kernel registers stack \
+        spills HMMA LDSM MOVM copy128 load128 store128 bulk
     sort "$out"/*.rows
 } >"$out/table"
 awk '!/^#/ && ($4 != 0 || $5 != 0) { print "spills or stack: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_decode_(f16|bf16)/ && ($6 == 0 || $7 == 0 || $8 == 0 || $9 == 0) {
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
+    !/^#/ && $1 == "sm_90a" && $2 ~ /^kvc_decode_(f16|bf16)/ && $12 == 0 {
+        print "no bulk copies: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_mla_/ && ($6 == 0 || $7 == 0 || $9 == 0) {
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
     !/^#/ && $2 == "kvc_append" && ($10 == 0 || $11 == 0) {
