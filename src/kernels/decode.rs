@@ -53,8 +53,8 @@ pub fn decode_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
 /// the compiler for.
 fn blocks_by_registers(head_dim: u32) -> u32 {
     match head_dim {
-        ..=80 => 3,
-        ..=192 => 2,
+        0..=80 => 3,
+        81..=192 => 2,
         _ => 1,
     }
 }
@@ -107,7 +107,8 @@ pub enum Pieces {
     /// So that all blocks of the device have work.
     Balanced,
     /// In pieces of this many tokens (a multiple of 64): a sequence gets the same bits whatever
-    /// else is in the batch.
+    /// else is in the batch and wherever it stands there, from a cache of the same layout and, with
+    /// a window, within bounds of the same `q_len`.
     Fixed(u32),
 }
 
@@ -324,7 +325,7 @@ fn check_call(p: &DecodeParams) -> Result<()> {
         return Err(Error::invalid("scale, softcap", "must be finite, the soft-cap not negative"));
     }
     let strides = [p.k_block, p.k_head, p.k_token, p.v_block, p.v_head, p.v_token];
-    if strides.iter().any(|s| s % 8 != 0) || (p.k.0 | p.v.0) % 16 != 0 {
+    if strides.iter().any(|s| s % 8 != 0) || !(p.k.0 | p.v.0).is_multiple_of(16) {
         return Err(Error::invalid("k, v", "rows must begin at multiples of 16 bytes"));
     }
     for (dtype, at, strides, what) in [
@@ -336,7 +337,7 @@ fn check_call(p: &DecodeParams) -> Result<()> {
             id if id == DType::F16.id() || id == DType::Bf16.id() => 2,
             _ => return Err(Error::invalid(what, "must be f32, f16 or bf16")),
         };
-        if at % 4 != 0 || strides.iter().any(|s| s % even != 0) {
+        if !at.is_multiple_of(4) || strides.iter().any(|s| s % even != 0) {
             return Err(Error::invalid(what, "rows must begin at multiples of 4 bytes"));
         }
     }
