@@ -10,8 +10,7 @@
 //   O'[d x 8 columns]       += V' P   A = V by ldmatrix.trans, B = P through movmatrix
 //
 // The warps' states are merged in shared memory. A sequence of several pieces writes partial
-// results; the last block to arrive merges them in the order of the pieces, so that the result does
-// not depend on who was last.
+// results; the last block to arrive merges them (split.cuh).
 #pragma once
 #include "decode_pipe.cuh"
 
@@ -66,41 +65,6 @@ KVC_UNROLL
         ldmatrix_x4_trans(a, part.v + i * 16);
         for (int j = 0; j < 4; ++j) state.o[i][j] *= scale[j % 2];
         T::mma(state.o[i], a, weights);
-    }
-}
-
-// Where the partial results of a slot lie.
-struct Partial {
-    float *o, *lse;
-};
-template <int HeadDim>
-KVC_DEVICE Partial find_partial(const kvc_decode_params &p, uint32_t slot, uint32_t unit) {
-    const int64_t row = (static_cast<int64_t>(slot) * p.units + unit) * kColumns;
-    const int64_t rows = static_cast<int64_t>(p.max_slots) * p.units * kColumns;
-    return {p.partial + row * HeadDim, p.partial + rows * HeadDim + row};
-}
-
-// Merges the states of the four warps, or the partial results of all pieces, channel by channel.
-template <int HeadDim>
-KVC_DEVICE void merge_pieces(const kvc_decode_params &p, const kvc_decode_item &item,
-                             const Unit &u, uint32_t unit) {
-    constexpr uint32_t kQuads = HeadDim / 4;
-    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
-        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
-        const Column column = find_column(p, u, c);
-        if (!column.exists) continue;
-        float top = -infinity(), sum = 0.0f, o[4] = {};
-        for (uint32_t piece = 0; piece < item.pieces; ++piece) {
-            const Partial from = find_partial<HeadDim>(p, item.first_slot + piece, unit);
-            const float lse = load_fresh(from.lse + c);
-            const Vec16 v = load_fresh_16(from.o + c * HeadDim + channel);
-            const float next = max_f32(top, lse);
-            const float keep = weight(top, next), add = weight(lse, next);
-            sum = sum * keep + add;
-            for (int j = 0; j < 4; ++j) o[j] = o[j] * keep + as_float(v.word[j]) * add;
-            top = next;
-        }
-        write_row(p, column, channel, top, sum, o);
     }
 }
 
@@ -181,46 +145,37 @@ KVC_UNROLL
     sync_threads();
 
     constexpr uint32_t kQuads = HeadDim / 4;
-    const Partial partial = find_partial<HeadDim>(p, item.first_slot + item.piece, unit);
+    const Partials<kColumns, HeadDim> partials = {p.partial, p.max_slots, p.units};
     for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
         const uint32_t c = i / kQuads, channel = i % kQuads * 4;
         const Column column = find_column(p, u, c);
         if (!column.exists) continue;
-        float top = -infinity(), sum = 0.0f, o[4] = {};
-        for (uint32_t w = 0; w < kDecodeWarps; ++w) top = max_f32(top, tops[w * kColumns + c]);
+        Quad quad = {-infinity(), 0.0f, {}};
+        for (uint32_t w = 0; w < kDecodeWarps; ++w)
+            quad.top = max_f32(quad.top, tops[w * kColumns + c]);
         for (uint32_t w = 0; w < kDecodeWarps; ++w) {
             const uint32_t at = w * kColumns + c;
-            const float factor = weight(tops[at], top);
-            sum += sums[at] * factor;
+            const float factor = weight(tops[at], quad.top);
+            quad.sum += sums[at] * factor;
             for (int j = 0; j < 4; ++j)
-                o[j] += states[at * kColumnWords + channel + j] * factor;
+                quad.o[j] += states[at * kColumnWords + channel + j] * factor;
         }
-        if (item.pieces == 1) {
-            write_row(p, column, channel, top, sum, o);
-            continue;
-        }
-        const float factor = top == -infinity() ? 0.0f : 1.0f / sum;
-        Vec16 v;
-        for (int j = 0; j < 4; ++j) v.word[j] = as_bits(o[j] * factor);
-        store_16(partial.o + c * HeadDim + channel, v);
-        if (channel == 0)
-            partial.lse[c] = top == -infinity() ? -infinity() : top + log2_approx(sum);
+        if (item.pieces == 1)
+            write_row(p, column, channel, quad);
+        else
+            store_partial(partials, item.first_slot + item.piece, unit, c, channel, quad);
     }
     if (item.pieces == 1) return;
 
-    // The last block of this sequence and unit to come here merges; its ticket is 0 again then.
-    fence_device();
-    sync_threads();
-    uint32_t *arrived = KVC_SMEM(uint32_t);
     uint32_t *ticket = p.tickets + static_cast<int64_t>(item.ticket) * p.units + unit;
-    if (thread_x() == 0) {
-        *arrived = atomic_add(ticket, 1);
-        fence_device();
+    if (!last_to_arrive(ticket, item.pieces, KVC_SMEM(uint32_t))) return;
+    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
+        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+        const Column column = find_column(p, u, c);
+        if (column.exists)
+            write_row(p, column, channel,
+                      merge_partials(partials, item.first_slot, item.pieces, unit, c, channel));
     }
-    sync_threads();
-    if (*arrived + 1 != item.pieces) return;
-    if (thread_x() == 0) *ticket = 0;
-    merge_pieces<HeadDim>(p, item, u, unit);
 }
 
 template <typename T, int HeadDim, typename Pipe>

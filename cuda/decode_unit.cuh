@@ -7,7 +7,7 @@
 // (a tree of drafts), or those up to its own (causal), or all.
 #pragma once
 #include "decode_plan.cuh"
-#include "state.cuh"
+#include "split.cuh"
 
 namespace kvc {
 
@@ -126,11 +126,11 @@ KVC_DEVICE void make_scores(const kvc_decode_params &p, const Unit &u, const Col
 }
 
 // Writes four channels of a finished row; the thread with the first of them writes its LSE.
-KVC_DEVICE void write_row(const kvc_decode_params &p, const Column &c, uint32_t channel, float m,
-                          float l, const float (&o)[4]) {
+KVC_DEVICE void write_row(const kvc_decode_params &p, const Column &c, uint32_t channel,
+                          const Quad &q) {
     const bool has_sink = p.sinks != nullptr;
-    const Finish f = finish_row(m, l, has_sink, has_sink ? p.sinks[c.head] : 0.0f);
-    const float x[4] = {o[0] * f.factor, o[1] * f.factor, o[2] * f.factor, o[3] * f.factor};
+    const Finish f = finish_row(q.top, q.sum, has_sink, has_sink ? p.sinks[c.head] : 0.0f);
+    const float x[4] = {q.o[0] * f.factor, q.o[1] * f.factor, q.o[2] * f.factor, q.o[3] * f.factor};
     store_four(p.out, c.row * p.out_row + c.head * p.out_head + channel, p.out_dtype, x);
     if (channel == 0 && p.lse != nullptr)
         p.lse[static_cast<int64_t>(c.row) * p.q_heads + c.head] = f.lse;

@@ -264,6 +264,13 @@ struct kvc_decode_params {
     float *lse;
     // Rows of each sequence, `[batch + 1]`, at most `q_len` each; null for `q_len` each.
     const int32_t *q_indptr;
+    // For each row of `q` the tokens of its sequence's tail that it sees, or null; with it
+    // `causal` means nothing. The tail is the last tokens of a sequence, those of its rows:
+    // bit `j` is the token of its row `j`, bits past its rows mean nothing. All tokens before
+    // the tail are seen. For a tree, a row has the bits of its path, its own included: its
+    // position, and that of its token, for window and ALiBi is then that in its path (as many
+    // places into the tail as it has bits, less one; the tail's first without any).
+    const uint32_t *tail_mask;
     // Block tables: `[seq][table_stride]`, or the indices of all sequences one after another.
     const int32_t *table;
     // Where the indices of each sequence begin, `[batch + 1]`; null for a dense table.
@@ -325,6 +332,11 @@ struct kvc_decode_params {
     uint32_t window;
     // Slots that `partial` has room for.
     uint32_t max_slots;
+    // Stages of the pipeline, 1 to 3.
+    uint32_t stages;
+    // 1 where the rows of a head follow each other within a block of a multiple of 8 tokens,
+    // so that eight are one run: devices that have bulk copies then use them. Else 0.
+    uint32_t bulk;
     // Keeps the size a multiple of 8. Zero.
     uint32_t reserved;
     // Type id of `q`.
@@ -336,7 +348,7 @@ struct kvc_decode_params {
     // Logit soft-cap; 0 for none.
     float softcap;
 };
-static_assert(sizeof(kvc_decode_params) == 272, "layout of kvc_decode_params");
+static_assert(sizeof(kvc_decode_params) == 288, "layout of kvc_decode_params");
 
 // Merges attention over disjoint sets of keys: the outputs of each set, normalised, with the
 // logarithms of their denominators.
@@ -545,9 +557,17 @@ static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
     X(kvc_zero, kvc_copy_params) \
     X(kvc_decode_plan, kvc_decode_plan_params) \
     X(kvc_decode_f16_d64, kvc_decode_params) \
+    X(kvc_decode_f16_d80, kvc_decode_params) \
+    X(kvc_decode_f16_d96, kvc_decode_params) \
     X(kvc_decode_f16_d128, kvc_decode_params) \
+    X(kvc_decode_f16_d192, kvc_decode_params) \
+    X(kvc_decode_f16_d256, kvc_decode_params) \
     X(kvc_decode_bf16_d64, kvc_decode_params) \
+    X(kvc_decode_bf16_d80, kvc_decode_params) \
+    X(kvc_decode_bf16_d96, kvc_decode_params) \
     X(kvc_decode_bf16_d128, kvc_decode_params) \
+    X(kvc_decode_bf16_d192, kvc_decode_params) \
+    X(kvc_decode_bf16_d256, kvc_decode_params) \
     X(kvc_merge, kvc_merge_params) \
     X(kvc_mla_f16_c16, kvc_mla_params) \
     X(kvc_mla_f16_c32, kvc_mla_params) \

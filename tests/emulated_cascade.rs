@@ -11,7 +11,7 @@ use kvcache::emu::{Buffer, Options, Schedule, launch};
 use kvcache::kernels::params::{CascadeSegment, DecodeParams, In, Out};
 use kvcache::kernels::{
     CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, DecodeBounds, DecodePlan, Half,
-    Launch, Pieces,
+    Launch, Pieces, SM90_SHARED_BYTES,
 };
 use kvcache::layout::Strides;
 
@@ -188,6 +188,7 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
             max_tokens: 1 << 12,
             pieces: Pieces::Balanced,
             multiprocessors: 4,
+            multiprocessor_shared_bytes: SM90_SHARED_BYTES,
         })
         .unwrap();
         let scratch = Buffer::new(decode.workspace_bytes() as usize).unwrap();

@@ -4,7 +4,7 @@
 //! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
 //! workspace it needs, and a captured graph stays right for other lengths.
 
-use super::decode::{DecodeBounds, DecodePlan, Pieces};
+use super::decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES};
 use super::params::{DecodeParams, DecodePlanParams, In, Out};
 use super::{Kernel, Launch};
 use crate::attention::HeadShape;
@@ -170,6 +170,7 @@ impl AttendPlan {
             max_tokens: b.kv_len,
             pieces: b.pieces,
             multiprocessors: b.multiprocessors,
+            multiprocessor_shared_bytes: SM90_SHARED_BYTES,
         })
         .map(AttendPlan::Decode)
     }

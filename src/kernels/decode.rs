@@ -1,12 +1,11 @@
 //! How paged decode is planned and launched.
 //!
-//! The host knows only maxima: it sizes the workspace and the grids, and a kernel cuts the contexts
-//! into pieces from the lengths that stand on the device. So nothing is read back, and a captured
-//! graph can be replayed with other lengths. The bounds hold for any lengths: with pieces of at
-//! least `total / target` tokens, a batch has at most `batch + target` of them, and the sequences
-//! cut at all have fewer than `2 * target`.
+//! The host knows only maxima: it sizes the workspace and the grids (split.rs), and a kernel cuts
+//! the contexts into pieces from the lengths that stand on the device. So nothing is read back, and
+//! a captured graph can be replayed with other lengths.
 
 use super::params::{DecodeParams, DecodePlanParams, In, Out};
+use super::split::{Split, SplitBounds};
 use super::{Kernel, Launch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -101,6 +100,9 @@ impl Residence {
     }
 }
 
+/// Shared memory of a multiprocessor of sm_90, in bytes.
+pub const SM90_SHARED_BYTES: u32 = 228 * 1024;
+
 /// How contexts are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pieces {
@@ -133,7 +135,8 @@ pub struct DecodeBounds {
     pub pieces: Pieces,
     /// Multiprocessors of the device.
     pub multiprocessors: u32,
-    /// Shared memory of a multiprocessor, in bytes: 233472 on sm_90, 167936 on sm_80.
+    /// Shared memory of a multiprocessor, in bytes: [`SM90_SHARED_BYTES`], 167936 on sm_80, 102400
+    /// on sm_86 and sm_89.
     pub multiprocessor_shared_bytes: u32,
 }
 
@@ -142,14 +145,9 @@ pub struct DecodeBounds {
 pub struct DecodePlan {
     bounds: DecodeBounds,
     units: u32,
-    target: u32,
-    max_items: u32,
-    max_slots: u32,
-    max_tickets: u32,
-    offsets: [u64; 4],
-    workspace_bytes: u64,
-    launch: Launch,
     stages: u32,
+    launch: Launch,
+    split: Split,
 }
 
 impl DecodePlan {
@@ -171,68 +169,25 @@ impl DecodePlan {
         if b.q_len == 0 || b.q_len > MAX_Q_LEN {
             return Err(Error::invalid("q_len", "must be 1 to 8"));
         }
-        if b.batch == 0 || b.batch > 1 << 20 || b.multiprocessors == 0 {
-            return Err(Error::invalid("batch, multiprocessors", "must be 1 to 2^20, at least 1"));
+        if b.multiprocessors == 0 {
+            return Err(Error::invalid("multiprocessors", "must be at least 1"));
         }
-        let fixed = match b.pieces {
-            Pieces::Balanced => None,
-            Pieces::Fixed(tokens) if tokens != 0 && tokens.is_multiple_of(TILE_TOKENS) => {
-                Some(tokens)
-            }
-            Pieces::Fixed(_) => {
-                return Err(Error::invalid("pieces", "must be a positive multiple of 64 tokens"));
-            }
-        };
-        let overflow = Error::Overflow { what: "decode workspace" };
         let units = b.kv_heads * (b.q_heads / b.kv_heads * b.q_len).div_ceil(COLUMNS);
         let residence = Residence::best(b.head_dim, b.multiprocessor_shared_bytes)
             .ok_or(Error::Unsupported { what: "decode with this little shared memory" })?;
         let grid = b.multiprocessors.min(1 << 16) * residence.blocks;
-        let (target, pieces) = match fixed {
-            None => {
-                let target = grid.div_ceil(units);
-                (target, u64::from(2 * target))
-            }
-            Some(tokens) => {
-                let pieces = u64::from(b.batch) * u64::from(b.max_tokens.div_ceil(tokens));
-                (1, pieces.max(2))
-            }
-        };
-        let max_slots = u32::try_from(pieces).map_err(|_| overflow)?;
-        let max_items = max_slots.checked_add(b.batch).ok_or(overflow)?;
-        let max_tickets = max_slots.min(b.batch);
-        // Items, their count, tickets, partial results: each from a multiple of 256 bytes.
-        let mut offsets = [0; 4];
-        let mut at: u64 = 0;
-        let slots = u64::from(max_slots) * u64::from(units);
-        let parts = [
-            u64::from(max_items) * 32,
-            4,
-            u64::from(max_tickets) * u64::from(units) * 4,
-            slots
-                .checked_mul(u64::from(COLUMNS) * (u64::from(b.head_dim) + 1) * 4)
-                .ok_or(overflow)?,
-        ];
-        for (offset, bytes) in offsets.iter_mut().zip(parts) {
-            *offset = at;
-            at = at
-                .checked_add(bytes)
-                .and_then(|end| end.checked_next_multiple_of(256))
-                .ok_or(overflow)?;
-        }
-        let workspace_bytes = at;
-        Ok(Self {
-            bounds,
+        let split = Split::new(SplitBounds {
+            q_len: b.q_len,
+            batch: b.batch,
+            max_tokens: b.max_tokens,
+            pieces: b.pieces,
             units,
-            target,
-            max_items,
-            max_slots,
-            max_tickets,
-            offsets,
-            workspace_bytes,
-            launch: Launch { kernel, grid: [grid, 1, 1], shared_bytes: residence.shared_bytes },
-            stages: residence.stages,
-        })
+            columns: COLUMNS,
+            channels: b.head_dim,
+            grid,
+        })?;
+        let launch = Launch { kernel, grid: [grid, 1, 1], shared_bytes: residence.shared_bytes };
+        Ok(Self { bounds, units, stages: residence.stages, launch, split })
     }
 
     /// The launch of any decode call within the bounds, apart from the planning kernel that comes
@@ -244,14 +199,15 @@ impl DecodePlan {
     /// Bytes of workspace that any call within the bounds needs, from an address that is a multiple
     /// of 256.
     pub fn workspace_bytes(&self) -> u64 {
-        self.workspace_bytes
+        self.split.workspace_bytes()
     }
 
     /// Fills the planning kernel's parameters for `batch` sequences and gives its launch. It runs
     /// once for each change of lengths; any number of decode launches (one a layer) may follow.
     ///
     /// # Errors
-    /// `InvalidArgument` where `batch` is 0 or past the bounds.
+    /// `InvalidArgument` where `batch` is 0 or past the bounds, the window 0 or the workspace
+    /// misaligned.
     pub fn plan_launch(
         &self,
         workspace: u64,
@@ -260,47 +216,26 @@ impl DecodePlan {
         window: Option<u32>,
         error_flag: Out<u32>,
     ) -> Result<(Launch, DecodePlanParams)> {
-        if batch == 0 || batch > self.bounds.batch {
-            return Err(Error::invalid("batch", "must be 1 to what the plan was made for"));
-        }
-        let params = DecodePlanParams {
-            seq_lens,
-            items: Out::at(workspace + self.offsets[0]),
-            item_count: Out::at(workspace + self.offsets[1]),
-            tickets: Out::at(workspace + self.offsets[2]),
-            error_flag,
-            batch,
-            q_len: self.bounds.q_len,
-            window: window.unwrap_or(0),
-            units: self.units,
-            fixed_piece: match self.bounds.pieces {
-                Pieces::Balanced => 0,
-                Pieces::Fixed(tokens) => tokens,
-            },
-            min_piece: TILE_TOKENS,
-            target_pieces: self.target,
-            max_items: self.max_items,
-            max_slots: self.max_slots,
-            max_tickets: self.max_tickets,
-        };
-        Ok((Launch { kernel: &DECODE_PLAN, grid: [1, 1, 1], shared_bytes: 2048 }, params))
+        self.split.plan_launch(workspace, seq_lens, batch, window, error_flag)
     }
 
-    /// Fills what the plan determines of `params` and gives the launch of the decode kernel.
+    /// Fills what the plan determines of `params` and gives the launch of the decode kernel. The
+    /// window must be that of the plan: layers with another have a plan of their own.
     ///
     /// # Errors
-    /// `InvalidArgument` for a null address that is not optional, rows that do not begin at a
+    /// `InvalidArgument` for a misaligned workspace, a null address that is not optional, rows that do not begin at a
     /// multiple of 16 bytes in `k` and `v` or of 4 bytes in `q` and `out`, types that are not
     /// those of `src/dtype`, a scale or soft-cap that is not finite, no block_tokens.
     pub fn decode_launch(&self, workspace: u64, params: &mut DecodeParams) -> Result<Launch> {
         let p = params;
+        let at = self.split.addresses(workspace)?;
         check_call(p)?;
-        p.items = In::at(workspace + self.offsets[0]);
-        p.item_count = In::at(workspace + self.offsets[1]);
-        p.tickets = Out::at(workspace + self.offsets[2]);
-        p.partial = Out::at(workspace + self.offsets[3]);
+        p.items = at.items;
+        p.item_count = at.item_count;
+        p.tickets = at.tickets;
+        p.partial = at.partial;
         p.units = self.units;
-        p.max_slots = self.max_slots;
+        p.max_slots = self.split.max_slots();
         p.q_len = self.bounds.q_len;
         p.q_heads = self.bounds.q_heads;
         p.kv_heads = self.bounds.kv_heads;
@@ -359,7 +294,7 @@ mod tests {
             max_tokens: 1 << 17,
             pieces: Pieces::Balanced,
             multiprocessors: 132,
-            multiprocessor_shared_bytes: 233_472,
+            multiprocessor_shared_bytes: SM90_SHARED_BYTES,
         }
     }
 
@@ -507,6 +442,6 @@ mod tests {
             pieces: Pieces::Fixed(64),
             ..sound()
         };
-        assert_eq!(DecodePlan::new(huge), Err(Error::Overflow { what: "decode workspace" }));
+        assert_eq!(DecodePlan::new(huge), Err(Error::Overflow { what: "attention workspace" }));
     }
 }

@@ -36,7 +36,7 @@ pub use cascade_choice::{
     CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
 };
 pub use copy::{check_copies, copy_launch, zero_launch};
-pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
