@@ -324,7 +324,7 @@ fn a_launch_needs_sound_arguments() {
     let mut filled = PrefillParams { window: 1 << 31, ..params };
     assert_eq!(prefill_launch(&sound, &mut filled), Ok(info));
     let p = &filled;
-    assert_eq!((p.batch, p.q_tokens, p.q_heads, p.kv_heads, p.window), (5, 79, 4, 2, 0));
+    assert_eq!((p.batch, p.q_tokens, p.q_heads, p.kv_heads, p.window), (5, 79, 4, 2, i32::MAX as u32));
     for mut bad in [
         PrefillParams { q: In::NULL, ..params },
         PrefillParams { seq_lens: In::NULL, ..params },

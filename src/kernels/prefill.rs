@@ -146,8 +146,12 @@ pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Res
     if let Some(&(what, _)) = needed.iter().find(|(_, address)| *address == 0) {
         return Err(Error::NullPointer { what });
     }
-    // No context is as long as such a window.
-    p.window = if i32::try_from(p.window).is_ok() { p.window } else { 0 };
+    // No context is longer than this.
+    const NO_WINDOW: u32 = i32::MAX.unsigned_abs();
+    p.window = if p.window == 0 { NO_WINDOW } else { p.window.min(NO_WINDOW) };
+    let plain = p.softcap == 0.0 && p.slopes.0 == 0 && p.scale > 0.0;
+    p.transform = u32::from(!plain);
+    p.factor = if plain { p.scale * core::f32::consts::LOG2_E } else { 1.0 };
     p.batch = bounds.batch;
     p.q_tokens = bounds.q_tokens;
     p.q_heads = bounds.q_heads;
