@@ -38,6 +38,14 @@ template <int HeadDim> struct Shape {
     static constexpr int kRow = HeadDim + 8, kChunks = HeadDim / 8, kSteps = HeadDim / 16;
 };
 
+// Shared memory: the queries of the tile, then a tile of keys and one of values.
+template <int HeadDim> KVC_DEVICE uint16_t *keys() {
+    return KVC_SMEM(uint16_t) + Shape<HeadDim>::kRows * Shape<HeadDim>::kRow;
+}
+template <int HeadDim> KVC_DEVICE uint16_t *values() {
+    return keys<HeadDim>() + kKeys * Shape<HeadDim>::kRow;
+}
+
 // The part of a call that a block works on: what is the same for all its threads. In the loop it
 // lies in shared memory, where it takes no registers.
 struct alignas(16) Tile {
@@ -194,15 +202,20 @@ template <int HeadDim> struct Loader {
     static constexpr int kRow = Shape<HeadDim>::kRow, kChunks = Shape<HeadDim>::kChunks;
     static constexpr uint32_t kOwn = kKeys / kWarps;
 
-    uint16_t *k_tile, *v_tile;
-    // Of the tile looked up last: block and slot of token a + 4 (b mod 4) of the warp's, and which
-    // of the tile's tokens exist and can be read.
-    uint32_t block, slot;
-    uint64_t readable;
+    // What a thread knows of the tile looked up last: block and slot of token a + 4 (b mod 4) of the
+    // warp's, and which of the tile's tokens exist and can be read.
+    struct alignas(16) Places {
+        uint32_t block, slot;
+        uint64_t readable;
+    };
+    // They lie in shared memory too, behind the thread's own row of the keys and values.
+    KVC_DEVICE static Places places() {
+        return kept<HeadDim, Places>(Shape<HeadDim>::kRows + thread_x());
+    }
 
     // Looks up the tile that begins at `token`. Tokens that no row sees are not looked up: their
     // blocks may be gone.
-    KVC_DEVICE void look_up(const kvc_prefill_params &p, const Tile &u, int32_t token) {
+    KVC_DEVICE static void look_up(const kvc_prefill_params &p, const Tile &u, int32_t token) {
         const BlockTable table(u.entries, u.count, u.shift, p.block_tokens, p.num_blocks,
                                p.error_flag);
         uint32_t slots[2] = {0, 0};
@@ -214,19 +227,22 @@ KVC_UNROLL
                 blocks[i] = table.find(own, slots[i]);
         }
         const uint32_t low = ballot(kFullMask, blocks[0] >= 0);
-        readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
+        Places to;
+        to.readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
         // The tokens of warps 0 and 1 are among the first 32, those of 2 and 3 among the others.
         const uint32_t from = warp_id() % 2 * kOwn + lane_id() / 8 + lane_id() % 4 * 4;
-        block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
-        slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
+        to.block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
+        to.slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
+        keep<HeadDim>(Shape<HeadDim>::kRows + thread_x(), to);
     }
 
-    KVC_DEVICE void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
-                         int64_t token_stride) const {
+    KVC_DEVICE static void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
+                                int64_t token_stride) {
+        const Places which = places();
         const uint32_t row = warp_id() * kOwn + lane_id() / 8, chunk = lane_id() % 8;
         const int64_t own =
-            block == ~0u ? 0 : head + block * block_stride + slot * token_stride;
-        const uint32_t valid = static_cast<uint32_t>(readable >> row);
+            which.block == ~0u ? 0 : head + which.block * block_stride + which.slot * token_stride;
+        const uint32_t valid = static_cast<uint32_t>(which.readable >> row);
         const uint16_t *base = static_cast<const uint16_t *>(rows) + chunk * 8;
         uint16_t *at = to + row * kRow + chunk * 8;
 KVC_UNROLL
@@ -238,11 +254,11 @@ KVC_UNROLL
                     cp_async_16(at + i * 4 * kRow + j * 8, from + j * 8, (valid >> i * 4 & 1) != 0);
         }
     }
-    KVC_DEVICE void copy_keys(const kvc_prefill_params &p, const Tile &u) const {
-        copy(k_tile, p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
+    KVC_DEVICE static void copy_keys(const kvc_prefill_params &p, const Tile &u) {
+        copy(keys<HeadDim>(), p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
     }
-    KVC_DEVICE void copy_values(const kvc_prefill_params &p, const Tile &u) const {
-        copy(v_tile, p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
+    KVC_DEVICE static void copy_values(const kvc_prefill_params &p, const Tile &u) {
+        copy(values<HeadDim>(), p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
     }
 };
 
@@ -477,20 +493,17 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
     using S = Shape<HeadDim>;
     Tile u;
     if (!find_tile<S::kRows>(p, u)) return;
-    uint16_t *queries = KVC_SMEM(uint16_t);
-    Loader<HeadDim> loader;
-    loader.k_tile = queries + S::kRows * S::kRow;
-    loader.v_tile = loader.k_tile + kKeys * S::kRow;
+    using Loader = prefill::Loader<HeadDim>;
     Warp<HeadDim> warp;
 
     if (thread_x() == 0) keep<HeadDim>(0, u);
     if (lane_id() == 0) keep<HeadDim>(kTileParts + warp_id(), warp.sight(p, u));
-    load_queries<T, HeadDim>(p, u, queries);
+    load_queries<T, HeadDim>(p, u, KVC_SMEM(uint16_t));
     int32_t token = u.first / kKeys * kKeys;
     bool more = uniform(token < u.end);
     if (more) {
-        loader.look_up(p, u, token);
-        loader.copy_keys(p, u);
+        Loader::look_up(p, u, token);
+        Loader::copy_keys(p, u);
     }
     cp_async_commit();
     while (more) {
@@ -498,27 +511,28 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
         cp_async_wait<0>();
         sync_threads();
         const bool sees = uniform(kept_sight<HeadDim>().some(token));
-        loader.copy_values(p, kept_tile<HeadDim>());
+        Loader::copy_values(p, kept_tile<HeadDim>());
         cp_async_commit();
         // Zeros in either case, as otherwise the scores of the tile before would be kept.
         typename Warp<HeadDim>::Scores s = {};
         if (sees) {
-            warp.template multiply<T>(s, queries, loader.k_tile);
+            warp.template multiply<T>(s, KVC_SMEM(uint16_t), keys<HeadDim>());
             if (p.transform != 0) warp.transform(s, p, kept_tile<HeadDim>(), token);
-            if (uniform(loader.readable != kAllKeys || !kept_sight<HeadDim>().all(token)))
-                warp.mask(s, p, kept_tile<HeadDim>(), token, loader.readable);
+            const uint64_t readable = Loader::places().readable;
+            if (uniform(readable != kAllKeys || !kept_sight<HeadDim>().all(token)))
+                warp.mask(s, p, kept_tile<HeadDim>(), token, readable);
         }
         const Tile again = kept_tile<HeadDim>();
         more = uniform(again.end - token > kKeys);
-        if (more) loader.look_up(p, again, token + kKeys);
+        if (more) Loader::look_up(p, again, token + kKeys);
         // The values are there, and all warps are done with the keys.
         cp_async_wait<0>();
         sync_threads();
-        if (more) loader.copy_keys(p, kept_tile<HeadDim>());
+        if (more) Loader::copy_keys(p, kept_tile<HeadDim>());
         cp_async_commit();
         if (sees) {
             warp.weigh(s, p.factor);
-            warp.template add<T>(s, loader.v_tile);
+            warp.template add<T>(s, values<HeadDim>());
         }
         if (more) token += kKeys;
     }
