@@ -140,10 +140,11 @@ KVC_DEVICE bool find_tile(const kvc_prefill_params &p, Tile &u) {
     const uint32_t seq = find_sequence<Rows>(p, tile, u.group);
     const int32_t begin = p.q_indptr[seq], end = p.q_indptr[seq + 1];
     const bool sound = begin >= 0 && end >= begin && static_cast<uint32_t>(end) <= p.q_tokens;
-    if (block_x() == 0 && static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
+    if (block_x() == 0 && thread_x() == 0 &&
+        static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
         raise(p.error_flag, kFlagPosition);
     if (!sound) {
-        raise(p.error_flag, kFlagPosition);
+        if (thread_x() == 0) raise(p.error_flag, kFlagPosition);
         return false;
     }
     const uint32_t tokens = static_cast<uint32_t>(end - begin);
@@ -338,25 +339,36 @@ KVC_UNROLL
         }
     }
 
-    // Makes scores of the dot products where they are more than these times a positive factor.
-    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token) const {
-        const float inverse = rcp_approx(p.softcap);
+    // Makes scores, in powers of two, of the dot products where they are more than these times a
+    // positive factor.
+    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u,
+                              int32_t token) const {
+        if (p.softcap != 0.0f) {
+            const float in = p.scale * rcp_approx(p.softcap), out = p.softcap * kLog2e;
+KVC_UNROLL
+            for (int i = 0; i < kStrips * kKeys / 2; ++i) {
+                float &x = s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4];
+                x = out * tanh_approx(x * in);
+            }
+        } else {
+            const float factor = p.scale * kLog2e;
+KVC_UNROLL
+            for (int i = 0; i < kStrips * kKeys / 2; ++i)
+                s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4] *= factor;
+        }
+        if (p.slopes == nullptr) return;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             const int strip = i / 2, half = i % 2;
             const uint32_t own = row(u, strip, half), at = own / u.group;
             const uint32_t head = u.kv_head * u.group + (own - at * u.group);
-            const float slope = p.slopes != nullptr ? p.slopes[head] : 0.0f;
+            const float slope = p.slopes[head] * kLog2e;
             const int32_t position = u.offset + static_cast<int32_t>(at);
             const int32_t distance = token - position + static_cast<int32_t>(lane_id() % 4 * 2);
 KVC_UNROLL
-            for (int j = 0; j < kKeys / 8 * 2; ++j) {
-                float &x = s[strip][j / 2][half * 2 + j % 2];
-                x *= p.scale;
-                if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x * inverse);
-                x += slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
-                x *= kLog2e;
-            }
+            for (int j = 0; j < kKeys / 8 * 2; ++j)
+                s[strip][j / 2][half * 2 + j % 2] +=
+                    slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
         }
     }
 
