@@ -464,7 +464,7 @@ struct kvc_prefill_params {
     uint32_t block_tokens;
     // Blocks that exist.
     uint32_t num_blocks;
-    // Sliding window in tokens, below 2^31; 0 for none.
+    // Sliding window in tokens; 0 for none, which the kernel gets as 2^31 - 1.
     uint32_t window;
     // Type id of `q`.
     uint32_t q_dtype;
@@ -474,8 +474,13 @@ struct kvc_prefill_params {
     float scale;
     // Logit soft-cap; 0 for none.
     float softcap;
+    // What turns `scores` into powers of two. Set by the launch.
+    float factor;
+    // 1 where scores are more than dot products times a positive factor, else 0. Set by the
+    // launch.
+    uint32_t transform;
 };
-static_assert(sizeof(kvc_prefill_params) == 232, "layout of kvc_prefill_params");
+static_assert(sizeof(kvc_prefill_params) == 240, "layout of kvc_prefill_params");
 
 // Latent attention: 1 to 8 query tokens of each sequence over its cached latents of 576
 // channels, whose first 512 are the values.

@@ -39,6 +39,12 @@ struct BlockTable {
         while (power_of_two && tokens >> shift != 1) ++shift;
     }
 
+    // A table whose first entry, entries and shift another one said.
+    KVC_DEVICE BlockTable(const int32_t *first, uint32_t many, uint32_t by, uint32_t tokens,
+                          uint32_t blocks, uint32_t *flag)
+        : entries(first), count(many), block_tokens(tokens), shift(by), num_blocks(blocks),
+          power_of_two((tokens & (tokens - 1)) == 0), error_flag(flag) {}
+
     KVC_DEVICE static uint32_t limit(int64_t entries) {
         return entries < 0 ? 0 : entries < 0xffffffff ? static_cast<uint32_t>(entries) : ~0u;
     }

@@ -38,22 +38,73 @@ template <int HeadDim> struct Shape {
     static constexpr int kRow = HeadDim + 8, kChunks = HeadDim / 8, kSteps = HeadDim / 16;
 };
 
-// The part of a call that a block works on.
-struct Tile {
-    uint32_t seq, kv_head, group;
-    uint32_t first_q;   // row of the sequence's first token in q and out
-    uint32_t rows;      // of the sequence, packed
-    uint32_t begin;     // first packed row of the tile
-    int32_t length;     // cached tokens
-    int32_t offset;     // position of the sequence's first query token
+// Shared memory: the queries of the tile, then a tile of keys and one of values.
+template <int HeadDim> KVC_DEVICE uint16_t *keys() {
+    return KVC_SMEM(uint16_t) + Shape<HeadDim>::kRows * Shape<HeadDim>::kRow;
+}
+template <int HeadDim> KVC_DEVICE uint16_t *values() {
+    return keys<HeadDim>() + kKeys * Shape<HeadDim>::kRow;
+}
+
+// The part of a call that a block works on: what is the same for all its threads. In the loop it
+// lies in shared memory, where it takes no registers.
+struct alignas(16) Tile {
+    uint32_t kv_head, group;
+    uint32_t first_q; // row of the sequence's first token in q and out
+    uint32_t rows;    // of the sequence, packed
+    uint32_t begin;   // first packed row of the tile
+    int32_t offset;   // position of the sequence's first query token
     int32_t first, end; // tokens that some row of the tile can see
+    // The sequence's block table.
+    const int32_t *entries;
+    uint32_t count, shift;
 };
+
+// What all lanes of a warp agree on, said so that the compiler knows that they do not diverge.
+KVC_DEVICE bool uniform(bool value) { return ballot(kFullMask, value) != 0; }
+
+// The tokens that some row of a warp sees, and those that every row sees if they can be read.
+struct alignas(16) Sight {
+    int32_t first, end, all_first, all_end;
+
+    KVC_DEVICE bool some(int32_t token) const { return token < end && first - token < kKeys; }
+    KVC_DEVICE bool all(int32_t token) const {
+        return token >= all_first && all_end - token >= kKeys;
+    }
+};
+
+// Both lie in the elements that the first rows of the queries have more than they need: one thread
+// writes them, and after a barrier others read.
+constexpr uint32_t kTileParts = sizeof(Tile) / sizeof(Vec16);
+
+template <int HeadDim, typename Any> KVC_DEVICE void keep(uint32_t row, const Any &value) {
+    Vec16 parts[sizeof(Any) / sizeof(Vec16)];
+    memcpy(parts, &value, sizeof value);
+    for (const Vec16 &part : parts) {
+        uint16_t *at = KVC_SMEM(uint16_t) + row++ * Shape<HeadDim>::kRow + HeadDim;
+        *reinterpret_cast<Vec16 *>(at) = part;
+    }
+}
+template <int HeadDim, typename Any> KVC_DEVICE Any kept(uint32_t row) {
+    Vec16 parts[sizeof(Any) / sizeof(Vec16)];
+    for (Vec16 &part : parts) {
+        const uint16_t *at = KVC_SMEM(uint16_t) + row++ * Shape<HeadDim>::kRow + HeadDim;
+        part = *reinterpret_cast<const Vec16 *>(at);
+    }
+    Any value;
+    memcpy(&value, parts, sizeof value);
+    return value;
+}
+template <int HeadDim> KVC_DEVICE Tile kept_tile() { return kept<HeadDim, Tile>(0); }
+template <int HeadDim> KVC_DEVICE Sight kept_sight() {
+    return kept<HeadDim, Sight>(kTileParts + warp_id());
+}
 
 // The first token that a query at `position` can see, if the window is all that hides. Tokens and
 // what is between a token and a position fit 32 bits; a sum of two such need not.
 KVC_DEVICE int32_t lowest(const kvc_prefill_params &p, int32_t position) {
     const int32_t window = static_cast<int32_t>(p.window);
-    return window == 0 || position < window ? 0 : position - window + 1;
+    return position < window ? 0 : position - window + 1;
 }
 
 // Tiles that are set aside for the sequences before `seq`. Each has room for its own: with r rows
@@ -82,32 +133,37 @@ KVC_DEVICE uint32_t find_sequence(const kvc_prefill_params &p, uint32_t tile, ui
 // The tile of a block; false where there is none. The last rows of a sequence, which see the most
 // keys, come first.
 template <int Rows>
-KVC_DEVICE bool find_tile(const kvc_prefill_params &p, uint32_t work, Tile &u) {
+KVC_DEVICE bool find_tile(const kvc_prefill_params &p, Tile &u) {
     u.group = p.q_heads / p.kv_heads;
-    u.kv_head = work % p.kv_heads;
-    const uint32_t tile = work / p.kv_heads;
-    u.seq = find_sequence<Rows>(p, tile, u.group);
-    const int32_t begin = p.q_indptr[u.seq], end = p.q_indptr[u.seq + 1];
+    u.kv_head = block_x() % p.kv_heads;
+    const uint32_t tile = block_x() / p.kv_heads;
+    const uint32_t seq = find_sequence<Rows>(p, tile, u.group);
+    const int32_t begin = p.q_indptr[seq], end = p.q_indptr[seq + 1];
     const bool sound = begin >= 0 && end >= begin && static_cast<uint32_t>(end) <= p.q_tokens;
-    if (work == 0 && static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
+    if (block_x() == 0 && thread_x() == 0 &&
+        static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
         raise(p.error_flag, kFlagPosition);
     if (!sound) {
-        raise(p.error_flag, kFlagPosition);
+        if (thread_x() == 0) raise(p.error_flag, kFlagPosition);
         return false;
     }
     const uint32_t tokens = static_cast<uint32_t>(end - begin);
     u.first_q = static_cast<uint32_t>(begin);
     u.rows = tokens * u.group;
-    const uint64_t before = tiles_before<Rows>(p, u.seq, u.group);
+    const uint64_t before = tiles_before<Rows>(p, seq, u.group);
     const uint32_t count = (u.rows + Rows - 1) / Rows;
     if (tile < before || tile - before >= count) return false;
     u.begin = (count - 1 - static_cast<uint32_t>(tile - before)) * Rows;
-    const int32_t length = p.seq_lens[u.seq];
-    u.length = length > 0 ? length : 0;
-    u.offset = u.length - static_cast<int32_t>(tokens);
+    const int32_t given = p.seq_lens[seq], length = given > 0 ? given : 0;
+    u.offset = length - static_cast<int32_t>(tokens);
     const uint32_t last = u.begin + Rows < u.rows ? u.begin + Rows - 1 : u.rows - 1;
-    u.end = p.causal != 0 ? u.offset + static_cast<int32_t>(last / u.group) + 1 : u.length;
+    u.end = p.causal != 0 ? u.offset + static_cast<int32_t>(last / u.group) + 1 : length;
     u.first = lowest(p, u.offset + static_cast<int32_t>(u.begin / u.group));
+    const BlockTable table(p.table, p.table_indptr, p.table_stride, seq, p.block_tokens,
+                           p.num_blocks, p.error_flag);
+    u.entries = table.entries;
+    u.count = table.count;
+    u.shift = table.shift;
     return true;
 }
 
@@ -147,15 +203,22 @@ template <int HeadDim> struct Loader {
     static constexpr int kRow = Shape<HeadDim>::kRow, kChunks = Shape<HeadDim>::kChunks;
     static constexpr uint32_t kOwn = kKeys / kWarps;
 
-    uint16_t *k_tile, *v_tile;
-    // Of the tile looked up last: block and slot of token a + 4 (b mod 4) of the warp's, and which
-    // of the tile's tokens exist and can be read.
-    uint32_t block, slot;
-    uint64_t readable;
+    // What a thread knows of the tile looked up last: block and slot of token a + 4 (b mod 4) of the
+    // warp's, and which of the tile's tokens exist and can be read.
+    struct alignas(16) Places {
+        uint32_t block, slot;
+        uint64_t readable;
+    };
+    // They lie in shared memory too, behind the thread's own row of the keys and values.
+    KVC_DEVICE static Places places() {
+        return kept<HeadDim, Places>(Shape<HeadDim>::kRows + thread_x());
+    }
 
     // Looks up the tile that begins at `token`. Tokens that no row sees are not looked up: their
     // blocks may be gone.
-    KVC_DEVICE void look_up(const Tile &u, const BlockTable &table, int32_t token) {
+    KVC_DEVICE static void look_up(const kvc_prefill_params &p, const Tile &u, int32_t token) {
+        const BlockTable table(u.entries, u.count, u.shift, p.block_tokens, p.num_blocks,
+                               p.error_flag);
         uint32_t slots[2] = {0, 0};
         int32_t blocks[2] = {-1, -1};
 KVC_UNROLL
@@ -165,19 +228,22 @@ KVC_UNROLL
                 blocks[i] = table.find(own, slots[i]);
         }
         const uint32_t low = ballot(kFullMask, blocks[0] >= 0);
-        readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
+        Places to;
+        to.readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
         // The tokens of warps 0 and 1 are among the first 32, those of 2 and 3 among the others.
         const uint32_t from = warp_id() % 2 * kOwn + lane_id() / 8 + lane_id() % 4 * 4;
-        block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
-        slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
+        to.block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
+        to.slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
+        keep<HeadDim>(Shape<HeadDim>::kRows + thread_x(), to);
     }
 
-    KVC_DEVICE void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
-                         int64_t token_stride) const {
+    KVC_DEVICE static void copy(uint16_t *to, const void *rows, int64_t head, int64_t block_stride,
+                                int64_t token_stride) {
+        const Places which = places();
         const uint32_t row = warp_id() * kOwn + lane_id() / 8, chunk = lane_id() % 8;
         const int64_t own =
-            block == ~0u ? 0 : head + block * block_stride + slot * token_stride;
-        const uint32_t valid = static_cast<uint32_t>(readable >> row);
+            which.block == ~0u ? 0 : head + which.block * block_stride + which.slot * token_stride;
+        const uint32_t valid = static_cast<uint32_t>(which.readable >> row);
         const uint16_t *base = static_cast<const uint16_t *>(rows) + chunk * 8;
         uint16_t *at = to + row * kRow + chunk * 8;
 KVC_UNROLL
@@ -189,11 +255,11 @@ KVC_UNROLL
                     cp_async_16(at + i * 4 * kRow + j * 8, from + j * 8, (valid >> i * 4 & 1) != 0);
         }
     }
-    KVC_DEVICE void copy_keys(const kvc_prefill_params &p, const Tile &u) const {
-        copy(k_tile, p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
+    KVC_DEVICE static void copy_keys(const kvc_prefill_params &p, const Tile &u) {
+        copy(keys<HeadDim>(), p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
     }
-    KVC_DEVICE void copy_values(const kvc_prefill_params &p, const Tile &u) const {
-        copy(v_tile, p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
+    KVC_DEVICE static void copy_values(const kvc_prefill_params &p, const Tile &u) {
+        copy(values<HeadDim>(), p.v, u.kv_head * p.v_head, p.v_block, p.v_token);
     }
 };
 
@@ -212,22 +278,10 @@ template <int HeadDim> struct Warp {
     // Dot products, then scores, then weights of a tile's keys.
     using Scores = float[kStrips][kKeys / 8][4];
 
-    uint32_t first_row;         // packed
-    int32_t first, end;         // tokens that some row can see
-    int32_t all_first, all_end; // tokens that every row sees, if they can be read
     float m[kStrips][2], l[kStrips][2];
     float o[kStrips][HeadDim / 8][4];
 
-    KVC_DEVICE Warp(const kvc_prefill_params &p, const Tile &u) {
-        first_row = u.begin + warp_id() * S::kWarpRows;
-        const uint32_t end_row = first_row + S::kWarpRows;
-        const uint32_t last = (end_row < u.rows ? end_row : u.rows) - 1;
-        const int32_t low = u.offset + static_cast<int32_t>(first_row / u.group);
-        const int32_t high = u.offset + static_cast<int32_t>(last / u.group);
-        first = lowest(p, low);
-        end = first_row >= u.rows ? 0 : p.causal != 0 ? high + 1 : u.end;
-        all_first = lowest(p, high);
-        all_end = p.causal != 0 ? low + 1 : u.end;
+    KVC_DEVICE Warp() {
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             m[i / 2][i % 2] = -infinity();
@@ -239,17 +293,26 @@ KVC_UNROLL
                 for (int c = 0; c < 4; ++c) o[i][j][c] = 0.0f;
     }
 
-    // The packed row that this lane has in `half` of a strip, if `first` is the warp's first.
-    KVC_DEVICE static uint32_t row(uint32_t first, int strip, int half) {
-        return first + strip * 16 + half * 8 + lane_id() / 4;
+    KVC_DEVICE static uint32_t first_row(const Tile &u) {
+        return u.begin + warp_id() * S::kWarpRows;
     }
-    // Whether some row sees some key of the tile that begins at `token`, and whether every row sees
-    // every one that can be read.
-    KVC_DEVICE bool sees(int32_t token) const { return token < end && first - token < kKeys; }
-    KVC_DEVICE bool sees_all(int32_t token) const {
-        return token >= all_first && all_end - token >= kKeys;
+    // The packed row that this lane has in `half` of a strip.
+    KVC_DEVICE static uint32_t row(const Tile &u, int strip, int half) {
+        return first_row(u) + strip * 16 + half * 8 + lane_id() / 4;
     }
-
+    KVC_DEVICE static Sight sight(const kvc_prefill_params &p, const Tile &u) {
+        const uint32_t row = first_row(u), end = row + S::kWarpRows;
+        const uint32_t last = (end < u.rows ? end : u.rows) - 1;
+        const int32_t low = u.offset + static_cast<int32_t>(row / u.group);
+        const int32_t high = u.offset + static_cast<int32_t>(last / u.group);
+        Sight sight = {lowest(p, low), u.end, lowest(p, high), u.end};
+        if (p.causal != 0) {
+            sight.end = high + 1;
+            sight.all_end = low + 1;
+        }
+        if (row >= u.rows) sight.end = 0;
+        return sight;
+    }
     // Adds the dot products of the tile's keys.
     template <typename T> KVC_DEVICE void multiply(Scores &s, const uint16_t *queries, const uint16_t *keys) const {
         const uint32_t lane = lane_id();
@@ -276,25 +339,36 @@ KVC_UNROLL
         }
     }
 
-    // Makes scores of the dot products where they are more than these times a positive factor.
-    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token) const {
-        const float inverse = rcp_approx(p.softcap);
+    // Makes scores, in powers of two, of the dot products where they are more than these times a
+    // positive factor.
+    KVC_DEVICE void transform(Scores &s, const kvc_prefill_params &p, const Tile &u,
+                              int32_t token) const {
+        if (p.softcap != 0.0f) {
+            const float in = p.scale * rcp_approx(p.softcap), out = p.softcap * kLog2e;
+KVC_UNROLL
+            for (int i = 0; i < kStrips * kKeys / 2; ++i) {
+                float &x = s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4];
+                x = out * tanh_approx(x * in);
+            }
+        } else {
+            const float factor = p.scale * kLog2e;
+KVC_UNROLL
+            for (int i = 0; i < kStrips * kKeys / 2; ++i)
+                s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4] *= factor;
+        }
+        if (p.slopes == nullptr) return;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             const int strip = i / 2, half = i % 2;
-            const uint32_t own = row(first_row, strip, half), at = own / u.group;
+            const uint32_t own = row(u, strip, half), at = own / u.group;
             const uint32_t head = u.kv_head * u.group + (own - at * u.group);
-            const float slope = p.slopes != nullptr ? p.slopes[head] : 0.0f;
+            const float slope = p.slopes[head] * kLog2e;
             const int32_t position = u.offset + static_cast<int32_t>(at);
             const int32_t distance = token - position + static_cast<int32_t>(lane_id() % 4 * 2);
 KVC_UNROLL
-            for (int j = 0; j < kKeys / 8 * 2; ++j) {
-                float &x = s[strip][j / 2][half * 2 + j % 2];
-                x *= p.scale;
-                if (p.softcap != 0.0f) x = p.softcap * tanh_approx(x * inverse);
-                x += slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
-                x *= kLog2e;
-            }
+            for (int j = 0; j < kKeys / 8 * 2; ++j)
+                s[strip][j / 2][half * 2 + j % 2] +=
+                    slope * static_cast<float>(distance + j / 2 * 8 + j % 2);
         }
     }
 
@@ -305,7 +379,7 @@ KVC_UNROLL
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             const int32_t at =
-                u.offset + static_cast<int32_t>(row(first_row, i / 2, i % 2) / u.group);
+                u.offset + static_cast<int32_t>(row(u, i / 2, i % 2) / u.group);
             uint64_t seen = readable & ~keys_before(lowest(p, at) - token);
             if (p.causal != 0) seen &= keys_before(at - token + 1);
             seen >>= own;
@@ -384,7 +458,7 @@ KVC_UNROLL
     // that they leave in pieces of 16 bytes.
     KVC_DEVICE void finish(const kvc_prefill_params &p, const Tile &u) {
         const uint32_t lane = lane_id(), g = lane / 4, t = lane % 4;
-        first_row = u.begin + warp_id() * S::kWarpRows;
+        const uint32_t first = first_row(u);
         float *rows = KVC_SMEM(float) + warp_id() * S::kWarpRows * S::kRow;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
@@ -392,7 +466,7 @@ KVC_UNROLL
             float sum = l[strip][half];
             sum += shfl_xor(kFullMask, sum, 1);
             sum += shfl_xor(kFullMask, sum, 2);
-            const uint32_t own = row(first_row, strip, half), token = own / u.group;
+            const uint32_t own = row(u, strip, half), token = own / u.group;
             const uint32_t head = u.kv_head * u.group + (own - token * u.group);
             const bool has_sink = p.sinks != nullptr;
             const Finish f =
@@ -409,7 +483,7 @@ KVC_UNROLL
         sync_warp();
         for (uint32_t i = lane; i < S::kWarpRows * S::kChunks; i += 32) {
             const uint32_t own = i / S::kChunks, channel = i % S::kChunks * 8;
-            if (first_row + own >= u.rows) continue;
+            if (first + own >= u.rows) continue;
             const Vec16 *from = reinterpret_cast<const Vec16 *>(rows + own * S::kRow + channel);
             const Vec16 low = from[0], high = from[1];
             Chunk c;
@@ -417,7 +491,7 @@ KVC_UNROLL
                 c.x[j] = as_float(low.word[j]);
                 c.x[4 + j] = as_float(high.word[j]);
             }
-            store_chunk(p.out, row_start(u, first_row + own, p.out_row, p.out_head) + channel,
+            store_chunk(p.out, row_start(u, first + own, p.out_row, p.out_head) + channel,
                         p.out_dtype, c);
         }
     }
@@ -430,58 +504,55 @@ KVC_UNROLL
 template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_params &p) {
     using S = Shape<HeadDim>;
     Tile u;
-    if (!find_tile<S::kRows>(p, block_x(), u)) return;
-    uint16_t *queries = KVC_SMEM(uint16_t);
-    Loader<HeadDim> loader;
-    loader.k_tile = queries + S::kRows * S::kRow;
-    loader.v_tile = loader.k_tile + kKeys * S::kRow;
-    const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
-                           p.num_blocks, p.error_flag);
-    const bool plain = p.softcap == 0.0f && p.slopes == nullptr && p.scale > 0.0f;
-    const float factor = plain ? p.scale * kLog2e : 1.0f;
-    Warp<HeadDim> warp(p, u);
+    if (!find_tile<S::kRows>(p, u)) return;
+    using Loader = prefill::Loader<HeadDim>;
+    Warp<HeadDim> warp;
 
-    load_queries<T, HeadDim>(p, u, queries);
+    if (thread_x() == 0) keep<HeadDim>(0, u);
+    if (lane_id() == 0) keep<HeadDim>(kTileParts + warp_id(), warp.sight(p, u));
+    load_queries<T, HeadDim>(p, u, KVC_SMEM(uint16_t));
     int32_t token = u.first / kKeys * kKeys;
-    bool more = token < u.end;
+    bool more = uniform(token < u.end);
     if (more) {
-        loader.look_up(u, table, token);
-        loader.copy_keys(p, u);
+        Loader::look_up(p, u, token);
+        Loader::copy_keys(p, u);
     }
     cp_async_commit();
     while (more) {
-        const bool sees = warp.sees(token);
         // The keys are there, and all warps are done with the values of the tile before.
         cp_async_wait<0>();
         sync_threads();
-        loader.copy_values(p, u);
+        const bool sees = uniform(kept_sight<HeadDim>().some(token));
+        Loader::copy_values(p, kept_tile<HeadDim>());
         cp_async_commit();
         // Zeros in either case, as otherwise the scores of the tile before would be kept.
         typename Warp<HeadDim>::Scores s = {};
         if (sees) {
-            warp.template multiply<T>(s, queries, loader.k_tile);
-            if (!plain) warp.transform(s, p, u, token);
-            if (loader.readable != kAllKeys || !warp.sees_all(token))
-                warp.mask(s, p, u, token, loader.readable);
+            warp.template multiply<T>(s, KVC_SMEM(uint16_t), keys<HeadDim>());
+            if (p.transform != 0) warp.transform(s, p, kept_tile<HeadDim>(), token);
+            const uint64_t readable = Loader::places().readable;
+            if (uniform(readable != kAllKeys || !kept_sight<HeadDim>().all(token)))
+                warp.mask(s, p, kept_tile<HeadDim>(), token, readable);
         }
-        more = u.end - token > kKeys;
-        if (more) loader.look_up(u, table, token + kKeys);
+        const Tile again = kept_tile<HeadDim>();
+        more = uniform(again.end - token > kKeys);
+        if (more) Loader::look_up(p, again, token + kKeys);
         // The values are there, and all warps are done with the keys.
         cp_async_wait<0>();
         sync_threads();
-        if (more) loader.copy_keys(p, u);
+        if (more) Loader::copy_keys(p, kept_tile<HeadDim>());
         cp_async_commit();
         if (sees) {
-            warp.weigh(s, factor);
-            warp.template add<T>(s, loader.v_tile);
+            warp.weigh(s, p.factor);
+            warp.template add<T>(s, values<HeadDim>());
         }
         if (more) token += kKeys;
     }
     cp_async_wait<0>();
     sync_threads();
-    // Found again, so that what only the end needs takes no registers until then.
-    Tile again;
-    if (find_tile<S::kRows>(p, block_x(), again)) warp.finish(p, again);
+    const Tile again = kept_tile<HeadDim>();
+    sync_threads(); // before the rows of the first warp take its place
+    warp.finish(p, again);
 }
 
 } // namespace kvc::prefill

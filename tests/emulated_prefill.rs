@@ -8,7 +8,7 @@ use device::{Rng, Values};
 use kvcache::dtype::DType;
 use kvcache::emu::{Buffer, Fibers, Options, Schedule, launch};
 use kvcache::kernels::params::{In, Out, PrefillParams};
-use kvcache::kernels::{PrefillBounds, prefill_info, prefill_launch};
+use kvcache::kernels::{PrefillBounds, prefill_launch};
 
 /// What the device holds after a call.
 struct Got {
@@ -24,13 +24,15 @@ struct Call {
     /// Row of the inputs that is row 0 of the call.
     first_row: usize,
     q_tokens: u32,
+    /// The id of the first block that exists in memory; the tables' ids count from it.
+    first_block: i32,
 }
 
 impl Call {
     fn whole(inputs: &Paged) -> Self {
         let q_indptr = inputs.q_indptr.clone();
         let q_tokens = q_indptr[q_indptr.len() - 1].max(1) as u32;
-        Call { q_indptr, lens: inputs.lens.clone(), first_row: 0, q_tokens }
+        Call { q_indptr, lens: inputs.lens.clone(), first_row: 0, q_tokens, first_block: 0 }
     }
 
     fn run(&self, inputs: &Paged) -> Got {
@@ -47,15 +49,20 @@ impl Call {
         fn given<T>(on: bool, buffer: &Buffer) -> In<T> {
             In::at(if on { buffer.address() } else { 0 })
         }
+        let absent = self.first_block as u64 * (inputs.strides.block * 2) as u64;
+        let ids: Vec<i32> = inputs.table.read();
+        let table =
+            Buffer::of(&ids.iter().map(|id| id.wrapping_add(self.first_block)).collect::<Vec<_>>());
+        let table = table.unwrap();
         let skipped = (self.first_row * row) as u64 * u64::from(case.q_dtype.bytes());
         let mut params = PrefillParams {
             q: In::at(inputs.q.address() + skipped),
-            k: In::at(inputs.k.address()),
-            v: In::at(inputs.v.address()),
+            k: In::at(inputs.k.address().wrapping_sub(absent)),
+            v: In::at(inputs.v.address().wrapping_sub(absent)),
             out: Out::at(out.address()),
             lse: Out::at(lse.address()),
             q_indptr: In::at(q_indptr.address()),
-            table: In::at(inputs.table.address()),
+            table: In::at(table.address()),
             table_indptr: given(case.csr, &inputs.table_indptr),
             seq_lens: In::at(seq_lens.address()),
             sinks: given(case.sinks, &sinks),
@@ -74,7 +81,7 @@ impl Call {
             table_stride: inputs.table_stride,
             causal: u32::from(case.causal),
             block_tokens: case.block_tokens as u32,
-            num_blocks: inputs.num_blocks as u32,
+            num_blocks: (inputs.num_blocks as i32 + self.first_block) as u32,
             window: case.window.unwrap_or(0),
             q_dtype: case.q_dtype.id(),
             out_dtype: case.out_dtype.id(),
@@ -256,6 +263,7 @@ fn a_prompt_has_the_same_bits_in_chunks_and_alone() {
                 lens: vec![5, (case.lengths[1].1 - rows + end) as i32],
                 first_row: first + begin,
                 q_tokens: (end - begin) as u32,
+                ..Call::whole(&inputs)
             };
             let got = call.run(&inputs).out.buffer.read::<u16>();
             let want = &whole[(first + begin) * row..(first + end) * row];
@@ -286,57 +294,26 @@ fn a_launch_serves_smaller_calls_and_flags_larger_ones() {
 }
 
 #[test]
-fn a_launch_needs_sound_arguments() {
-    let case = Case::default();
-    let sound = PrefillBounds { q_tokens: 79, ..bounds(&case) };
-    let info = prefill_info(&sound).unwrap();
-    assert_eq!(info.kernel.name, "kvc_prefill_f16_d64");
-    assert_eq!((info.grid, info.shared_bytes), ([(79 * 2 / 128 + 5) * 2, 1, 1], 256 * 72 * 2));
-    for bad in [
-        PrefillBounds { head_dim: 72, ..sound },
-        PrefillBounds { cache: DType::F32, ..sound },
-        PrefillBounds { q_heads: 5, ..sound },
-        PrefillBounds { q_heads: 0, ..sound },
-        PrefillBounds { kv_heads: 0, ..sound },
-        PrefillBounds { batch: 0, ..sound },
-        PrefillBounds { batch: u32::MAX, ..sound },
-        PrefillBounds { q_tokens: 0, ..sound },
-        PrefillBounds { q_tokens: u32::MAX, ..sound },
-        PrefillBounds { q_heads: 65536, kv_heads: 65536, q_tokens: 1 << 30, ..sound },
-    ] {
-        assert!(prefill_info(&bad).is_err(), "{bad:?}");
+fn sequences_are_found_in_any_batch() {
+    // Up to 32 sequences are searched in one step, up to 1024 in two.
+    for batch in [2, 31, 32, 33, 70, 1030] {
+        let rows = |i| if batch < 100 || i % 97 == 0 { i * 7 % 5 } else { 0 };
+        let lengths = (0..batch).map(|i| (rows(i), 5 + i % 3)).collect();
+        assert_eq!(check(Case { lengths, q_heads: 1, kv_heads: 1, ..Case::default() }), 0);
     }
-    let params = PrefillParams {
-        q: In::at(256),
-        k: In::at(256),
-        v: In::at(256),
-        out: Out::at(256),
-        q_indptr: In::at(256),
-        table: In::at(256),
-        seq_lens: In::at(256),
-        block_tokens: 16,
-        q_dtype: 1,
-        out_dtype: 2,
-        q_row: 4,
-        out_row: 8,
-        ..PrefillParams::default()
-    };
-    let mut filled = PrefillParams { window: 1 << 31, ..params };
-    assert_eq!(prefill_launch(&sound, &mut filled), Ok(info));
-    let p = &filled;
-    assert_eq!((p.batch, p.q_tokens, p.q_heads, p.kv_heads, p.window), (5, 79, 4, 2, 0));
-    for mut bad in [
-        PrefillParams { q: In::NULL, ..params },
-        PrefillParams { seq_lens: In::NULL, ..params },
-        PrefillParams { k: In::at(264), ..params },
-        PrefillParams { q_row: 2, ..params },
-        PrefillParams { out_row: 4, ..params },
-        PrefillParams { v_token: 4, ..params },
-        PrefillParams { block_tokens: 0, ..params },
-        PrefillParams { q_dtype: 9, ..params },
-    ] {
-        assert!(prefill_launch(&sound, &mut bad).is_err(), "{bad:?}");
-    }
+    // Many tiles of one sequence among small ones.
+    let lengths = vec![(1, 4), (0, 0), (300, 20), (0, 9), (2, 9)];
+    assert_eq!(check(Case { lengths, q_heads: 3, kv_heads: 1, ..Case::default() }), 0);
+}
+
+#[test]
+fn offsets_past_32_bits() {
+    let inputs = Paged::new(Case { lengths: vec![(20, 70), (3, 3)], ..Case::default() });
+    // 2048 elements a block: the first that exists lies 2^33 bytes behind the base.
+    let first_block = 1 << 21;
+    let got = Call { first_block, ..Call::whole(&inputs) }.run(&inputs);
+    inputs.compare(&got.out, &got.lse);
+    assert_eq!(got.flag, 0);
 }
 
 #[test]

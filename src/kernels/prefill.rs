@@ -112,8 +112,8 @@ pub fn prefill_info(bounds: &PrefillBounds) -> Result<Launch> {
 ///
 /// # Errors
 /// Those of [`prefill_info`]; `NullPointer` for a missing address that is not optional;
-/// `InvalidArgument` for no block size, an unknown type, or rows that do not begin at multiples of
-/// 16 bytes.
+/// `InvalidArgument` for no block size, an unknown type, a scale or soft-cap that is not finite, a
+/// negative soft-cap, or rows that do not begin at multiples of 16 bytes.
 pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Result<Launch> {
     let launch = prefill_info(bounds)?;
     let p = params;
@@ -146,11 +146,119 @@ pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Res
     if let Some(&(what, _)) = needed.iter().find(|(_, address)| *address == 0) {
         return Err(Error::NullPointer { what });
     }
-    // No context is as long as such a window.
-    p.window = if i32::try_from(p.window).is_ok() { p.window } else { 0 };
+    if !p.scale.is_finite() || !p.softcap.is_finite() || p.softcap < 0.0 {
+        return Err(Error::invalid("scale, softcap", "must be finite, the latter not negative"));
+    }
+    // No context is longer than this.
+    const NO_WINDOW: u32 = i32::MAX.unsigned_abs();
+    p.window = if p.window == 0 { NO_WINDOW } else { p.window.min(NO_WINDOW) };
+    let plain = p.softcap == 0.0 && p.slopes.0 == 0 && p.scale > 0.0;
+    p.transform = u32::from(!plain);
+    p.factor = if plain { p.scale * core::f32::consts::LOG2_E } else { 1.0 };
     p.batch = bounds.batch;
     p.q_tokens = bounds.q_tokens;
     p.q_heads = bounds.q_heads;
     p.kv_heads = bounds.kv_heads;
     Ok(launch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::params::{In, Out};
+
+    fn sound() -> PrefillBounds {
+        PrefillBounds {
+            cache: DType::F16,
+            head_dim: 64,
+            q_heads: 4,
+            kv_heads: 2,
+            batch: 5,
+            q_tokens: 79,
+        }
+    }
+
+    #[test]
+    fn a_launch_says_what_will_run() {
+        let info = prefill_info(&sound()).unwrap();
+        assert_eq!((info.kernel.name, info.kernel.threads), ("kvc_prefill_f16_d64", 128));
+        // 158 rows are one whole tile of 128, and each sequence may have a part of one.
+        assert_eq!((info.grid, info.shared_bytes), ([(1 + 5) * 2, 1, 1], 256 * 72 * 2));
+        // The largest dimension fits the 99 KiB that a block may have on the smallest devices.
+        for (head_dim, rows) in [(80, 128), (96, 128), (128, 128), (192, 64), (256, 64)] {
+            let info = prefill_info(&PrefillBounds { head_dim, ..sound() }).unwrap();
+            assert_eq!(info.grid[0], (158 / rows + 5) * 2);
+            assert!(info.shared_bytes <= 99 << 10, "{info:?}");
+        }
+    }
+
+    #[test]
+    fn bounds_outside_the_ranges_are_refused() {
+        for bad in [
+            PrefillBounds { head_dim: 72, ..sound() },
+            PrefillBounds { cache: DType::F32, ..sound() },
+            PrefillBounds { q_heads: 5, ..sound() },
+            PrefillBounds { q_heads: 0, ..sound() },
+            PrefillBounds { q_heads: 1 << 17, ..sound() },
+            PrefillBounds { kv_heads: 0, ..sound() },
+            PrefillBounds { batch: 0, ..sound() },
+            PrefillBounds { batch: u32::MAX, ..sound() },
+            PrefillBounds { q_tokens: 0, ..sound() },
+            PrefillBounds { q_tokens: u32::MAX, ..sound() },
+            PrefillBounds { q_heads: 65536, kv_heads: 65536, q_tokens: 1 << 30, ..sound() },
+        ] {
+            assert!(prefill_info(&bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_launch_needs_sound_parameters() {
+        let params = PrefillParams {
+            q: In::at(256),
+            k: In::at(256),
+            v: In::at(256),
+            out: Out::at(256),
+            q_indptr: In::at(256),
+            table: In::at(256),
+            seq_lens: In::at(256),
+            block_tokens: 16,
+            q_dtype: DType::F32.id(),
+            out_dtype: DType::F16.id(),
+            q_row: 4,
+            out_row: 8,
+            scale: 0.5,
+            ..PrefillParams::default()
+        };
+        let mut p = params;
+        assert_eq!(prefill_launch(&sound(), &mut p), prefill_info(&sound()));
+        assert_eq!((p.batch, p.q_tokens, p.q_heads, p.kv_heads), (5, 79, 4, 2));
+        assert_eq!((p.window, p.transform), (i32::MAX as u32, 0));
+        assert!(p.factor > 0.72 && p.factor < 0.73, "{}", p.factor);
+        for mut special in [
+            PrefillParams { softcap: 1.0, ..params },
+            PrefillParams { slopes: In::at(256), ..params },
+            PrefillParams { scale: -0.5, ..params },
+            PrefillParams { scale: 0.0, window: 1 << 31, ..params },
+        ] {
+            prefill_launch(&sound(), &mut special).unwrap();
+            assert_eq!((special.transform, special.factor), (1, 1.0));
+            assert_eq!(special.window, i32::MAX as u32);
+        }
+        for mut bad in [
+            PrefillParams { q: In::NULL, ..params },
+            PrefillParams { seq_lens: In::NULL, ..params },
+            PrefillParams { k: In::at(264), ..params },
+            PrefillParams { q_row: 2, ..params },
+            PrefillParams { out_row: 4, ..params },
+            PrefillParams { v_token: 4, ..params },
+            PrefillParams { block_tokens: 0, ..params },
+            PrefillParams { q_dtype: 9, ..params },
+            PrefillParams { scale: f32::NAN, ..params },
+            PrefillParams { scale: f32::INFINITY, ..params },
+            PrefillParams { softcap: -1.0, ..params },
+            PrefillParams { softcap: f32::INFINITY, ..params },
+        ] {
+            assert!(prefill_launch(&sound(), &mut bad).is_err(), "{bad:?}");
+        }
+    }
 }

@@ -68,7 +68,7 @@ device_struct! {
         block_tokens: u32,
         /// Blocks that exist.
         num_blocks: u32,
-        /// Sliding window in tokens, below 2^31; 0 for none.
+        /// Sliding window in tokens; 0 for none, which the kernel gets as 2^31 - 1.
         window: u32,
         /// Type id of `q`.
         q_dtype: u32,
@@ -78,5 +78,10 @@ device_struct! {
         scale: f32,
         /// Logit soft-cap; 0 for none.
         softcap: f32,
+        /// What turns `scores` into powers of two. Set by the launch.
+        factor: f32,
+        /// 1 where scores are more than dot products times a positive factor, else 0. Set by the
+        /// launch.
+        transform: u32,
     }
 }
