@@ -4,7 +4,7 @@
 // A detector that fires writes one line of text and leaves the launch; the fibers of the block are
 // abandoned where they stand. A bad memory access of a kernel is caught as a signal: allocations
 // and shared memory end at unmapped pages. The definitions of the warp primitives are in warp.cpp,
-// of asynchronous copies in async.cpp.
+// of asynchronous copies in async.cpp, of a warpgroup's products in wgmma.cpp.
 #include "block.hpp"
 #include "memory.hpp"
 
@@ -247,12 +247,15 @@ void run_block(Block &b) {
     // What the hardware would still bring after the last thread is of no use, and is a bug.
     if (!b.bulk.empty())
         fault(Fault::protocol, &b.bulk.front().site, "a bulk copy nobody waited for");
+    check_products(b);
 }
 
 void start_block(Block &b) {
     memset(b.shared, 0xff, b.shared_bytes);
     b.done = 0;
     b.bulk.clear();
+    b.products.assign((b.threads.size() + 31) / 32, {});
+    b.async_view.assign(b.shared_bytes, 0xff);
     memset(b.barriers, 0, sizeof b.barriers);
     for (Thread &thread : b.threads) {
         thread.wait = Wait::none;

@@ -39,12 +39,22 @@ enum class Fault : int32_t {
 enum class Op : uint8_t {
     sync, ballot, shfl, shfl_up, shfl_down, shfl_xor,
     ldmatrix, ldmatrix_trans, movmatrix_trans, mma_f16, mma_bf16,
+    wgmma, wgmma_fence, wgmma_commit, wgmma_wait,
 };
 
 // The words a lane brings to a primitive and takes from it.
 struct Words {
     uint32_t in[10];
     uint32_t out[4];
+};
+
+// A product of a warpgroup as one thread starts it; wgmma.cuh says what the fields mean.
+struct Product {
+    float *d;
+    uint32_t columns;
+    bool bf16, a_shared, a_mn, b_mn, add;
+    uint32_t a[4];
+    uint64_t a_desc, b_desc;
 };
 
 uint32_t thread_x();
@@ -77,6 +87,14 @@ void mbar_init(uint64_t *bar, uint32_t count, const Site &site);
 void mbar_arrive(uint64_t *bar, uint32_t expect_bytes, const Site &site);
 void mbar_wait(uint64_t *bar, uint32_t parity, const Site &site);
 void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, const Site &site);
+
+// What wgmma.cuh is made of: `product` for Op::wgmma, `left` for Op::wgmma_wait.
+void warpgroup(Op op, const Product *product, uint32_t left, const Site &site);
+void fence_async();
+// The address of shared memory that a descriptor holds.
+inline uint64_t shared_offset(const void *at) {
+    return static_cast<uint64_t>(static_cast<const unsigned char *>(at) - shared_base());
+}
 
 // Round to nearest even, subnormals kept, as cvt.rn does.
 uint16_t f32_to_f16(float value);
