@@ -26,7 +26,8 @@
 namespace kvc {
 
 #ifndef KVC_EMULATE
-extern __shared__ __align__(128) unsigned char kvc_shared[];
+// What the widest swizzle of a warpgroup's operands wants.
+extern __shared__ __align__(1024) unsigned char kvc_shared[];
 #endif
 
 constexpr uint32_t kFullMask = 0xffffffffu;

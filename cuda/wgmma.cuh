@@ -104,50 +104,50 @@ KVC_DEVICE void wgmma_op(float *d, emu::Product product, const emu::Site &site) 
 }
 #elif defined(KVC_WGMMA)
 // Lists of registers and of operands, ten and eight at a time.
-#define KVC_T10(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
-#define KVC_T40 KVC_T10("") "," KVC_T10("1") "," KVC_T10("2") "," KVC_T10("3")
-#define KVC_T120                                                                         \
-    KVC_T40 "," KVC_T10("4") "," KVC_T10("5") "," KVC_T10("6") "," KVC_T10("7") "," KVC_T10("8") \
-        "," KVC_T10("9") "," KVC_T10("10") "," KVC_T10("11")
+#define KVC_T10(t)                                                                       \
+    "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
+#define KVC_T30 KVC_T10("") "," KVC_T10("1") "," KVC_T10("2")
+#define KVC_T60 KVC_T30 "," KVC_T10("3") "," KVC_T10("4") "," KVC_T10("5")
+#define KVC_T90 KVC_T60 "," KVC_T10("6") "," KVC_T10("7") "," KVC_T10("8")
+#define KVC_T120 KVC_T90 "," KVC_T10("9") "," KVC_T10("10") "," KVC_T10("11")
 #define KVC_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define KVC_F8(i) KVC_F4(i), KVC_F4(i + 4)
 #define KVC_F32(i) KVC_F8(i), KVC_F8(i + 8), KVC_F8(i + 16), KVC_F8(i + 24)
-#define KVC_F128 KVC_F32(0), KVC_F32(32), KVC_F32(64), KVC_F32(96)
-// The arguments of the two below for each width.
+// For each width: itself, its registers, their operands.
 #define KVC_N8 8, "%0,%1,%2,%3", (KVC_F4(0))
 #define KVC_N16 16, "%0,%1,%2,%3,%4,%5,%6,%7", (KVC_F8(0))
 #define KVC_N32 32, KVC_T10("") ",%10,%11,%12,%13,%14,%15", (KVC_F8(0), KVC_F8(8))
-#define KVC_N64 64, KVC_T10("") "," KVC_T10("1") "," KVC_T10("2") ",%30,%31", (KVC_F32(0))
-#define KVC_N128 128, KVC_T40 "," KVC_T10("4") "," KVC_T10("5") ",%60,%61,%62,%63", (KVC_F32(0), KVC_F32(32))
-#define KVC_N256 256, KVC_T120 ",%120,%121,%122,%123,%124,%125,%126,%127", (KVC_F128)
+#define KVC_N64 64, KVC_T30 ",%30,%31", (KVC_F32(0))
+#define KVC_N128 128, KVC_T60 ",%60,%61,%62,%63", (KVC_F32(0), KVC_F32(32))
+#define KVC_N256                                                                         \
+    256, KVC_T120 ",%120,%121,%122,%123,%124,%125,%126,%127",                            \
+        (KVC_F32(0), KVC_F32(32), KVC_F32(64), KVC_F32(96))
 #define KVC_OPEN(...) __VA_ARGS__
-#define KVC_TEXT(n, type) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"
-// A and B in shared memory; s, ta and tb follow them.
-#define KVC_SHARED_(n, D, F, type, a, b, s, ta, tb)                                      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\n" KVC_TEXT(n, type) D     \
-                 "}, %" a ", %" b ", p, 1, 1, %" ta ", %" tb ";\n}"                      \
+#define KVC_OPCODE(n, type) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type
+// A and B in shared memory: the numbers of both descriptors, of `add` and of both majors.
+#define KVC_SHARED(n, D, F, type, a, b, s, ta, tb)                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\n" KVC_OPCODE(n, type)     \
+                 " {" D "}, %" a ", %" b ", p, 1, 1, %" ta ", %" tb ";\n}"               \
                  : KVC_OPEN F                                                            \
-                 : "l"(a_desc), "l"(b_desc), "r"(static_cast<uint32_t>(add)), "n"(int(AMajor)), "n"(int(BMajor)) \
+                 : "l"(a_desc), "l"(b_desc), "r"(static_cast<uint32_t>(add)),            \
+                   "n"(int(AMajor)), "n"(int(BMajor))                                    \
                  : "memory")
 // A in four registers.
-#define KVC_REGISTERS_(n, D, F, type, a0, a1, a2, a3, b, s, tb)                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\n" KVC_TEXT(n, type) D     \
-                 "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b ", p, 1, 1, %" tb ";\n}"    \
+#define KVC_REGISTERS(n, D, F, type, a0, a1, a2, a3, b, s, tb)                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\n" KVC_OPCODE(n, type)     \
+                 " {" D "}, {%" a0 ",%" a1 ",%" a2 ",%" a3 "}, %" b                      \
+                 ", p, 1, 1, %" tb ";\n}"                                                \
                  : KVC_OPEN F                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(static_cast<uint32_t>(add)),    \
-                   "n"(int(BMajor))                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc),              \
+                   "r"(static_cast<uint32_t>(add)), "n"(int(BMajor))                     \
                  : "memory")
-#define KVC_SHARED(...) KVC_SHARED_(__VA_ARGS__)
-#define KVC_REGISTERS(...) KVC_REGISTERS_(__VA_ARGS__)
-#define KVC_EITHER(Kind, ...)                                                            \
+// One of them for the type T; the first argument is a width's three.
+#define KVC_EITHER(Kind, Width, ...)                                                     \
     do {                                                                                 \
-        if constexpr (T::id == kBf16) Kind(KVC_FIRST3(__VA_ARGS__), "bf16", KVC_REST3(__VA_ARGS__)); \
-        else Kind(KVC_FIRST3(__VA_ARGS__), "f16", KVC_REST3(__VA_ARGS__));               \
+        if constexpr (T::id == kBf16) KVC_CALL(Kind, Width, "bf16", __VA_ARGS__);        \
+        else KVC_CALL(Kind, Width, "f16", __VA_ARGS__);                                  \
     } while (0)
-#define KVC_FIRST3(...) KVC_FIRST3_(__VA_ARGS__)
-#define KVC_FIRST3_(x, y, z, ...) x, y, z
-#define KVC_REST3(...) KVC_REST3_(__VA_ARGS__)
-#define KVC_REST3_(x, y, z, ...) __VA_ARGS__
+#define KVC_CALL(Kind, ...) Kind(__VA_ARGS__)
 #endif
 
 // d = A B, plus d where `add`: A 64x16 and B 16xN in shared memory. A thread has, for each 8

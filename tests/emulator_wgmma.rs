@@ -76,7 +76,7 @@ impl Layout {
             return group * 128 + across % 8 * 16 + along % 8 * 2;
         }
         let strip = along * 2 / w * (if self.k_major { rows } else { DEPTH }) * w;
-        let chunk = along * 2 % w / 16 ^ across * w / 128 % (w / 16);
+        let chunk = (along * 2 % w / 16) ^ (across * w / 128 % (w / 16));
         strip + across * w + chunk * 16 + along % 8 * 2
     }
 }

@@ -4,8 +4,9 @@
 // Blocks run one after another on the calling OS thread, each CUDA thread as a fiber that gives way
 // only at a synchronising instruction. Nothing here models time or weak memory order: a write is seen
 // by everybody at once, and every warp primitive, a matrix load too, brings its lanes together. So a
-// kernel that is right here can still lack a fence or a sync_warp before one of those. A kernel must
-// not wait for another block to act.
+// kernel that is right here can still lack a fence or a sync_warp before one of those. Only the fence
+// between ordinary writes and a warpgroup's products is modelled. A kernel must not wait for another
+// block to act.
 // State and scheduling are in driver.cpp; this file is included by every emulated kernel.
 #pragma once
 #include <math.h>
