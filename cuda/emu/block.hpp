@@ -95,7 +95,7 @@ struct Block {
     std::vector<WarpProducts> products; // by warp
     // Shared memory as asynchronous readers see it under the forward schedule.
     std::vector<unsigned char> async_view;
-    std::vector<Range> ranges;
+    const std::vector<Range> *ranges = nullptr; // of device memory, by address
     Schedule schedule = Schedule::forward;
     bool assembly = false;
     std::mt19937_64 random;
@@ -107,6 +107,12 @@ struct Block {
 
 extern thread_local Block *block;
 extern thread_local Thread *self;
+
+// Makes a block ready to run from its beginning; runs it to its end or to the first fault.
+void start_block(Block &b);
+void run_block(Block &b);
+// Once a process: what turns a signal in a kernel into a fault.
+void install_handlers();
 
 // Leaves this thread until what it waits for has happened.
 void wait_here(Wait why, const Site &site);

@@ -1,13 +1,13 @@
 // What a kernel compiled by the host compiler sees of the emulator: its thread, its block, shared
 // memory, and the primitives that the emulated bodies in ptx.cuh are made of.
 //
-// Blocks run one after another on the calling OS thread, each CUDA thread as a fiber that gives way
+// Blocks run one after another, or spread over OS threads, each CUDA thread as a fiber that gives way
 // only at a synchronising instruction. Nothing here models time or weak memory order: a write is seen
 // by everybody at once, and every warp primitive, a matrix load too, brings its lanes together. So a
 // kernel that is right here can still lack a fence or a sync_warp before one of those. Only the fence
 // between ordinary writes and a warpgroup's products is modelled. A kernel must not wait for another
 // block to act.
-// State and scheduling are in driver.cpp; this file is included by every emulated kernel.
+// Scheduling is in driver.cpp, launches in launch.cpp; this file is included by every emulated kernel.
 #pragma once
 #include <math.h>
 #include <stddef.h>

@@ -130,6 +130,25 @@ KVC_KERNEL(kvc_probe_convert, kvc_probe_params, 32, 1) {
 
 #ifdef KVC_EMULATE
 
+// Each block counts itself and looks, up to n times, for another one: it can only be there while
+// this block runs if blocks run side by side. Then every thread writes a word of its own, drawn by
+// the order in which the schedule runs the block's threads.
+KVC_KERNEL(kvc_probe_blocks, kvc_probe_params, 64, 1) {
+    uint32_t *shared = KVC_SMEM(uint32_t);
+    const uint32_t t = thread_x();
+    if (t == 0) {
+        uint32_t here = atomic_add(p.out, 1) + 1;
+        for (uint32_t i = 0; i < p.n && here < 2; ++i) here = atomic_add(p.out, 0);
+        atomic_max(p.out + 1, here);
+    }
+    shared[0] = 0;
+    sync_threads();
+    shared[0] = shared[0] * 33 + t;
+    p.out[2 + block_x() * 64 + t] = shared[0];
+    sync_threads();
+    if (t == 0) atomic_add(p.out, ~0u);
+}
+
 static int recurse(volatile uint32_t *depth) {
     volatile char hold[4096];
     hold[0] = static_cast<char>(*depth);
@@ -267,6 +286,7 @@ const Kernel probes[] = {
     KVC_PROBE(kvc_probe_warp) KVC_PROBE(kvc_probe_ldmatrix) KVC_PROBE(kvc_probe_mma)
     KVC_PROBE(kvc_probe_cp_async) KVC_PROBE(kvc_probe_bulk) KVC_PROBE(kvc_probe_atomics)
     KVC_PROBE(kvc_probe_convert) KVC_PROBE(kvc_probe_bug)
+    KVC_PROBE(kvc_probe_blocks)
     KVC_PROBE(kvc_probe_wgmma) KVC_PROBE(kvc_probe_wgmma_bug) {nullptr, 0, 0, nullptr},
 };
 } // namespace kvc::emu
