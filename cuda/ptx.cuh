@@ -26,7 +26,8 @@
 namespace kvc {
 
 #ifndef KVC_EMULATE
-extern __shared__ __align__(128) unsigned char kvc_shared[];
+// What the widest swizzle of a warpgroup's operands wants.
+extern __shared__ __align__(1024) unsigned char kvc_shared[];
 #endif
 
 constexpr uint32_t kFullMask = 0xffffffffu;
@@ -152,25 +153,23 @@ KVC_DEVICE int64_t shfl_of_8(uint32_t mask, int64_t value, uint32_t from KVC_SIT
 KVC_DEVICE uint32_t atomic_add(uint32_t *at, uint32_t value KVC_SITE) {
     emu::preempt();
     emu::check_global(at, 4, 4, site);
-    const uint32_t old = *at;
-    *at = old + value;
-    return old;
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 KVC_DEVICE uint32_t atomic_or(uint32_t *at, uint32_t value KVC_SITE) {
     emu::preempt();
     emu::check_global(at, 4, 4, site);
-    const uint32_t old = *at;
-    *at = old | value;
-    return old;
+    return __atomic_fetch_or(at, value, __ATOMIC_RELAXED);
 }
 KVC_DEVICE uint32_t atomic_max(uint32_t *at, uint32_t value KVC_SITE) {
     emu::preempt();
     emu::check_global(at, 4, 4, site);
-    const uint32_t old = *at;
-    *at = old > value ? old : value;
+    uint32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED,
+                                                       __ATOMIC_RELAXED)) {
+    }
     return old;
 }
-KVC_DEVICE void fence_device() {}
+KVC_DEVICE void fence_device() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #else
 KVC_DEVICE uint32_t atomic_add(uint32_t *at, uint32_t value) { return atomicAdd(at, value); }
 KVC_DEVICE uint32_t atomic_or(uint32_t *at, uint32_t value) { return atomicOr(at, value); }

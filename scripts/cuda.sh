@@ -57,7 +57,9 @@ for arch in "${archs[@]}"; do
     for source in cuda/*.cu; do echo "$source $arch"; done
 done | xargs -P "$(nproc)" -L 1 bash -c 'build "$0" "$1"' || exit 1
 # The emulator's sound probes must be valid device code too: a GPU can run them.
-nvcc -cubin -std=c++17 -O3 -arch=sm_90a cuda/emu/probes.cu -o "$out/probes.cubin"
+for source in cuda/emu/probes*.cu; do
+    nvcc -cubin -std=c++17 -O3 -arch=sm_90a "$source" -o "$out/probes.cubin"
+done
 
 {
     echo "# Written by scripts/cuda.sh --write with nvcc $(nvcc --version | sed -n 's/.* V//p')."

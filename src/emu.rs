@@ -8,6 +8,7 @@
 use std::ffi::{CString, c_char, c_void};
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 
@@ -50,6 +51,31 @@ pub struct Options {
     /// How threads are switched.
     pub fibers: Fibers,
 }
+
+/// 0 until somebody asks.
+static WORKERS: AtomicU64 = AtomicU64::new(0);
+
+/// How many OS threads the blocks of a launch are spread over: at first what `KVCACHE_EMU_WORKERS`
+/// says, or 1.
+pub fn workers() -> usize {
+    let set = WORKERS.load(Ordering::Relaxed);
+    if set != 0 {
+        return set as usize;
+    }
+    let asked = std::env::var("KVCACHE_EMU_WORKERS").ok().and_then(|n| n.parse().ok());
+    let workers = asked.unwrap_or(1).clamp(1, MAX_WORKERS);
+    WORKERS.store(workers as u64, Ordering::Relaxed);
+    workers
+}
+
+/// Spreads the blocks of every later launch of the process over `workers` OS threads (1 to 256; taken
+/// to the nearest). With one, a seeded schedule gives the same order every time; with several, the
+/// order within a block is the same and that of blocks is the system's.
+pub fn set_workers(workers: usize) {
+    WORKERS.store(workers.clamp(1, MAX_WORKERS) as u64, Ordering::Relaxed);
+}
+
+const MAX_WORKERS: usize = 256;
 
 /// What a detector found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +123,7 @@ struct RawOptions {
     schedule: u32,
     fibers: u32,
     seed: u64,
+    workers: u64,
 }
 
 /// Room for the text of a fault, as block.hpp has it.
@@ -163,7 +190,7 @@ pub unsafe fn launch_raw(
         Schedule::Seeded(seed) => (2, seed),
     };
     let fibers = u32::from(options.fibers == Fibers::Ucontext);
-    let raw = RawOptions { schedule, fibers, seed };
+    let raw = RawOptions { schedule, fibers, seed, workers: workers() as u64 };
     let mut text = [0u8; TEXT_BYTES];
     // SAFETY: every pointer is to a live object of the type that the C++ side declares; `text` has
     // the size it writes at most; the caller answers for the addresses in `params`.

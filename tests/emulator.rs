@@ -2,46 +2,12 @@
 //! planted for it (cuda/emu/probes.cu).
 #![cfg(feature = "emulate")]
 
+#[path = "device/probe.rs"]
+mod probe;
+
 use half::{bf16, f16};
-use kvcache::emu::{Buffer, Fault, FaultKind, Fibers, Options, Schedule, launch};
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Probe {
-    input: u64,
-    output: u64,
-    mode: u32,
-    n: u32,
-}
-
-fn options() -> Vec<Options> {
-    let mut all = Vec::new();
-    for schedule in Schedule::ALL {
-        for fibers in [Fibers::Native, Fibers::Ucontext] {
-            all.push(Options { schedule, fibers });
-        }
-    }
-    all
-}
-
-/// Runs a probe and returns its output words.
-#[allow(clippy::too_many_arguments)]
-fn run(
-    name: &str,
-    blocks: u32,
-    threads: u32,
-    shared_bytes: u32,
-    input: &[u32],
-    output: &[u32],
-    (mode, n): (u32, u32),
-    options: Options,
-) -> Result<Vec<u32>, Fault> {
-    let (input, output) = (Buffer::of(input).unwrap(), Buffer::of(output).unwrap());
-    let params = Probe { input: input.address(), output: output.address(), mode, n };
-    // SAFETY: both addresses are of buffers that live to the end of this function.
-    unsafe { launch(name, [blocks, 1, 1], threads, shared_bytes, &params, options)? };
-    Ok(output.read())
-}
+use kvcache::emu::{Fault, FaultKind, Options, Schedule, launch};
+use probe::{Probe, options, run};
 
 fn words(n: u32) -> Vec<u32> {
     (0..n).map(|i| i.wrapping_mul(2_654_435_761).rotate_left(7) ^ 0x5bd1_e995).collect()

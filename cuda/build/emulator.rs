@@ -17,10 +17,18 @@ use super::sources::{in_parallel, read_all};
 pub fn build(cuda: &Path) {
     println!("cargo::rerun-if-changed={}", cuda.display());
     println!("cargo::rerun-if-env-changed=KVCACHE_EMU_SANITIZE");
-    let mut sources: Vec<_> = ["driver.cpp", "warp.cpp", "async.cpp", "probes.cu"]
-        .iter()
-        .map(|name| cuda.join("emu").join(name))
-        .collect();
+    let mut sources: Vec<_> = [
+        "launch.cpp",
+        "driver.cpp",
+        "warp.cpp",
+        "async.cpp",
+        "wgmma.cpp",
+        "probes.cu",
+        "probes_wgmma.cu",
+    ]
+    .iter()
+    .map(|name| cuda.join("emu").join(name))
+    .collect();
     sources.extend(super::sources::kernels(cuda).into_iter().map(|(_, path)| path));
 
     let mut build = cc::Build::new();

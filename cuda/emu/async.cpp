@@ -13,11 +13,6 @@ void perform(const Copy &copy) {
     memset(static_cast<char *>(copy.to) + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
 }
 
-bool eager() {
-    return block->schedule == Schedule::reverse ||
-           (block->schedule == Schedule::seeded && block->random() % 2 == 0);
-}
-
 // An mbarrier in its 64 bits: arrivals left in this phase, arrivals of a phase, the phase, and the
 // bytes that bulk copies still owe.
 struct Mbar {
@@ -51,12 +46,19 @@ void store(uint64_t *bar, Mbar m) {
 
 void perform(const BulkCopy &bulk) {
     perform(bulk.copy);
+    const auto at = static_cast<unsigned char *>(bulk.copy.to) - block->shared;
+    memcpy(block->async_view.data() + at, bulk.copy.to, bulk.copy.bytes);
     Mbar m = load(bulk.bar, bulk.site);
     m.owed -= static_cast<int32_t>(bulk.copy.bytes);
     store(bulk.bar, m);
 }
 
 } // namespace
+
+bool eager() {
+    return block->schedule == Schedule::reverse ||
+           (block->schedule == Schedule::seeded && block->random() % 2 == 0);
+}
 
 void cp_async(void *to, const void *from, uint32_t bytes, uint32_t from_bytes, const Site &site) {
     check_shared(to, bytes, bytes, site);

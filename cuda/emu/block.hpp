@@ -35,6 +35,27 @@ struct BulkCopy {
     Site site;
 };
 
+// A product of a warp's 16 rows that has not happened yet.
+struct Pending {
+    Product product;
+    float *d[32];
+    uint32_t a[32][4];
+    std::vector<float> start; // the sums it adds to, where no product before it makes them
+    bool saved = false;
+    uint64_t group;
+    Site site;
+};
+
+// The products of one warp: those under way, the group that is open, and one past the last group
+// that has any, or that a wait has covered.
+struct WarpProducts {
+    std::vector<Pending> queue;
+    uint64_t open = 0, last = 0, waited = 0;
+    bool fenced = false;
+    uint64_t trace = 0; // of all it started: the four warps of a warpgroup must agree
+    Site site = {};
+};
+
 struct Range {
     uintptr_t base;
     uint64_t bytes;
@@ -71,7 +92,10 @@ struct Block {
     uint32_t barriers[16] = {};
     size_t done = 0;
     std::vector<BulkCopy> bulk;
-    std::vector<Range> ranges;
+    std::vector<WarpProducts> products; // by warp
+    // Shared memory as asynchronous readers see it under the forward schedule.
+    std::vector<unsigned char> async_view;
+    const std::vector<Range> *ranges = nullptr; // of device memory, by address
     Schedule schedule = Schedule::forward;
     bool assembly = false;
     std::mt19937_64 random;
@@ -84,9 +108,21 @@ struct Block {
 extern thread_local Block *block;
 extern thread_local Thread *self;
 
+// Makes a block ready to run from its beginning; runs it to its end or to the first fault.
+void start_block(Block &b);
+void run_block(Block &b);
+// Once a process: what turns a signal in a kernel into a fault.
+void install_handlers();
+
 // Leaves this thread until what it waits for has happened.
 void wait_here(Wait why, const Site &site);
 
+// Whether something asynchronous that is started now happens at once.
+bool eager();
+// Does what the lanes of a warp asked for: one of the operations of a warpgroup.
+void warpgroup_op(Op op, Thread *const (&lanes)[32]);
+// Faults where products of the block were left, or differ between warps.
+void check_products(Block &b);
 bool mbar_passed(const uint64_t *bar, uint32_t parity);
 // Does what a thread's asynchronous copies still owe.
 void finish_copies(Thread &thread);

@@ -1,10 +1,10 @@
-// The emulator's state: device allocations, the running block, the scheduler, and the table of
-// kernels. One launch runs on the OS thread that asks for it; several threads may launch at once.
+// The running block: its fibers, its scheduler, what a fault does, and the primitives that need no
+// file of their own. A launch, and the memory of the device, are in launch.cpp.
 //
-// A detector that fires writes one line of text and leaves the launch; the fibers of the block are
-// abandoned where they stand. A bad memory access of a kernel is caught as a signal: allocations
-// and shared memory end at unmapped pages. The definitions of the warp primitives are in warp.cpp,
-// of asynchronous copies in async.cpp.
+// A detector that fires writes one line of text and leaves the block; its fibers are abandoned where
+// they stand. A bad memory access of a kernel is caught as a signal: allocations and shared memory
+// end at unmapped pages. The definitions of the warp primitives are in warp.cpp, of asynchronous
+// copies in async.cpp, of a warpgroup's products in wgmma.cpp.
 #include "block.hpp"
 #include "memory.hpp"
 
@@ -13,10 +13,7 @@
 #include <stdio.h>
 
 #include <algorithm>
-#include <map>
 #include <mutex>
-
-#include "../kvc_params.h"
 
 #if KVC_EMU_ASM_SWITCH
 asm(R"(
@@ -43,8 +40,6 @@ kvc_emu_switch:
 )");
 #endif
 
-KVC_KERNELS(KVC_DECLARE_KERNEL)
-
 namespace kvc::emu {
 
 thread_local Block *block;
@@ -52,14 +47,7 @@ thread_local Thread *self;
 
 namespace {
 
-// ---- Device memory ----
-
-std::mutex arenas_lock;
-std::map<uintptr_t, Guarded> arenas;
-
 // ---- Fibers ----
-
-thread_local std::vector<std::unique_ptr<Stack>> stacks;
 
 void yield() { switch_to(self->context, block->scheduler, block->assembly); }
 
@@ -110,7 +98,7 @@ void describe(const void *address) {
     b.fault_kind = Fault::global;
     snprintf(text, kFaultText, "thread %u of block (%u, %u, %u) accessed %p, no device memory",
              self->id, b.at[0], b.at[1], b.at[2], address);
-    for (const Range &range : b.ranges)
+    for (const Range &range : *b.ranges)
         if (at + page_bytes() >= range.base && at < range.base + range.bytes + 2 * page_bytes())
             snprintf(text, kFaultText,
                      "thread %u of block (%u, %u, %u) accessed byte %lld of an allocation of %llu",
@@ -130,42 +118,6 @@ void describe(const void *address) {
         old.sa_handler(signal);
     else
         sigaction(signal, &old, nullptr);
-}
-
-// Handlers run on a stack of their own: the fiber's may be what overflowed.
-struct SignalStack {
-    std::vector<char> memory;
-    bool ours = false;
-    SignalStack() {
-        stack_t now;
-        if (sigaltstack(nullptr, &now) == 0 && (now.ss_flags & SS_DISABLE)) {
-            memory.resize(64 << 10);
-            stack_t mine = {};
-            mine.ss_sp = memory.data();
-            mine.ss_size = memory.size();
-            ours = sigaltstack(&mine, nullptr) == 0;
-        }
-    }
-    ~SignalStack() {
-        if (!ours) return;
-        stack_t off = {};
-        off.ss_flags = SS_DISABLE;
-        sigaltstack(&off, nullptr);
-    }
-};
-
-void install_handlers() {
-#if !defined(__SANITIZE_ADDRESS__)
-    static std::once_flag once;
-    std::call_once(once, [] {
-        struct sigaction action = {};
-        action.sa_sigaction = on_signal;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        sigemptyset(&action.sa_mask);
-        sigaction(SIGSEGV, &action, &old_segv);
-        sigaction(SIGBUS, &action, &old_bus);
-    });
-#endif
 }
 
 // ---- The scheduler ----
@@ -211,6 +163,40 @@ void resume(Block &b, Thread &thread) {
     self = nullptr;
 }
 
+} // namespace
+
+// ---- What a launch calls ----
+
+void install_handlers() {
+#if !defined(__SANITIZE_ADDRESS__)
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGSEGV, &action, &old_segv);
+        sigaction(SIGBUS, &action, &old_bus);
+    });
+#endif
+}
+
+// Makes the block ready to run from its beginning.
+void start_block(Block &b) {
+    memset(b.shared, 0xff, b.shared_bytes);
+    b.done = 0;
+    b.bulk.clear();
+    b.products.assign((b.threads.size() + 31) / 32, {});
+    b.async_view.assign(b.shared_bytes, 0xff);
+    memset(b.barriers, 0, sizeof b.barriers);
+    for (Thread &thread : b.threads) {
+        thread.wait = Wait::none;
+        thread.copies.clear();
+        thread.groups.clear();
+        prepare(thread.context, *thread.stack, entry, b.assembly);
+    }
+}
+
 // Runs one block to its end or to the first fault.
 void run_block(Block &b) {
     const size_t warps = (b.threads.size() + 31) / 32;
@@ -247,32 +233,8 @@ void run_block(Block &b) {
     // What the hardware would still bring after the last thread is of no use, and is a bug.
     if (!b.bulk.empty())
         fault(Fault::protocol, &b.bulk.front().site, "a bulk copy nobody waited for");
+    check_products(b);
 }
-
-void start_block(Block &b) {
-    memset(b.shared, 0xff, b.shared_bytes);
-    b.done = 0;
-    b.bulk.clear();
-    memset(b.barriers, 0, sizeof b.barriers);
-    for (Thread &thread : b.threads) {
-        thread.wait = Wait::none;
-        thread.copies.clear();
-        thread.groups.clear();
-        prepare(thread.context, *thread.stack, entry, b.assembly);
-    }
-}
-
-const Kernel kernels[] = {KVC_KERNELS(KVC_KERNEL_ENTRY)};
-
-const Kernel *find(const char *name) {
-    for (const Kernel &kernel : kernels)
-        if (strcmp(kernel.name, name) == 0) return &kernel;
-    for (const Kernel *probe = probes; probe->name != nullptr; ++probe)
-        if (strcmp(probe->name, name) == 0) return probe;
-    return nullptr;
-}
-
-} // namespace
 
 // ---- What the rest of the emulator and the kernels call ----
 
@@ -322,7 +284,7 @@ void check_shared(const void *at, uint32_t bytes, uint32_t align, const Site &si
 
 void check_global(const void *at, uint32_t bytes, uint32_t align, const Site &site) {
     const auto address = reinterpret_cast<uintptr_t>(at);
-    const std::vector<Range> &ranges = block->ranges;
+    const std::vector<Range> &ranges = *block->ranges;
     auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
                                   [](uintptr_t a, const Range &range) { return a < range.base; });
     if (after == ranges.begin() || address - (after - 1)->base + bytes > (after - 1)->bytes)
@@ -366,118 +328,3 @@ void barrier(uint32_t id, uint32_t count, bool whole_block, const Site &site) {
 }
 
 } // namespace kvc::emu
-
-using namespace kvc::emu;
-
-extern "C" {
-
-// The numbers of src/emu.rs: schedule 0 forward, 1 reverse, 2 seeded; fibers 0 by assembly where
-// there is any, 1 by ucontext.
-struct kvc_emu_options {
-    uint32_t schedule;
-    uint32_t fibers;
-    uint64_t seed;
-};
-
-void *kvc_emu_alloc(uint64_t bytes) {
-    const Guarded memory = Guarded::make(bytes);
-    if (memory.map == nullptr) return nullptr;
-    std::lock_guard<std::mutex> hold(arenas_lock);
-    arenas[reinterpret_cast<uintptr_t>(memory.base)] = memory;
-    return memory.base;
-}
-
-void kvc_emu_free(void *at) {
-    std::lock_guard<std::mutex> hold(arenas_lock);
-    auto found = arenas.find(reinterpret_cast<uintptr_t>(at));
-    if (found == arenas.end()) return;
-    found->second.free();
-    arenas.erase(found);
-}
-
-// Runs a kernel. Returns 0, or the kind of the fault, whose text is written to `text` (of
-// kTextBytes).
-int32_t kvc_emu_launch(const char *name, const uint32_t grid[3], uint32_t threads,
-                       uint32_t shared_bytes, const void *params, uint32_t params_bytes,
-                       const kvc_emu_options *options, char *text) {
-    const auto refuse = [&](const char *why) {
-        snprintf(text, kTextBytes, "%s: %s", name, why);
-        return static_cast<int32_t>(Fault::launch);
-    };
-    const Kernel *kernel = find(name);
-    if (kernel == nullptr) return refuse("no such kernel");
-    if (params_bytes != kernel->params_bytes) return refuse("parameter struct of another size");
-    if (threads == 0 || threads > kernel->max_threads) return refuse("more threads than its bounds");
-    if (grid[0] == 0 || grid[0] > 0x7fffffffu || grid[1] == 0 || grid[1] > 65535 || grid[2] == 0 ||
-        grid[2] > 65535)
-        return refuse("grid outside what a device takes");
-    if (shared_bytes > 227 << 10) return refuse("more shared memory than a block can have");
-    if (block != nullptr) return refuse("launched from within a kernel");
-
-    install_handlers();
-    static thread_local SignalStack signal_stack;
-    Guarded shared = Guarded::make(shared_bytes);
-    if (shared.map == nullptr) return refuse("no memory");
-    Block b;
-    b.kernel = kernel;
-    b.params = params;
-    b.shared = shared.base;
-    b.shared_bytes = shared_bytes;
-    b.schedule = static_cast<Schedule>(options->schedule);
-    b.assembly = options->fibers == 0 && KVC_EMU_ASM_SWITCH;
-    b.random.seed(options->seed);
-    for (int i = 0; i < 3; ++i) b.grid[i] = grid[i];
-    {
-        std::lock_guard<std::mutex> hold(arenas_lock);
-        for (const auto &[base, memory] : arenas) b.ranges.push_back({base, memory.bytes});
-    }
-    while (stacks.size() < threads) stacks.push_back(std::make_unique<Stack>(kStackBytes));
-    b.threads.resize(threads);
-    for (uint32_t i = 0; i < threads; ++i) {
-        b.threads[i].id = i;
-        b.threads[i].stack = stacks[i].get();
-    }
-    block = &b;
-    const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
-    std::vector<uint64_t> order;
-    if (b.schedule == Schedule::seeded) {
-        for (uint64_t i = 0; i < blocks; ++i) order.push_back(i);
-        std::shuffle(order.begin(), order.end(), b.random);
-    }
-    // A fault outside the fiber that runs, or a signal, comes back here.
-    if (sigsetjmp(b.escape, 1) == 0) {
-        for (volatile uint64_t step = 0; step < blocks && b.fault_kind == Fault::none;
-             step = step + 1) {
-            const uint64_t index = b.schedule == Schedule::seeded    ? order[step]
-                                   : b.schedule == Schedule::reverse ? blocks - 1 - step
-                                                                     : step;
-            b.at[0] = static_cast<uint32_t>(index % grid[0]);
-            b.at[1] = static_cast<uint32_t>(index / grid[0] % grid[1]);
-            b.at[2] = static_cast<uint32_t>(index / grid[0] / grid[1]);
-            start_block(b);
-            run_block(b);
-            if (const unsigned char *at = shared.touched(); at && b.fault_kind == Fault::none)
-                fault(Fault::shared, nullptr, "block (%u, %u, %u) wrote byte %lld of %u of shared "
-                      "memory", b.at[0], b.at[1], b.at[2], static_cast<long long>(at - b.shared),
-                      b.shared_bytes);
-        }
-        // Allocations of other threads may be in use by a launch of theirs.
-        if (b.fault_kind == Fault::none) {
-            std::lock_guard<std::mutex> hold(arenas_lock);
-            for (const auto &[base, memory] : arenas)
-                if (const unsigned char *at = memory.touched();
-                    at && memory.owner == std::this_thread::get_id()) {
-                    b.fault_kind = Fault::global;
-                    snprintf(b.fault_text, kFaultText, "%s wrote byte %lld of an allocation of %zu",
-                             name, static_cast<long long>(at - memory.base), memory.bytes);
-                }
-        }
-    }
-    self = nullptr;
-    block = nullptr;
-    shared.free();
-    if (b.fault_kind != Fault::none) snprintf(text, kTextBytes, "%s: %s", name, b.fault_text);
-    return static_cast<int32_t>(b.fault_kind);
-}
-
-} // extern "C"

@@ -1,12 +1,13 @@
 // What a kernel compiled by the host compiler sees of the emulator: its thread, its block, shared
 // memory, and the primitives that the emulated bodies in ptx.cuh are made of.
 //
-// Blocks run one after another on the calling OS thread, each CUDA thread as a fiber that gives way
+// Blocks run one after another, or spread over OS threads, each CUDA thread as a fiber that gives way
 // only at a synchronising instruction. Nothing here models time or weak memory order: a write is seen
 // by everybody at once, and every warp primitive, a matrix load too, brings its lanes together. So a
-// kernel that is right here can still lack a fence or a sync_warp before one of those. A kernel must
-// not wait for another block to act.
-// State and scheduling are in driver.cpp; this file is included by every emulated kernel.
+// kernel that is right here can still lack a fence or a sync_warp before one of those. Only the fence
+// between ordinary writes and a warpgroup's products is modelled. A kernel must not wait for another
+// block to act.
+// Scheduling is in driver.cpp, launches in launch.cpp; this file is included by every emulated kernel.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -39,12 +40,22 @@ enum class Fault : int32_t {
 enum class Op : uint8_t {
     sync, ballot, shfl, shfl_up, shfl_down, shfl_xor,
     ldmatrix, ldmatrix_trans, movmatrix_trans, mma_f16, mma_bf16,
+    wgmma, wgmma_fence, wgmma_commit, wgmma_wait,
 };
 
 // The words a lane brings to a primitive and takes from it.
 struct Words {
     uint32_t in[10];
     uint32_t out[4];
+};
+
+// A product of a warpgroup as one thread starts it; wgmma.cuh says what the fields mean.
+struct Product {
+    float *d;
+    uint32_t columns;
+    bool bf16, a_shared, a_mn, b_mn, add;
+    uint32_t a[4];
+    uint64_t a_desc, b_desc;
 };
 
 uint32_t thread_x();
@@ -77,6 +88,14 @@ void mbar_init(uint64_t *bar, uint32_t count, const Site &site);
 void mbar_arrive(uint64_t *bar, uint32_t expect_bytes, const Site &site);
 void mbar_wait(uint64_t *bar, uint32_t parity, const Site &site);
 void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, const Site &site);
+
+// What wgmma.cuh is made of: `product` for Op::wgmma, `left` for Op::wgmma_wait.
+void warpgroup(Op op, const Product *product, uint32_t left, const Site &site);
+void fence_async();
+// The address of shared memory that a descriptor holds.
+inline uint64_t shared_offset(const void *at) {
+    return static_cast<uint64_t>(static_cast<const unsigned char *>(at) - shared_base());
+}
 
 // Round to nearest even, subnormals kept, as cvt.rn does.
 uint16_t f32_to_f16(float value);

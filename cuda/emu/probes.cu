@@ -1,16 +1,9 @@
 // Kernels that test the emulator: each primitive against its definition, and each detector on a bug
 // planted for it. They use the wrappers of ptx.cuh alone, so a GPU can run the sound ones too.
 #include "../ptx.cuh"
+#include "probe.hpp"
 
 using namespace kvc;
-
-// What every probe takes: words in, words out, a mode, and a number.
-struct kvc_probe_params {
-    const uint32_t *in;
-    uint32_t *out;
-    uint32_t mode;
-    uint32_t n;
-};
 
 // Eight results a lane: shuffles of all kinds, ballot, and a primitive of half a warp.
 KVC_KERNEL(kvc_probe_warp, kvc_probe_params, 128, 1) {
@@ -136,6 +129,25 @@ KVC_KERNEL(kvc_probe_convert, kvc_probe_params, 32, 1) {
 }
 
 #ifdef KVC_EMULATE
+
+// Each block counts itself and looks, up to n times, for another one: it can only be there while
+// this block runs if blocks run side by side. Then every thread writes a word of its own, drawn by
+// the order in which the schedule runs the block's threads.
+KVC_KERNEL(kvc_probe_blocks, kvc_probe_params, 64, 1) {
+    uint32_t *shared = KVC_SMEM(uint32_t);
+    const uint32_t t = thread_x();
+    if (t == 0) {
+        uint32_t here = atomic_add(p.out, 1) + 1;
+        for (uint32_t i = 0; i < p.n && here < 2; ++i) here = atomic_add(p.out, 0);
+        atomic_max(p.out + 1, here);
+    }
+    shared[0] = 0;
+    sync_threads();
+    shared[0] = shared[0] * 33 + t;
+    p.out[2 + block_x() * 64 + t] = shared[0];
+    sync_threads();
+    if (t == 0) atomic_add(p.out, ~0u);
+}
 
 static int recurse(volatile uint32_t *depth) {
     volatile char hold[4096];
@@ -265,12 +277,17 @@ KVC_KERNEL(kvc_probe_bug, kvc_probe_params, 64, 1) {
     }
 }
 
+KVC_DECLARE_KERNEL(kvc_probe_wgmma, kvc_probe_params)
+KVC_DECLARE_KERNEL(kvc_probe_wgmma_bug, kvc_probe_params)
+
 namespace kvc::emu {
 #define KVC_PROBE(name) KVC_KERNEL_ENTRY(name, kvc_probe_params)
 const Kernel probes[] = {
     KVC_PROBE(kvc_probe_warp) KVC_PROBE(kvc_probe_ldmatrix) KVC_PROBE(kvc_probe_mma)
     KVC_PROBE(kvc_probe_cp_async) KVC_PROBE(kvc_probe_bulk) KVC_PROBE(kvc_probe_atomics)
-    KVC_PROBE(kvc_probe_convert) KVC_PROBE(kvc_probe_bug) {nullptr, 0, 0, nullptr},
+    KVC_PROBE(kvc_probe_convert) KVC_PROBE(kvc_probe_bug)
+    KVC_PROBE(kvc_probe_blocks)
+    KVC_PROBE(kvc_probe_wgmma) KVC_PROBE(kvc_probe_wgmma_bug) {nullptr, 0, 0, nullptr},
 };
 } // namespace kvc::emu
 #endif

@@ -17,7 +17,8 @@ bool is_aligned_op(Op op) { return op >= Op::ldmatrix; }
 const char *op_name(Op op) {
     static const char *const names[] = {"sync_warp", "ballot",   "shfl",          "shfl_up",
                                         "shfl_down", "shfl_xor", "ldmatrix",      "ldmatrix_trans",
-                                        "movmatrix", "mma_f16",  "mma_bf16"};
+                                        "movmatrix", "mma_f16",  "mma_bf16",      "wgmma",
+                                        "wgmma_fence", "wgmma_commit", "wgmma_wait"};
     return names[static_cast<int>(op)];
 }
 
@@ -124,6 +125,10 @@ void compute(Warp &warp, uint32_t mask, Op op) {
     case Op::movmatrix_trans: return movmatrix(warp);
     case Op::mma_f16: return mma(warp, false);
     case Op::mma_bf16: return mma(warp, true);
+    case Op::wgmma:
+    case Op::wgmma_fence:
+    case Op::wgmma_commit:
+    case Op::wgmma_wait: return warpgroup_op(op, warp.lane);
     }
 }
 
