@@ -108,9 +108,11 @@ mod tests {
         let id = |cache: &KvCache| cache.sequences.iter().next().unwrap().tables[1].blocks()[1];
         let damage: [fn(&mut KvCache, BlockId); 5] = [
             |cache, id| cache.pools[1].retain(id).unwrap(),
-            |cache, id| drop(cache.pools[1].uncache(id).unwrap()),
+            |cache, id| assert!(!cache.pools[1].uncache(id).unwrap()),
             |cache, _| cache.pools[0].allocate().map(drop).unwrap(),
-            |cache, _| drop(cache.prefix.as_mut().unwrap().clear(Namespace(0), &mut |_| {})),
+            |cache, _| {
+                assert_eq!(cache.prefix.as_mut().unwrap().clear(Namespace(0), &mut |_| {}), 3);
+            },
             |cache, _| {
                 let seq = cache.sequences.iter_mut().next().unwrap();
                 seq.tokens[20] = 6;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use super::digests::Digests;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
-use crate::events::{AttentionKind, Locked, Queue, Shape};
+use crate::events::{AttentionKind, Locked, Queue, QueueStats, Shape};
 use crate::ids::BlockId;
 use crate::layout::GroupSpec;
 use crate::metrics::{CacheMetrics, Counters, Evicted, Histogram, Watch};
@@ -226,6 +226,11 @@ impl KvCache {
         };
         self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
         Ok(())
+    }
+
+    /// What its queue of events has seen; `None` where it queues none.
+    pub fn event_stats(&self) -> Option<QueueStats> {
+        self.outside.queue.as_ref().map(|queue| queue.stats())
     }
 
     /// Keeps the times of every `every`-th block from now on, for the histograms of
