@@ -28,7 +28,7 @@ impl Worker {
         let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
         let window = GroupSpec { window: Some(64), ..full.clone() };
         let spec = CacheSpec { block_tokens: BLOCK_TOKENS, groups: vec![full, window] };
-        let options = CacheOptions { blocks, max_seqs: 4, threads: 1, prefix_reuse: true };
+        let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
         let mut cache = KvCache::new(&spec, &options).unwrap();
         let queue = cache.enable_events(0).unwrap();
         let sink = ZmqSink::bind(&ZmqOptions {
