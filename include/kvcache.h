@@ -966,6 +966,14 @@ kvc_status kvc_cache_sync(kvc_cache *cache);
 // Threads: thread-safe.
 kvc_status kvc_cache_clear_prefix(kvc_cache *cache);
 
+// Checks that block pools, block tables and prefix index agree: every block is exactly one of free,
+// cached and referenced, all counts add up, and the index has the tokens of the sequences that use
+// its blocks. KVC_ERR_INVALID_STATE says, by its text, what does not hold; that is a bug in the
+// library. Takes time in proportion to the cache: some 10 ns a block, for debugging.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_audit(const kvc_cache *cache);
+
 // Writes the cache's counts to `out`, `out_bytes` (its sizeof) at most.
 //
 // Threads: thread-safe.
@@ -1388,6 +1396,240 @@ kvc_status kvc_device_append(const kvc_device *device,
                              const kvc_append_desc *desc,
                              const kvc_device_append_options *options,
                              void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// events: what becomes cached and what ceases to be, as it happens
+// ----------------------------------------------------------------------------------------------
+// Event: blocks that follow each other are cached now.
+#define KVC_EVENT_STORED 1
+
+// Event: blocks are not cached there any more.
+#define KVC_EVENT_REMOVED 2
+
+// Event: nothing is cached; whatever was said before is to be forgotten.
+#define KVC_EVENT_CLEARED 3
+
+// Medium: the pool that attention reads.
+#define KVC_MEDIUM_GPU 1
+
+// Medium: host memory behind it.
+#define KVC_MEDIUM_CPU 2
+
+// Medium: local files or devices.
+#define KVC_MEDIUM_STORAGE 3
+
+// Medium: another machine.
+#define KVC_MEDIUM_EXTERNAL 4
+
+// Encoding of messages: events as maps, what current routers read.
+#define KVC_ENCODING_MAP 0
+
+// Encoding of messages: events as arrays, what older ones read.
+#define KVC_ENCODING_ARRAY 1
+
+// The publishing of a cache's events: a thread of its own.
+typedef struct kvc_events kvc_events;
+
+// One event. Digests are SHA-256 of the digest before and of the block's tokens, 32 bytes each;
+// KV routers know a block by the last 8 bytes, big-endian. What it points to is gone when the
+// callback returns.
+typedef struct {
+    // sizeof(kvc_event) of the library, which may be more than the caller knows.
+    uint32_t struct_size;
+    // KVC_EVENT_*. Of a KVC_EVENT_CLEARED the rest is 0.
+    uint32_t kind;
+    // KVC_MEDIUM_*.
+    uint32_t medium;
+    // The layer group.
+    uint32_t group;
+    // Number of the message: events that are published together have the same, and a number that
+    // never comes says that events were lost there.
+    uint64_t seq;
+    // Stored: the name space. Else 0.
+    uint64_t name_space;
+    // The block before the first: 32 bytes; NULL where there is none or for other events.
+    const uint8_t *parent;
+    // 32 bytes for each block.
+    const uint8_t *digests;
+    // Blocks.
+    uint64_t block_count;
+    // Stored: the tokens of all blocks. Else NULL.
+    const uint32_t *tokens;
+    // How many those are.
+    uint64_t token_count;
+} kvc_event;
+
+// Takes an event. Called from the publishing thread, one event at a time; it may call the cache,
+// but not end the kvc_events, and what it takes long for delays further events and nothing else.
+typedef void (*kvc_events_fn)(void *user, const kvc_event *event);
+
+// Where the events go: to a callback, to ZeroMQ sockets, or both.
+typedef struct {
+    // sizeof(kvc_events_options); kvc_events_options_init sets it.
+    uint32_t struct_size;
+    // KVC_ENCODING_*, for ZeroMQ. KVC_ENCODING_MAP by default.
+    uint32_t encoding;
+    // Blocks of events that may wait, at least the blocks of all layer groups; 0 (the default)
+    // for twice those, and no less than 65536. Where more wait, all are dropped, and the stream
+    // begins anew.
+    uint64_t capacity_blocks;
+    // NULL (the default) for none.
+    kvc_events_fn callback;
+    // Handed to the callback.
+    void *user;
+    // Where a PUB socket binds, as "tcp://127.0.0.1:5557" or "ipc:///path"; NULL (the default) for
+    // none. Needs a library with the feature zmq: KVC_ERR_UNSUPPORTED.
+    const char *endpoint;
+    // Where a ROUTER socket binds that repeats messages; NULL (the default) for none.
+    const char *replay_endpoint;
+    // The topic of all messages; NULL (the default) for the empty one.
+    const char *topic;
+    // Messages that are kept for replay and for slow subscribers. 10000 by default.
+    uint64_t keep_messages;
+    // Bytes of those, at most. 64 MiB by default.
+    uint64_t keep_bytes;
+    // The data-parallel rank that messages carry. 0 by default.
+    uint32_t rank;
+    // 1: addresses that other machines can reach are allowed. Events carry the tokens of all
+    // prompts, to whoever connects. 0 by default.
+    uint32_t remote;
+} kvc_events_options;
+
+// What a publisher has done.
+typedef struct {
+    // Number of the next message.
+    uint64_t next_seq;
+    // Events that wait.
+    uint64_t queued_events;
+    // Their blocks.
+    uint64_t queued_blocks;
+    // The most blocks that may wait.
+    uint64_t capacity_blocks;
+    // Events that were dropped because too many waited.
+    uint64_t dropped_events;
+    // How often events began to be dropped.
+    uint64_t losses;
+    // Subscribers of the PUB socket.
+    uint32_t subscribers;
+    // 1 while events that were taken from the queue are being published.
+    uint32_t publishing;
+} kvc_events_counts;
+
+// Fills a kvc_events_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_options_init(kvc_events_options *options, uint32_t struct_size);
+
+// Publishes the events of a cache from now on: first KVC_EVENT_CLEARED and all that is resident,
+// then what happens. One kvc_events at a time on a cache (KVC_ERR_INVALID_STATE), which must reuse
+// prefixes. `options` names at least a callback or an endpoint.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_create(kvc_cache *cache, const kvc_events_options *options, kvc_events **out);
+
+// Publishes what still waits, then KVC_EVENT_CLEARED, and ends the thread and its sockets. NULL is
+// accepted. The cache may have ended before. KVC_ERR_INVALID_STATE from the callback.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_destroy(kvc_events *events);
+
+// Publishes KVC_EVENT_CLEARED and then everything resident as stored, in place of all that still
+// waits: for readers that come late or have lost track.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_snapshot(kvc_events *events);
+
+// Writes what was published and what waits to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_stats(const kvc_events *events, kvc_events_counts *out, uint64_t out_bytes);
+
+// Copies the address of the PUB socket (`replay` 0) or of the ROUTER socket (1) to `buf` as
+// snprintf would, with the port that was taken where 0 was asked for, and the length of the whole
+// text in bytes, the NUL not counted, to `out_len`. Empty where there is no such socket.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_endpoint(const kvc_events *events,
+                               uint32_t replay,
+                               char *buf,
+                               uint64_t len,
+                               uint64_t *out_len);
+
+// ----------------------------------------------------------------------------------------------
+// metrics: what a cache counts and times
+// ----------------------------------------------------------------------------------------------
+// How often times fell into which bucket. The upper bounds, in milliseconds: 1, 2, 5, 10, 20, 50,
+// 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000, 60000, 120000, 300000, 600000, 1200000,
+// 1800000; the last bucket has what is above them all. This struct never grows.
+typedef struct {
+    // Times in each bucket.
+    uint64_t counts[22];
+    // All times together, in milliseconds.
+    uint64_t sum_ms;
+} kvc_histogram;
+
+// Everything that a cache counts and times. Block counts are of the first layer group.
+typedef struct {
+    // Blocks of the pool.
+    uint32_t blocks;
+    // Blocks that sequences use.
+    uint32_t referenced_blocks;
+    // Blocks that only the prefix index holds.
+    uint32_t cached_blocks;
+    // Live sequences.
+    uint32_t sequences;
+    // Prompt tokens given to kvc_seq_start.
+    uint64_t queries_tokens;
+    // Those of them that were found.
+    uint64_t hits_tokens;
+    // Entries that left the prefix index because their room was needed.
+    uint64_t evicted_capacity_blocks;
+    // Entries that left it by kvc_cache_clear_prefix.
+    uint64_t evicted_cleared_blocks;
+    // Calls that found too few blocks.
+    uint64_t out_of_blocks;
+    // How many they lacked, all together.
+    uint64_t missing_blocks;
+    // Calls that found every sequence in use.
+    uint64_t out_of_sequences;
+    // KV events that were dropped because nobody took them in time.
+    uint64_t dropped_events;
+    // Times are kept for one block in this many: what kvc_metrics_watch set; 0 for none.
+    uint32_t watched_every;
+    // 0.
+    uint32_t reserved;
+    // From becoming cached to being evicted, of watched blocks.
+    kvc_histogram lifetime;
+    // From the last use to being evicted, of watched blocks.
+    kvc_histogram idle_before_evict;
+    // From a use to the next, of watched blocks.
+    kvc_histogram reuse_gap;
+} kvc_metrics;
+
+// Writes the cache's metrics to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: thread-safe.
+kvc_status kvc_metrics_read(const kvc_cache *cache, kvc_metrics *out, uint64_t out_bytes);
+
+// Writes the cache's metrics as Prometheus reads them (text format 0.0.4, vLLM's names with the
+// prefix "kvcache:") to `buf` as snprintf would, and the length of the whole text in bytes, the
+// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough.
+//
+// Threads: thread-safe.
+kvc_status kvc_metrics_text(const kvc_cache *cache, char *buf, uint64_t len, uint64_t *out_len);
+
+// Keeps the times of every `every`-th block from now on, for the histograms, which begin anew; 0
+// (how a cache begins) for none. The clock is read once in each kvc_step_begin and kvc_seq_start,
+// or never after kvc_metrics_set_time.
+//
+// Threads: thread-safe.
+kvc_status kvc_metrics_watch(kvc_cache *cache, uint32_t every);
+
+// Sets the time, in milliseconds since whenever the caller likes; the system's clock is not read
+// from now on. Earlier than before counts as no time passed.
+//
+// Threads: thread-safe.
+kvc_status kvc_metrics_set_time(kvc_cache *cache, uint64_t now_ms);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -236,7 +236,8 @@ fn events_can_begin_late_and_end_early() {
     assert!(bed.feed(seq, &[7; 20]));
     bed.settle();
     assert_eq!(bed.consumer.lock().unwrap().known.len(), 2 * 7);
-    bed.cache.disable_events();
+    bed.cache.disable_events(&Bed::cache(4).enable_events(0).unwrap()); // another's
+    bed.cache.disable_events(&bed.queue);
     assert!(bed.feed(seq, &[8; 20]));
     bed.end();
     let consumer = bed.consumer.lock().unwrap();

@@ -112,7 +112,7 @@ struct Bed {
 impl Bed {
     fn new(options: ZmqOptions) -> Bed {
         let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 8, KvFormat::F16));
-        let sizes = CacheOptions { blocks: 256, max_seqs: 4, threads: 1, prefix_reuse: true };
+        let sizes = CacheOptions { blocks: 256, max_seqs: 4, threads: 1, ..Default::default() };
         let mut cache = KvCache::new(&spec, &sizes).unwrap();
         let queue = cache.enable_events(0).unwrap();
         let sink = ZmqSink::bind(&ZmqOptions {

@@ -61,6 +61,25 @@ fn in_rust() -> Layout {
             struct_size, max_q_tokens, max_kv_tokens, piece_tokens, planned, multiprocessors,
         }
         kvc_device_facts { kind, ordinal, multiprocessors, reserved }
+        kvc_event {
+            struct_size, kind, medium, group, seq, name_space, parent, digests, block_count, tokens,
+            token_count,
+        }
+        kvc_events_counts {
+            next_seq, queued_events, queued_blocks, capacity_blocks, dropped_events, losses,
+            subscribers, publishing,
+        }
+        kvc_events_options {
+            struct_size, encoding, capacity_blocks, callback, user, endpoint, replay_endpoint,
+            topic, keep_messages, keep_bytes, rank, remote,
+        }
+        kvc_histogram { counts, sum_ms }
+        kvc_metrics {
+            blocks, referenced_blocks, cached_blocks, sequences, queries_tokens, hits_tokens,
+            evicted_capacity_blocks, evicted_cleared_blocks, out_of_blocks, missing_blocks,
+            out_of_sequences, dropped_events, watched_every, reserved, lifetime, idle_before_evict,
+            reuse_gap,
+        }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
         kvc_plan_options {
@@ -145,7 +164,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 24);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 29);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

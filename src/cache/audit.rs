@@ -1,68 +1,128 @@
-//! The books must balance: for tests.
+//! Proof, by visiting everything, that pools, tables and index agree: for tests and debugging.
 
-use alloc::format;
-use alloc::string::{String, ToString};
-use alloc::vec;
 use alloc::vec::Vec;
 
-use super::KvCache;
-use crate::ids::BlockId;
+use super::{KvCache, reserve};
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, TokenId};
+
+fn must(holds: bool, why: &'static str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::InvalidState { why }) }
+}
+
+/// What is known of a block.
+#[derive(Clone, Copy, Default)]
+struct Seen<'a> {
+    /// Tables that have it.
+    tables: u32,
+    /// Its tokens, where the index has it.
+    indexed: Option<&'a [TokenId]>,
+}
 
 impl KvCache {
-    /// Checks that every block is exactly one of free, cached or referenced, that reference counts
-    /// are those of the live sequences' tables, and that the prefix index and the pools agree.
-    /// Linear in the size of the cache; meant for tests.
+    /// Checks that every block is exactly one of free, cached and referenced, that reference counts
+    /// are those of the live sequences' tables, that prefix index and pools agree, and that the
+    /// index has the tokens of the sequences that use its blocks. Takes time and memory in
+    /// proportion to the cache; meant for tests and debugging.
     ///
     /// # Errors
-    /// What does not add up.
-    #[doc(hidden)]
-    pub fn audit(&self) -> Result<(), String> {
-        let mut indexed =
-            self.pools.iter().map(|pool| vec![false; pool.blocks() as usize]).collect::<Vec<_>>();
+    /// `InvalidState` says what does not hold, `OutOfMemory` where the check could not be made.
+    pub fn audit(&self) -> Result<()> {
+        let (groups, block_tokens) = (self.pools.len(), self.spec.block_tokens as usize);
+        let mut seen: Vec<Vec<Seen>> = Vec::new();
+        reserve(&mut seen, groups)?;
+        for pool in &self.pools {
+            pool.audit()?;
+            let mut blocks = Vec::new();
+            reserve(&mut blocks, pool.blocks() as usize)?;
+            blocks.resize(pool.blocks() as usize, Seen::default());
+            seen.push(blocks);
+        }
         if let Some(prefix) = &self.prefix {
-            prefix.audit().map_err(|error| error.to_string())?;
-            let mut twice = false;
-            prefix.for_each_block(&mut |ids| {
-                for (marks, id) in
-                    indexed.iter_mut().zip(ids).filter(|(_, id)| **id != BlockId::NONE)
-                {
-                    twice |= core::mem::replace(&mut marks[id.index()], true);
+            prefix.audit()?;
+            let mut once = true;
+            prefix.for_each_chain(&mut |chain| {
+                let entries = chain.blocks.chunks_exact(groups);
+                for (ids, tokens) in entries.zip(chain.tokens.chunks_exact(block_tokens)) {
+                    for (blocks, id) in seen.iter_mut().zip(ids).filter(|p| *p.1 != BlockId::NONE) {
+                        let place = blocks.get_mut(id.index());
+                        once &= place.is_some_and(|seen| seen.indexed.replace(tokens).is_none());
+                    }
                 }
             });
-            if twice {
-                return Err("a block is in the prefix index twice".to_string());
-            }
+            must(once, "cache: a block is in the prefix index twice, or is none of the pool's")?;
         }
         for (group, pool) in self.pools.iter().enumerate() {
-            pool.audit().map_err(|error| error.to_string())?;
-            let mut refs = vec![0u32; pool.blocks() as usize];
+            let seen = &mut seen[group];
             for sequence in self.sequences.iter() {
                 let table = &sequence.tables[group];
-                if !sequence.in_step && table.tokens() != sequence.tokens.len() {
-                    return Err(format!(
-                        "a table has {} tokens, its sequence {}",
-                        table.tokens(),
-                        sequence.tokens.len()
-                    ));
-                }
+                let same = table.tokens() == sequence.tokens.len();
+                must(same || sequence.in_step, "cache: a table is not as long as its sequence")?;
                 for id in table.blocks() {
-                    refs[id.index()] += 1;
+                    let known = seen.get_mut(id.index());
+                    must(known.is_some(), "cache: a table has a block that is none")?;
+                    known.into_iter().for_each(|seen| seen.tables += 1);
+                }
+                let published = table.blocks().iter().take(sequence.published.blocks());
+                let mut tokens = sequence.tokens.chunks_exact(block_tokens);
+                for id in published {
+                    let same = seen[id.index()].indexed == tokens.next();
+                    must(same, "cache: the index has other tokens than a sequence that uses them")?;
                 }
             }
-            for block in (0..pool.blocks()).map(BlockId) {
-                let counted = refs[block.index()] + u32::from(pool.is_cached(block));
-                let held = pool.refs(block);
-                if counted != held {
-                    return Err(format!(
-                        "block {} has {held} references, {counted} holders",
-                        block.0
-                    ));
-                }
-                if indexed[group][block.index()] != pool.is_cached(block) {
-                    return Err(format!("pool and index disagree on block {}", block.0));
-                }
+            for (seen, block) in seen.iter().zip((0..pool.blocks()).map(BlockId)) {
+                let cached = pool.is_cached(block);
+                must(seen.indexed.is_some() == cached, "cache: pool and index disagree")?;
+                let holders = seen.tables + u32::from(cached);
+                must(holders == pool.refs(block), "cache: a reference count is wrong")?;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{CacheOptions, Step, Work};
+    use super::*;
+    use crate::dtype::KvFormat;
+    use crate::ids::Namespace;
+    use crate::layout::{CacheSpec, GroupSpec};
+
+    /// A cache with a sequence of three published blocks and a tail.
+    fn cache() -> KvCache {
+        let group = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
+        let spec = CacheSpec { block_tokens: 16, groups: alloc::vec![group.clone(), group] };
+        let options = CacheOptions { blocks: 8, max_seqs: 2, threads: 1, ..Default::default() };
+        let mut cache = KvCache::new(&spec, &options).unwrap();
+        let seq = cache.start(&[1], Namespace(0)).unwrap().seq;
+        let mut step = Step::new();
+        cache.begin(&mut step, &[Work { seq, tokens: &[5; 50] }]).unwrap();
+        cache.commit(&mut step).unwrap();
+        cache.audit().unwrap();
+        cache
+    }
+
+    #[test]
+    fn the_audit_notices_damage() {
+        let id = |cache: &KvCache| cache.sequences.iter().next().unwrap().tables[1].blocks()[1];
+        let damage: [fn(&mut KvCache, BlockId); 5] = [
+            |cache, id| cache.pools[1].retain(id).unwrap(),
+            |cache, id| assert!(!cache.pools[1].uncache(id).unwrap()),
+            |cache, _| cache.pools[0].allocate().map(drop).unwrap(),
+            |cache, _| {
+                assert_eq!(cache.prefix.as_mut().unwrap().clear(Namespace(0), &mut |_| {}), 3);
+            },
+            |cache, _| {
+                let seq = cache.sequences.iter_mut().next().unwrap();
+                seq.tokens[20] = 6;
+            },
+        ];
+        for harm in damage {
+            let mut cache = cache();
+            let block = id(&cache);
+            harm(&mut cache, block);
+            assert!(matches!(cache.audit(), Err(Error::InvalidState { .. })));
+        }
     }
 }

@@ -11,11 +11,15 @@ use std::time::Instant;
 use super::digests::Digests;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
-use crate::events::{AttentionKind, Locked, Queue, Shape};
+use crate::events::{AttentionKind, Locked, Queue, QueueStats, Shape};
 use crate::ids::BlockId;
 use crate::layout::GroupSpec;
 use crate::metrics::{CacheMetrics, Counters, Evicted, Histogram, Watch};
 use crate::prefix::{Chain, Digest, PrefixIndex};
+
+/// Blocks that a queue of events has room for, unless its owner says otherwise: what an engine may
+/// commit while the publisher rests.
+const LEAST_CAPACITY: usize = 1 << 16;
 
 /// What is shown.
 #[derive(Debug)]
@@ -165,7 +169,7 @@ impl KvCache {
 
     /// Queues KV events from now on, beginning with [`Event::Cleared`] and all that is resident.
     /// The queue is for one [`Publisher`] and holds `capacity_blocks` blocks of events; 0 for twice
-    /// what the cache itself has.
+    /// what the cache itself has, and no less than 65,536.
     ///
     /// [`Event::Cleared`]: crate::events::Event::Cleared
     /// [`Publisher`]: crate::events::Publisher
@@ -181,7 +185,10 @@ impl KvCache {
             return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
         }
         let resident = self.pools.iter().map(|pool| pool.blocks() as usize).sum::<usize>();
-        let capacity = if capacity_blocks == 0 { 2 * resident } else { capacity_blocks };
+        let capacity = match capacity_blocks {
+            0 => resident.saturating_mul(2).max(LEAST_CAPACITY),
+            given => given,
+        };
         if capacity < resident {
             let why = "must be at least the blocks of all layer groups";
             return Err(Error::invalid("capacity_blocks", why));
@@ -196,9 +203,11 @@ impl KvCache {
         Ok(queue)
     }
 
-    /// Queues no more events; the last one says that everything is cleared.
-    pub fn disable_events(&mut self) {
-        if let Some(queue) = self.outside.queue.take() {
+    /// Queues no more events to `queue`; the last one says that everything is cleared. Does nothing
+    /// for a queue that is not this cache's.
+    pub fn disable_events(&mut self, queue: &Arc<Queue>) {
+        if self.outside.queue.as_ref().is_some_and(|own| Arc::ptr_eq(own, queue)) {
+            self.outside.queue = None;
             queue.lock().restart();
         }
     }
@@ -217,6 +226,11 @@ impl KvCache {
         };
         self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
         Ok(())
+    }
+
+    /// What its queue of events has seen; `None` where it queues none.
+    pub fn event_stats(&self) -> Option<QueueStats> {
+        self.outside.queue.as_ref().map(|queue| queue.stats())
     }
 
     /// Keeps the times of every `every`-th block from now on, for the histograms of

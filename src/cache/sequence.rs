@@ -100,6 +100,11 @@ impl Sequences {
         self.slots.iter().filter(|slot| slot.live).map(|slot| &slot.sequence)
     }
 
+    #[cfg(test)]
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.slots.iter_mut().filter(|slot| slot.live).map(|slot| &mut slot.sequence)
+    }
+
     fn slot(&self, id: SeqId) -> Result<usize> {
         let (index, generation) = ((id.0 & 0xffff) as usize, id.0 >> 16);
         match self.slots.get(index) {

@@ -108,6 +108,7 @@ fn describe(line: &mut Line) -> fmt::Result {
         ("std", cfg!(feature = "std")),
         ("cuda", cfg!(feature = "cuda")),
         ("emulate", cfg!(feature = "emulate")),
+        ("zmq", cfg!(feature = "zmq")),
     ];
     if !features.iter().any(|(_, built)| *built) {
         line.write_str(" none")?;

@@ -22,7 +22,11 @@ pub mod cache;
 pub mod device;
 #[cfg(feature = "std")]
 pub mod device_kernels;
+#[cfg(feature = "std")]
+pub mod events;
 pub mod info;
+#[cfg(feature = "std")]
+pub mod metrics;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
@@ -48,7 +52,11 @@ pub use cache::*;
 pub use device::*;
 #[cfg(feature = "std")]
 pub use device_kernels::*;
+#[cfg(feature = "std")]
+pub use events::*;
 pub use info::*;
+#[cfg(feature = "std")]
+pub use metrics::*;
 pub use plan::*;
 pub use pool::*;
 pub use prefix::*;

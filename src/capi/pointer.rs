@@ -296,6 +296,29 @@ pub(crate) unsafe fn write<T: Plain>(
     Ok(())
 }
 
+/// A NUL-terminated text of at most `most` bytes; `None` for NULL.
+///
+/// # Safety
+/// Unless NULL, `pointer` must be readable up to the first NUL or for `most + 1` bytes, and
+/// unchanged by others, for the time of the call.
+#[cfg(feature = "zmq")]
+pub(crate) unsafe fn text<'a>(
+    pointer: *const c_char,
+    most: usize,
+    what: &'static str,
+) -> Result<Option<&'a str>> {
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    let bytes = pointer.cast::<u8>();
+    // SAFETY: the caller's promise: bytes are read up to the first NUL, at most `most + 1`.
+    let len = (0..=most).find(|&at| unsafe { bytes.add(at).read() } == 0);
+    let len = len.ok_or(Error::invalid(what, "is too long"))?;
+    // SAFETY: as above; those were just read.
+    let text = unsafe { core::slice::from_raw_parts(bytes, len) };
+    core::str::from_utf8(text).map(Some).map_err(|_| Error::invalid(what, "must be UTF-8"))
+}
+
 /// Copies `text` as `snprintf` would: at most `len - 1` bytes and a NUL. Returns the bytes of the
 /// whole text, without the NUL.
 ///

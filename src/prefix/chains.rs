@@ -22,7 +22,7 @@ pub struct Chain<'a> {
 impl PrefixIndex {
     /// Shows all that is cached as chains of whole blocks. What a chain follows was shown before
     /// it, and a chain that nothing branches off comes right before the one that continues it.
-    pub fn for_each_chain(&self, see: &mut dyn FnMut(Chain)) {
+    pub fn for_each_chain<'a>(&'a self, see: &mut dyn FnMut(Chain<'a>)) {
         let tree = &self.tree;
         for root in tree.spaces.nodes() {
             let space = Namespace(tree[root].stamp);

@@ -1,0 +1,173 @@
+//! What `dynamo-kv-router` makes of the events: its own decoder reads what a real socket (of the
+//! crate `zeromq`) received, its own index takes it in, and then finds the blocks that are cached,
+//! and no others.
+
+use std::time::Duration;
+
+use dynamo_kv_router::RadixTree;
+use dynamo_kv_router::protocols::{BlockHashOptions, WorkerWithDpRank, compute_block_hash_for_seq};
+use dynamo_kv_router::zmq_wire::{ZmqEventNormalizer, decode_event_batch};
+use kvcache::events::Encoding;
+use kvcache::ids::Namespace;
+use routers::{BLOCK_TOKENS, Worker, prompts, wait};
+use tokio::time::timeout;
+use zeromq::{DealerSocket, Socket, SocketRecv, SocketSend, SubSocket, ZmqMessage};
+
+const RANK: u32 = 3;
+const WORKER: WorkerWithDpRank = WorkerWithDpRank { worker_id: 42, dp_rank: RANK };
+const SPACE: Namespace = Namespace(0);
+
+/// The router's view of one worker.
+struct Router {
+    tree: RadixTree,
+    normalizer: ZmqEventNormalizer,
+    events: u64,
+}
+
+impl Router {
+    fn new() -> Self {
+        let normalizer = ZmqEventNormalizer::new(BLOCK_TOKENS);
+        Router { tree: RadixTree::new(), normalizer, events: 0 }
+    }
+
+    /// Takes a payload; returns how many of its events the index took.
+    fn take(&mut self, payload: &[u8]) -> usize {
+        let batch = decode_event_batch(payload).expect("a payload that the router decodes");
+        assert_eq!(batch.data_parallel_rank, Some(RANK as i32));
+        let mut taken = 0;
+        for raw in batch.events {
+            assert!(!raw.is_ignored(), "{raw:?}");
+            // Events of the group with a window are not for this index: filtered, not refused.
+            if let Some(event) = self.normalizer.normalize(raw, self.events, WORKER) {
+                self.events += 1;
+                taken += 1;
+                let event = event.into_router_event().expect("an event of a worker");
+                self.tree.apply_event(event).expect("an event that the index takes");
+            }
+        }
+        taken
+    }
+
+    /// Leading blocks of a prompt that the router believes to be cached.
+    fn overlap(&self, prompt: &[u32]) -> u32 {
+        let hashes = compute_block_hash_for_seq(prompt, BLOCK_TOKENS, BlockHashOptions::default());
+        let scores = self.tree.find_matches(hashes, false).scores;
+        assert!(scores.keys().all(|worker| *worker == WORKER));
+        scores.get(&WORKER).copied().unwrap_or(0)
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+fn seq_of(message: &ZmqMessage, frame: usize) -> u64 {
+    u64::from_be_bytes(message.get(frame).unwrap().as_ref().try_into().unwrap())
+}
+
+async fn receive(socket: &mut impl SocketRecv) -> ZmqMessage {
+    timeout(Duration::from_secs(20), socket.recv()).await.expect("a message").unwrap()
+}
+
+async fn sees_the_same_blocks(encoding: Encoding) {
+    let mut worker = Worker::new(48, encoding, RANK);
+    let mut socket = SubSocket::new();
+    socket.connect(&worker.endpoint).await.unwrap();
+    socket.subscribe("").await.unwrap();
+    // The crate's handshake runs on this thread's runtime.
+    while worker.subscribers.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // Before the subscription the stream began with a clear: that is only in the replay.
+    let mut next = worker.settle();
+    let mut router = Router::new();
+    let prompts = prompts(60, 7);
+    for round in 0..200 {
+        worker.serve(&prompts[(round * 37) % prompts.len()], SPACE);
+        if round == 150 {
+            worker.cache.snapshot_events().unwrap();
+        }
+        let end = worker.settle();
+        while next < end {
+            let message = receive(&mut socket).await;
+            assert_eq!((message.len(), seq_of(&message, 1)), (3, next));
+            assert_eq!(message.get(0).unwrap().as_ref(), b"kv-events");
+            router.take(message.get(2).unwrap());
+            next += 1;
+        }
+        assert_eq!(router.tree.current_size(), worker.cache.stats().cached_blocks as usize);
+    }
+    let (mut whole, mut part, mut none) = (0, 0, 0);
+    for prompt in &prompts {
+        let cached = worker.cached_blocks(prompt, SPACE);
+        assert_eq!(router.overlap(prompt), cached);
+        match cached {
+            0 => none += 1,
+            n if n * BLOCK_TOKENS == prompt.len() as u32 => whole += 1,
+            _ => part += 1,
+        }
+    }
+    assert!(whole > 0 && part > 0 && none > 0, "{whole} hits, {part} partial, {none} misses");
+    assert!(worker.cache.stats().evicted_blocks > 100);
+
+    // A router that comes late: the whole stream again, from the first message.
+    let mut dealer = DealerSocket::new();
+    dealer.connect(&worker.replay).await.unwrap();
+    let mut request = ZmqMessage::from(Vec::new());
+    request.push_back(0u64.to_be_bytes().to_vec().into());
+    dealer.send(request).await.unwrap();
+    let (mut late, mut expected) = (Router::new(), 0);
+    loop {
+        let message = receive(&mut dealer).await;
+        assert_eq!(message.len(), 4);
+        if message.get(3).unwrap().is_empty() {
+            assert_eq!(seq_of(&message, 2), u64::MAX);
+            break;
+        }
+        assert_eq!(seq_of(&message, 2), expected);
+        late.take(message.get(3).unwrap());
+        expected += 1;
+    }
+    assert_eq!(expected, next);
+    assert_eq!(late.tree.current_size(), router.tree.current_size());
+    for prompt in &prompts {
+        assert_eq!(late.overlap(prompt), router.overlap(prompt));
+    }
+    worker.cache.clear_prefix().unwrap();
+    for seq in next..worker.settle() {
+        let message = receive(&mut socket).await;
+        assert_eq!(seq_of(&message, 1), seq);
+        assert!(router.take(message.get(2).unwrap()) > 0);
+    }
+    assert_eq!(router.tree.current_size(), 0);
+}
+
+#[test]
+fn the_router_sees_the_same_blocks_in_maps() {
+    runtime().block_on(sees_the_same_blocks(Encoding::Map));
+}
+
+#[test]
+fn the_router_sees_the_same_blocks_in_arrays() {
+    runtime().block_on(sees_the_same_blocks(Encoding::Array));
+}
+
+/// A subscriber that ends without a word, and one that comes after it.
+#[test]
+fn subscribers_come_and_go() {
+    let mut worker = Worker::new(48, Encoding::Map, RANK);
+    for _ in 0..3 {
+        runtime().block_on(async {
+            let mut socket = SubSocket::new();
+            socket.connect(&worker.endpoint).await.unwrap();
+            socket.subscribe("kv").await.unwrap();
+            while worker.subscribers.count() == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let next = worker.settle();
+            worker.serve(&prompts(5, next)[4], SPACE);
+            assert_eq!(seq_of(&receive(&mut socket).await, 1), next);
+        });
+        wait(|| worker.subscribers.count() == 0);
+    }
+}
