@@ -350,6 +350,92 @@ struct kvc_decode_params {
 };
 static_assert(sizeof(kvc_decode_params) == 288, "layout of kvc_decode_params");
 
+// A run of words to write into the image of a prefix index.
+struct kvc_lookup_patch_run {
+    // First word of the image that is written.
+    int64_t to;
+    // First word of the uploaded ones.
+    uint32_t from;
+    // How many, at most 1,024.
+    uint32_t words;
+};
+static_assert(sizeof(kvc_lookup_patch_run) == 16, "layout of kvc_lookup_patch_run");
+
+// Writes uploaded words to their places in the image of a prefix index.
+struct kvc_lookup_patch_params {
+    // `[count]` runs, no two of which overlap.
+    const kvc_lookup_patch_run *patches;
+    // The uploaded words.
+    const uint32_t *words;
+    // The image.
+    uint32_t *image;
+    // Raised (bit 4: a run outside the image or the uploaded words), or null.
+    uint32_t *error_flag;
+    // Words of the image.
+    int64_t image_words;
+    // How many words were uploaded.
+    uint32_t uploaded;
+    // Runs.
+    uint32_t count;
+};
+static_assert(sizeof(kvc_lookup_patch_params) == 48, "layout of kvc_lookup_patch_params");
+
+// Looks up a batch of token sequences in the image of a prefix index.
+struct kvc_lookup_params {
+    // The image's head: how much of each part is in use, and the seeds of its tables.
+    const uint32_t *head;
+    // The nodes, 8 words each.
+    const uint32_t *nodes;
+    // The table of branches, 2 words a place.
+    const uint32_t *branches;
+    // The table of namespaces, likewise.
+    const uint32_t *spaces;
+    // Tokens of every slot.
+    const uint32_t *slot_tokens;
+    // Block ids of every slot.
+    const uint32_t *slot_ids;
+    // Tokens of all requests.
+    const uint32_t *tokens;
+    // Where the tokens of each request begin, `[requests + 1]`.
+    const int32_t *indptr;
+    // Namespace of each request; null where all are in namespace 0.
+    const uint64_t *namespaces;
+    // Tokens of each request that whole cached blocks cover.
+    uint32_t *matched;
+    // Their block ids, `[block][group]`, in rows of `block_stride`.
+    int32_t *blocks;
+    // How many tokens after those agree with one more cached block, or null.
+    uint32_t *tail_tokens;
+    // The ids of that block, `[requests][groups]`, -1 where there is none; or null.
+    int32_t *tail_blocks;
+    // Raised (bit 1: row offsets that do not ascend, bit 4: an image that is not whole; the
+    // request then matches no further), or null.
+    uint32_t *error_flag;
+    // Ids from a request to the next in `blocks`.
+    int64_t block_stride;
+    // Requests.
+    uint32_t requests;
+    // The most blocks that a request matches.
+    uint32_t max_blocks;
+    // Tokens at the end of each request that are not looked up.
+    uint32_t leave;
+    // Tokens of a block.
+    uint32_t block_tokens;
+    // Ids of a block.
+    uint32_t groups;
+    // Nodes that the image has room for.
+    uint32_t node_room;
+    // Places of the table of branches that it has room for.
+    uint32_t branch_room;
+    // Places of the table of namespaces that it has room for.
+    uint32_t space_room;
+    // Slots that it has room for.
+    uint32_t slot_room;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_lookup_params) == 160, "layout of kvc_lookup_params");
+
 // Merges attention over disjoint sets of keys: the outputs of each set, normalised, with the
 // logarithms of their denominators.
 struct kvc_merge_params {
@@ -573,6 +659,8 @@ static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
     X(kvc_decode_bf16_d128, kvc_decode_params) \
     X(kvc_decode_bf16_d192, kvc_decode_params) \
     X(kvc_decode_bf16_d256, kvc_decode_params) \
+    X(kvc_lookup, kvc_lookup_params) \
+    X(kvc_lookup_patch, kvc_lookup_patch_params) \
     X(kvc_merge, kvc_merge_params) \
     X(kvc_mla_f16_c16, kvc_mla_params) \
     X(kvc_mla_f16_c32, kvc_mla_params) \

@@ -12,6 +12,7 @@ constexpr uint32_t kFlagBlock = 1;    // a block id outside the pool, a slot, or
 constexpr uint32_t kFlagPosition = 2; // a position past the rotation tables, or too many rows
 constexpr uint32_t kFlagPieces = 4;   // fixed pieces that did not fit the workspace
 constexpr uint32_t kFlagShared = 8;   // a shared prefix shorter than was claimed
+constexpr uint32_t kFlagImage = 16;   // a mirrored prefix index that is not whole
 
 KVC_DEVICE void raise(uint32_t *flag, uint32_t bit KVC_SITE) {
     if (flag != nullptr) atomic_or(flag, bit KVC_PASS_SITE);

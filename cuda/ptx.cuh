@@ -147,6 +147,22 @@ KVC_DEVICE int64_t shfl_of_8(uint32_t mask, int64_t value, uint32_t from KVC_SIT
     return static_cast<int64_t>(high << 32 | low);
 }
 
+// ---- Integers ----
+
+#ifdef KVC_EMULATE
+// The upper half of a 128-bit product.
+KVC_DEVICE uint64_t mul_high(uint64_t a, uint64_t b) {
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+// The lowest bit that is set, of at least one.
+KVC_DEVICE uint32_t find_first(uint32_t bits) {
+    return static_cast<uint32_t>(__builtin_ctz(bits));
+}
+#else
+KVC_DEVICE uint64_t mul_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+KVC_DEVICE uint32_t find_first(uint32_t bits) { return static_cast<uint32_t>(__ffs(bits)) - 1; }
+#endif
+
 // ---- Atomics on device memory, and the fence that orders plain writes before them ----
 
 #ifdef KVC_EMULATE

@@ -9,9 +9,10 @@ use kvcache::attention::Scoring;
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
 use kvcache::dtype::KvFormat;
 use kvcache::ids::{BlockId, Namespace, TokenId};
+use kvcache::kernels::{LookupImage, LookupUpload};
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::pool::{BlockPool, BlockTable};
-use kvcache::prefix::{Hit, PrefixIndex};
+use kvcache::prefix::{Hit, Part, PrefixIndex};
 
 /// The system's allocator, with a count and a fuse for the thread that sets them.
 struct Fused;
@@ -180,6 +181,58 @@ fn every_refusal_in_the_index_is_survived() {
                 assert!(n > 10, "the loop did not reach the index's allocations");
                 break;
             }
+        }
+    }
+}
+
+/// Writes an upload to an image that lies in host memory.
+fn apply(upload: &LookupUpload, image: &mut [u32]) {
+    for patch in &upload.patches {
+        let (to, from, words) = (patch.to as usize, patch.from as usize, patch.words as usize);
+        image[to..to + words].copy_from_slice(&upload.words[from..from + words]);
+    }
+}
+
+#[test]
+fn every_refusal_in_a_mirrored_index_is_survived() {
+    for n in 0.. {
+        let mut checked = None;
+        let mut index = PrefixIndex::new(BLOCK, 1, 60).unwrap();
+        let image = LookupImage::new(&index).unwrap();
+        let mut mirror = vec![0; image.bytes() as usize / 4];
+        let mut churn = Churn { same: Vec::new(), hit: Hit::default(), ..Churn::new() };
+        let happened = with_refusal(n, || {
+            let mut upload = LookupUpload::default();
+            while let Err(error) = index.start_mirror() {
+                assert!(matches!(error, Error::OutOfMemory { .. }) && !index.is_mirrored());
+            }
+            for _ in 0..60 {
+                if let Err(error) = churn.step(&mut index) {
+                    assert!(matches!(error, Error::OutOfMemory { .. }));
+                }
+                if let Err(error) = image.sync(&mut index, &mut upload) {
+                    // What it took must come again: look before it is written anew.
+                    assert!(matches!(error, Error::OutOfMemory { .. }));
+                    break;
+                }
+                apply(&upload, &mut mirror);
+            }
+            checked = Some(upload);
+        });
+        let mut upload = checked.unwrap();
+        index.audit().unwrap();
+        image.sync(&mut index, &mut upload).unwrap();
+        apply(&upload, &mut mirror);
+        let mut full = mirror.clone();
+        index.mark_all();
+        image.sync(&mut index, &mut upload).unwrap();
+        apply(&upload, &mut full);
+        // All but the slots, of which free ones may differ.
+        let slots = index.most_records(Part::Tokens) as usize * (BLOCK + 1) + 64;
+        assert_eq!(mirror[..mirror.len() - slots], full[..mirror.len() - slots]);
+        if !happened {
+            assert!(n > 10, "the loop did not reach the mirror's allocations");
+            break;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Cascade attention in the emulator: split, both halves by paged decode, merge; against the
-//! reference over the whole context in f64.
+//! Cascade attention in the emulator: split, the shared half by prefill or decode, the own half by
+//! decode, merge; against the reference over the whole context in f64.
 #![cfg(feature = "emulate")]
 
 mod device;
@@ -8,10 +8,10 @@ use device::{Rng, Values};
 use kvcache::attention::{HeadShape, PagedKv, Scoring, reference_attention};
 use kvcache::dtype::{DType, Rows};
 use kvcache::emu::{Buffer, Options, Schedule, launch};
-use kvcache::kernels::params::{CascadeSegment, DecodeParams, In, Out};
+use kvcache::kernels::params::{CascadeSegment, DecodeParams, In, Out, PrefillParams};
 use kvcache::kernels::{
     CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, DecodeBounds, DecodePlan, Half,
-    Launch, Pieces, SM90_SHARED_BYTES,
+    Launch, Pieces, PrefillBounds, SM90_SHARED_BYTES, prefill_launch,
 };
 use kvcache::layout::Strides;
 
@@ -31,6 +31,8 @@ struct Case {
     ragged: bool,
     csr: bool,
     sinks: bool,
+    /// The shared half by prefill, which takes any number of rows; else by decode, up to eight.
+    prefill: bool,
     /// Entries beyond those that cover the batch.
     fillers: usize,
     schedule: Schedule,
@@ -45,6 +47,7 @@ impl Default for Case {
             ragged: false,
             csr: false,
             sinks: false,
+            prefill: true,
             fillers: 2,
             schedule: Schedule::Forward,
         }
@@ -176,8 +179,7 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
     let (split, params) = plan.split_launch(base, &input).unwrap();
     run(split, &params, case.schedule);
 
-    // Both halves by paged decode, which takes up to eight rows of a sequence.
-    let half = |half: Half, q_indptr: In<i32>, q_len: u32, causal: bool| {
+    let decode_half = |half: Half, q_indptr: In<i32>, q_len: u32, causal: bool| {
         let decode = DecodePlan::new(DecodeBounds {
             cache: DType::F16,
             head_dim: DIM as u32,
@@ -229,8 +231,49 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
         run(decode.decode_launch(at, &mut params).unwrap(), &params, case.schedule);
     };
     let shared = plan.shared(base);
-    half(shared, shared.q_indptr, 8, false);
-    half(plan.own(base, batch as u32), input.q_indptr, q_len, true);
+    if case.prefill {
+        let row = (Q_HEADS * DIM) as i64;
+        let mut params = PrefillParams {
+            q: In::at(q.address()),
+            k: In::at(k.address()),
+            v: In::at(v.address()),
+            out: Out::at(shared.out.0),
+            lse: shared.lse,
+            q_indptr: shared.q_indptr,
+            table: input.table,
+            table_indptr: shared.table_indptr,
+            seq_lens: shared.seq_lens,
+            error_flag: Out::at(flag.address()),
+            q_row: row,
+            q_head: d,
+            out_row: row,
+            out_head: d,
+            k_block: strides.block,
+            k_head: strides.head,
+            k_token: strides.token,
+            v_block: strides.block,
+            v_head: strides.head,
+            v_token: strides.token,
+            block_tokens: BT as u32,
+            num_blocks: num_blocks as u32,
+            q_dtype: DType::F16.id(),
+            out_dtype: DType::F32.id(),
+            scale: scoring.scale,
+            ..PrefillParams::default()
+        };
+        let bounds = PrefillBounds {
+            cache: DType::F16,
+            head_dim: DIM as u32,
+            q_heads: Q_HEADS as u32,
+            kv_heads: KV_HEADS as u32,
+            batch: shared.batch,
+            q_tokens: rows as u32,
+        };
+        run(prefill_launch(&bounds, &mut params).unwrap(), &params, case.schedule);
+    } else {
+        decode_half(shared, shared.q_indptr, 8, false);
+    }
+    decode_half(plan.own(base, batch as u32), input.q_indptr, q_len, true);
 
     // The merge.
     let out = Values::new(DType::F16, &vec![f32::NAN; rows * Q_HEADS * DIM]);
@@ -264,9 +307,10 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
 fn shared_and_own_parts_make_the_whole() {
     for schedule in Schedule::ALL {
         for (csr, sinks) in [(false, false), (true, false), (false, true), (true, true)] {
-            let case = Case { csr, sinks, schedule, ..Case::default() };
-            let (flag, shared) = check(&case);
-            assert_eq!((flag, &shared[..]), (0, &[0, 64, 0, 320, 0, 0][..]));
+            for prefill in [false, true] {
+                let case = Case { csr, sinks, schedule, prefill, ..Case::default() };
+                assert_eq!(check(&case), (0, vec![0, 64, 0, 320, 0, 0]));
+            }
         }
     }
 }
@@ -284,6 +328,14 @@ fn several_rows_and_ragged_ones() {
         let case = Case { lengths, groups, ragged: true, csr, ..Case::default() };
         assert_eq!(check(&case), (0, vec![0, 64, 32, 0, 0, 0]));
     }
+}
+
+#[test]
+fn many_sequences_over_one_prefix() {
+    // 90 rows with two heads each: more than a tile of the shared half has.
+    let lengths: Vec<_> = (0..90).map(|i| (1, 129 + i * 3)).collect();
+    let case = Case { lengths, groups: vec![(90, 8)], fillers: 0, ..Case::default() };
+    assert_eq!(check(&case), (0, vec![128]));
 }
 
 #[test]

@@ -177,10 +177,12 @@ pub fn cascade_choice(
 ) -> Result<Choice> {
     let s = shape;
     let positive = |x: f64| x > 0.0 && x.is_finite();
-    if ![rates.memory_bytes, rates.cache_bytes, rates.operations].into_iter().all(positive)
-        || !(rates.launch >= 0.0 && rates.launch.is_finite())
-        || rates.multiprocessors == 0
-    {
+    let rates_sound =
+        [rates.memory_bytes, rates.cache_bytes, rates.operations].into_iter().all(positive)
+            && rates.launch >= 0.0
+            && rates.launch.is_finite()
+            && rates.multiprocessors != 0;
+    if !rates_sound {
         return Err(Error::invalid("rates", "must be positive and finite"));
     }
     if s.kv_heads == 0 || s.q_heads == 0 || !s.q_heads.is_multiple_of(s.kv_heads) {

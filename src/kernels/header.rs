@@ -40,6 +40,9 @@ fn kvc_params_h() -> String {
     structure::<DecodeItem>(&mut out);
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
+    structure::<LookupPatch>(&mut out);
+    structure::<LookupPatchParams>(&mut out);
+    structure::<LookupParams>(&mut out);
     structure::<MergeParams>(&mut out);
     structure::<PrefillParams>(&mut out);
     structure::<MlaParams>(&mut out);

@@ -23,6 +23,7 @@ mod decode;
 #[cfg(all(test, feature = "std"))]
 mod header;
 pub mod image;
+mod lookup;
 mod merge;
 mod mla;
 pub mod params;
@@ -37,6 +38,7 @@ pub use cascade_choice::{
 };
 pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES};
+pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
@@ -70,6 +72,7 @@ pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
         cascade::KERNELS,
         copy::KERNELS,
         decode::KERNELS,
+        lookup::KERNELS,
         merge::KERNELS,
         mla::KERNELS,
         prefill::KERNELS,

@@ -14,6 +14,7 @@
 use alloc::vec::Vec;
 
 use super::NIL;
+use super::dirty::Dirty;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, TokenId};
 
@@ -38,6 +39,8 @@ pub(super) struct Blocks {
     lists: [u32; 32],
     /// Bit `b` is set where list `b` has a run.
     some: u32,
+    /// Slots whose tokens and ids were written. Free slots' links are not.
+    pub dirty: Dirty,
 }
 
 fn reserved<T>(n: u128) -> Result<Vec<T>> {
@@ -61,6 +64,7 @@ impl Blocks {
             length: reserved(u128::from(capacity))?,
             lists: [NIL; 32],
             some: 0,
+            dirty: Dirty::new(),
         })
     }
 
@@ -83,7 +87,15 @@ impl Blocks {
 
     /// Bytes of the slots that were ever used.
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&self.tokens[..]) + size_of_val(&self.ids[..]) + size_of_val(&self.length[..])
+        size_of_val(&self.tokens[..])
+            + size_of_val(&self.ids[..])
+            + size_of_val(&self.length[..])
+            + self.dirty.bytes()
+    }
+
+    /// Marks the slots that are written from now on.
+    pub(super) fn start_marks(&mut self) -> Result<()> {
+        self.dirty.start(self.capacity as usize)
     }
 
     /// A number that differs from process to process where addresses do.
@@ -108,6 +120,7 @@ impl Blocks {
         let (t, i) = (run.start as usize * self.block_tokens, run.start as usize * self.groups);
         self.tokens[t..t + tokens.len()].copy_from_slice(tokens);
         self.ids[i..i + ids.len()].copy_from_slice(ids);
+        self.mark(run);
     }
 
     /// Takes `want` slots, at most as many as are free, and appends their runs to `runs`: one if
@@ -182,6 +195,13 @@ impl Blocks {
         let (n, g) = (self.block_tokens, self.groups);
         self.tokens.copy_within(start * n..end * n, to * n);
         self.ids.copy_within(start * g..end * g, to * g);
+        self.mark(Run { start: to as u32, len: from.len });
+    }
+
+    fn mark(&mut self, run: Run) {
+        if self.dirty.is_on() {
+            (run.start..run.start + run.len).for_each(|slot| self.dirty.mark(slot as usize));
+        }
     }
 
     /// Takes `len` slots that were never used before.

@@ -8,8 +8,10 @@
 //! knowing the process's addresses.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::NIL;
+use super::dirty::Dirty;
 use crate::error::{Error, Result};
 
 #[derive(Debug, Clone, Copy)]
@@ -28,11 +30,16 @@ pub(super) struct Table {
     entries: Vec<Entry>,
     len: usize,
     seed: u64,
+    /// Groups of `MARKED` places that were written.
+    dirty: Dirty,
 }
+
+/// Places that share a mark.
+const MARKED: usize = 16;
 
 impl Table {
     pub(super) const fn new(seed: u64) -> Self {
-        Table { entries: Vec::new(), len: 0, seed }
+        Table { entries: Vec::new(), len: 0, seed, dirty: Dirty::new() }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -40,7 +47,55 @@ impl Table {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry>()
+        self.entries.capacity() * size_of::<Entry>() + self.dirty.bytes()
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Places, with an entry or empty.
+    pub(super) fn places(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Places of a table that has room for `entries`.
+    pub(super) fn places_for(entries: u64) -> u64 {
+        (entries * 4 / 3 + 1).next_power_of_two().max(8)
+    }
+
+    /// The places of `range` as words: hash and node of each.
+    pub(super) fn words(&self, range: Range<usize>) -> impl Iterator<Item = u32> + '_ {
+        self.entries[range].iter().flat_map(|entry| [entry.tag, entry.node])
+    }
+
+    /// Marks the places that are written from now on.
+    pub(super) fn start_marks(&mut self) -> Result<()> {
+        self.dirty.start(self.entries.len().div_ceil(MARKED))
+    }
+
+    pub(super) fn stop_marks(&mut self) {
+        self.dirty.stop();
+    }
+
+    pub(super) fn mark_all(&mut self) {
+        self.dirty.mark_all();
+    }
+
+    /// Shows the runs of places that were written, and forgets them.
+    pub(super) fn take_marks(
+        &mut self,
+        see: &mut dyn FnMut(Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let places = self.entries.len();
+        self.dirty.take(places.div_ceil(MARKED), &mut |run| {
+            see(run.start * MARKED..places.min(run.end * MARKED))
+        })
+    }
+
+    fn write(&mut self, at: usize, entry: Entry) {
+        self.entries[at] = entry;
+        self.dirty.mark(at / MARKED);
     }
 
     /// The nodes in the table, in no order.
@@ -91,7 +146,8 @@ impl Table {
         if need * 4 <= self.entries.len() * 3 {
             return Ok(());
         }
-        let size = (need * 4 / 3 + 1).next_power_of_two().max(8);
+        let size = Self::places_for(need as u64) as usize;
+        self.dirty.reserve(size.div_ceil(MARKED))?;
         let mut entries: Vec<Entry> = Vec::new();
         let bytes = (size * size_of::<Entry>()) as u64;
         entries.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { bytes })?;
@@ -100,6 +156,7 @@ impl Table {
         for entry in old.into_iter().filter(|e| e.node != NIL) {
             self.place(entry);
         }
+        self.dirty.mark_all();
         Ok(())
     }
 
@@ -109,7 +166,7 @@ impl Table {
         while self.entries[at & mask].node != NIL {
             at += 1;
         }
-        self.entries[at & mask] = entry;
+        self.write(at & mask, entry);
     }
 
     /// Adds `node` under a key that has none yet. Room must have been reserved.
@@ -125,7 +182,7 @@ impl Table {
         let at = self.find(self.tag(key), |n| n == old);
         debug_assert!(at.is_some());
         if let Some(at) = at {
-            self.entries[at].node = new;
+            self.write(at, Entry { node: new, ..self.entries[at] });
         }
     }
 
@@ -147,11 +204,11 @@ impl Table {
             let (from_home, from_hole) =
                 (at.wrapping_sub(self.home(entry.tag)) & mask, at.wrapping_sub(hole) & mask);
             if from_home >= from_hole {
-                self.entries[hole] = entry;
+                self.write(hole, entry);
                 hole = at;
             }
         }
-        self.entries[hole] = EMPTY;
+        self.write(hole, EMPTY);
         self.len -= 1;
     }
 }

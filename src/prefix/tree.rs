@@ -15,6 +15,7 @@
 use alloc::vec::Vec;
 
 use super::NIL;
+use super::dirty::Dirty;
 use super::retention::DEFAULT_PRIORITY;
 use super::table::Table;
 use crate::error::{Error, Result};
@@ -103,6 +104,8 @@ pub(super) struct Tree {
     pub branches: Table,
     /// Namespace to root.
     pub spaces: Table,
+    /// Places whose node was written, by `create` or through `IndexMut`.
+    pub dirty: Dirty,
 }
 
 fn branch_key(fork: u32, token: TokenId) -> u64 {
@@ -120,6 +123,7 @@ impl core::ops::Index<u32> for Tree {
 impl core::ops::IndexMut<u32> for Tree {
     #[inline]
     fn index_mut(&mut self, node: u32) -> &mut Node {
+        self.dirty.mark(node as usize);
         &mut self.arena[node as usize]
     }
 }
@@ -127,7 +131,7 @@ impl core::ops::IndexMut<u32> for Tree {
 impl Tree {
     pub(super) fn new(seed: u64) -> Self {
         let (branches, spaces) = (Table::new(seed), Table::new(!seed));
-        Tree { arena: Vec::new(), free: NIL, live: 0, branches, spaces }
+        Tree { arena: Vec::new(), free: NIL, live: 0, branches, spaces, dirty: Dirty::new() }
     }
 
     /// Nodes of every kind.
@@ -150,7 +154,29 @@ impl Tree {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.arena.capacity() * size_of::<Node>() + self.branches.bytes() + self.spaces.bytes()
+        self.arena.capacity() * size_of::<Node>()
+            + self.branches.bytes()
+            + self.spaces.bytes()
+            + self.dirty.bytes()
+    }
+
+    /// Marks what is written to nodes and tables from now on.
+    pub(super) fn start_marks(&mut self) -> Result<()> {
+        self.dirty.start(self.arena.len())?;
+        self.branches.start_marks()?;
+        self.spaces.start_marks()
+    }
+
+    pub(super) fn stop_marks(&mut self) {
+        self.dirty.stop();
+        self.branches.stop_marks();
+        self.spaces.stop_marks();
+    }
+
+    pub(super) fn mark_all(&mut self) {
+        self.dirty.mark_all();
+        self.branches.mark_all();
+        self.spaces.mark_all();
     }
 
     /// Makes room for `nodes` further nodes, so that the steps below cannot fail. Returns how many
@@ -159,6 +185,7 @@ impl Tree {
         let bytes = (nodes * size_of::<Node>()) as u64;
         let more = nodes.saturating_sub(self.arena.len() - self.live);
         self.arena.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes })?;
+        self.dirty.reserve(self.arena.len() + more)?;
         self.branches.reserve(nodes)?;
         self.spaces.reserve(1)?;
         Ok(self.arena.len() + more)
@@ -168,6 +195,7 @@ impl Tree {
     fn create(&mut self, kind: Kind) -> u32 {
         self.live += 1;
         if self.free == NIL {
+            self.dirty.mark(self.arena.len());
             self.arena.push(Node { kind, ..EMPTY });
             return self.arena.len() as u32 - 1;
         }
