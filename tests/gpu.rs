@@ -74,6 +74,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         cache: DType::Bf16,
         seqs: SEQS as u32,
         q_len: 1,
+        q_tokens: SEQS as u32,
         kv_len: (WIDTH * BLOCK) as u32,
         pieces: Pieces::Balanced,
         multiprocessors: backend.multiprocessors(),
@@ -120,6 +121,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         let (launch, params) = plan.attend_launch(workspace.address(), &args)?;
         match &params {
             AttendParams::Decode(params) => enqueue(&*backend, &launch, params, stream),
+            other => panic!("one token a sequence is decoded, not {other:?}"),
         }
         Ok(())
     };

@@ -89,6 +89,7 @@ fn decode(
         cache: DType::Bf16,
         seqs: batch as u32,
         q_len: 1,
+        q_tokens: batch as u32,
         kv_len: longest as u32,
         pieces: Pieces::Balanced,
         multiprocessors: gpu.backend.multiprocessors(),
@@ -154,6 +155,8 @@ fn decode(
         let (launch, params) = plan.attend_launch(workspace.address(), &args(&buffers[i]))?;
         match &params {
             AttendParams::Decode(params) => gpu.enqueue(&launch, params),
+            AttendParams::Prefill(params) => gpu.enqueue(&launch, params),
+            AttendParams::Mla(params) => gpu.enqueue(&launch, params),
         }
     })?;
     let tokens: u64 = lens.iter().sum();

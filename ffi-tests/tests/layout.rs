@@ -58,7 +58,8 @@ fn in_rust() -> Layout {
             error_flag,
         }
         kvc_device_attend_options {
-            struct_size, max_q_tokens, max_kv_tokens, piece_tokens, planned, multiprocessors,
+            struct_size, max_q_tokens, max_kv_tokens, piece_tokens, total_q_tokens, planned,
+            multiprocessors, reserved,
         }
         kvc_device_facts { kind, ordinal, multiprocessors, reserved }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
