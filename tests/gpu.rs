@@ -11,7 +11,7 @@ use std::sync::Arc;
 use kvcache::attention::HeadShape;
 use kvcache::cuda::{Cuda, Event, Graph, Queue};
 use kvcache::device::{Backend, DeviceMemory, Stream};
-use kvcache::dtype::{DType, bf16};
+use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, kernels,
 };
@@ -71,7 +71,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
     };
     let plan = AttendPlan::new(&AttendBounds {
         shape,
-        cache: DType::Bf16,
+        format: KvFormat::Bf16,
         seqs: SEQS as u32,
         q_len: 1,
         q_tokens: SEQS as u32,

@@ -3,7 +3,7 @@
 
 use kvcache::attention::HeadShape;
 use kvcache::device::DeviceMemory;
-use kvcache::dtype::DType;
+use kvcache::dtype::{DType, KvFormat};
 use kvcache::error::Result;
 use kvcache::kernels::{AttendArgs, AttendBounds, AttendParams, AttendPlan, Pieces};
 use kvcache::layout::Strides;
@@ -86,7 +86,7 @@ fn decode(
             v_dim: DIM as u32,
             v_in_k: false,
         },
-        cache: DType::Bf16,
+        format: KvFormat::Bf16,
         seqs: batch as u32,
         q_len: 1,
         q_tokens: batch as u32,

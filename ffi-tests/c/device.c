@@ -43,7 +43,16 @@ static void options_and_plans(void) {
     desc.k_dim = desc.v_dim = 128;
     desc.format = KVC_FORMAT_F32;
     FAILS(KVC_ERR_UNSUPPORTED, "", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
+    desc.format = KVC_FORMAT_INT8_T;
+    FAILS(KVC_ERR_UNSUPPORTED, "quantised",
+          kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_BF16;
+    // More than eight query tokens are prefilled, without a workspace.
+    options.max_q_tokens = 512;
+    OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
+    CHECK(strcmp(name, "kvc_prefill_bf16_d128") == 0);
+    OK(kvc_device_attend_workspace_size(NULL, &desc, &options, &longer));
+    CHECK(longer == 0);
     options.max_q_tokens = 0;
     FAILS(KVC_ERR_INVALID_ARGUMENT, "q_len",
           kvc_device_attend_workspace_size(NULL, &desc, &options, &bytes));

@@ -140,7 +140,7 @@ unsafe fn plan(
     };
     let bounds = AttendBounds {
         shape: desc.shape()?,
-        cache: desc.cache()?.dtype(),
+        format: desc.cache()?,
         seqs: desc.seqs,
         q_len: options.max_q_tokens,
         q_tokens: match options.total_q_tokens {
@@ -373,6 +373,9 @@ fn append_params(
         return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
     }
     let args = desc.args()?;
+    if !args.kv.format.is_float() {
+        return Err(Error::Unsupported { what: "a quantised KV format by the device's kernels" });
+    }
     let v_in_k = args.shape.v_in_k;
     let rotates = options.rotary_dim != 0;
     let interleaved = match options.rope_style {

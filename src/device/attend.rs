@@ -65,7 +65,7 @@ impl Attend {
                 v_dim: spec.v_dim,
                 v_in_k: spec.v_in_k,
             },
-            cache: spec.format.dtype(),
+            format: spec.format,
             seqs: 1,
             q_len: 1,
             q_tokens: 1,
@@ -191,7 +191,7 @@ impl DeviceStore {
     fn plan(&mut self, shape: &HeadShape, args: &AttendArgs, at: &BatchView) -> Result<AttendPlan> {
         let plan = AttendPlan::new(&AttendBounds {
             shape: *shape,
-            cache: self.layout().spec().format.dtype(),
+            format: self.layout().spec().format,
             seqs: at.seqs,
             q_len: at.max_q,
             q_tokens: at.rows,

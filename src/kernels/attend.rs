@@ -10,7 +10,7 @@ use super::params::{DecodeParams, DecodePlanParams, In, MlaParams, Out, PrefillP
 use super::prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 use super::{Kernel, Launch};
 use crate::attention::HeadShape;
-use crate::dtype::DType;
+use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
 use crate::layout::Strides;
 
@@ -19,8 +19,8 @@ use crate::layout::Strides;
 pub struct AttendBounds {
     /// Heads and channels.
     pub shape: HeadShape,
-    /// Type of the cache.
-    pub cache: DType,
+    /// How the cache stores K and V.
+    pub format: KvFormat,
     /// Sequences.
     pub seqs: u32,
     /// Query tokens of one sequence.
@@ -176,6 +176,11 @@ impl AttendPlan {
     pub fn new(bounds: &AttendBounds) -> Result<Self> {
         let b = bounds;
         b.shape.check()?;
+        if !b.format.is_float() {
+            return Err(Error::Unsupported {
+                what: "a quantised KV format by the device's kernels",
+            });
+        }
         if b.shape.v_in_k {
             return Self::latent(b);
         }
@@ -184,7 +189,7 @@ impl AttendPlan {
         }
         if b.q_len > MAX_DECODE_TOKENS {
             let bounds = PrefillBounds {
-                cache: b.cache,
+                cache: b.format.dtype(),
                 head_dim: b.shape.k_dim,
                 q_heads: b.shape.q_heads,
                 kv_heads: b.shape.kv_heads,
@@ -195,7 +200,7 @@ impl AttendPlan {
             return Ok(AttendPlan::Prefill(bounds));
         }
         DecodePlan::new(DecodeBounds {
-            cache: b.cache,
+            cache: b.format.dtype(),
             head_dim: b.shape.k_dim,
             q_heads: b.shape.q_heads,
             kv_heads: b.shape.kv_heads,
@@ -218,7 +223,7 @@ impl AttendPlan {
             });
         }
         MlaPlan::new(MlaBounds {
-            cache: b.cache,
+            cache: b.format.dtype(),
             q_heads: b.shape.q_heads,
             q_len: b.q_len,
             batch: b.seqs,
@@ -326,7 +331,7 @@ impl AttendPlan {
     /// None in practice: a plan has a kernel.
     pub fn kernel(&self, bounds: &AttendBounds) -> Result<&'static Kernel> {
         match self {
-            AttendPlan::Decode(_) => decode_kernel(bounds.cache, bounds.shape.k_dim),
+            AttendPlan::Decode(_) => decode_kernel(bounds.format.dtype(), bounds.shape.k_dim),
             AttendPlan::Prefill(bounds) => prefill_kernel(bounds.cache, bounds.head_dim),
             AttendPlan::Mla(plan) => Ok(plan.kernel()),
         }

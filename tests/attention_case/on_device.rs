@@ -71,7 +71,7 @@ impl Instance {
         flat.push(i32::MIN);
         let bounds = AttendBounds {
             shape: *shape,
-            cache: case.format.dtype(),
+            format: case.format,
             seqs: seqs.len() as u32,
             q_len: case.lengths[seqs.clone()].iter().map(|l| l.0).max().unwrap_or(0).max(1),
             q_tokens: q_indptr[seqs.len()].max(1) as u32,
