@@ -76,6 +76,7 @@ static void nothing_is_a_device(void) {
     kvc_device_facts facts;
     kvc_append_desc append;
     kvc_device_append_options more;
+    kvc_device_copy_desc copy;
     void *memory = NULL;
     char byte = 0;
 
@@ -98,6 +99,9 @@ static void nothing_is_a_device(void) {
     OK(kvc_device_append_options_init(&more, sizeof more));
     CHECK(more.rope_style == KVC_ROPE_HALVES);
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_append(NULL, &append, &more, NULL));
+    OK(kvc_device_copy_desc_init(&copy, sizeof copy));
+    CHECK(copy.planes == 1 && copy.runs == 1 && copy.count == 0);
+    FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_copy(NULL, &copy, NULL));
 }
 
 // A GPU there may be or not; a library without its kernels, or a machine without it, says so.

@@ -21,6 +21,8 @@ pub mod cache;
 #[cfg(feature = "std")]
 pub mod device;
 #[cfg(feature = "std")]
+pub mod device_copy;
+#[cfg(feature = "std")]
 pub mod device_kernels;
 pub mod info;
 pub mod plan;
@@ -46,6 +48,8 @@ pub use attend::*;
 pub use cache::*;
 #[cfg(feature = "std")]
 pub use device::*;
+#[cfg(feature = "std")]
+pub use device_copy::*;
 #[cfg(feature = "std")]
 pub use device_kernels::*;
 pub use info::*;
