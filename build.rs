@@ -53,6 +53,7 @@ mod header {
         ("step_device", "step: for rows in the memory of the cache's device"),
         ("device", "device: where kernels run beside the CPU"),
         ("device_kernels", "device: its kernels alone, on the caller's own memory and stream"),
+        ("device_copy", "device: blocks copied, swapped and zeroed"),
         ("events", "events: what becomes cached and what ceases to be, as it happens"),
         ("metrics", "metrics: what a cache counts and times"),
     ];

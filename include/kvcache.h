@@ -1298,11 +1298,15 @@ typedef struct {
     // 0 (the default): contexts are cut so that the whole device has work. A multiple of 64: in
     // pieces of so many tokens, and a sequence gets the same bits whatever else is in the batch.
     uint32_t piece_tokens;
+    // Most query tokens of all sequences together; 0 (the default) for seqs times max_q_tokens.
+    uint32_t total_q_tokens;
     // 1: the workspace holds the plan of an earlier call with the same lengths, window, heads and
     // options (another layer's): it is not made again. 0 by default.
     uint32_t planned;
     // Multiprocessors to divide the work by; 0 (the default) for those of the device.
     uint32_t multiprocessors;
+    // 0.
+    uint32_t reserved;
 } kvc_device_attend_options;
 
 // What kvc_device_append can do beside the call's description: rotate, and write rotated queries.
@@ -1371,7 +1375,7 @@ kvc_status kvc_device_attend_kernel(const kvc_device *device,
 // Enqueues attention for the batch that `desc` describes on `stream` (a CUstream; NULL for the
 // default stream). Every pointer of `desc` is a device address: rows of Q, K, V and out begin at
 // multiples of 16 bytes, the workspace at one of 256. `q_indptr` may be NULL where all sequences
-// have max_q_tokens query tokens; `threads` is ignored. `bad_block`, if given, is set to other than
+// have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 // 0 where a table has an entry that is not a block: such keys are masked and never read.
 //
 // Threads: thread-safe, where calls share no outputs and no workspace.

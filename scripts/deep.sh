@@ -47,12 +47,18 @@ part_features() {
 
 part_benches() { cargo bench; }
 
+# What a GPU machine is given, as far as it runs without a GPU; with one, all of it.
+part_gpu() {
+    scripts/gpu.sh pack "$TARGET_DIR/gpu"
+    "$TARGET_DIR/gpu/gpu.sh" run
+}
+
 # Each part runs in its own process: `set -e` does not hold inside a tested command.
 if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 fuzz msrv benches)
+parts=(random levels features asan aarch64 fuzz msrv benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

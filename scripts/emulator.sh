@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The CUDA kernels without a GPU: the emulator's own tests and the emulated kernels, then all of it
-# again under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The CUDA kernels without a GPU: the emulator's own tests, the emulated kernels, the conformance
+# table and a cache on an emulated device, a served prompt; then the tests again under
+# AddressSanitizer and UndefinedBehaviorSanitizer.
 source "$(dirname "$0")/common.sh"
 CXX=${CXX:-c++}
 command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
-tests=(--test 'emulat*')
+tests=(--test 'emulat*' --test conformance_device --test cache)
 
 cargo test -p libkvcache --features emulate "${tests[@]}"
+cargo run -p libkvcache --features emulate --example generate -- \
+    --device emu --check --prompt 'What is a KV cache?' --max-tokens 4
 
 # The sanitizer's library must be the first that a program loads, which Rust's linker line does not
 # give: the runner loads it before.

@@ -33,11 +33,23 @@ fn base() -> Case {
     }
 }
 
-fn check(case: &Case) {
+fn check_as_it_is(case: &Case) {
     let instance = case.build();
     for backend in backends::all() {
         assert!(!instance.check_on(&backend), "no entry is bad: {case:?}");
     }
+}
+
+/// Runs a case of few query tokens, which is decoded, and again beside sequences of many, which is
+/// prefilled.
+fn check(case: &Case) {
+    check_as_it_is(case);
+    check_as_it_is(&prefilled(case));
+}
+
+fn prefilled(case: &Case) -> Case {
+    let long = [(19, 83), (33, 33), (9, 140)];
+    Case { lengths: [&case.lengths[..], &long].concat(), ..case.clone() }
 }
 
 #[test]
@@ -78,6 +90,31 @@ fn every_group_and_head_dim() {
 }
 
 #[test]
+fn every_head_dim_of_prefill() {
+    for dim in [64, 80, 96, 128, 192, 256] {
+        for format in FORMATS {
+            let case = Case { shape: shape(6, 2, dim), format, ..base() };
+            check_as_it_is(&prefilled(&case));
+        }
+    }
+}
+
+#[test]
+fn latent_attention() {
+    let latent = HeadShape { q_heads: 16, kv_heads: 1, k_dim: 576, v_dim: 512, v_in_k: true };
+    let lengths = vec![(1, 130), (3, 40), (1, 0), (8, 20)];
+    for format in FORMATS {
+        for block_tokens in [16, 64] {
+            let lengths = lengths.clone();
+            check_as_it_is(&Case { shape: latent, format, lengths, block_tokens, ..base() });
+        }
+    }
+    let lengths = vec![(1, 40), (2, 9)];
+    let wide = HeadShape { q_heads: 128, ..latent };
+    check_as_it_is(&Case { shape: wide, lengths, window: Some(20), ..base() });
+}
+
+#[test]
 fn every_scoring_rule() {
     check(&Case { causal: false, ..base() });
     check(&Case { causal: false, lengths: vec![(7, 3), (8, 2), (3, 0)], ..base() });
@@ -112,10 +149,13 @@ fn bad_table_entries_are_masked_and_reported() {
     let mut rng = Rng::new(77);
     for bad in [-1, i32::MIN, i32::MAX, 10_000] {
         for block_tokens in [1, 16] {
-            let mut instance = Case { block_tokens, ..base() }.build();
-            instance.spoil(&mut rng, bad);
-            for backend in backends::all() {
-                assert!(instance.check_on(&backend), "a bad entry must raise the flag");
+            let case = Case { block_tokens, ..base() };
+            for case in [prefilled(&case), case] {
+                let mut instance = case.build();
+                instance.spoil(&mut rng, bad);
+                for backend in backends::all() {
+                    assert!(instance.check_on(&backend), "a bad entry must raise the flag");
+                }
             }
         }
     }

@@ -224,6 +224,52 @@ fn append_and_attend_alone_are_right() {
 }
 
 #[test]
+fn blocks_are_copied_and_zeroed_by_a_list() {
+    let device = open();
+    let blocks: Vec<u32> = (0..6 * 8).collect();
+    let pool = Memory::of(device, &blocks);
+    let other = Memory::of(device, &[u32::MAX; 4 * 8]);
+    let list = Memory::of(device, &[5i32, 0, 2, 3, 9, 1, 0, 4]);
+    let flag = Memory::of(device, &[0u32]);
+    // SAFETY: every bit pattern is a value; init fills it in.
+    let mut copy: kvc_device_copy_desc = unsafe { std::mem::zeroed() };
+    let size = size_of::<kvc_device_copy_desc>() as u32;
+    // SAFETY: the struct is of the size given.
+    ok(unsafe { kvc_device_copy_desc_init(&mut copy, size) });
+    (copy.count, copy.run_bytes) = (4, 32);
+    (copy.from_blocks, copy.to_blocks) = (6, 4);
+    (copy.from, copy.to, copy.list) = (pool.at, other.at, list.at);
+    (copy.from_block_stride, copy.to_block_stride) = (32, 32);
+    copy.error_flag = flag.at.cast();
+    // SAFETY: the addresses are of live device memory of these sizes, here and below.
+    ok(unsafe { kvc_device_copy(device, &copy, ptr::null_mut()) });
+    let got = other.read::<u32>();
+    assert_eq!((&got[..8], &got[24..]), (&blocks[40..48], &blocks[16..24]));
+    assert!(got[8..24].iter().all(|&x| x == u32::MAX), "ids outside the pools are skipped");
+    assert_ne!(flag.read::<u32>(), [0]);
+
+    let ids = Memory::of(device, &[1i32, 3]);
+    let zero = kvc_device_copy_desc { zero: 1, count: 2, list: ids.at, ..copy };
+    // SAFETY: see above.
+    ok(unsafe { kvc_device_copy(device, &zero, ptr::null_mut()) });
+    let got = other.read::<u32>();
+    assert!(got[8..16].iter().chain(&got[24..]).all(|&x| x == 0) && got[..8] == blocks[40..]);
+
+    for (bad, status) in [
+        (kvc_device_copy_desc { run_bytes: 20, ..copy }, KVC_ERR_INVALID_ARGUMENT),
+        (kvc_device_copy_desc { list: ptr::null(), ..copy }, KVC_ERR_NULL_POINTER),
+        (kvc_device_copy_desc { zero: 2, ..copy }, KVC_ERR_INVALID_ARGUMENT),
+        (kvc_device_copy_desc { from: copy.from.wrapping_byte_add(4), ..copy }, KVC_ERR_MISALIGNED),
+    ] {
+        // SAFETY: see above; these are refused.
+        assert_eq!(unsafe { kvc_device_copy(device, &bad, ptr::null_mut()) }, status);
+    }
+    drop((pool, other, list, flag, ids));
+    // SAFETY: open, and closed once.
+    ok(unsafe { kvc_device_close(device) });
+}
+
+#[test]
 fn a_cache_on_a_device_takes_rows_from_either_side() {
     // SAFETY: every bit pattern is a value; init fills them in.
     let mut options: kvc_cache_options = unsafe { std::mem::zeroed() };

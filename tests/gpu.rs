@@ -11,7 +11,7 @@ use std::sync::Arc;
 use kvcache::attention::HeadShape;
 use kvcache::cuda::{Cuda, Event, Graph, Queue};
 use kvcache::device::{Backend, DeviceMemory, Stream};
-use kvcache::dtype::{DType, bf16};
+use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, kernels,
 };
@@ -71,9 +71,10 @@ fn a_captured_graph_follows_lengths_and_tables() {
     };
     let plan = AttendPlan::new(&AttendBounds {
         shape,
-        cache: DType::Bf16,
+        format: KvFormat::Bf16,
         seqs: SEQS as u32,
         q_len: 1,
+        q_tokens: SEQS as u32,
         kv_len: (WIDTH * BLOCK) as u32,
         pieces: Pieces::Balanced,
         multiprocessors: backend.multiprocessors(),
@@ -120,6 +121,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         let (launch, params) = plan.attend_launch(workspace.address(), &args)?;
         match &params {
             AttendParams::Decode(params) => enqueue(&*backend, &launch, params, stream),
+            other => panic!("one token a sequence is decoded, not {other:?}"),
         }
         Ok(())
     };

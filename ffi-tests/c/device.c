@@ -43,7 +43,16 @@ static void options_and_plans(void) {
     desc.k_dim = desc.v_dim = 128;
     desc.format = KVC_FORMAT_F32;
     FAILS(KVC_ERR_UNSUPPORTED, "", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
+    desc.format = KVC_FORMAT_INT8_T;
+    FAILS(KVC_ERR_UNSUPPORTED, "quantised",
+          kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_BF16;
+    // More than eight query tokens are prefilled, without a workspace.
+    options.max_q_tokens = 512;
+    OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
+    CHECK(strcmp(name, "kvc_prefill_bf16_d128") == 0);
+    OK(kvc_device_attend_workspace_size(NULL, &desc, &options, &longer));
+    CHECK(longer == 0);
     options.max_q_tokens = 0;
     FAILS(KVC_ERR_INVALID_ARGUMENT, "q_len",
           kvc_device_attend_workspace_size(NULL, &desc, &options, &bytes));
@@ -67,6 +76,7 @@ static void nothing_is_a_device(void) {
     kvc_device_facts facts;
     kvc_append_desc append;
     kvc_device_append_options more;
+    kvc_device_copy_desc copy;
     void *memory = NULL;
     char byte = 0;
 
@@ -89,6 +99,9 @@ static void nothing_is_a_device(void) {
     OK(kvc_device_append_options_init(&more, sizeof more));
     CHECK(more.rope_style == KVC_ROPE_HALVES);
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_append(NULL, &append, &more, NULL));
+    OK(kvc_device_copy_desc_init(&copy, sizeof copy));
+    CHECK(copy.planes == 1 && copy.runs == 1 && copy.count == 0);
+    FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_copy(NULL, &copy, NULL));
 }
 
 // A GPU there may be or not; a library without its kernels, or a machine without it, says so.

@@ -58,7 +58,14 @@ fn in_rust() -> Layout {
             error_flag,
         }
         kvc_device_attend_options {
-            struct_size, max_q_tokens, max_kv_tokens, piece_tokens, planned, multiprocessors,
+            struct_size, max_q_tokens, max_kv_tokens, piece_tokens, total_q_tokens, planned,
+            multiprocessors, reserved,
+        }
+        kvc_device_copy_desc {
+            struct_size, count, wide_ids, planes, runs, run_bytes, token_bytes, from_blocks,
+            to_blocks, zero, list, tokens, from, from_planes, from_plane_stride,
+            from_block_stride, from_run_stride, to, to_planes, to_plane_stride, to_block_stride,
+            to_run_stride, error_flag,
         }
         kvc_device_facts { kind, ordinal, multiprocessors, reserved }
         kvc_event {
@@ -164,7 +171,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 29);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 30);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

@@ -31,11 +31,15 @@ pub struct kvc_device_attend_options {
     /// 0 (the default): contexts are cut so that the whole device has work. A multiple of 64: in
     /// pieces of so many tokens, and a sequence gets the same bits whatever else is in the batch.
     pub piece_tokens: u32,
+    /// Most query tokens of all sequences together; 0 (the default) for seqs times max_q_tokens.
+    pub total_q_tokens: u32,
     /// 1: the workspace holds the plan of an earlier call with the same lengths, window, heads and
     /// options (another layer's): it is not made again. 0 by default.
     pub planned: u32,
     /// Multiprocessors to divide the work by; 0 (the default) for those of the device.
     pub multiprocessors: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers.
@@ -50,8 +54,10 @@ unsafe impl Sized32 for kvc_device_attend_options {
             max_q_tokens: 1,
             max_kv_tokens: 0,
             piece_tokens: 0,
+            total_q_tokens: 0,
             planned: 0,
             multiprocessors: 0,
+            reserved: 0,
         }
     }
 }
@@ -125,15 +131,22 @@ unsafe fn plan(
         // SAFETY: the caller's promise.
         unsafe { pointer::read(options) }?
     };
+    if options.reserved != 0 {
+        return Err(Error::invalid("reserved", "must be 0"));
+    }
     let multiprocessors = match options.multiprocessors {
         0 => opened(device)?.0.multiprocessors(),
         given => given,
     };
     let bounds = AttendBounds {
         shape: desc.shape()?,
-        cache: desc.cache()?.dtype(),
+        format: desc.cache()?,
         seqs: desc.seqs,
         q_len: options.max_q_tokens,
+        q_tokens: match options.total_q_tokens {
+            0 => desc.seqs.saturating_mul(options.max_q_tokens),
+            total => total,
+        },
         kv_len: options.max_kv_tokens,
         pieces: match options.piece_tokens {
             0 => Pieces::Balanced,
@@ -215,7 +228,7 @@ pub unsafe extern "C" fn kvc_device_attend_kernel(
 /// Enqueues attention for the batch that `desc` describes on `stream` (a CUstream; NULL for the
 /// default stream). Every pointer of `desc` is a device address: rows of Q, K, V and out begin at
 /// multiples of 16 bytes, the workspace at one of 256. `q_indptr` may be NULL where all sequences
-/// have max_q_tokens query tokens; `threads` is ignored. `bad_block`, if given, is set to other than
+/// have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 /// 0 where a table has an entry that is not a block: such keys are masked and never read.
 ///
 /// Threads: thread-safe, where calls share no outputs and no workspace.
@@ -360,6 +373,9 @@ fn append_params(
         return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
     }
     let args = desc.args()?;
+    if !args.kv.format.is_float() {
+        return Err(Error::Unsupported { what: "a quantised KV format by the device's kernels" });
+    }
     let v_in_k = args.shape.v_in_k;
     let rotates = options.rotary_dim != 0;
     let interleaved = match options.rope_style {

@@ -21,6 +21,8 @@ pub mod cache;
 #[cfg(feature = "std")]
 pub mod device;
 #[cfg(feature = "std")]
+pub mod device_copy;
+#[cfg(feature = "std")]
 pub mod device_kernels;
 #[cfg(feature = "std")]
 pub mod events;
@@ -50,6 +52,8 @@ pub use attend::*;
 pub use cache::*;
 #[cfg(feature = "std")]
 pub use device::*;
+#[cfg(feature = "std")]
+pub use device_copy::*;
 #[cfg(feature = "std")]
 pub use device_kernels::*;
 #[cfg(feature = "std")]

@@ -1,14 +1,13 @@
 //! Attention over a device store: the call's plan, its workspace, its launches.
 //!
 //! A plan is made on the device from the lengths that stand there, once a batch; the layers after
-//! the first reuse it. Sequences of more than eight new tokens go through the decode kernel eight
-//! tokens at a time.
+//! the first reuse it. Which kernel serves a batch is the plan's choice.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::backend::{launch, launch_attend};
-use super::batch::DeviceBatch;
+use super::batch::{BatchView, DeviceBatch};
 use super::memory::DeviceMemory;
 use super::rows::{DeviceRows, DeviceRowsMut};
 use super::store::{DeviceStore, check_len};
@@ -19,8 +18,6 @@ use crate::error::{Error, Result};
 use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces};
 use crate::layout::GroupLayout;
 
-/// Query tokens of a sequence that the decode kernel takes at once.
-const MAX_DECODE_TOKENS: u32 = 8;
 /// Tokens of a piece in the deterministic mode: long enough that merging them costs little, short
 /// enough that a long sequence alone has work for a device.
 const FIXED_PIECE: u32 = 512;
@@ -34,9 +31,6 @@ pub(super) struct Attend {
     /// Sinks and slopes, and what was uploaded there last.
     per_head: DeviceMemory,
     per_head_bytes: Vec<u8>,
-    /// Lengths of sequences cut at their queries.
-    lengths: DeviceMemory,
-    lengths_bytes: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +48,6 @@ impl Attend {
             workspace: memory()?,
             per_head: memory()?,
             per_head_bytes: Vec::new(),
-            lengths: memory()?,
-            lengths_bytes: Vec::new(),
         })
     }
 
@@ -73,9 +65,10 @@ impl Attend {
                 v_dim: spec.v_dim,
                 v_in_k: spec.v_in_k,
             },
-            cache: spec.format.dtype(),
+            format: spec.format,
             seqs: 1,
             q_len: 1,
+            q_tokens: 1,
             kv_len: 1,
             pieces: Pieces::Balanced,
             multiprocessors: 1,
@@ -181,14 +174,11 @@ impl DeviceStore {
             slopes,
             error_flag: self.flag(),
         };
-        if at.max_q > MAX_DECODE_TOKENS {
-            return self.attend_in_chunks(&shape, args, batch);
-        }
         let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: scoring.window };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,
             _ => {
-                let plan = self.plan(&shape, &args, at.max_q, at.max_kv)?;
+                let plan = self.plan(&shape, &args, &at)?;
                 self.attend.planned = Some((key, plan));
                 plan
             }
@@ -196,73 +186,16 @@ impl DeviceStore {
         self.run(&plan, &args)
     }
 
-    /// Attends for sequences one after another, eight query tokens at a time: each chunk is a batch
-    /// of one sequence that ends with the chunk.
-    fn attend_in_chunks(
-        &mut self,
-        shape: &HeadShape,
-        args: AttendArgs,
-        batch: &DeviceBatch,
-    ) -> Result<()> {
-        if !args.causal {
-            return Err(Error::Unsupported {
-                what: "more than 8 query tokens without a causal mask on this device",
-            });
-        }
-        let (q_indptr, kv_lens) = batch.lengths();
-        let mut chunks = Vec::new();
-        for (seq, bounds) in q_indptr.windows(2).enumerate() {
-            let mut row = bounds[0];
-            while row < bounds[1] {
-                let count = (bounds[1] - row).min(MAX_DECODE_TOKENS as i32);
-                let length = i64::from(kv_lens[seq]) - i64::from(bounds[1] - row - count);
-                chunks.push((seq as u64, row as u64, count as u32, length.max(0) as i32));
-                row += count;
-            }
-        }
-        let attend = &mut self.attend;
-        attend.lengths_bytes.clear();
-        attend.lengths_bytes.extend(chunks.iter().flat_map(|chunk| chunk.3.to_ne_bytes()));
-        attend.lengths.grow(attend.lengths_bytes.len() as u64)?;
-        let lengths = attend.lengths.address();
-        // SAFETY: the memory has these bytes; the staging buffer is not page-locked.
-        unsafe { self.backend.upload(lengths, &attend.lengths_bytes, self.options.stream) }?;
-        let row_bytes = |strides: [i64; 2], dtype: DType| strides[0] as u64 * dtype.bytes() as u64;
-        for (n, &(seq, row, count, length)) in chunks.iter().enumerate() {
-            let chunk = AttendArgs {
-                q: args.q + row * row_bytes(args.q_strides, args.q_dtype),
-                out: args.out + row * row_bytes(args.out_strides, args.out_dtype),
-                lse: match args.lse {
-                    0 => 0,
-                    lse => lse + row * u64::from(shape.q_heads) * 4,
-                },
-                table_indptr: args.table_indptr + 4 * seq,
-                seqs: 1,
-                q_indptr: 0,
-                kv_lens: lengths + 4 * n as u64,
-                ..args
-            };
-            let plan = self.plan(shape, &chunk, count, length as u32)?;
-            self.run(&plan, &chunk)?;
-        }
-        Ok(())
-    }
-
     /// Plans for a call with these maxima: on the host, and on the device where its kernel wants
     /// that.
-    fn plan(
-        &mut self,
-        shape: &HeadShape,
-        args: &AttendArgs,
-        q_len: u32,
-        kv_len: u32,
-    ) -> Result<AttendPlan> {
+    fn plan(&mut self, shape: &HeadShape, args: &AttendArgs, at: &BatchView) -> Result<AttendPlan> {
         let plan = AttendPlan::new(&AttendBounds {
             shape: *shape,
-            cache: self.layout().spec().format.dtype(),
-            seqs: args.seqs,
-            q_len,
-            kv_len,
+            format: self.layout().spec().format,
+            seqs: at.seqs,
+            q_len: at.max_q,
+            q_tokens: at.rows,
+            kv_len: at.max_kv,
             pieces: if self.options.deterministic {
                 Pieces::Fixed(FIXED_PIECE)
             } else {

@@ -148,7 +148,12 @@ pub(crate) unsafe fn launch_attend(
     params: &AttendParams,
     stream: Stream,
 ) -> Result<()> {
-    let AttendParams::Decode(params) = params;
     // SAFETY: the caller's promise.
-    unsafe { launch(backend, plan, params, stream) }
+    unsafe {
+        match params {
+            AttendParams::Decode(params) => launch(backend, plan, params, stream),
+            AttendParams::Prefill(params) => launch(backend, plan, params, stream),
+            AttendParams::Mla(params) => launch(backend, plan, params, stream),
+        }
+    }
 }

@@ -155,15 +155,6 @@ impl DeviceBatch {
             slots: base + at.slots,
         })
     }
-
-    /// The batch on the host again, as it was uploaded.
-    pub(super) fn lengths(&self) -> (Vec<i32>, Vec<i32>) {
-        let ints = |at: u64, count: usize| {
-            let bytes = &self.staging[at as usize..at as usize + 4 * count];
-            bytes.chunks_exact(4).map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
-        };
-        (ints(self.q_indptr, self.seqs as usize + 1), ints(self.kv_lens, self.seqs as usize))
-    }
 }
 
 /// Device addresses of a batch and one group's tables, and the maxima that plans need.

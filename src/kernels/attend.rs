@@ -4,11 +4,13 @@
 //! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
 //! workspace it needs, and a captured graph stays right for other lengths.
 
-use super::decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES};
-use super::params::{DecodeParams, DecodePlanParams, In, Out};
+use super::decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES, decode_kernel};
+use super::mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
+use super::params::{DecodeParams, DecodePlanParams, In, MlaParams, Out, PrefillParams};
+use super::prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 use super::{Kernel, Launch};
 use crate::attention::HeadShape;
-use crate::dtype::DType;
+use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
 use crate::layout::Strides;
 
@@ -17,12 +19,14 @@ use crate::layout::Strides;
 pub struct AttendBounds {
     /// Heads and channels.
     pub shape: HeadShape,
-    /// Type of the cache.
-    pub cache: DType,
+    /// How the cache stores K and V.
+    pub format: KvFormat,
     /// Sequences.
     pub seqs: u32,
     /// Query tokens of one sequence.
     pub q_len: u32,
+    /// Query tokens of all sequences together.
+    pub q_tokens: u32,
     /// Cached tokens of one sequence.
     pub kv_len: u32,
     /// How contexts are cut.
@@ -52,7 +56,7 @@ pub struct AttendArgs {
     pub k: u64,
     /// Strides of the keys.
     pub k_strides: Strides,
-    /// Values, likewise.
+    /// Values, likewise; not read where they lie in keys.
     pub v: u64,
     /// Strides of the values.
     pub v_strides: Strides,
@@ -68,7 +72,8 @@ pub struct AttendArgs {
     pub table_indptr: u64,
     /// Sequences.
     pub seqs: u32,
-    /// Rows of each sequence, `[seqs + 1]`; 0 where all have as many as the bounds say.
+    /// Rows of each sequence, `[seqs + 1]`; 0 where all have as many as the bounds say, for up to
+    /// eight.
     pub q_indptr: u64,
     /// Cached tokens of each sequence, `[seqs]`, those of the queries included.
     pub kv_lens: u64,
@@ -89,12 +94,12 @@ pub struct AttendArgs {
 }
 
 impl AttendArgs {
-    fn check(&self) -> Result<()> {
+    fn check(&self, v_in_k: bool) -> Result<()> {
         let needed = [
             ("q", self.q),
             ("out", self.out),
             ("k", self.k),
-            ("v", self.v),
+            ("v", if v_in_k { self.k } else { self.v }),
             ("table", self.table),
             ("kv_lens", self.kv_lens),
         ];
@@ -124,6 +129,9 @@ impl AttendArgs {
                 return Err(Error::invalid(what, "rows must begin at multiples of 16 bytes"));
             }
         }
+        if self.window == Some(0) || !self.scale.is_finite() {
+            return Err(Error::invalid("window, scale", "must be at least 1, finite"));
+        }
         if self.block_tokens == 0 || self.num_blocks > i32::MAX as u32 {
             return Err(Error::invalid(
                 "block_tokens, num_blocks",
@@ -139,6 +147,10 @@ impl AttendArgs {
 pub enum AttendPlan {
     /// Paged decode: up to eight query tokens a sequence.
     Decode(DecodePlan),
+    /// Chunked prefill: any number of query tokens.
+    Prefill(PrefillBounds),
+    /// Latent attention of up to eight query tokens a sequence.
+    Mla(MlaPlan),
 }
 
 /// The parameter struct of whichever kernel attends.
@@ -146,7 +158,14 @@ pub enum AttendPlan {
 pub enum AttendParams {
     /// Of paged decode.
     Decode(DecodeParams),
+    /// Of chunked prefill.
+    Prefill(PrefillParams),
+    /// Of latent attention.
+    Mla(MlaParams),
 }
+
+/// Query tokens of a sequence that the decode kernels take.
+const MAX_DECODE_TOKENS: u32 = 8;
 
 impl AttendPlan {
     /// Plans for calls within `bounds`.
@@ -157,11 +176,31 @@ impl AttendPlan {
     pub fn new(bounds: &AttendBounds) -> Result<Self> {
         let b = bounds;
         b.shape.check()?;
-        if b.shape.v_in_k || b.shape.k_dim != b.shape.v_dim {
-            return Err(Error::Unsupported { what: "attention of such heads on a device" });
+        if !b.format.is_float() {
+            return Err(Error::Unsupported {
+                what: "a quantised KV format by the device's kernels",
+            });
+        }
+        if b.shape.v_in_k {
+            return Self::latent(b);
+        }
+        if b.shape.k_dim != b.shape.v_dim {
+            return Err(Error::Unsupported { what: "k_dim other than v_dim on a device" });
+        }
+        if b.q_len > MAX_DECODE_TOKENS {
+            let bounds = PrefillBounds {
+                cache: b.format.dtype(),
+                head_dim: b.shape.k_dim,
+                q_heads: b.shape.q_heads,
+                kv_heads: b.shape.kv_heads,
+                batch: b.seqs,
+                q_tokens: b.q_tokens,
+            };
+            prefill_info(&bounds)?;
+            return Ok(AttendPlan::Prefill(bounds));
         }
         DecodePlan::new(DecodeBounds {
-            cache: b.cache,
+            cache: b.format.dtype(),
             head_dim: b.shape.k_dim,
             q_heads: b.shape.q_heads,
             kv_heads: b.shape.kv_heads,
@@ -175,11 +214,34 @@ impl AttendPlan {
         .map(AttendPlan::Decode)
     }
 
+    fn latent(b: &AttendBounds) -> Result<Self> {
+        if (b.shape.k_dim, b.shape.v_dim) != (MLA_DIM, MLA_VALUES) {
+            return Err(Error::Unsupported { what: "latents other than 576 and 512 on a device" });
+        }
+        if b.q_len > MAX_DECODE_TOKENS {
+            return Err(Error::Unsupported {
+                what: "latent attention of more than 8 query tokens a sequence on a device",
+            });
+        }
+        MlaPlan::new(MlaBounds {
+            cache: b.format.dtype(),
+            q_heads: b.shape.q_heads,
+            q_len: b.q_len,
+            batch: b.seqs,
+            max_tokens: b.kv_len,
+            pieces: b.pieces,
+            multiprocessors: b.multiprocessors,
+        })
+        .map(AttendPlan::Mla)
+    }
+
     /// Bytes of workspace that any call within the bounds needs, from an address that is a multiple
     /// of 256.
     pub fn workspace_bytes(&self) -> u64 {
         match self {
             AttendPlan::Decode(plan) => plan.workspace_bytes(),
+            AttendPlan::Prefill(_) => 0,
+            AttendPlan::Mla(plan) => plan.workspace_bytes(),
         }
     }
 
@@ -194,27 +256,74 @@ impl AttendPlan {
         workspace: u64,
         args: &AttendArgs,
     ) -> Result<Option<(Launch, DecodePlanParams)>> {
-        args.check()?;
-        let AttendPlan::Decode(plan) = self;
+        self.check(args)?;
         let (lens, flag) = (In::at(args.kv_lens), Out::at(args.error_flag));
-        plan.plan_launch(workspace, lens, args.seqs, args.window, flag).map(Some)
+        match self {
+            AttendPlan::Decode(plan) => {
+                plan.plan_launch(workspace, lens, args.seqs, args.window, flag).map(Some)
+            }
+            AttendPlan::Prefill(_) => Ok(None),
+            AttendPlan::Mla(plan) => {
+                plan.plan_launch(workspace, lens, args.seqs, args.window, flag).map(Some)
+            }
+        }
     }
 
     /// The launch of the attention itself.
     ///
     /// # Errors
     /// `NullPointer` for what is not optional, `Misaligned` for numbers that are not aligned to their
-    /// size, `InvalidArgument` for rows that do not begin at multiples of 16 bytes.
+    /// size, `InvalidArgument` for rows that do not begin at multiples of 16 bytes or more sequences
+    /// than the bounds, `Unsupported` for scoring rules that the kernel does not have.
     pub fn attend_launch(
         &self,
         workspace: u64,
         args: &AttendArgs,
     ) -> Result<(Launch, AttendParams)> {
-        args.check()?;
-        let AttendPlan::Decode(plan) = self;
-        let mut params = decode_params(args);
-        let launch = plan.decode_launch(workspace, &mut params)?;
-        Ok((launch, AttendParams::Decode(params)))
+        self.check(args)?;
+        match self {
+            AttendPlan::Decode(plan) => {
+                let mut params = decode_params(args);
+                let launch = plan.decode_launch(workspace, &mut params)?;
+                Ok((launch, AttendParams::Decode(params)))
+            }
+            AttendPlan::Prefill(bounds) => {
+                // Fewer sequences make a smaller grid, which a captured graph keeps.
+                let bounds = PrefillBounds { batch: args.seqs, ..*bounds };
+                let mut params = prefill_params(args);
+                let launch = prefill_launch(&bounds, &mut params)?;
+                Ok((launch, AttendParams::Prefill(params)))
+            }
+            AttendPlan::Mla(plan) => {
+                let mut params = mla_params(args);
+                let launch = plan.decode_launch(workspace, &mut params)?;
+                Ok((launch, AttendParams::Mla(params)))
+            }
+        }
+    }
+
+    fn check(&self, args: &AttendArgs) -> Result<()> {
+        args.check(matches!(self, AttendPlan::Mla(_)))?;
+        match self {
+            AttendPlan::Decode(_) => Ok(()),
+            AttendPlan::Prefill(_) if args.q_indptr == 0 => {
+                Err(Error::NullPointer { what: "q_indptr" })
+            }
+            AttendPlan::Prefill(bounds) if args.seqs > bounds.batch => {
+                Err(Error::invalid("seqs", "must be at most what the plan was made for"))
+            }
+            AttendPlan::Prefill(_) => Ok(()),
+            AttendPlan::Mla(_) => {
+                let plain = args.softcap.is_none() && args.sinks == 0 && args.slopes == 0;
+                if plain {
+                    Ok(())
+                } else {
+                    Err(Error::Unsupported {
+                        what: "a soft-cap, sinks or ALiBi with latent attention on a device",
+                    })
+                }
+            }
+        }
     }
 
     /// The kernel that attends.
@@ -222,8 +331,11 @@ impl AttendPlan {
     /// # Errors
     /// None in practice: a plan has a kernel.
     pub fn kernel(&self, bounds: &AttendBounds) -> Result<&'static Kernel> {
-        let AttendPlan::Decode(_) = self;
-        super::decode::decode_kernel(bounds.cache, bounds.shape.k_dim)
+        match self {
+            AttendPlan::Decode(_) => decode_kernel(bounds.format.dtype(), bounds.shape.k_dim),
+            AttendPlan::Prefill(bounds) => prefill_kernel(bounds.cache, bounds.head_dim),
+            AttendPlan::Mla(plan) => Ok(plan.kernel()),
+        }
     }
 }
 
@@ -262,5 +374,73 @@ fn decode_params(args: &AttendArgs) -> DecodeParams {
         scale: a.scale,
         softcap: a.softcap.unwrap_or(0.0),
         ..DecodeParams::default()
+    }
+}
+
+fn prefill_params(args: &AttendArgs) -> PrefillParams {
+    let a = args;
+    PrefillParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        v: In::at(a.v),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        sinks: In::at(a.sinks),
+        slopes: In::at(a.slopes),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_head: a.k_strides.head,
+        k_token: a.k_strides.token,
+        v_block: a.v_strides.block,
+        v_head: a.v_strides.head,
+        v_token: a.v_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        softcap: a.softcap.unwrap_or(0.0),
+        ..PrefillParams::default()
+    }
+}
+
+fn mla_params(args: &AttendArgs) -> MlaParams {
+    let a = args;
+    MlaParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_token: a.k_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        ..MlaParams::default()
     }
 }

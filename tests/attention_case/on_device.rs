@@ -71,9 +71,10 @@ impl Instance {
         flat.push(i32::MIN);
         let bounds = AttendBounds {
             shape: *shape,
-            cache: case.format.dtype(),
+            format: case.format,
             seqs: seqs.len() as u32,
             q_len: case.lengths[seqs.clone()].iter().map(|l| l.0).max().unwrap_or(0).max(1),
+            q_tokens: q_indptr[seqs.len()].max(1) as u32,
             kv_len: case.lengths[seqs.clone()].iter().map(|l| l.1).max().unwrap_or(0),
             pieces,
             multiprocessors: backend.multiprocessors(),
@@ -135,6 +136,8 @@ impl Instance {
         let (launch, params) = plan.attend_launch(workspace.address(), &args).unwrap();
         match &params {
             AttendParams::Decode(params) => run(backend, &launch, params),
+            AttendParams::Prefill(params) => run(backend, &launch, params),
+            AttendParams::Mla(params) => run(backend, &launch, params),
         }
         let Buffer::F32(lse) = get(&lse, DType::F32) else { unreachable!("as asked for") };
         let mut raised = [0; 4];
