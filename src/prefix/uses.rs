@@ -255,10 +255,20 @@ impl PrefixIndex {
                 return Some((lane, leaf));
             };
             // All that was stored and used as one: as far up as nothing else hangs on it.
-            let mut node = leaf;
-            while self.tree[node].kind == Kind::Edge && self.tree[node].order == old {
+            let (mut node, mut held) = (leaf, false);
+            loop {
                 self.set_order(node, order);
                 node = self.tree[node].parent;
+                if self.tree[node].kind != Kind::Edge {
+                    break;
+                }
+                held |= self.tree[node].pins > 0;
+                if !held {
+                    self.expire_if_due(node);
+                }
+                if self.tree[node].order != old {
+                    break;
+                }
             }
         }
     }
