@@ -146,6 +146,19 @@ impl PrefixIndex {
         Ok(())
     }
 
+    /// Where a pinned prefix ends: good as long as the pin, whatever is evicted below it.
+    ///
+    /// # Errors
+    /// `StaleHandle` for a pin that is not live.
+    pub fn pinned(&self, pin: PinId) -> Result<Position> {
+        let node = self.pins.node(pin)?;
+        if node == NIL {
+            return Ok(Position::default());
+        }
+        let edge = &self.tree[node];
+        Ok(Position { node, generation: edge.generation, blocks: edge.end })
+    }
+
     /// Ends a pin at the end of the request that used the prefix: [`Self::touch_pinned`] and
     /// [`Self::unlock`].
     ///
