@@ -46,6 +46,7 @@ mod header {
         ("append", "append: new keys and values into the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),
+        ("retention", "prefix: what stays in an index, and what goes"),
         ("cache", "cache: the whole KV cache"),
         ("seq", "seq: the sequences of a cache"),
         ("step", "step: one forward pass over a batch"),

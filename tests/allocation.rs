@@ -248,7 +248,7 @@ static KEYS: [f32; 8 * 64] = [0.25; 8 * 64];
 #[test]
 fn every_refusal_in_the_cache_is_survived() {
     let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 8, KvFormat::F32));
-    let options = CacheOptions { blocks: 16, max_seqs: 4, threads: 1, prefix_reuse: true };
+    let options = CacheOptions { blocks: 16, max_seqs: 4, threads: 1, ..CacheOptions::default() };
     for n in 0.. {
         let mut cache = KvCache::new(&spec, &options).unwrap();
         let mut step = Step::new();

@@ -94,7 +94,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         blocks: u32::try_from(blocks)?,
         max_seqs: u32::try_from(args.batch)?,
         threads: args.threads,
-        prefix_reuse: true,
+        ..CacheOptions::default()
     };
     let mut cache = KvCache::new(&spec, &options)?;
 

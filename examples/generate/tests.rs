@@ -45,7 +45,7 @@ fn the_cached_model_writes_what_pytorch_writes() {
     let c = &model.config;
     let group =
         GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, KvFormat::F32);
-    let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, prefix_reuse: true };
+    let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, ..CacheOptions::default() };
     let mut cache = KvCache::new(&CacheSpec::uniform(16, group), &options).unwrap();
     let prompts = [ids(&golden["prompt"])];
     let limits = Limits { batch: 1, max_tokens: 48, keep_logits: true };

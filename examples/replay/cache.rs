@@ -137,11 +137,7 @@ pub fn replay(
 
 impl Cache {
     /// One request, from its lookup to its release; returns where its prompt ends in the index.
-    fn serve(
-        &mut self,
-        request: &Request,
-        tokens: &[u32],
-    ) -> Result<Position, Box<dyn Error>> {
+    fn serve(&mut self, request: &Request, tokens: &[u32]) -> Result<Position, Box<dyn Error>> {
         let Cache { pool, index, hit, same, table, gone, outcome, .. } = self;
         let (space, block_tokens) = (Namespace(request.space.into()), self.setup.block_tokens);
         let mut then = Instant::now();
@@ -215,7 +211,8 @@ impl Cache {
             let soon = request.tool_call != lie;
             let priority = if soon { 50 } else { 35 };
             let duration_ms = soon.then_some(120_000);
-            self.index.prioritize(at, &[Retention { start: 0, end: None, priority, duration_ms }])?;
+            self.index
+                .prioritize(at, &[Retention { start: 0, end: None, priority, duration_ms }])?;
         }
         self.outcome.hint.push(lap(&mut then));
         Ok(())

@@ -88,9 +88,7 @@ impl Prompt {
         self.shared_tokens = shared * block_tokens;
         self.tokens.resize(blocks * block_tokens, 0);
         let each = ids.iter().flat_map(|run| run.start..run.start + run.count);
-        for (id, tokens) in
-            each.zip(self.tokens.chunks_exact_mut(block_tokens)).skip(shared)
-        {
+        for (id, tokens) in each.zip(self.tokens.chunks_exact_mut(block_tokens)).skip(shared) {
             block(id, tokens);
         }
         self.ids.clear();

@@ -72,7 +72,8 @@ fn run(args: &Args) -> Result<String, Box<dyn Error>> {
     let future = Future::of(&trace);
     let distinct = future.distinct_blocks * parts;
     let needed = trace.requests.iter().map(|r| trace.blocks_of(r) * parts).max().unwrap_or(1);
-    let whole = u32::try_from(distinct.max(needed)).map_err(|_| "more blocks than a pool can have")?;
+    let whole =
+        u32::try_from(distinct.max(needed)).map_err(|_| "more blocks than a pool can have")?;
     if let Some(path) = &args.plot {
         let svg = draw(args, &trace, &future, block_tokens, whole)?;
         std::fs::write(path, svg).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -127,9 +128,8 @@ fn draw(
         lines.push(Line { name: name.to_string(), rates });
     }
     bar.clear();
-    let optimum = |&capacity: &u32| {
-        percent(future.optimum(u64::from(capacity) / parts) * parts, references)
-    };
+    let optimum =
+        |&capacity: &u32| percent(future.optimum(u64::from(capacity) / parts) * parts, references);
     lines.push(Line { name: "optimum".into(), rates: capacities.iter().map(optimum).collect() });
     let name = args.trace.file_name().map_or("trace".into(), |name| name.to_string_lossy());
     let title = format!("{name}: blocks hit, {block_tokens} tokens a block");

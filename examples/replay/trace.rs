@@ -144,7 +144,13 @@ impl Trace {
         Ok(turns)
     }
 
-    fn stream_of(&mut self, rows: &Value, space: u32, t0: f64, out: &mut Vec<Turn>) -> Fallible<()> {
+    fn stream_of(
+        &mut self,
+        rows: &Value,
+        space: u32,
+        t0: f64,
+        out: &mut Vec<Turn>,
+    ) -> Fallible<()> {
         let stream = self.streams;
         self.streams += 1;
         let mut last = None;

@@ -49,7 +49,7 @@ fn in_rust() -> Layout {
             evicted_blocks, copied_blocks, merged_blocks,
         }
         kvc_cache_options {
-            struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse,
+            struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, eviction, reserved,
         }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
@@ -65,7 +65,11 @@ fn in_rust() -> Layout {
         kvc_prefix_counts { blocks, capacity_blocks, name_spaces, nodes, pins, bytes }
         kvc_prefix_hit { tokens, block_ids, tail_tokens, at }
         kvc_prefix_inserted { present_blocks, stored_blocks, at }
+        kvc_prefix_options {
+            struct_size, block_tokens, groups, capacity_blocks, eviction, reserved,
+        }
         kvc_prefix_position { parts, reserved }
+        kvc_retention { start, end, priority, duration_ms }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
         kvc_work { seq, token_count, tokens }
@@ -146,7 +150,8 @@ fn bindgen_reads_the_same_layout() {
     }
     same!(kvc_append_desc kvc_attend_desc kvc_cache_counts kvc_cache_options kvc_group_spec
         kvc_plan_group kvc_plan_options kvc_plan_result kvc_pool_counts kvc_prefix_counts
-        kvc_prefix_hit kvc_prefix_inserted kvc_prefix_position kvc_rope kvc_scoring kvc_work);
+        kvc_prefix_hit kvc_prefix_inserted kvc_prefix_options kvc_prefix_position kvc_retention kvc_rope
+        kvc_scoring kvc_work);
     assert_eq!(from_the_header::KVC_ERR_OUT_OF_BLOCKS, KVC_ERR_OUT_OF_BLOCKS);
     assert_eq!(
         offset_of!(from_the_header::kvc_attend_desc, workspace_bytes),

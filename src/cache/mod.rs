@@ -14,6 +14,7 @@
 
 mod audit;
 mod lifecycle;
+mod retention;
 mod sequence;
 mod stats;
 mod step;
@@ -31,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
 use crate::pool::BlockPool;
-use crate::prefix::{Hit, PrefixIndex};
+use crate::prefix::{Eviction, Hit, PrefixIndex};
 
 use sequence::Sequences;
 
@@ -46,11 +47,19 @@ pub struct CacheOptions {
     pub threads: u32,
     /// Publish committed blocks to the prefix index, and start sequences from it.
     pub prefix_reuse: bool,
+    /// Which cached blocks go first.
+    pub eviction: Eviction,
 }
 
 impl Default for CacheOptions {
     fn default() -> Self {
-        Self { blocks: 1024, max_seqs: 256, threads: 0, prefix_reuse: true }
+        Self {
+            blocks: 1024,
+            max_seqs: 256,
+            threads: 0,
+            prefix_reuse: true,
+            eviction: Eviction::Lru,
+        }
     }
 }
 
@@ -127,7 +136,9 @@ impl KvCache {
             layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {
             let groups = layouts.len();
-            Some(PrefixIndex::new(spec.block_tokens as usize, groups, options.blocks)?)
+            let block_tokens = spec.block_tokens as usize;
+            let (blocks, eviction) = (options.blocks, options.eviction);
+            Some(PrefixIndex::with_eviction(block_tokens, groups, blocks, eviction)?)
         } else {
             None
         };
@@ -177,7 +188,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Takes `blocks` blocks of each group out of the prefix index, least recently used first.
+    /// Takes `blocks` blocks of each group out of the prefix index, in its order of eviction.
     fn evict(&mut self, blocks: u32) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         // A sequence that uses a block uses all before it, so every unreferenced block has only

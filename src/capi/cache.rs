@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::handle::{self, Noun, Shared};
 use super::plan::{kvc_group_spec, read_spec};
 use super::pointer::{self, Plain, Sized32, flag};
+use super::retention::{KVC_EVICTION_LRU, eviction};
 use super::status::{guard, kvc_status};
 use crate::cache::{CacheOptions, KvCache};
 use crate::error::{Error, Result};
@@ -51,6 +52,10 @@ pub struct kvc_cache_options {
     pub threads: u32,
     /// 1 (the default): publish committed blocks to the prefix index and start sequences from it.
     pub prefix_reuse: u32,
+    /// KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
+    pub eviction: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers.
@@ -58,9 +63,9 @@ unsafe impl Plain for kvc_cache_options {}
 // SAFETY: the first field is the size.
 unsafe impl Sized32 for kvc_cache_options {
     const NAME: &'static str = "kvc_cache_options";
-    const FIRST_BYTES: usize = size_of::<Self>();
+    const FIRST_BYTES: usize = 24;
     fn initial() -> Self {
-        let CacheOptions { blocks, max_seqs, threads, prefix_reuse } = CacheOptions::default();
+        let CacheOptions { blocks, max_seqs, threads, prefix_reuse, .. } = CacheOptions::default();
         Self {
             struct_size: size_of::<Self>() as u32,
             block_tokens: 16,
@@ -68,6 +73,8 @@ unsafe impl Sized32 for kvc_cache_options {
             max_seqs,
             threads,
             prefix_reuse: u32::from(prefix_reuse),
+            eviction: KVC_EVICTION_LRU,
+            reserved: 0,
         }
     }
 }
@@ -155,11 +162,15 @@ pub unsafe extern "C" fn kvc_cache_create(
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
+        if options.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         let options = CacheOptions {
             blocks: options.blocks,
             max_seqs: options.max_seqs,
             threads: options.threads,
             prefix_reuse: flag(options.prefix_reuse, "prefix_reuse")?,
+            eviction: eviction(options.eviction)?,
         };
         let cache = KvCache::new(&spec, &options)?;
         out.write(handle::publish(Locked(Mutex::new(cache)))?);
@@ -177,6 +188,17 @@ pub unsafe extern "C" fn kvc_cache_create(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_cache_destroy(cache: *mut kvc_cache) -> kvc_status {
     guard(|| handle::destroy::<Locked>(cache))
+}
+
+/// Sets the time of the prefix index: as kvc_prefix_advance.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_advance(cache: *mut kvc_cache, now_ms: u64) -> kvc_status {
+    guard(|| open(cache)?.lock()?.advance(now_ms))
 }
 
 /// Drops everything from the prefix index that no sequence uses.

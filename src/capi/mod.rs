@@ -22,6 +22,7 @@ pub mod info;
 pub mod plan;
 pub mod pool;
 pub mod prefix;
+pub mod retention;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -40,6 +41,7 @@ pub use info::*;
 pub use plan::*;
 pub use pool::*;
 pub use prefix::*;
+pub use retention::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;

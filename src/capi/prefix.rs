@@ -15,10 +15,16 @@ use crate::prefix::{Hit, PinId, Position, PrefixIndex};
 pub struct kvc_prefix(());
 
 /// What a prefix handle holds: the index, and buffers that calls reuse.
-struct Index {
-    index: PrefixIndex,
+pub(super) struct Index {
+    pub(super) index: PrefixIndex,
     hit: Hit,
     canonical: Vec<BlockId>,
+}
+
+impl Index {
+    pub(super) fn new(index: PrefixIndex) -> Self {
+        Index { index, hit: Hit::default(), canonical: Vec::new() }
+    }
 }
 
 impl Noun for Index {
@@ -138,8 +144,7 @@ pub unsafe extern "C" fn kvc_prefix_create(
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
         let index = PrefixIndex::new(block_tokens as usize, groups as usize, capacity_blocks)?;
-        let object = Index { index, hit: Hit::default(), canonical: Vec::new() };
-        out.write(handle::publish(object)?);
+        out.write(handle::publish(Index::new(index))?);
         Ok(())
     })
 }
@@ -281,7 +286,8 @@ pub unsafe extern "C" fn kvc_prefix_lock(
     })
 }
 
-/// Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
+/// Ends a pin, without marking the prefix as used (kvc_prefix_release does).
+/// KVC_ERR_STALE_HANDLE for one that is not live.
 ///
 /// Threads: per-handle.
 ///
@@ -292,7 +298,8 @@ pub unsafe extern "C" fn kvc_prefix_unlock(prefix: *mut kvc_prefix, pin: u64) ->
     guard(|| handle::exclusive::<Index>(prefix)?.index.unlock(PinId(pin)))
 }
 
-/// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
+/// Evicts up to `want_blocks` entries, leaves first, by priority and then in the order of the
+/// index's policy (least recently used by default), pinned prefixes excepted.
 /// Writes their ids to `out_blocks[capacity]` as `[entry][group]`, for the caller to free, and how
 /// many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 /// ids of all that is cached.

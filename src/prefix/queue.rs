@@ -230,8 +230,10 @@ mod tests {
                 }
             }
             assert_eq!(queue.entries().count(), map.len() + aside.len());
-            assert!((0..NODES)
-                .all(|n| queue.contains(n) == (map.contains_key(&n) || aside.contains_key(&n))));
+            assert!(
+                (0..NODES)
+                    .all(|n| queue.contains(n) == (map.contains_key(&n) || aside.contains_key(&n)))
+            );
         }
     }
 }

@@ -14,9 +14,9 @@
 
 use alloc::vec::Vec;
 
+use super::NIL;
 use super::retention::DEFAULT_PRIORITY;
 use super::table::Table;
-use super::NIL;
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, TokenId};
 
