@@ -47,6 +47,7 @@ mod header {
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),
         ("prefix_step", "prefix: what a step wants of it, in one call"),
+        ("retention", "prefix: what stays in an index, and what goes"),
         ("cache", "cache: the whole KV cache"),
         ("seq", "seq: the sequences of a cache"),
         ("step", "step: one forward pass over a batch"),

@@ -735,12 +735,14 @@ kvc_status kvc_prefix_insert(kvc_prefix *prefix,
 // Threads: thread-safe.
 kvc_status kvc_prefix_lock(kvc_prefix *prefix, const kvc_prefix_position *at, uint64_t *out_pin);
 
-// Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
+// Ends a pin, without marking the prefix as used (kvc_prefix_release does).
+// KVC_ERR_STALE_HANDLE for one that is not live.
 //
 // Threads: thread-safe.
 kvc_status kvc_prefix_unlock(kvc_prefix *prefix, uint64_t pin);
 
-// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
+// Evicts up to `want_blocks` entries, leaves first, by priority and then in the order of the
+// index's policy (least recently used by default), pinned prefixes excepted.
 // Writes their ids to `out_blocks[capacity]` as `[entry][group]`, for the caller to free, and how
 // many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 // ids of all that is cached.
@@ -865,6 +867,120 @@ kvc_status kvc_prefix_batch_init(kvc_prefix_batch *out, uint32_t bytes);
 kvc_status kvc_prefix_run(kvc_prefix *prefix, const kvc_prefix_batch *batch);
 
 // ----------------------------------------------------------------------------------------------
+// prefix: what stays in an index, and what goes
+// ----------------------------------------------------------------------------------------------
+// Order of eviction: the least recently used first.
+#define KVC_EVICTION_LRU 0
+
+// Order of eviction: the least often used first.
+#define KVC_EVICTION_LFU 1
+
+// Order of eviction: the first stored first.
+#define KVC_EVICTION_FIFO 2
+
+// Order of eviction: segmented LRU; what was used again outlives what was not.
+#define KVC_EVICTION_SLRU 3
+
+// Order of eviction: S3-FIFO; what is new waits in a small queue and has to prove itself.
+#define KVC_EVICTION_S3FIFO 4
+
+// Nothing is known of the next use: takes an earlier hint back.
+#define KVC_HINT_NONE 0
+
+// There will be no next use: the session ended, the branch was given up.
+#define KVC_HINT_ENDED 1
+
+// The next use is expected at a time.
+#define KVC_HINT_EXPECTED 2
+
+// A request that waits in the queue will make the next use.
+#define KVC_HINT_WAITED 3
+
+// Sizes and policy of a prefix index.
+typedef struct {
+    // sizeof(kvc_prefix_options); kvc_prefix_options_init sets it.
+    uint32_t struct_size;
+    // Tokens of a block, 1 to 65536. 16 by default.
+    uint32_t block_tokens;
+    // Layer groups, each with an id for every block: 1 to 65536. 1 by default.
+    uint32_t groups;
+    // Room for so many entries, 1 to 2^30. 1024 by default.
+    uint32_t capacity_blocks;
+    // KVC_EVICTION_*; KVC_EVICTION_LRU by default.
+    uint32_t eviction;
+    // 0.
+    uint32_t reserved;
+} kvc_prefix_options;
+
+// A priority for the tokens from `start` to before `end`, UINT64_MAX for all to the end of the
+// prefix. This struct never grows.
+typedef struct {
+    // The first token.
+    uint64_t start;
+    // The token after the last.
+    uint64_t end;
+    // 0 to 100. Blocks that were given none have 35.
+    uint32_t priority;
+    // For how many ms after the last release the priority holds; then it is 35 again. 0: until
+    // another is given.
+    uint32_t duration_ms;
+} kvc_retention;
+
+// Fills a kvc_prefix_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_options_init(kvc_prefix_options *options, uint32_t struct_size);
+
+// kvc_prefix_create with a choice of policy. `options` may be NULL for the defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_create_with(const kvc_prefix_options *options, kvc_prefix **out);
+
+// Sets the time, in ms since whenever the caller likes, below 2^42, and ends the priorities and
+// expectations that end by then. An earlier time than the last changes nothing.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_advance(kvc_prefix *prefix, uint64_t now_ms);
+
+// Marks the prefix that ends at `at` as used. KVC_ERR_STALE_HANDLE where it is no longer cached.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_touch(kvc_prefix *prefix, const kvc_prefix_position *at);
+
+// Ends a pin at the end of the request that used the prefix: as kvc_prefix_unlock, and the prefix
+// is the most recently used one. Durations of priorities run from here.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_release(kvc_prefix *prefix, uint64_t pin);
+
+// Gives priorities to the blocks of the prefix that ends at `at`. A range covers each block that
+// it overlaps; of several the first in the list counts; blocks that none covers keep theirs. Of
+// all leaves those of the lowest priority are evicted first.
+//
+// A later use of the prefix keeps the priority and ends its duration, unless it gives its own.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_prioritize(kvc_prefix *prefix,
+                                 const kvc_prefix_position *at,
+                                 const kvc_retention *ranges_in,
+                                 uint32_t count);
+
+// Says what is known of the next use of the prefix that ends at `at`, for its blocks from
+// `from_block` on: KVC_HINT_*. The blocks before those may be others' too: hints for them are
+// taken back. `when_ms`, on the clock of kvc_prefix_advance and less than 2^31 ms ahead of it, is
+// read for KVC_HINT_EXPECTED alone. Any use ends the hint.
+//
+// What has ended goes before all priorities, what is expected goes after priority 35 and the
+// latest first, what is waited for goes last.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_hint(kvc_prefix *prefix,
+                           const kvc_prefix_position *at,
+                           uint64_t from_block,
+                           uint32_t hint_id,
+                           uint64_t when_ms);
+
+// ----------------------------------------------------------------------------------------------
 // cache: the whole KV cache
 // ----------------------------------------------------------------------------------------------
 // The whole cache: block pools, prefix index, storage of K and V, and kernels with threads of
@@ -895,8 +1011,8 @@ typedef struct {
     // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
     // on the CPU it always does. 0 by default.
     uint32_t deterministic;
-    // 0.
-    uint32_t reserved;
+    // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
+    uint32_t eviction;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -961,6 +1077,11 @@ kvc_status kvc_cache_destroy(kvc_cache *cache);
 // Threads: thread-safe.
 kvc_status kvc_cache_sync(kvc_cache *cache);
 
+// Sets the time of the prefix index: as kvc_prefix_advance.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_advance(kvc_cache *cache, uint64_t now_ms);
+
 // Drops everything from the prefix index that no sequence uses.
 //
 // Threads: thread-safe.
@@ -1015,6 +1136,26 @@ kvc_status kvc_seq_truncate(kvc_cache *cache, kvc_seq seq, uint32_t tokens);
 //
 // Threads: thread-safe.
 kvc_status kvc_seq_release(kvc_cache *cache, kvc_seq seq);
+
+// Gives priorities to the full blocks of a sequence in the prefix index: as kvc_prefix_prioritize.
+// A duration runs from the last step or kvc_seq_release: give it right before the latter. Nothing
+// happens to blocks that are not committed yet.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_prioritize(kvc_cache *cache,
+                              kvc_seq seq,
+                              const kvc_retention *ranges_in,
+                              uint32_t count);
+
+// Says what is known of the next use of what a sequence holds, from its block `from_block` on: as
+// kvc_prefix_hint. Before kvc_seq_release.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_hint(kvc_cache *cache,
+                        kvc_seq seq,
+                        uint64_t from_block,
+                        uint32_t hint_id,
+                        uint64_t when_ms);
 
 // Copies the tokens whose K and V the sequence holds to `out`, and writes how many there are to
 // `out_count`. KVC_ERR_BUFFER_TOO_SMALL where there are more than `capacity`. With an `out` of
@@ -1400,6 +1541,80 @@ kvc_status kvc_device_append(const kvc_device *device,
                              const kvc_append_desc *desc,
                              const kvc_device_append_options *options,
                              void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// device: blocks copied, swapped and zeroed
+// ----------------------------------------------------------------------------------------------
+// Blocks of one pool to blocks of another, or of the same. A pool is one or more planes (an
+// allocation of one layer, or K or V of one layer), each with every block, all alike; in a plane a
+// block is one or more runs of bytes. Blocks that lie in one piece are one plane and one run.
+//
+// The other pool may be in page-locked host memory that is mapped into the device's addresses:
+// that is how blocks are swapped out and in. Addresses, strides and runs are multiples of 16
+// bytes.
+typedef struct {
+    // sizeof(kvc_device_copy_desc); kvc_device_copy_desc_init sets it.
+    uint32_t struct_size;
+    // Entries of the list. They have no order: no block is written twice, and within one pool none
+    // is read that another entry writes.
+    uint32_t count;
+    // 1: ids are int64; 0 (the default): int32.
+    uint32_t wide_ids;
+    // Planes of a pool. 1 by default.
+    uint32_t planes;
+    // Runs that a block has in a plane. 1 by default.
+    uint32_t runs;
+    // Bytes of a run.
+    uint32_t run_bytes;
+    // Bytes of a token in a run; only with tokens.
+    uint32_t token_bytes;
+    // Blocks of the pool that is read.
+    uint32_t from_blocks;
+    // Blocks of the pool that is written.
+    uint32_t to_blocks;
+    // 1: fill the blocks of the list with zeros; from is ignored. 0 by default.
+    uint32_t zero;
+    // `[count][2]` ids, from and to; `[count]` ids with zero. One outside its pool is skipped.
+    const void *list;
+    // NULL for whole runs, or the tokens of each entry that are copied, from the first of a run.
+    const uint32_t *tokens;
+    // Block 0 of plane 0 of the pool that is read.
+    const void *from;
+    // NULL, or the address of block 0 of each plane; else planes are from_plane_stride apart.
+    const uint64_t *from_planes;
+    // Bytes from a plane to the next.
+    int64_t from_plane_stride;
+    // Bytes from a block to the next.
+    int64_t from_block_stride;
+    // Bytes from a run of a block to the next.
+    int64_t from_run_stride;
+    // Block 0 of plane 0 of the pool that is written.
+    void *to;
+    // NULL, or the address of block 0 of each plane; else planes are to_plane_stride apart.
+    const uint64_t *to_planes;
+    // Bytes from a plane to the next.
+    int64_t to_plane_stride;
+    // Bytes from a block to the next.
+    int64_t to_block_stride;
+    // Bytes from a run of a block to the next.
+    int64_t to_run_stride;
+    // NULL, or a word that is set to other than 0 where an id is outside its pool.
+    uint32_t *error_flag;
+} kvc_device_copy_desc;
+
+// Fills a kvc_device_copy_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_copy_desc_init(kvc_device_copy_desc *desc, uint32_t struct_size);
+
+// Enqueues the copies (or the zeroing) that `desc` describes on `stream` (a CUstream; NULL for the
+// default stream). Every pointer of `desc` is a device address. Can be captured in a CUDA graph and
+// replayed with another list of the same length; entries with an id below 0 are skipped.
+//
+// Threads: thread-safe, where calls share no blocks.
+kvc_status kvc_device_copy(const kvc_device *device,
+                           const kvc_device_copy_desc *desc,
+                           void *stream);
 
 // ----------------------------------------------------------------------------------------------
 // events: what becomes cached and what ceases to be, as it happens

@@ -12,7 +12,7 @@ use kvcache::ids::{BlockId, Namespace, TokenId};
 use kvcache::kernels::{LookupImage, LookupUpload};
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::pool::{BlockPool, BlockTable};
-use kvcache::prefix::{Hit, Part, PrefixIndex};
+use kvcache::prefix::{Eviction, Hint, Hit, Part, PrefixIndex, Retention};
 
 /// The system's allocator, with a count and a fuse for the thread that sets them.
 struct Fused;
@@ -75,6 +75,9 @@ struct Churn {
     ids: Vec<BlockId>,
     same: Vec<BlockId>,
     hit: Hit,
+    /// Whether it gives priorities and hints.
+    steers: bool,
+    now: u64,
 }
 
 impl Churn {
@@ -86,6 +89,8 @@ impl Churn {
             ids: buffer(),
             same: buffer(),
             hit: Hit { blocks: buffer(), tail_blocks: buffer(), ..Hit::default() },
+            steers: false,
+            now: 0,
         }
     }
 
@@ -115,23 +120,54 @@ impl Churn {
         index.unlock(pin)?;
         let inserted = inserted?;
         assert_eq!(inserted.present + inserted.stored, blocks);
-        index.touch(inserted.at)
+        index.touch(inserted.at)?;
+        if !self.steers {
+            return Ok(());
+        }
+        // As an engine does that knows something.
+        self.now += 1;
+        index.advance(self.now)?;
+        let (start, from) = (self.below(60) as usize, self.below(20) as usize);
+        match self.below(4) {
+            0 => index.hint(inserted.at, from, Hint::SessionEnded),
+            1 => index.hint(inserted.at, from, Hint::ExpectedAt { ms: self.now + 40 }),
+            _ => {
+                let (end, duration_ms) = (Some(start + 30), Some(1 + start as u32));
+                let range = Retention { start, end, priority: from as u8 * 5, duration_ms };
+                index.prioritize(inserted.at, &[range])
+            }
+        }
     }
 }
 
+/// Every policy, left alone and steered.
+const WAYS: [(Eviction, bool); 10] = {
+    use Eviction::*;
+    let plain = [Lru, Lfu, Fifo, Slru, S3Fifo];
+    let mut all = [(Lru, false); 10];
+    let mut n = 0;
+    while n < 10 {
+        all[n] = (plain[n / 2], n % 2 == 1);
+        n += 1;
+    }
+    all
+};
+
 #[test]
 fn a_full_index_allocates_no_more() {
-    let mut index = PrefixIndex::new(BLOCK, 1, 500).unwrap();
-    let mut churn = Churn::new();
-    let mut run = |steps| {
-        for _ in 0..steps {
-            churn.step(&mut index).unwrap();
-        }
-    };
-    run(20_000);
-    assert_eq!(allocations(|| run(20_000)), 0);
-    index.audit().unwrap();
-    assert_eq!(index.free_blocks(), 0);
+    for (eviction, steers) in WAYS {
+        let mut index = PrefixIndex::with_eviction(BLOCK, 1, 500, eviction).unwrap();
+        let mut churn = Churn { steers, ..Churn::new() };
+        let mut run = |steps| {
+            for _ in 0..steps {
+                churn.step(&mut index).unwrap();
+            }
+        };
+        run(20_000);
+        assert_eq!(allocations(|| run(20_000)), 0, "{eviction:?} {steers}");
+        index.audit().unwrap();
+        assert_eq!(index.free_blocks(), 0);
+    }
 }
 
 #[test]
@@ -152,13 +188,19 @@ fn a_pool_allocates_no_more() {
 
 #[test]
 fn every_refusal_in_the_index_is_survived() {
+    for (eviction, steers) in WAYS {
+        refuse_each(eviction, steers);
+    }
+}
+
+fn refuse_each(eviction: Eviction, steers: bool) {
     for n in 0.. {
         let mut refusals = 0;
         let mut checked = None;
         // What it sends is made before; what it receives grows as it goes.
-        let mut churn = Churn { same: Vec::new(), hit: Hit::default(), ..Churn::new() };
+        let mut churn = Churn { same: Vec::new(), hit: Hit::default(), steers, ..Churn::new() };
         let happened = with_refusal(n, || {
-            let mut index = match PrefixIndex::new(BLOCK, 1, 60) {
+            let mut index = match PrefixIndex::with_eviction(BLOCK, 1, 60, eviction) {
                 Ok(index) => index,
                 Err(error) => {
                     assert!(matches!(error, Error::OutOfMemory { .. }));

@@ -13,6 +13,7 @@ use kvcache::device::Backend;
 use kvcache::dtype::{KvFormat, f16};
 use kvcache::ids::{Namespace, SeqId};
 use kvcache::layout::{CacheSpec, GroupSpec};
+use kvcache::prefix::{Eviction, Hint, Retention};
 
 const LAYERS: u32 = 2;
 const KV_HEADS: usize = 2;
@@ -85,11 +86,15 @@ impl Harness {
         let group = GroupSpec::uniform(LAYERS, KV_HEADS as u32, setup.dim as u32, setup.format);
         // Two groups, so that tables, pools and the index go through the general case.
         let spec = CacheSpec { block_tokens: 16, groups: vec![group.clone(), group] };
+        let policies =
+            [Eviction::Lru, Eviction::Lfu, Eviction::Fifo, Eviction::Slru, Eviction::S3Fifo];
+        let eviction = policies[(seed >> 7) as usize % policies.len()];
         let options = CacheOptions {
             blocks,
             max_seqs: 6,
             threads: 1,
             prefix_reuse,
+            eviction,
             ..CacheOptions::default()
         };
         let cache = match &setup.backend {
@@ -248,11 +253,30 @@ impl Harness {
                 assert_eq!(self.cache.release(seq), Err(Error::StaleHandle { what: "sequence" }));
             }
             9 if self.rng.below(10) == 0 => self.cache.clear_prefix().unwrap(),
+            9 if !self.live.is_empty() => self.steer(),
             _ => {}
         }
         self.cache.audit().unwrap();
         for (seq, _, tokens) in &self.live {
             assert_eq!(self.cache.tokens(*seq).unwrap(), tokens);
+        }
+    }
+}
+
+impl Harness {
+    /// Says something about what stays.
+    fn steer(&mut self) {
+        let seq = self.live[self.rng.below(self.live.len())].0;
+        let (now, priority) = (self.rng.below(5000) as u64, self.rng.below(101) as u8);
+        self.cache.advance(now).unwrap();
+        let duration_ms = (now % 2 == 0).then_some(500);
+        let range = Retention { start: self.rng.below(40), end: None, priority, duration_ms };
+        self.cache.prioritize(seq, &[range]).unwrap();
+        let hints =
+            [Hint::None, Hint::SessionEnded, Hint::ExpectedAt { ms: now + 900 }, Hint::Waited];
+        if self.rng.below(2) == 0 {
+            let from = self.rng.below(3);
+            self.cache.hint(seq, from, hints[self.rng.below(4)]).unwrap();
         }
     }
 }
@@ -349,6 +373,53 @@ fn a_second_prompt_shares_whole_blocks_and_copies_the_tail() {
     assert_eq!(harness.cache.start(&prompt, Namespace(4)).unwrap().cached_tokens, 0);
     assert_eq!(harness.cache.start(&prompt[..48], Namespace(3)).unwrap().cached_tokens, 47);
     harness.cache.audit().unwrap();
+}
+
+#[test]
+fn what_the_engine_says_decides_what_stays() {
+    let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 16, KvFormat::F32));
+    let options = CacheOptions { blocks: 4, max_seqs: 2, threads: 1, ..CacheOptions::default() };
+    let mut cache = KvCache::new(&spec, &options).unwrap();
+    let mut step = Step::new();
+    // Serves a prompt of one block and one token, and says something about it before its end.
+    let mut serve = |cache: &mut KvCache, first: u32, tell: &dyn Fn(&mut KvCache, SeqId)| -> u32 {
+        let prompt: Vec<u32> = (first..first + 17).collect();
+        let started = cache.start(&prompt, Namespace(0)).unwrap();
+        let tokens = &prompt[started.cached_tokens as usize..];
+        cache.begin(&mut step, &[Work { seq: started.seq, tokens }]).unwrap();
+        cache.commit(&mut step).unwrap();
+        tell(cache, started.seq);
+        cache.release(started.seq).unwrap();
+        cache.audit().unwrap();
+        started.cached_tokens
+    };
+    let nothing = |_: &mut KvCache, _| ();
+    let ended = |cache: &mut KvCache, seq| cache.hint(seq, 0, Hint::SessionEnded).unwrap();
+    let kept = |cache: &mut KvCache, seq| {
+        let range = Retention { start: 0, end: None, priority: 90, duration_ms: Some(1000) };
+        cache.prioritize(seq, &[range]).unwrap();
+    };
+    cache.advance(1).unwrap();
+    // Three prompts leave a block each in the index; a fourth needs two.
+    assert_eq!((serve(&mut cache, 100, &kept), serve(&mut cache, 200, &nothing)), (0, 0));
+    assert_eq!(serve(&mut cache, 300, &ended), 0);
+    // The one that ended goes, though it is the last one used.
+    assert_eq!((serve(&mut cache, 400, &nothing), serve(&mut cache, 200, &nothing)), (0, 16));
+    // Then the least recently used one without a priority.
+    assert_eq!((serve(&mut cache, 500, &nothing), serve(&mut cache, 600, &nothing)), (0, 0));
+    assert_eq!((serve(&mut cache, 100, &kept), serve(&mut cache, 400, &nothing)), (16, 0));
+    // Its time from its release on: until then it stays, after it it goes.
+    cache.advance(1000).unwrap();
+    assert_eq!((serve(&mut cache, 700, &nothing), serve(&mut cache, 800, &nothing)), (0, 0));
+    cache.advance(1001).unwrap();
+    assert_eq!((serve(&mut cache, 700, &nothing), serve(&mut cache, 800, &nothing)), (16, 16));
+    assert_eq!((serve(&mut cache, 900, &nothing), serve(&mut cache, 100, &nothing)), (0, 0));
+    let range = Retention { start: 0, end: None, priority: 101, duration_ms: None };
+    assert!(
+        cache.prioritize(SeqId(0), &[]).is_err() && cache.hint(SeqId(0), 0, Hint::None).is_err()
+    );
+    let seq = cache.start(&[1], Namespace(0)).unwrap().seq;
+    assert!(cache.prioritize(seq, &[range]).is_err() && cache.advance(u64::MAX).is_err());
 }
 
 #[test]

@@ -180,7 +180,7 @@ impl Model {
     fn rank(&self, block: &Block) -> Rank {
         let class = match block.hint {
             Hint::SessionEnded => 0,
-            Hint::Waited => 1000,
+            Hint::Waited => 2000,
             Hint::ExpectedAt { ms } if block.priority <= DEFAULT_PRIORITY => {
                 return (10 * u32::from(DEFAULT_PRIORITY) + 6, 0, u64::MAX - ms);
             }

@@ -77,6 +77,72 @@ int main(void) {
     FAILS(KVC_ERR_NULL_POINTER, "at", kvc_prefix_lock(prefix, NULL, &second_pin));
     CHECK(second_pin == 0);
 
+    // An index with a policy, priorities and hints.
+    kvc_prefix_options options;
+    kvc_prefix *steered = NULL;
+    FAILS(KVC_ERR_STRUCT_SIZE, "kvc_prefix_options", kvc_prefix_options_init(&options, 8));
+    OK(kvc_prefix_options_init(&options, sizeof options));
+    CHECK(options.block_tokens == 16 && options.groups == 1 && options.capacity_blocks == 1024);
+    CHECK(options.eviction == KVC_EVICTION_LRU && options.reserved == 0);
+    options.block_tokens = BLOCK;
+    options.eviction = 5;
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "eviction", kvc_prefix_create_with(&options, &steered));
+    options.eviction = KVC_EVICTION_LRU;
+    options.reserved = 1;
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "reserved", kvc_prefix_create_with(&options, &steered));
+    options.reserved = 0;
+    CHECK(steered == NULL);
+    OK(kvc_prefix_create_with(NULL, &steered));
+    OK(kvc_prefix_destroy(steered));
+    OK(kvc_prefix_create_with(&options, &steered));
+    {
+        kvc_prefix_inserted first, second;
+        kvc_retention keep = {0, UINT64_MAX, 80, 100};
+        kvc_retention wrong = {4, 4, 80, 0};
+        kvc_retention high = {0, 4, 101, 0};
+        OK(kvc_prefix_advance(steered, 1000));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "now_ms", kvc_prefix_advance(steered, UINT64_MAX));
+        // {1, 2, 3, 4}, the older, and {5, 6, 7, 8}.
+        OK(kvc_prefix_insert(steered, 0, tokens, 4, blocks, 1, NULL, 0, &first));
+        OK(kvc_prefix_insert(steered, 0, tokens + 4, 4, blocks + 1, 1, NULL, 0, &second));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "range",
+              kvc_prefix_prioritize(steered, &first.at, &wrong, 1));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "priority",
+              kvc_prefix_prioritize(steered, &first.at, &high, 1));
+        FAILS(KVC_ERR_NULL_POINTER, "ranges",
+              kvc_prefix_prioritize(steered, &first.at, NULL, 1));
+        OK(kvc_prefix_prioritize(steered, &first.at, &keep, 1));
+        OK(kvc_prefix_touch(steered, &second.at));
+        // The priority keeps the older one ...
+        OK(kvc_prefix_evict(steered, 1, out, 1, &evicted));
+        CHECK(evicted == 1 && out[0] == 20);
+        // ... for 100 ms.
+        OK(kvc_prefix_insert(steered, 0, tokens + 4, 4, blocks + 1, 1, NULL, 0, &second));
+        OK(kvc_prefix_advance(steered, 1099));
+        OK(kvc_prefix_touch(steered, &second.at));
+        OK(kvc_prefix_advance(steered, 1100));
+        OK(kvc_prefix_lock(steered, &second.at, &pin));
+        OK(kvc_prefix_release(steered, pin));
+        FAILS(KVC_ERR_STALE_HANDLE, "pin", kvc_prefix_release(steered, pin));
+        OK(kvc_prefix_evict(steered, 1, out, 1, &evicted));
+        CHECK(evicted == 1 && out[0] == 10);
+        // A hint that it is not needed again.
+        OK(kvc_prefix_insert(steered, 0, tokens, 4, blocks, 1, NULL, 0, &first));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "hint", kvc_prefix_hint(steered, &first.at, 0, 4, 0));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "ms",
+              kvc_prefix_hint(steered, &first.at, 0, KVC_HINT_EXPECTED, UINT64_MAX));
+        OK(kvc_prefix_hint(steered, &second.at, 0, KVC_HINT_WAITED, 0));
+        OK(kvc_prefix_hint(steered, &second.at, 0, KVC_HINT_NONE, 0));
+        OK(kvc_prefix_hint(steered, &second.at, 0, KVC_HINT_EXPECTED, 1200));
+        OK(kvc_prefix_hint(steered, &first.at, 0, KVC_HINT_ENDED, 0));
+        OK(kvc_prefix_evict(steered, 1, out, 1, &evicted));
+        CHECK(evicted == 1 && out[0] == 10);
+        FAILS(KVC_ERR_STALE_HANDLE, "position",
+              kvc_prefix_hint(steered, &first.at, 0, KVC_HINT_ENDED, 0));
+        FAILS(KVC_ERR_STALE_HANDLE, "position", kvc_prefix_touch(steered, &first.at));
+    }
+    OK(kvc_prefix_destroy(steered));
+
     FAILS(KVC_ERR_NULL_POINTER, "tokens",
           kvc_prefix_lookup(prefix, 7, NULL, 12, 12, out, 6, tail, &hit));
     FAILS(KVC_ERR_OVERFLOW, "tokens",

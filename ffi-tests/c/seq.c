@@ -63,6 +63,22 @@ int main(void) {
     CHECK(counts.copied_blocks == 1 && counts.sequences == 2);
     FAILS(KVC_ERR_INVALID_ARGUMENT, "tokens", kvc_seq_truncate(cache, fork, 37));
 
+    // What stays when they are gone.
+    {
+        kvc_retention keep = {0, 32, 90, 1000};
+        kvc_retention wrong = {0, 32, 101, 0};
+        OK(kvc_cache_advance(cache, 5));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "now_ms", kvc_cache_advance(cache, UINT64_MAX));
+        OK(kvc_seq_prioritize(cache, seq, &keep, 1));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "priority", kvc_seq_prioritize(cache, seq, &wrong, 1));
+        FAILS(KVC_ERR_NULL_POINTER, "ranges", kvc_seq_prioritize(cache, seq, NULL, 1));
+        FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_prioritize(cache, 0, &keep, 1));
+        OK(kvc_seq_hint(cache, fork, 1, KVC_HINT_EXPECTED, 500));
+        OK(kvc_seq_hint(cache, fork, 0, KVC_HINT_NONE, 0));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "hint", kvc_seq_hint(cache, fork, 0, 9, 0));
+        FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_hint(cache, 0, 0, KVC_HINT_ENDED, 0));
+    }
+
     // The limit.
     OK(kvc_seq_start(cache, prompt, 20, 0, &extra, &cached));
     CHECK(cached == 19);

@@ -50,7 +50,7 @@ fn in_rust() -> Layout {
         }
         kvc_cache_options {
             struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, device,
-            device_ordinal, stream, deterministic, reserved,
+            device_ordinal, stream, deterministic, eviction,
         }
         kvc_device_append_options {
             struct_size, rope_style, rotary_dim, first_channel, table_positions, q_heads, cosines,
@@ -110,11 +110,15 @@ fn in_rust() -> Layout {
         kvc_prefix_counts { blocks, capacity_blocks, name_spaces, nodes, pins, bytes }
         kvc_prefix_hit { tokens, block_ids, tail_tokens, at }
         kvc_prefix_inserted { present_blocks, stored_blocks, at }
+        kvc_prefix_options {
+            struct_size, block_tokens, groups, capacity_blocks, eviction, reserved,
+        }
         kvc_prefix_position { parts, reserved }
         kvc_prefix_query {
             name_space, tokens, token_count, max_tokens, out_blocks, capacity, out_tail_blocks, pin,
             reserved,
         }
+        kvc_retention { start, end, priority, duration_ms }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
         kvc_work { seq, token_count, tokens }
@@ -171,7 +175,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 30);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 32);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.
@@ -196,7 +200,7 @@ fn bindgen_reads_the_same_layout() {
     same!(kvc_append_desc kvc_attend_desc kvc_cache_counts kvc_cache_options kvc_group_spec
         kvc_plan_group kvc_plan_options kvc_plan_result kvc_pool_counts kvc_prefix_answer
         kvc_prefix_batch kvc_prefix_commit kvc_prefix_committed kvc_prefix_counts kvc_prefix_hit
-        kvc_prefix_inserted kvc_prefix_position kvc_prefix_query kvc_rope kvc_scoring kvc_work);
+        kvc_prefix_inserted kvc_prefix_options kvc_prefix_position kvc_prefix_query kvc_retention kvc_rope kvc_scoring kvc_work);
     assert_eq!(from_the_header::KVC_ERR_OUT_OF_BLOCKS, KVC_ERR_OUT_OF_BLOCKS);
     assert_eq!(
         offset_of!(from_the_header::kvc_attend_desc, workspace_bytes),

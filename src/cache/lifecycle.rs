@@ -158,6 +158,7 @@ impl KvCache {
     /// `StaleHandle`, `InvalidState` while a step holds the sequence.
     pub fn release(&mut self, seq: SeqId) -> Result<()> {
         self.sequences.get_idle(seq)?;
+        self.end_use(seq);
         let mut sequence = self.sequences.remove(seq)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.release_all(pool)?;

@@ -18,6 +18,7 @@ mod digests;
 mod lifecycle;
 mod on_device;
 mod outside;
+mod retention;
 mod sequence;
 mod stats;
 mod step;
@@ -40,7 +41,7 @@ use crate::ids::{BlockId, SeqId};
 use crate::layout::CacheSpec;
 use crate::metrics::Evicted;
 use crate::pool::BlockPool;
-use crate::prefix::{Hit, PrefixIndex};
+use crate::prefix::{Eviction, Hit, PrefixIndex};
 
 use outside::Outside;
 use sequence::Sequences;
@@ -64,6 +65,8 @@ pub struct CacheOptions {
     /// On a device, a sequence gets the same bits whatever else is in the batch, for some speed; on
     /// the CPU it always does.
     pub deterministic: bool,
+    /// Which cached blocks go first.
+    pub eviction: Eviction,
 }
 
 impl Default for CacheOptions {
@@ -76,6 +79,7 @@ impl Default for CacheOptions {
             device: Device::Cpu,
             stream: Stream::DEFAULT,
             deterministic: false,
+            eviction: Eviction::Lru,
         }
     }
 }
@@ -182,7 +186,9 @@ impl KvCache {
             layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {
             let groups = layouts.len();
-            Some(PrefixIndex::new(spec.block_tokens as usize, groups, options.blocks)?)
+            let block_tokens = spec.block_tokens as usize;
+            let (blocks, eviction) = (options.blocks, options.eviction);
+            Some(PrefixIndex::with_eviction(block_tokens, groups, blocks, eviction)?)
         } else {
             None
         };
@@ -248,7 +254,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Takes `blocks` blocks of each group out of the prefix index, least recently used first.
+    /// Takes `blocks` blocks of each group out of the prefix index, in its order of eviction.
     fn evict(&mut self, blocks: u32, why: Evicted) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         // A sequence that uses a block uses all before it, so every unreferenced block has only

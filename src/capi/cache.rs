@@ -8,6 +8,7 @@ use super::device::{KVC_DEVICE_CPU, named};
 use super::handle::{self, Noun, Shared};
 use super::plan::{kvc_group_spec, read_spec};
 use super::pointer::{self, Plain, Sized32, flag};
+use super::retention::{KVC_EVICTION_LRU, eviction};
 use super::status::{guard, kvc_status};
 use crate::cache::{CacheOptions, KvCache};
 use crate::device::Stream;
@@ -65,8 +66,8 @@ pub struct kvc_cache_options {
     /// 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
     /// on the CPU it always does. 0 by default.
     pub deterministic: u32,
-    /// 0.
-    pub reserved: u32,
+    /// KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
+    pub eviction: u32,
 }
 
 // SAFETY: integers, a pointer.
@@ -88,7 +89,7 @@ unsafe impl Sized32 for kvc_cache_options {
             device_ordinal: 0,
             stream: core::ptr::null_mut(),
             deterministic: 0,
-            reserved: 0,
+            eviction: KVC_EVICTION_LRU,
         }
     }
 }
@@ -174,9 +175,6 @@ pub unsafe extern "C" fn kvc_cache_create(
             // SAFETY: the caller's promise.
             unsafe { pointer::read(options) }?
         };
-        if options.reserved != 0 {
-            return Err(Error::invalid("reserved", "must be 0"));
-        }
         // SAFETY: the caller's promise.
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
@@ -190,6 +188,7 @@ pub unsafe extern "C" fn kvc_cache_create(
             // SAFETY: the caller's promise.
             stream: unsafe { Stream::from_raw(options.stream) },
             deterministic: flag(options.deterministic, "deterministic")?,
+            eviction: eviction(options.eviction)?,
         };
         let cache = KvCache::new(&spec, &options)?;
         out.write(handle::publish(Locked(Mutex::new(cache)))?);
@@ -219,6 +218,17 @@ pub unsafe extern "C" fn kvc_cache_destroy(cache: *mut kvc_cache) -> kvc_status 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_cache_sync(cache: *mut kvc_cache) -> kvc_status {
     guard(|| open(cache)?.lock()?.sync())
+}
+
+/// Sets the time of the prefix index: as kvc_prefix_advance.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_cache_advance(cache: *mut kvc_cache, now_ms: u64) -> kvc_status {
+    guard(|| open(cache)?.lock()?.advance(now_ms))
 }
 
 /// Drops everything from the prefix index that no sequence uses.

@@ -33,6 +33,7 @@ pub mod plan;
 pub mod pool;
 pub mod prefix;
 pub mod prefix_step;
+pub mod retention;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -65,6 +66,7 @@ pub use plan::*;
 pub use pool::*;
 pub use prefix::*;
 pub use prefix_step::*;
+pub use retention::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;

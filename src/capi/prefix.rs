@@ -16,6 +16,12 @@ pub struct kvc_prefix(());
 /// What a prefix handle holds.
 pub(super) struct Index(Lock);
 
+impl Index {
+    pub(super) fn new(index: PrefixIndex) -> Self {
+        Index(Lock::new(index))
+    }
+}
+
 impl Noun for Index {
     type Handle = kvc_prefix;
     const KIND: usize = 2;
@@ -199,7 +205,7 @@ pub unsafe extern "C" fn kvc_prefix_create(
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
         let index = PrefixIndex::new(block_tokens as usize, groups as usize, capacity_blocks)?;
-        out.write(handle::publish(Index(Lock::new(index)))?);
+        out.write(handle::publish(Index::new(index))?);
         Ok(())
     })
 }
@@ -387,7 +393,8 @@ pub unsafe extern "C" fn kvc_prefix_lock(
     })
 }
 
-/// Ends a pin. KVC_ERR_STALE_HANDLE for one that is not live.
+/// Ends a pin, without marking the prefix as used (kvc_prefix_release does).
+/// KVC_ERR_STALE_HANDLE for one that is not live.
 ///
 /// Threads: thread-safe.
 ///
@@ -398,7 +405,8 @@ pub unsafe extern "C" fn kvc_prefix_unlock(prefix: *mut kvc_prefix, pin: u64) ->
     guard(|| write(prefix, |index| index.unlock(PinId(pin))))
 }
 
-/// Evicts up to `want_blocks` entries, least recently used leaf first, pinned prefixes excepted.
+/// Evicts up to `want_blocks` entries, leaves first, by priority and then in the order of the
+/// index's policy (least recently used by default), pinned prefixes excepted.
 /// Writes their ids to `out_blocks[capacity]` as `[entry][group]`, for the caller to free, and how
 /// many entries went to `out_evicted`. `capacity` must be at least want_blocks * groups, or the
 /// ids of all that is cached.

@@ -2,6 +2,7 @@
 
 use super::cache::{kvc_cache, open};
 use super::pointer::{self, Plain};
+use super::retention::{hint, kvc_retention, ranges};
 use super::status::{guard, kvc_status};
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, SeqId};
@@ -92,6 +93,50 @@ pub unsafe extern "C" fn kvc_seq_truncate(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_seq_release(cache: *mut kvc_cache, seq: kvc_seq) -> kvc_status {
     guard(|| open(cache)?.lock()?.release(SeqId(seq)))
+}
+
+/// Gives priorities to the full blocks of a sequence in the prefix index: as kvc_prefix_prioritize.
+/// A duration runs from the last step or kvc_seq_release: give it right before the latter. Nothing
+/// happens to blocks that are not committed yet.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; `ranges_in` is readable for `count` ranges.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_seq_prioritize(
+    cache: *mut kvc_cache,
+    seq: kvc_seq,
+    ranges_in: *const kvc_retention,
+    count: u32,
+) -> kvc_status {
+    guard(|| {
+        let cache = open(cache)?;
+        // SAFETY: the caller's promise.
+        let ranges = unsafe { ranges(ranges_in, count) }?;
+        cache.lock()?.prioritize(SeqId(seq), &ranges)
+    })
+}
+
+/// Says what is known of the next use of what a sequence holds, from its block `from_block` on: as
+/// kvc_prefix_hint. Before kvc_seq_release.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_seq_hint(
+    cache: *mut kvc_cache,
+    seq: kvc_seq,
+    from_block: u64,
+    hint_id: u32,
+    when_ms: u64,
+) -> kvc_status {
+    guard(|| {
+        let from = usize::try_from(from_block).unwrap_or(usize::MAX);
+        open(cache)?.lock()?.hint(SeqId(seq), from, hint(hint_id, when_ms)?)
+    })
 }
 
 /// Copies the tokens whose K and V the sequence holds to `out`, and writes how many there are to

@@ -152,10 +152,10 @@ impl PrefixIndex {
         done
     }
 
-    /// Where to go on when all at and below `node` is done: a sibling to descend from (false), or
-    /// the root or edge above (true). Removing `node` leaves both in place: all that can go with it
-    /// is the fork that it hung on, which is neither.
-    fn after(&self, mut node: u32) -> (u32, bool) {
+    /// A walk by the links alone: where to go on when all at and below `node` is done. A sibling to
+    /// descend from (false), or the root or edge above (true). Removing `node` leaves both in place:
+    /// all that can go with it is the fork that it hung on, which is neither.
+    pub(super) fn after(&self, mut node: u32) -> (u32, bool) {
         loop {
             if self.tree[node].next != NIL {
                 return (self.tree[node].next, false);

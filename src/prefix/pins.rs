@@ -135,6 +135,22 @@ impl PrefixIndex {
         Ok(())
     }
 
+    /// Makes the prefix that ends at `at` the most recently used, as at the end of a request that
+    /// used it without a pin. Not one use more where uses are counted.
+    ///
+    /// # Errors
+    /// `StaleHandle` if it is no longer cached, `OutOfMemory`. Nothing changed then.
+    pub fn end_use(&mut self, at: Position) -> Result<()> {
+        let node = self.settle(at)?;
+        self.refresh(node, true);
+        Ok(())
+    }
+
+    /// Whether the prefix that ends at `at` is known to be cached: false for a stale position.
+    pub fn is_cached(&self, at: Position) -> bool {
+        self.find(at).is_ok()
+    }
+
     /// Makes a pinned prefix the most recently used, as at the end of a request that used it. Not
     /// one use more where uses are counted: that was the lock.
     ///
@@ -144,6 +160,19 @@ impl PrefixIndex {
         let node = self.pins.node(pin)?;
         self.refresh(node, true);
         Ok(())
+    }
+
+    /// Where a pinned prefix ends: good as long as the pin, whatever is evicted below it.
+    ///
+    /// # Errors
+    /// `StaleHandle` for a pin that is not live.
+    pub fn pinned(&self, pin: PinId) -> Result<Position> {
+        let node = self.pins.node(pin)?;
+        if node == NIL {
+            return Ok(Position::default());
+        }
+        let edge = &self.tree[node];
+        Ok(Position { node, generation: edge.generation, blocks: edge.end })
     }
 
     /// Ends a pin at the end of the request that used the prefix: [`Self::touch_pinned`] and

@@ -109,16 +109,23 @@ impl PrefixIndex {
 
     /// Gives every edge the stamp of what was used last at or below it, as eviction would in time.
     pub(super) fn pass_stamps_up(&mut self) {
-        for place in 0..self.tree.places() as u32 {
-            let stamp = self.tree[place].stamp;
-            let mut node = place;
-            while self.tree[node].kind == Kind::Edge {
-                node = self.tree.owner(node);
-                // What has a later one has passed it up already, or will.
-                if self.tree[node].kind != Kind::Edge || self.tree[node].stamp >= stamp {
-                    break;
+        for root in 0..self.tree.places() as u32 {
+            if self.tree[root].kind != Kind::Root {
+                continue;
+            }
+            // Children before parents, by the links alone; `up`: all below `node` is done.
+            let (mut node, mut up) = (self.tree[root].child, false);
+            while node != root {
+                while !up && self.tree[node].child != NIL {
+                    node = self.tree[node].child;
                 }
-                self.tree[node].stamp = stamp;
+                if self.tree[node].kind == Kind::Edge {
+                    let (owner, stamp) = (self.tree.owner(node), self.tree[node].stamp);
+                    if self.tree[owner].kind == Kind::Edge {
+                        self.tree[owner].stamp = self.tree[owner].stamp.max(stamp);
+                    }
+                }
+                (node, up) = self.after(node);
             }
         }
     }
@@ -255,10 +262,20 @@ impl PrefixIndex {
                 return Some((lane, leaf));
             };
             // All that was stored and used as one: as far up as nothing else hangs on it.
-            let mut node = leaf;
-            while self.tree[node].kind == Kind::Edge && self.tree[node].order == old {
+            let (mut node, mut held) = (leaf, false);
+            loop {
                 self.set_order(node, order);
                 node = self.tree[node].parent;
+                if self.tree[node].kind != Kind::Edge {
+                    break;
+                }
+                held |= self.tree[node].pins > 0;
+                if !held {
+                    self.expire_if_due(node);
+                }
+                if self.tree[node].order != old {
+                    break;
+                }
             }
         }
     }

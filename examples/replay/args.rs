@@ -1,0 +1,84 @@
+//! The command line.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use crate::cache::Policy;
+
+pub const USAGE: &str = "\
+usage: cargo run --release --example replay -- TRACE [options]
+  TRACE                 Mooncake's JSONL, or Claude Code sessions (JSONL, gzip or not), or
+                        `synthetic` for a small generated one
+  --capacity-blocks N   blocks of the pool (default: as many as the trace has)
+  --block-tokens N      tokens of a block; divides the trace's (default: the trace's, 512 or 64)
+  --policy NAME         lru, lfu, fifo, slru, s3fifo, ended or hints (default lru); `ended` is LRU
+                        told when sessions and branches end, `hints` is also told which prefix is
+                        likely to be needed soon
+  --lies FRACTION       of the hints, say the contrary in this fraction (default 0)
+  --users N             sessions at a time, where the trace has sessions (default 64)
+  --requests N          only the first N requests
+  --plot FILE.svg       draw hit rate against capacity for every policy and for Belady's optimum
+  --json                one JSON object
+  --quiet               no progress bar
+  --help                this text";
+
+#[derive(Debug, Clone)]
+pub struct Args {
+    pub trace: PathBuf,
+    pub capacity_blocks: Option<u32>,
+    pub block_tokens: Option<usize>,
+    pub policy: Policy,
+    pub lies: f64,
+    pub users: usize,
+    pub requests: Option<usize>,
+    pub plot: Option<PathBuf>,
+    pub json: bool,
+    pub quiet: bool,
+}
+
+/// The arguments, or `None` if only help was asked for.
+pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Box<dyn Error>> {
+    let mut trace = None;
+    let mut args = Args {
+        trace: PathBuf::new(),
+        capacity_blocks: None,
+        block_tokens: None,
+        policy: Policy::Lru,
+        lies: 0.0,
+        users: 64,
+        requests: None,
+        plot: None,
+        json: false,
+        quiet: false,
+    };
+    while let Some(word) = words.next() {
+        let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));
+        match word.as_str() {
+            "--capacity-blocks" => args.capacity_blocks = Some(number(&word, &value()?)?),
+            "--block-tokens" => args.block_tokens = Some(number(&word, &value()?)? as usize),
+            "--policy" => args.policy = Policy::from_name(&value()?)?,
+            "--lies" => {
+                let text = value()?;
+                let fraction = text.parse().ok().filter(|f| (0.0..=1.0).contains(f));
+                args.lies = fraction.ok_or_else(|| format!("--lies: `{text}` is not 0 to 1"))?;
+            }
+            "--users" => args.users = number(&word, &value()?)? as usize,
+            "--requests" => args.requests = Some(number(&word, &value()?)? as usize),
+            "--plot" => args.plot = Some(value()?.into()),
+            "--json" => args.json = true,
+            "--quiet" => args.quiet = true,
+            "--help" | "-h" => return Ok(None),
+            flag if flag.starts_with('-') => return Err(format!("unknown option {flag}").into()),
+            path if trace.is_none() => trace = Some(path.into()),
+            extra => return Err(format!("one trace, not also `{extra}`").into()),
+        }
+    }
+    args.trace = trace.ok_or("no trace given")?;
+    Ok(Some(args))
+}
+
+/// A count, at least 1.
+fn number(flag: &str, text: &str) -> Result<u32, Box<dyn Error>> {
+    let parsed = text.parse().ok().filter(|&n: &u32| n > 0);
+    parsed.ok_or_else(|| format!("{flag}: `{text}` is not a count from 1 to 2^32 - 1").into())
+}
