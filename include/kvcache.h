@@ -1446,8 +1446,14 @@ typedef struct {
     uint32_t planned;
     // Multiprocessors to divide the work by; 0 (the default) for those of the device.
     uint32_t multiprocessors;
-    // 0.
-    uint32_t reserved;
+    // Bytes of shared memory that a multiprocessor has; 0 (the default) for those of the device, or
+    // of an H100 where there is no device.
+    uint32_t multiprocessor_shared_bytes;
+    // NULL, or `[query token]` on the device: which tokens of its sequence's tail (its last tokens,
+    // those of its query tokens) a query token sees, bit j for the j-th. All tokens before the tail
+    // are seen, and causal means nothing. For a tree of drafts, the bits of a path, its own
+    // included. Up to 8 query tokens a sequence.
+    const uint32_t *tail_mask;
 } kvc_device_attend_options;
 
 // What kvc_device_append can do beside the call's description: rotate, and write rotated queries.

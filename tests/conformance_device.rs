@@ -90,11 +90,13 @@ fn every_group_and_head_dim() {
 }
 
 #[test]
-fn every_head_dim_of_prefill() {
-    for dim in [64, 80, 96, 128, 192, 256] {
+fn every_head_dim() {
+    // The emulator has every head dimension; a build for GPUs those that it was asked for.
+    let dims: &[u32] =
+        if cfg!(feature = "emulate") { &[64, 80, 96, 128, 192, 256] } else { &[256] };
+    for &dim in dims {
         for format in FORMATS {
-            let case = Case { shape: shape(6, 2, dim), format, ..base() };
-            check_as_it_is(&prefilled(&case));
+            check(&Case { shape: shape(6, 2, dim), format, ..base() });
         }
     }
 }

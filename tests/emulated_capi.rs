@@ -209,6 +209,16 @@ fn append_and_attend_alone_are_right() {
             assert!(same || (f64::from(*got) - want).abs() <= 1e-3, "{got} for {want}");
         }
     }
+    // A tail mask that shows each query its own token is the causal mask; one that does not hides it.
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let causal = bits(out.read());
+    for (mask, same) in [([1u32; 3], true), ([0; 3], false)] {
+        let mask = Memory::of(device, &mask);
+        options.tail_mask = mask.at.cast();
+        // SAFETY: as above.
+        ok(unsafe { kvc_device_attend(device, &desc, &options, ptr::null_mut()) });
+        assert_eq!(bits(out.read()) == causal, same);
+    }
     assert_eq!(flag.read::<u32>(), [0]);
     let mut name = [0u8; 64];
     // SAFETY: the buffer has its length.

@@ -78,6 +78,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         kv_len: (WIDTH * BLOCK) as u32,
         pieces: Pieces::Balanced,
         multiprocessors: backend.multiprocessors(),
+        multiprocessor_shared_bytes: backend.multiprocessor_shared_bytes(),
     })
     .unwrap();
     let workspace = DeviceMemory::new(&backend, plan.workspace_bytes()).unwrap();
@@ -106,6 +107,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         seqs: SEQS as u32,
         q_indptr: 0,
         kv_lens: lens.address(),
+        tail_mask: 0,
         scale: 0.09,
         causal: true,
         window: None,

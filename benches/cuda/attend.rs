@@ -124,6 +124,7 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
         kv_len: longest as u32,
         pieces: Pieces::Balanced,
         multiprocessors: gpu.backend.multiprocessors(),
+        multiprocessor_shared_bytes: gpu.backend.multiprocessor_shared_bytes(),
     })?;
     let set = || -> Result<Set> {
         Ok(Set {
@@ -169,6 +170,7 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
         seqs: batch as u32,
         q_indptr: q_indptr.address(),
         kv_lens: kv_lens.address(),
+        tail_mask: 0,
         scale: 1.0 / (DIM as f32).sqrt(),
         causal: true,
         window: None,

@@ -59,7 +59,7 @@ fn in_rust() -> Layout {
         }
         kvc_device_attend_options {
             struct_size, max_q_tokens, max_kv_tokens, piece_tokens, total_q_tokens, planned,
-            multiprocessors, reserved,
+            multiprocessors, multiprocessor_shared_bytes, tail_mask,
         }
         kvc_device_copy_desc {
             struct_size, count, wide_ids, planes, runs, run_bytes, token_bytes, from_blocks,

@@ -52,7 +52,7 @@ class AttendOptions(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_uint32) for name in (
         "struct_size", "max_q_tokens", "max_kv_tokens", "piece_tokens", "total_q_tokens", "planned",
-        "multiprocessors", "reserved")]
+        "multiprocessors", "multiprocessor_shared_bytes")] + [("tail_mask", ctypes.c_void_p)]
 
 
 class Library:

@@ -16,7 +16,9 @@ use crate::cpu::RowsView;
 use crate::device::{Stream, launch, launch_attend};
 use crate::error::{Error, Result};
 use crate::kernels::params::{AppendParams, In, Out};
-use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces, append_launch};
+use crate::kernels::{
+    AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, append_launch,
+};
 
 /// What kvc_device_attend must know beside the call's description.
 #[repr(C)]
@@ -38,11 +40,17 @@ pub struct kvc_device_attend_options {
     pub planned: u32,
     /// Multiprocessors to divide the work by; 0 (the default) for those of the device.
     pub multiprocessors: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Bytes of shared memory that a multiprocessor has; 0 (the default) for those of the device, or
+    /// of an H100 where there is no device.
+    pub multiprocessor_shared_bytes: u32,
+    /// NULL, or `[query token]` on the device: which tokens of its sequence's tail (its last tokens,
+    /// those of its query tokens) a query token sees, bit j for the j-th. All tokens before the tail
+    /// are seen, and causal means nothing. For a tree of drafts, the bits of a path, its own
+    /// included. Up to 8 query tokens a sequence.
+    pub tail_mask: *const u32,
 }
 
-// SAFETY: integers.
+// SAFETY: integers, a pointer.
 unsafe impl Plain for kvc_device_attend_options {}
 // SAFETY: the first field is the size.
 unsafe impl Sized32 for kvc_device_attend_options {
@@ -57,7 +65,8 @@ unsafe impl Sized32 for kvc_device_attend_options {
             total_q_tokens: 0,
             planned: 0,
             multiprocessors: 0,
-            reserved: 0,
+            multiprocessor_shared_bytes: 0,
+            tail_mask: core::ptr::null(),
         }
     }
 }
@@ -124,20 +133,24 @@ unsafe fn plan(
     device: *const kvc_device,
     desc: &kvc_attend_desc,
     options: *const kvc_device_attend_options,
-) -> Result<(AttendBounds, AttendPlan, kvc_device_attend_options)> {
+) -> Result<(AttendPlan, kvc_device_attend_options)> {
     let options = if options.is_null() {
         kvc_device_attend_options::initial()
     } else {
         // SAFETY: the caller's promise.
         unsafe { pointer::read(options) }?
     };
-    if options.reserved != 0 {
-        return Err(Error::invalid("reserved", "must be 0"));
-    }
-    let multiprocessors = match options.multiprocessors {
-        0 => opened(device)?.0.multiprocessors(),
-        given => given,
-    };
+    let (multiprocessors, shared) =
+        match (options.multiprocessors, options.multiprocessor_shared_bytes) {
+            (0, 0) => {
+                let device = opened(device)?;
+                (device.0.multiprocessors(), device.0.multiprocessor_shared_bytes())
+            }
+            (0, shared) => (opened(device)?.0.multiprocessors(), shared),
+            (given, 0) if device.is_null() => (given, SM90_SHARED_BYTES),
+            (given, 0) => (given, opened(device)?.0.multiprocessor_shared_bytes()),
+            given => given,
+        };
     let bounds = AttendBounds {
         shape: desc.shape()?,
         format: desc.cache()?,
@@ -153,8 +166,9 @@ unsafe fn plan(
             tokens => Pieces::Fixed(tokens),
         },
         multiprocessors,
+        multiprocessor_shared_bytes: shared,
     };
-    Ok((bounds, AttendPlan::new(&bounds)?, options))
+    Ok((AttendPlan::new(&bounds)?, options))
 }
 
 /// Fills a kvc_device_attend_options of `struct_size` bytes with its defaults.
@@ -192,7 +206,7 @@ pub unsafe extern "C" fn kvc_device_attend_workspace_size(
         // SAFETY: the caller's promise.
         let (desc, out) = unsafe { (pointer::read(desc)?, pointer::out(out_bytes, "out_bytes")?) };
         // SAFETY: the caller's promise.
-        let (_, plan, _) = unsafe { plan(device, &desc, options) }?;
+        let (plan, _) = unsafe { plan(device, &desc, options) }?;
         out.write(plan.workspace_bytes());
         Ok(())
     })
@@ -219,9 +233,9 @@ pub unsafe extern "C" fn kvc_device_attend_kernel(
         // SAFETY: the caller's promise.
         let desc = unsafe { pointer::read(desc) }?;
         // SAFETY: the caller's promise.
-        let (bounds, plan, _) = unsafe { plan(device, &desc, options) }?;
+        let (plan, _) = unsafe { plan(device, &desc, options) }?;
         // SAFETY: the caller's promise.
-        unsafe { whole_text(plan.kernel(&bounds)?.name, buf, len) }
+        unsafe { whole_text(plan.kernel()?.name, buf, len) }
     })
 }
 
@@ -248,9 +262,9 @@ pub unsafe extern "C" fn kvc_device_attend(
         // SAFETY: the caller's promise, here and below.
         let desc = unsafe { pointer::read(desc) }?;
         // SAFETY: see above.
-        let (_, plan, options) = unsafe { plan(device, &desc, options) }?;
+        let (plan, options) = unsafe { plan(device, &desc, options) }?;
         let planned = flag(options.planned, "planned")?;
-        let args = desc.device_args()?;
+        let args = AttendArgs { tail_mask: address(options.tail_mask), ..desc.device_args()? };
         let workspace = address(desc.workspace);
         let needed = plan.workspace_bytes();
         if desc.workspace_bytes < needed {
@@ -304,6 +318,7 @@ impl kvc_attend_desc {
             seqs: self.seqs,
             q_indptr: address(self.q_indptr),
             kv_lens: address(self.kv_lens),
+            tail_mask: 0,
             scale: scoring.scale,
             causal: scoring.causal,
             window: scoring.window,

@@ -25,6 +25,9 @@ pub(super) fn start() -> Result<()> {
             CUresult::CUDA_ERROR_NO_DEVICE => {
                 Err(Error::NoDevice { why: "the driver finds no device" })
             }
+            CUresult::CUDA_ERROR_STUB_LIBRARY => {
+                Err(Error::NoDevice { why: "libcuda is a stub for linking" })
+            }
             result => check("cuInit", result),
         }
     })

@@ -32,6 +32,7 @@ pub struct Cuda {
     ordinal: u32,
     name: String,
     multiprocessors: u32,
+    multiprocessor_shared_bytes: u32,
     context: driver::Context,
     functions: HashMap<&'static str, Function>,
 }
@@ -108,9 +109,11 @@ impl Cuda {
         )?;
         let multiprocessors =
             context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let multiprocessor_shared_bytes = context
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let name = context.name()?;
         drop(current);
-        Ok(Self { ordinal, name, multiprocessors, context, functions })
+        Ok(Self { ordinal, name, multiprocessors, multiprocessor_shared_bytes, context, functions })
     }
 
     /// Its number.
@@ -126,6 +129,11 @@ impl Cuda {
     /// Its multiprocessors.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Shared memory of a multiprocessor, in bytes.
+    pub fn multiprocessor_shared_bytes(&self) -> u32 {
+        self.multiprocessor_shared_bytes
     }
 
     /// What it is.

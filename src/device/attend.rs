@@ -15,7 +15,7 @@ use super::{Backend, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces};
+use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES};
 use crate::layout::GroupLayout;
 
 /// Tokens of a piece in the deterministic mode: long enough that merging them costs little, short
@@ -72,6 +72,7 @@ impl Attend {
             kv_len: 1,
             pieces: Pieces::Balanced,
             multiprocessors: 1,
+            multiprocessor_shared_bytes: SM90_SHARED_BYTES,
         })
         .map(|_| ())
     }
@@ -166,6 +167,7 @@ impl DeviceStore {
             seqs: at.seqs,
             q_indptr: at.q_indptr,
             kv_lens: at.kv_lens,
+            tail_mask: 0,
             scale: scoring.scale,
             causal: scoring.causal,
             window: scoring.window,
@@ -202,6 +204,7 @@ impl DeviceStore {
                 Pieces::Balanced
             },
             multiprocessors: self.backend.multiprocessors(),
+            multiprocessor_shared_bytes: self.backend.multiprocessor_shared_bytes(),
         })?;
         self.attend.planned = None;
         self.attend.workspace.grow(plan.workspace_bytes())?;

@@ -45,6 +45,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// How many multiprocessors it has: what work is divided by.
     fn multiprocessors(&self) -> u32;
 
+    /// Shared memory of a multiprocessor, in bytes: how many blocks of a kernel it can hold.
+    fn multiprocessor_shared_bytes(&self) -> u32;
+
     /// Allocates `bytes` bytes (at least 1 is), aligned to 256, of no particular content.
     ///
     /// # Errors

@@ -20,6 +20,10 @@ impl Backend for Cuda {
         self.multiprocessors()
     }
 
+    fn multiprocessor_shared_bytes(&self) -> u32 {
+        self.multiprocessor_shared_bytes()
+    }
+
     fn alloc(&self, bytes: u64) -> Result<u64> {
         self.alloc(bytes)
     }

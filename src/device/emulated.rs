@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::{Backend, Device, Stream};
 use crate::emu::{self, Buffer};
 use crate::error::{Error, Result};
-use crate::kernels::Launch;
+use crate::kernels::{Launch, SM90_SHARED_BYTES};
 
 /// Multiprocessors that the emulated device says it has: few, so that work is cut into pieces
 /// without a long grid.
@@ -65,6 +65,10 @@ impl Backend for Emulated {
 
     fn multiprocessors(&self) -> u32 {
         MULTIPROCESSORS
+    }
+
+    fn multiprocessor_shared_bytes(&self) -> u32 {
+        SM90_SHARED_BYTES
     }
 
     fn alloc(&self, bytes: u64) -> Result<u64> {

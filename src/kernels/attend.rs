@@ -4,10 +4,10 @@
 //! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
 //! workspace it needs, and a captured graph stays right for other lengths.
 
-use super::decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES, decode_kernel};
+use super::decode::{DecodeBounds, DecodePlan, Pieces};
 use super::mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 use super::params::{DecodeParams, DecodePlanParams, In, MlaParams, Out, PrefillParams};
-use super::prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
+use super::prefill::{PrefillBounds, prefill_info, prefill_launch};
 use super::{Kernel, Launch};
 use crate::attention::HeadShape;
 use crate::dtype::{DType, KvFormat};
@@ -33,6 +33,8 @@ pub struct AttendBounds {
     pub pieces: Pieces,
     /// Multiprocessors of the device.
     pub multiprocessors: u32,
+    /// Shared memory of a multiprocessor, in bytes.
+    pub multiprocessor_shared_bytes: u32,
 }
 
 /// One call: device addresses, strides in elements, and how scores are made.
@@ -77,6 +79,9 @@ pub struct AttendArgs {
     pub q_indptr: u64,
     /// Cached tokens of each sequence, `[seqs]`, those of the queries included.
     pub kv_lens: u64,
+    /// For each row the tokens of its sequence's tail that it sees, a bit each, in place of the
+    /// causal mask; or 0. Up to eight query tokens a sequence.
+    pub tail_mask: u64,
     /// Factor of the dot products.
     pub scale: f32,
     /// A query sees no key after its own position.
@@ -110,6 +115,7 @@ impl AttendArgs {
             ("table", self.table),
             ("table_indptr", self.table_indptr),
             ("q_indptr", self.q_indptr),
+            ("tail_mask", self.tail_mask),
             ("kv_lens", self.kv_lens),
             ("lse", self.lse),
             ("sinks", self.sinks),
@@ -209,7 +215,7 @@ impl AttendPlan {
             max_tokens: b.kv_len,
             pieces: b.pieces,
             multiprocessors: b.multiprocessors,
-            multiprocessor_shared_bytes: SM90_SHARED_BYTES,
+            multiprocessor_shared_bytes: b.multiprocessor_shared_bytes,
         })
         .map(AttendPlan::Decode)
     }
@@ -304,6 +310,9 @@ impl AttendPlan {
 
     fn check(&self, args: &AttendArgs) -> Result<()> {
         args.check(matches!(self, AttendPlan::Mla(_)))?;
+        if args.tail_mask != 0 && !matches!(self, AttendPlan::Decode(_)) {
+            return Err(Error::Unsupported { what: "a tail mask but for decode on a device" });
+        }
         match self {
             AttendPlan::Decode(_) => Ok(()),
             AttendPlan::Prefill(_) if args.q_indptr == 0 => {
@@ -330,10 +339,10 @@ impl AttendPlan {
     ///
     /// # Errors
     /// None in practice: a plan has a kernel.
-    pub fn kernel(&self, bounds: &AttendBounds) -> Result<&'static Kernel> {
+    pub fn kernel(&self) -> Result<&'static Kernel> {
         match self {
-            AttendPlan::Decode(_) => decode_kernel(bounds.format.dtype(), bounds.shape.k_dim),
-            AttendPlan::Prefill(bounds) => prefill_kernel(bounds.cache, bounds.head_dim),
+            AttendPlan::Decode(plan) => Ok(plan.kernel().kernel),
+            AttendPlan::Prefill(bounds) => Ok(prefill_info(bounds)?.kernel),
             AttendPlan::Mla(plan) => Ok(plan.kernel()),
         }
     }
@@ -348,6 +357,7 @@ fn decode_params(args: &AttendArgs) -> DecodeParams {
         out: Out::at(a.out),
         lse: Out::at(a.lse),
         q_indptr: In::at(a.q_indptr),
+        tail_mask: In::at(a.tail_mask),
         table: In::at(a.table),
         table_indptr: In::at(a.table_indptr),
         seq_lens: In::at(a.kv_lens),

@@ -78,6 +78,7 @@ impl Instance {
             kv_len: case.lengths[seqs.clone()].iter().map(|l| l.1).max().unwrap_or(0),
             pieces,
             multiprocessors: backend.multiprocessors(),
+            multiprocessor_shared_bytes: backend.multiprocessor_shared_bytes(),
         };
         let plan = AttendPlan::new(&bounds).unwrap_or_else(|error| panic!("{error}: {case:?}"));
         let tokens = q_indptr[seqs.len()] as usize;
@@ -122,6 +123,7 @@ impl Instance {
             seqs: seqs.len() as u32,
             q_indptr: ints[2].address(),
             kv_lens: ints[3].address(),
+            tail_mask: 0,
             scale: scoring.scale,
             causal: scoring.causal,
             window: scoring.window,
