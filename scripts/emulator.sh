@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The CUDA kernels without a GPU: the emulator's own tests, the emulated kernels, the conformance
 # table and a cache on an emulated device, a served prompt; then the tests again under
-# AddressSanitizer and UndefinedBehaviorSanitizer.
+# AddressSanitizer and UndefinedBehaviorSanitizer, with the blocks of a launch on two threads.
 source "$(dirname "$0")/common.sh"
 CXX=${CXX:-c++}
 command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
@@ -23,6 +23,6 @@ case $asan in
 esac
 runner=CARGO_TARGET_$(printf %s "$HOST" | tr 'a-z-' 'A-Z_')_RUNNER
 # The harness keeps allocations to its end, and fibers are left where they stand.
-env "$runner=env LD_PRELOAD=$asan" KVCACHE_EMU_SANITIZE=1 \
+env "$runner=env LD_PRELOAD=$asan" KVCACHE_EMU_SANITIZE=1 KVCACHE_EMU_WORKERS=2 \
     KVCACHE_EMU_ROUNDS=10 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
     cargo test -p libkvcache --features emulate "${tests[@]}"

@@ -130,15 +130,16 @@ KVC_KERNEL(kvc_probe_convert, kvc_probe_params, 32, 1) {
 
 #ifdef KVC_EMULATE
 
-// Each block counts itself and looks, up to n times, for another one: it can only be there while
-// this block runs if blocks run side by side. Then every thread writes a word of its own, drawn by
+// Each block counts itself and looks, up to n times, for another one, until any block has seen one:
+// it can only be there if blocks run side by side. Then every thread writes a word of its own, drawn by
 // the order in which the schedule runs the block's threads.
 KVC_KERNEL(kvc_probe_blocks, kvc_probe_params, 64, 1) {
     uint32_t *shared = KVC_SMEM(uint32_t);
     const uint32_t t = thread_x();
     if (t == 0) {
         uint32_t here = atomic_add(p.out, 1) + 1;
-        for (uint32_t i = 0; i < p.n && here < 2; ++i) here = atomic_add(p.out, 0);
+        for (uint32_t i = 0; i < p.n && here < 2 && atomic_max(p.out + 1, here) < 2; ++i)
+            here = atomic_add(p.out, 0);
         atomic_max(p.out + 1, here);
     }
     shared[0] = 0;
