@@ -120,7 +120,7 @@ impl PrefixIndex {
             if node.kind != Kind::Edge {
                 continue;
             }
-            let lane = self.policy.get().lane(node.order);
+            let lane = self.policy.lane(node.order);
             blocks[lane] += u64::from(node.len);
             must(node.stamp <= self.clock, "prefix: a stamp of the future")?;
             if !self.is_free_leaf(node) {

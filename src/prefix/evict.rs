@@ -67,7 +67,7 @@ impl PrefixIndex {
         // Other blocks may take their place in this edge: positions here end.
         node.generation = node.generation.wrapping_add(1);
         let (start, len, stamp) = (node.start, node.len, node.stamp);
-        self.lane_blocks[self.policy.get().lane(node.order)] -= u64::from(blocks);
+        self.lane_blocks[self.policy.lane(node.order)] -= u64::from(blocks);
         self.blocks.give(Run { start: start + len, len: blocks });
         if len > 0 {
             return;

@@ -34,15 +34,15 @@ impl PrefixIndex {
 
     /// Whether a use must be noted in every edge of its prefix.
     pub(super) fn notes_every_edge(&self) -> bool {
-        self.steered || self.policy.get().notes_every_edge()
+        self.steered || self.policy.notes_every_edge()
     }
 
     /// Stores a new edge's first use; its blocks were counted nowhere yet.
     pub(super) fn note_stored(&mut self, first: u32, last: u32) {
         let now = self.tick();
         let run = super::blocks::Run { start: self.tree[first].start, len: 1 };
-        let order = self.policy.get_mut().stored(now, self.blocks.tokens(run));
-        let lane = self.policy.get().lane(order);
+        let order = self.policy.stored(now, self.blocks.tokens(run));
+        let lane = self.policy.lane(order);
         let mut node = last;
         loop {
             let edge = &mut self.tree[node];
@@ -132,7 +132,7 @@ impl PrefixIndex {
 
     /// Gives an edge another number of the policy's, and with it maybe another lane.
     fn set_order(&mut self, node: u32, order: u64) {
-        let policy = self.policy.get();
+        let policy = &self.policy;
         let edge = &mut self.tree[node];
         let (from, to) = (policy.lane(edge.order), policy.lane(order));
         edge.order = order;
@@ -155,7 +155,7 @@ impl PrefixIndex {
             }
             _ => class(node.priority),
         };
-        let key = self.policy.get().key(node.stamp, node.order);
+        let key = self.policy.key(node.stamp, node.order);
         Key { rank: u32::from(class) << 24 | key.rank, ..key }
     }
 
@@ -206,7 +206,7 @@ impl PrefixIndex {
         }
         self.expire_if_due(edge);
         let node = &self.tree[edge];
-        self.queues[self.policy.get().lane(node.order)].lower(self.key(node), edge);
+        self.queues[self.policy.lane(node.order)].lower(self.key(node), edge);
         if let Some(order) = self.deadline_of(node) {
             self.timers.lower(Key { rank: 0, order }, edge);
         }
@@ -285,7 +285,7 @@ impl PrefixIndex {
         loop {
             let (key, leaf) = self.queues[lane].top()?;
             let node = &self.tree[leaf];
-            let policy = self.policy.get();
+            let policy = &self.policy;
             if !self.is_free_leaf(node) || policy.lane(node.order) != lane {
                 self.queues[lane].drop_top();
                 continue;

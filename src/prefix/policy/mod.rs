@@ -116,6 +116,39 @@ impl Chosen {
         matches!(self, Chosen::S3Fifo(_))
     }
 
+    /// [`Policy::lane`], at no cost where there is one.
+    #[inline]
+    pub(super) fn lane(&self, order: u64) -> usize {
+        if self.two_lanes() { self.get().lane(order) } else { 0 }
+    }
+
+    /// [`Policy::key`], inlined for LRU.
+    #[inline]
+    pub(super) fn key(&self, stamp: u64, order: u64) -> Key {
+        match self {
+            Chosen::Lru(policy) => policy.key(stamp, order),
+            other => other.get().key(stamp, order),
+        }
+    }
+
+    /// [`Policy::stored`], inlined for LRU.
+    #[inline]
+    pub(super) fn stored(&mut self, now: u64, tokens: &[TokenId]) -> u64 {
+        match self {
+            Chosen::Lru(policy) => policy.stored(now, tokens),
+            other => other.get_mut().stored(now, tokens),
+        }
+    }
+
+    /// [`Policy::notes_every_edge`], inlined for LRU.
+    #[inline]
+    pub(super) fn notes_every_edge(&self) -> bool {
+        match self {
+            Chosen::Lru(policy) => policy.notes_every_edge(),
+            other => other.get().notes_every_edge(),
+        }
+    }
+
     #[inline]
     pub(super) fn get(&self) -> &dyn Policy {
         match self {
