@@ -20,23 +20,10 @@
 // A form for Hopper (wgmma, TMA) has its place beside this file as prefill_sm90.cuh, with the same
 // parameters; src/kernels/prefill.rs is where a call gets its kernel by name.
 #pragma once
-#include "kvc_params.h"
-#include "page.cuh"
+#include "prefill_tile.cuh"
 #include "state.cuh"
 
 namespace kvc::prefill {
-
-constexpr uint32_t kWarps = 4, kThreads = 128;
-constexpr int kKeys = 64; // of a tile
-constexpr uint64_t kAllKeys = ~uint64_t{0};
-
-// What follows from the head dimension. A row in shared memory has eight elements more than it
-// needs, which spreads the rows of a matrix load over all banks.
-template <int HeadDim> struct Shape {
-    static constexpr int kStrips = HeadDim <= 128 ? 2 : 1; // of 16 rows, a warp
-    static constexpr int kWarpRows = 16 * kStrips, kRows = kWarps * kWarpRows;
-    static constexpr int kRow = HeadDim + 8, kChunks = HeadDim / 8, kSteps = HeadDim / 16;
-};
 
 // Shared memory: the queries of the tile, then a tile of keys and one of values.
 template <int HeadDim> KVC_DEVICE uint16_t *keys() {
@@ -46,35 +33,13 @@ template <int HeadDim> KVC_DEVICE uint16_t *values() {
     return keys<HeadDim>() + kKeys * Shape<HeadDim>::kRow;
 }
 
-// The part of a call that a block works on: what is the same for all its threads. In the loop it
-// lies in shared memory, where it takes no registers.
-struct alignas(16) Tile {
-    uint32_t kv_head, group;
-    uint32_t first_q; // row of the sequence's first token in q and out
-    uint32_t rows;    // of the sequence, packed
-    uint32_t begin;   // first packed row of the tile
-    int32_t offset;   // position of the sequence's first query token
-    int32_t first, end; // tokens that some row of the tile can see
-    // The sequence's block table.
-    const int32_t *entries;
-    uint32_t count, shift;
-};
-
 // What all lanes of a warp agree on, said so that the compiler knows that they do not diverge.
 KVC_DEVICE bool uniform(bool value) { return ballot(kFullMask, value) != 0; }
 
-// The tokens that some row of a warp sees, and those that every row sees if they can be read.
-struct alignas(16) Sight {
-    int32_t first, end, all_first, all_end;
-
-    KVC_DEVICE bool some(int32_t token) const { return token < end && first - token < kKeys; }
-    KVC_DEVICE bool all(int32_t token) const {
-        return token >= all_first && all_end - token >= kKeys;
-    }
-};
-
-// Both lie in the elements that the first rows of the queries have more than they need: one thread
-// writes them, and after a barrier others read.
+// What the loop needs seldom lies in shared memory, where it takes no registers: in the eight
+// elements that a row there has more than it needs, from `row` on 16 bytes a row. The first rows
+// have the tile, the next ones the sight of each warp; one thread writes them, and after a barrier
+// others read.
 constexpr uint32_t kTileParts = sizeof(Tile) / sizeof(Vec16);
 
 template <int HeadDim, typename Any> KVC_DEVICE void keep(uint32_t row, const Any &value) {
@@ -98,80 +63,6 @@ template <int HeadDim, typename Any> KVC_DEVICE Any kept(uint32_t row) {
 template <int HeadDim> KVC_DEVICE Tile kept_tile() { return kept<HeadDim, Tile>(0); }
 template <int HeadDim> KVC_DEVICE Sight kept_sight() {
     return kept<HeadDim, Sight>(kTileParts + warp_id());
-}
-
-// The first token that a query at `position` can see, if the window is all that hides. Tokens and
-// what is between a token and a position fit 32 bits; a sum of two such need not.
-KVC_DEVICE int32_t lowest(const kvc_prefill_params &p, int32_t position) {
-    const int32_t window = static_cast<int32_t>(p.window);
-    return position < window ? 0 : position - window + 1;
-}
-
-// Tiles that are set aside for the sequences before `seq`. Each has room for its own: with r rows
-// from row a on, (a + r) / R + 1 - a / R >= ceil(r / R), all quotients rounded down.
-template <int Rows>
-KVC_DEVICE uint64_t tiles_before(const kvc_prefill_params &p, uint32_t seq, uint32_t group) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(p.q_indptr[seq])) * group / Rows + seq;
-}
-
-// The last sequence whose tiles begin at or before `tile`; the lanes of a warp search together.
-template <int Rows>
-KVC_DEVICE uint32_t find_sequence(const kvc_prefill_params &p, uint32_t tile, uint32_t group) {
-    uint32_t first = 0, count = p.batch;
-    while (count > 1) {
-        const uint32_t step = (count + 31) / 32, at = lane_id() * step;
-        const bool before = at < count && tiles_before<Rows>(p, first + at, group) <= tile;
-        const uint32_t votes = ballot(kFullMask, before);
-        uint32_t last = 0;
-        while (votes >> last > 1) ++last;
-        first += last * step;
-        count = count - last * step < step ? count - last * step : step;
-    }
-    return first;
-}
-
-// The tile of a block; false where there is none. The last rows of a sequence, which see the most
-// keys, come first.
-template <int Rows>
-KVC_DEVICE bool find_tile(const kvc_prefill_params &p, Tile &u) {
-    u.group = p.q_heads / p.kv_heads;
-    u.kv_head = block_x() % p.kv_heads;
-    const uint32_t tile = block_x() / p.kv_heads;
-    const uint32_t seq = find_sequence<Rows>(p, tile, u.group);
-    const int32_t begin = p.q_indptr[seq], end = p.q_indptr[seq + 1];
-    const bool sound = begin >= 0 && end >= begin && static_cast<uint32_t>(end) <= p.q_tokens;
-    if (block_x() == 0 && thread_x() == 0 &&
-        static_cast<uint32_t>(p.q_indptr[p.batch]) > p.q_tokens)
-        raise(p.error_flag, kFlagPosition);
-    if (!sound) {
-        if (thread_x() == 0) raise(p.error_flag, kFlagPosition);
-        return false;
-    }
-    const uint32_t tokens = static_cast<uint32_t>(end - begin);
-    u.first_q = static_cast<uint32_t>(begin);
-    u.rows = tokens * u.group;
-    const uint64_t before = tiles_before<Rows>(p, seq, u.group);
-    const uint32_t count = (u.rows + Rows - 1) / Rows;
-    if (tile < before || tile - before >= count) return false;
-    u.begin = (count - 1 - static_cast<uint32_t>(tile - before)) * Rows;
-    const int32_t given = p.seq_lens[seq], length = given > 0 ? given : 0;
-    u.offset = length - static_cast<int32_t>(tokens);
-    const uint32_t last = u.begin + Rows < u.rows ? u.begin + Rows - 1 : u.rows - 1;
-    u.end = p.causal != 0 ? u.offset + static_cast<int32_t>(last / u.group) + 1 : length;
-    u.first = lowest(p, u.offset + static_cast<int32_t>(u.begin / u.group));
-    const BlockTable table(p.table, p.table_indptr, p.table_stride, seq, p.block_tokens,
-                           p.num_blocks, p.error_flag);
-    u.entries = table.entries;
-    u.count = table.count;
-    u.shift = table.shift;
-    return true;
-}
-
-// Where row `row` (packed) begins in a tensor of query rows, in elements.
-KVC_DEVICE int64_t row_start(const Tile &u, uint32_t row, int64_t row_stride, int64_t head_stride) {
-    const uint32_t token = row / u.group, head = row - token * u.group;
-    return static_cast<int64_t>(u.first_q + token) * row_stride +
-           static_cast<int64_t>(u.kv_head * u.group + head) * head_stride;
 }
 
 // Starts the copy of the tile's queries, rounded to T; rows that do not exist become zeros.
@@ -203,13 +94,13 @@ template <int HeadDim> struct Loader {
     static constexpr int kRow = Shape<HeadDim>::kRow, kChunks = Shape<HeadDim>::kChunks;
     static constexpr uint32_t kOwn = kKeys / kWarps;
 
-    // What a thread knows of the tile looked up last: block and slot of token a + 4 (b mod 4) of the
-    // warp's, and which of the tile's tokens exist and can be read.
+    // What a thread knows of the tile looked up last: block and slot of token a + 4 (b mod 4) of
+    // the warp's, and which of the tile's tokens exist and can be read.
     struct alignas(16) Places {
         uint32_t block, slot;
         uint64_t readable;
     };
-    // They lie in shared memory too, behind the thread's own row of the keys and values.
+    // They lie behind the thread's own row of the keys and values.
     KVC_DEVICE static Places places() {
         return kept<HeadDim, Places>(Shape<HeadDim>::kRows + thread_x());
     }
@@ -232,7 +123,8 @@ KVC_UNROLL
         to.readable = static_cast<uint64_t>(ballot(kFullMask, blocks[1] >= 0)) << 32 | low;
         // The tokens of warps 0 and 1 are among the first 32, those of 2 and 3 among the others.
         const uint32_t from = warp_id() % 2 * kOwn + lane_id() / 8 + lane_id() % 4 * 4;
-        to.block = shfl(kFullMask, static_cast<uint32_t>(warp_id() < 2 ? blocks[0] : blocks[1]), from);
+        const int32_t block = warp_id() < 2 ? blocks[0] : blocks[1];
+        to.block = shfl(kFullMask, static_cast<uint32_t>(block), from);
         to.slot = shfl(kFullMask, warp_id() < 2 ? slots[0] : slots[1], from);
         keep<HeadDim>(Shape<HeadDim>::kRows + thread_x(), to);
     }
@@ -314,7 +206,8 @@ KVC_UNROLL
         return sight;
     }
     // Adds the dot products of the tile's keys.
-    template <typename T> KVC_DEVICE void multiply(Scores &s, const uint16_t *queries, const uint16_t *keys) const {
+    template <typename T>
+    KVC_DEVICE void multiply(Scores &s, const uint16_t *queries, const uint16_t *keys) const {
         const uint32_t lane = lane_id();
         const uint16_t *q_at = queries + (warp_id() * S::kWarpRows + lane % 16) * S::kRow +
                                lane / 16 * 8;
@@ -476,7 +369,8 @@ KVC_UNROLL
             float *to = rows + (strip * 16 + half * 8 + g) * S::kRow + 2 * t;
 KVC_UNROLL
             for (int j = 0; j < HeadDim / 8; ++j) {
-                Pair pair = {o[strip][j][half * 2] * f.factor, o[strip][j][half * 2 + 1] * f.factor};
+                const float(&x)[4] = o[strip][j];
+                const Pair pair = {x[half * 2] * f.factor, x[half * 2 + 1] * f.factor};
                 *reinterpret_cast<Pair *>(to + j * 8) = pair;
             }
         }
