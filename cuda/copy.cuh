@@ -70,7 +70,7 @@ template <bool Zero> KVC_DEVICE Slice find_slice(const kvc_copy_params &p, uint3
 
 // Moves a whole slice, or the part of one that exists.
 template <bool Zero, bool Whole> KVC_DEVICE void move_slice(const Slice &s) {
-    const char *from = s.from + lane_id() * 16;
+    const char *from = Zero ? nullptr : s.from + lane_id() * 16;
     char *to = s.to + lane_id() * 16;
     Vec16 v[kLaneChunks];
 KVC_UNROLL

@@ -20,6 +20,10 @@
 //! make it stale: always if its last block went, sometimes if blocks below it did. A stale position
 //! is refused; look up again.
 //!
+//! # Mirrors
+//! A copy of what a lookup reads can be kept elsewhere, on a device, and follow the index by what
+//! changed: see [`PrefixIndex::start_mirror`].
+//!
 //! # Eviction
 //! Leaf first: of all blocks that nothing hangs below, the [`Eviction`] that was chosen says which
 //! goes; by default the one whose last touch (or insertion, or a touch of anything that hung below
