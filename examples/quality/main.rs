@@ -1,0 +1,116 @@
+//! What each KV format costs a language model: perplexity, KL divergence to f32 and top-1 agreement
+//! on held-out text, with every key and value read as token-by-token decode would read it.
+//!
+//! ```text
+//! cargo run --release --example quality -- --plot quality.svg
+//! ```
+//!
+//! | file | job |
+//! |---|---|
+//! | `schemes.rs`, `published.rs` | the library's formats, and published ones for comparison |
+//! | `attention.rs` | the model's attention over what a scheme made of K and V |
+//! | `modes.rs` | outliers and offsets that leave the f32 model unchanged |
+//! | `measure.rs` | text, sequences, figures with error bars, the thresholds of `--check` |
+//! | `args.rs`, `report.rs`, `plot.rs` | command line, table and JSON, picture |
+//!
+//! Model and tokenizer are those of the example `generate`.
+
+mod args;
+mod attention;
+mod measure;
+#[path = "../generate/model.rs"]
+#[allow(dead_code)]
+mod model;
+mod modes;
+mod plot;
+mod published;
+mod report;
+mod schemes;
+#[path = "../generate/tokenizer.rs"]
+#[allow(dead_code)]
+mod tokenizer;
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use args::{Args, USAGE};
+use measure::{Figure, Reference};
+use model::Model;
+use tokenizer::{END, Tokenizer};
+
+fn main() -> ExitCode {
+    if std::env::args().any(|word| word == "--help" || word == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let args = match Args::parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("quality: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("quality: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures and prints; true unless a threshold of `--check` did not hold.
+fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
+    let model = Model::load(&folder)?;
+    let text = held_out(&folder)?;
+    let schemes = schemes::chosen(&args.formats, model.config.head_dim, args.staging)?;
+    let clock = Instant::now();
+    let mut figures: Vec<Figure> = Vec::new();
+    for &(context, sequences) in &args.contexts {
+        let references = measure::sequences(&text, context, sequences)?
+            .into_iter()
+            .map(|tokens| Reference::new(&model, tokens))
+            .collect::<Result<Vec<_>, _>>()?;
+        for &mode in &args.modes {
+            measure::assert_unchanged(&model, &references, mode)?;
+            for scheme in &schemes {
+                figures.push(measure::figure(&model, &references, scheme, mode)?);
+                eprint!("\r{context} {} {:<24}", mode.name(), scheme.name);
+            }
+        }
+    }
+    eprintln!("\r{:.0} s{:<40}", clock.elapsed().as_secs_f64(), "");
+    if args.json {
+        println!("{:#}", report::json(&figures));
+    } else {
+        print!("{}", report::tables(&figures));
+    }
+    if let Some(path) = &args.plot {
+        fs::write(path, plot::svg(&figures))?;
+    }
+    let failed = if args.check { measure::broken_thresholds(&figures) } else { Vec::new() };
+    for line in &failed {
+        eprintln!("does not hold: {line}");
+    }
+    Ok(failed.is_empty())
+}
+
+/// The held-out documents as one stream, each followed by the end marker.
+fn held_out(folder: &Path) -> Result<Vec<u32>, Box<dyn Error>> {
+    let tokenizer = Tokenizer::parse(&fs::read_to_string(folder.join("tokenizer.txt"))?)?;
+    let text = fs::read_to_string(folder.join("heldout.txt"))?;
+    let mut tokens = vec![END];
+    for document in text.split("\n<|end|>\n").filter(|document| !document.is_empty()) {
+        tokens.extend(tokenizer.encode(document));
+        tokens.push(END);
+    }
+    Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests;
