@@ -33,8 +33,8 @@ pub struct Through<'a> {
     level: CpuLevel,
     threads: Threads,
     workspace: Vec<u8>,
-    /// Sum of squares and number of the keys that were seen.
-    pub k_squares: (f64, usize),
+    /// Sum of the variances of key channels over the text, and their number.
+    pub variances: (f64, usize),
 }
 
 /// Keys and values of one head, `[tokens][head_dim]`.
@@ -58,7 +58,7 @@ impl<'a> Through<'a> {
             level: CpuLevel::chosen()?,
             threads: Threads::new(rayon::current_num_threads() as u32)?,
             workspace: Vec::new(),
-            k_squares: (0.0, 0),
+            variances: (0.0, 0),
         })
     }
 
@@ -174,8 +174,14 @@ impl Attention for Through<'_> {
         let positions: Vec<u32> = (0..tokens as u32).collect();
         self.rope.rotate(q, dim as u32, &positions)?;
         self.rope.rotate(k, dim as u32, &positions)?;
-        self.k_squares.0 += k.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-        self.k_squares.1 += k.len();
+        for channel in 0..row {
+            let (mut sum, mut squares) = (0.0, 0.0);
+            for x in k.iter().skip(channel).step_by(row).map(|&x| f64::from(x)) {
+                (sum, squares) = (sum + x, squares + x * x);
+            }
+            self.variances.0 += (squares - sum * sum / tokens as f64) / tokens as f64;
+            self.variances.1 += 1;
+        }
 
         let changes: Vec<Change> =
             (0..c.kv_heads).map(|head| self.mode.change(layer, head, dim)).collect();

@@ -67,7 +67,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
     let model = Model::load(&folder)?;
-    let text = held_out(&folder)?;
+    let (text, token_bytes) = held_out(&folder)?;
     let schemes = schemes::chosen(&args.formats, model.config.head_dim, args.staging)?;
     let clock = Instant::now();
     let mut figures: Vec<Figure> = Vec::new();
@@ -79,12 +79,12 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         for &mode in &args.modes {
             measure::assert_unchanged(&model, &references, mode)?;
             for scheme in &schemes {
-                figures.push(measure::figure(&model, &references, scheme, mode)?);
-                eprint!("\r{context} {} {:<24}", mode.name(), scheme.name);
+                eprint!("\r{context} tokens, {}: {:<24}", mode.name(), scheme.name);
+                figures.push(measure::figure(&model, &references, scheme, mode, token_bytes)?);
             }
         }
     }
-    eprintln!("\r{:.0} s{:<40}", clock.elapsed().as_secs_f64(), "");
+    eprintln!("\r{:.0} s{:<50}", clock.elapsed().as_secs_f64(), "");
     if args.json {
         println!("{:#}", report::json(&figures));
     } else {
@@ -100,16 +100,19 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     Ok(failed.is_empty())
 }
 
-/// The held-out documents as one stream, each followed by the end marker.
-fn held_out(folder: &Path) -> Result<Vec<u32>, Box<dyn Error>> {
+/// The held-out documents as one stream, each followed by the end marker, and the bytes of text
+/// that a token stands for on average.
+fn held_out(folder: &Path) -> Result<(Vec<u32>, f64), Box<dyn Error>> {
     let tokenizer = Tokenizer::parse(&fs::read_to_string(folder.join("tokenizer.txt"))?)?;
     let text = fs::read_to_string(folder.join("heldout.txt"))?;
-    let mut tokens = vec![END];
+    let (mut tokens, mut bytes) = (vec![END], 0);
     for document in text.split("\n<|end|>\n").filter(|document| !document.is_empty()) {
         tokens.extend(tokenizer.encode(document));
         tokens.push(END);
+        bytes += document.len();
     }
-    Ok(tokens)
+    let token_bytes = bytes as f64 / tokens.len() as f64;
+    Ok((tokens, token_bytes))
 }
 
 #[cfg(test)]

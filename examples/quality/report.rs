@@ -18,13 +18,14 @@ pub fn tables(figures: &[Figure]) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{} tokens, {} sequences, {}\n{:<20}{:>6}{:>20}{:>11}{:>18}{:>16}  raw tail",
+            "{} tokens, {} sequences, {}\n{:<20}{:>6}{:>20}{:>9}{:>11}{:>18}{:>16}  raw tail",
             first.context,
             first.sequences,
             first.mode.name(),
             "format",
             "bits",
             "KL x 1e-3",
+            "a byte",
             "perplexity",
             "change %",
             "top-1 %",
@@ -32,11 +33,12 @@ pub fn tables(figures: &[Figure]) -> String {
         for f in rows {
             let _ = writeln!(
                 text,
-                "{:<20}{:>6.2}{:>12.4} +-{:>6.4}{:>10.3}{:>10.3} +-{:>5.3}{:>8.2} +-{:>4.2}  {}",
+                "{:<20}{:>6.2}{:>12.4} +-{:>6.4}{:>9.4}{:>11.3}{:>10.3} +-{:>5.3}{:>8.2} +-{:>4.2}  {}",
                 f.scheme,
                 f.bits,
                 1e3 * f.kl.0,
                 1e3 * f.kl.1,
+                1e3 * f.byte_kl(),
                 f.perplexity,
                 100.0 * f.perplexity_change.0,
                 100.0 * f.perplexity_change.1,
@@ -67,6 +69,8 @@ pub fn json(figures: &[Figure]) -> Value {
                 "perplexity_change_error": f.perplexity_change.1,
                 "kl": f.kl.0,
                 "kl_error": f.kl.1,
+                "kl_a_byte": f.byte_kl(),
+                "perplexity_change_a_byte": f.byte_perplexity_change(),
                 "top1": f.top1.0,
                 "top1_error": f.top1.1,
                 "tail_policy": f.tail_policy,

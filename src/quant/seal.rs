@@ -3,12 +3,18 @@
 //! Keys, for each channel over the tile's tokens (`n = 2^bits - 1`, all in f32):
 //!
 //! ```text
-//! mid  = (min + max) / 2                 Z = f16 up(largest |mid| / 127)
-//! zi   = rne(mid / Z)                    the middle, i8
-//! step = 2 * clip * (max - min) / 2 / n  S = f16 up(largest step / 255)
-//! us   = clamp(ceil(step / S), 1, 255)   the step, u8
+//! mid  = (min + max) / 2          Z = f16 up(largest |mid| / 127)
+//! zi   = rne(mid / Z)             the middle, i8
+//! half = max(max - zi * Z, zi * Z - min)                       at 8 bits
+//!        max(clip * (max - min) / 2, |mid - zi * Z|)           below
+//! step = 2 * half / n             S = f16 up(largest step / 255)
+//! us   = clamp(ceil(step / S), 1, 255)    the step, u8
 //! code = clamp(rne((x - base) / (us * S)), 0, n)    base = zi * Z - us * S * (n / 2)
 //! ```
+//!
+//! The middle is stored to half of Z. 8-bit codes cover the range as seen from there: beside a
+//! channel far from 0 the ends of all others would be cut off by many steps. Coarser codes lose
+//! less by cutting them off than by a wider step, unless the channel is narrower than the shift.
 //!
 //! S and Z are those of all channels (of a latent: of each of its two parts). Values, for each
 //! token over the channels: at 8 bits symmetric i8 with `r = f16 up(largest |v| / 127)`; below that
@@ -147,25 +153,36 @@ impl Keys {
         k_dim: usize,
     ) -> Option<()> {
         let n = ((1u32 << self.bits) - 1) as f32;
-        // (middle, step) of each channel.
-        let mut wanted = [(0.0f32, 0.0f32); MAX_HEAD_DIM as usize];
-        let (mut widest, mut farthest) = (0.0f32, 0.0f32);
+        let range_of = |at: usize| min_max(k.chunks_exact(k_dim).map(|row| row[at]));
+        let mut ranges = [(0.0f32, 0.0f32); MAX_HEAD_DIM as usize];
+        let mut farthest = 0.0f32;
         for at in channels.clone() {
-            let (low, high) = min_max(k.chunks_exact(k_dim).map(|row| row[at]));
-            let (mid, half) = ((low + high) * 0.5, (high - low) * 0.5 * key_clip(self.bits));
-            wanted[at] = (mid, 2.0 * half / n);
-            farthest = farthest.max(mid.abs());
-            widest = widest.max(wanted[at].1);
+            ranges[at] = range_of(at);
+            farthest = farthest.max(middle(ranges[at]).abs());
         }
-        let (unit, mid_unit) = (f16_up(widest / 255.0)?, f16_up(farthest / 127.0)?);
+        let mid_unit = f16_up(farthest / 127.0)?;
+        let mut steps = [0.0f32; MAX_HEAD_DIM as usize];
+        let mut widest = 0.0f32;
+        for at in channels.clone() {
+            let (low, high) = ranges[at];
+            self.mids[at] = code(middle(ranges[at]), mid_unit.to_f32(), -127.0, 127.0) as i8;
+            let stored = f32::from(self.mids[at]) * mid_unit.to_f32();
+            let half = if self.bits == 8 {
+                (high - stored).max(stored - low)
+            } else {
+                let shift = (middle(ranges[at]) - stored).abs();
+                ((high - low) * 0.5 * key_clip(self.bits)).max(shift)
+            };
+            steps[at] = 2.0 * half / n;
+            widest = widest.max(steps[at]);
+        }
+        let unit = f16_up(widest / 255.0)?;
         self.units[part] = (unit, mid_unit);
         for at in channels {
-            let (mid, step) = wanted[at];
             let (unit, mid_unit) = (unit.to_f32(), mid_unit.to_f32());
-            // All channels constant: no unit, and any step says the same.
-            let steps = if unit == 0.0 { 1.0 } else { libm::ceilf(step / unit) };
-            self.steps[at] = steps.clamp(1.0, 255.0) as u8;
-            self.mids[at] = code(mid, mid_unit, -127.0, 127.0) as i8;
+            // Every channel is constant and at its middle: no unit, and any step says the same.
+            let units = if unit == 0.0 { 1.0 } else { libm::ceilf(steps[at] / unit) };
+            self.steps[at] = units.clamp(1.0, 255.0) as u8;
             self.channels[at] =
                 Channel::new(self.bits, self.steps[at], self.mids[at], unit, mid_unit);
         }
@@ -193,6 +210,10 @@ impl Keys {
         }
         debug_assert!(HEADER_UNITS + 8 <= HEADER_FORMAT);
     }
+}
+
+fn middle((low, high): (f32, f32)) -> f32 {
+    (low + high) * 0.5
 }
 
 /// Codes and scale of one value row; `None` where the scale is past f16.
