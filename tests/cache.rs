@@ -7,8 +7,9 @@ mod backends;
 use std::sync::Arc;
 
 use kvcache::Error;
-use kvcache::attention::Scoring;
+use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
+use kvcache::cpu::{CpuLevel, kernel_name};
 use kvcache::device::Backend;
 use kvcache::dtype::{KvFormat, f16};
 use kvcache::ids::{Namespace, SeqId};
@@ -479,5 +480,16 @@ fn impossible_options_are_refused() {
     refuse(&CacheSpec { groups: Vec::new(), ..spec.clone() }, options.clone());
     let huge = CacheSpec::uniform(256, GroupSpec::uniform(1 << 20, 1 << 10, 256, KvFormat::F32));
     let blocks = i32::MAX as u32;
-    assert!(matches!(refuse(&huge, CacheOptions { blocks, ..options }), Error::Overflow { .. }));
+    let past = CacheOptions { blocks, ..options.clone() };
+    assert!(matches!(refuse(&huge, past), Error::Overflow { .. }));
+    // Formats that no kernel reads: refused before a byte is allocated, and by their name too.
+    for &format in KvFormat::ALL.iter().filter(|format| !format.is_float()) {
+        let spec = CacheSpec::uniform(64, GroupSpec::uniform(1, 1, 64, format));
+        let error = refuse(&spec, options.clone());
+        assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
+        let level = CpuLevel::chosen().unwrap();
+        let shape = HeadShape { q_heads: 1, kv_heads: 1, k_dim: 64, v_dim: 64, v_in_k: false };
+        let error = kernel_name(&shape, format, level, 1).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
+    }
 }

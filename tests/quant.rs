@@ -75,6 +75,22 @@ fn records_have_the_golden_bytes() {
         assert_eq!(checksum(&record), expected, "format {id}, {k_dim} and {v_dim}, {tokens}");
         Tile::open(&layout, &record).unwrap();
     }
+    // A quarter of the channels constant, beside others of any offset.
+    #[rustfmt::skip]
+    let constants = [(16, 0x9496_6cda), (17, 0x50ef_9f3e), (18, 0xb95a_6e5a), (19, 0xcf47_3f1a), (20, 0x2db2_32e0)];
+    for (id, expected) in constants {
+        let layout = layout(KvFormat::from_id(id).unwrap(), 64, 64, 32);
+        let mut keys = exact_keys(32, 64);
+        for row in keys.chunks_exact_mut(64) {
+            row.iter_mut()
+                .enumerate()
+                .skip(3)
+                .step_by(4)
+                .for_each(|(c, x)| *x = (c as f32 - 20.0) * 0.37);
+        }
+        let record = sealed(&layout, &keys, &exact(2, 32 * 64));
+        assert_eq!(checksum(&record), expected, "constant channels, format {id}");
+    }
     #[rustfmt::skip]
     let latents = [
         (16, 0xd1dc_350a), (17, 0xb9a1_ffc6), (18, 0xe89e_7fd1), (19, 0x06c6_dc47),
@@ -253,8 +269,8 @@ fn tiles_come_back_within_their_bounds() {
     }
 }
 
-/// No key is farther off than half its channel's step, half a unit of the middle, and what the clip
-/// cuts off.
+/// No key is farther off than half its channel's step and, of coarse codes, half a unit of the
+/// middle and what the clip cuts off.
 fn check_keys(format: KvFormat, dim: usize, rows: &[f32], back: &[f32], kind: &str) {
     let column = |c: usize| rows.iter().skip(c).step_by(dim).copied();
     let range = |c: usize| {
@@ -273,8 +289,17 @@ fn check_keys(format: KvFormat, dim: usize, rows: &[f32], back: &[f32], kind: &s
         // Units round up to an f16: one part in 1024, or the smallest f16.
         let unit = 1.001 * widest / 255.0 + 6e-8;
         let middle = 1.001 * farthest / 127.0 + 6e-8;
-        let step = (high - low) * clip / n + unit;
-        let bound = step / 2.0 + middle / 2.0 + (high - low) * (1.0 - clip) / 2.0;
+        let bound = if n == 255.0 {
+            // The codes cover the range as seen from the stored middle.
+            ((high - low + middle) / n + unit) / 2.0
+        } else if low == high {
+            // The outermost code lies on a channel without a range.
+            (middle / n + unit) / 2.0
+        } else {
+            let step = (high - low).max(middle) * clip / n + unit;
+            step / 2.0 + middle / 2.0 + (high - low) * (1.0 - clip) / 2.0
+        };
+        let step = (high - low) / n;
         let slack = 3e-6 * (low.abs().max(high.abs()) + step * n);
         for (x, y) in column(c).zip(back.iter().skip(c).step_by(dim)) {
             assert!(!((x - y).abs() > bound + slack), "{format:?} {dim} {kind}: {x} {y} {bound}");
