@@ -208,7 +208,7 @@ impl Keys {
             write_f16(record, layout.header.start + HEADER_UNITS + 4 * part, unit);
             write_f16(record, layout.header.start + HEADER_UNITS + 4 * part + 2, mid_unit);
         }
-        debug_assert!(HEADER_UNITS + 8 <= HEADER_FORMAT);
+        const { assert!(HEADER_UNITS + 8 <= HEADER_FORMAT) };
     }
 }
 
