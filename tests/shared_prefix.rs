@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvcache::capi::*;
 
-#[path = "random/mod.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
 mod random;
 use random::Rng;
 

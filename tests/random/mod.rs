@@ -1,5 +1,4 @@
 //! Seeded random numbers for tests: the same on every machine.
-#![allow(dead_code, reason = "each test uses some of it")]
 
 /// SplitMix64.
 pub struct Rng(u64);
