@@ -14,7 +14,6 @@ use kvcache::ids::{Namespace, SeqId};
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::Digest;
 
-#[allow(dead_code, reason = "other tests use the rest")]
 mod random;
 
 /// What a consumer knows of a block: its parent and its tokens.

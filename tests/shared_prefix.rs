@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvcache::capi::*;
 
-#[allow(dead_code, reason = "other tests use the rest")]
 mod random;
 use random::Rng;
 

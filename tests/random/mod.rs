@@ -3,6 +3,7 @@
 /// SplitMix64.
 pub struct Rng(u64);
 
+#[allow(dead_code, reason = "each test uses some of it")]
 impl Rng {
     pub fn new(seed: u64) -> Self {
         Rng(seed)
