@@ -180,8 +180,10 @@ fn the_router_keeps_salts_apart() {
                 worker.serve(&prompt[..end], if n % 2 == 0 { tenant } else { SPACE });
             }
         }
-        for _ in next..worker.settle() {
-            router.take(receive(&mut socket).await.get(2).unwrap());
+        for seq in next..worker.settle() {
+            let message = receive(&mut socket).await;
+            assert_eq!(seq_of(&message, 1), seq);
+            router.take(message.get(2).unwrap());
         }
     });
     let mut apart = 0;
