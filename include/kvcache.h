@@ -7,9 +7,9 @@
 //   Status   Every call that can fail returns kvc_status: KVC_OK (0) or a negative code.
 //            kvc_last_error() gives the text. Bad input changes nothing.
 //   Outputs  come last and are written only on success, unless a function says otherwise.
-//   Handles  kvc_pool*, kvc_prefix*, kvc_cache*, kvc_step* are checked numbers: a NULL, stale or
-//            foreign handle is answered with a code. A process has 4096. Each _create has its
-//            _destroy, which accepts NULL.
+//   Handles  kvc_pool*, kvc_prefix*, kvc_cache*, kvc_step*, kvc_device*, kvc_events* are checked
+//            numbers: a NULL, stale or foreign handle is answered with a code. A process has 4096.
+//            Each that is made has its _destroy or _close, which accepts NULL.
 //   Structs  that begin with struct_size only ever grow: call the _init function with the sizeof
 //            of the struct, then set fields. Fields past an older caller's size have their
 //            defaults; bytes past those the library knows must be 0.
@@ -1744,6 +1744,17 @@ typedef struct {
 //
 // Threads: thread-safe.
 kvc_status kvc_events_options_init(kvc_events_options *options, uint32_t struct_size);
+
+// Says what a name space is in the server's words, before anything is cached in it
+// (KVC_ERR_INVALID_STATE): its digests are then the same in every process that says the same, and
+// events carry salt and adapter, so that routers tell its blocks from those of others. Texts of at
+// most 255 bytes; NULL for none. Without this call a name space is its number.
+//
+// Threads: thread-safe.
+kvc_status kvc_events_describe(kvc_cache *cache,
+                               uint64_t name_space,
+                               const char *salt,
+                               const char *lora);
 
 // Publishes the events of a cache from now on: first KVC_EVENT_CLEARED and all that is resident,
 // then what happens. One kvc_events at a time on a cache (KVC_ERR_INVALID_STATE), which must reuse

@@ -26,6 +26,6 @@ pub struct SeqId(pub u32);
 
 /// Separates what may share prefixes from what may not (tenant, adapter, ...). The server chooses
 /// it; nothing that a client sends may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct Namespace(pub u64);

@@ -12,7 +12,7 @@ use kvcache::dtype::KvFormat;
 use kvcache::events::{AttentionKind, Event, Medium, Message, Publisher, Queue, QueueStats};
 use kvcache::ids::{Namespace, SeqId};
 use kvcache::layout::{CacheSpec, GroupSpec};
-use kvcache::prefix::Digest;
+use kvcache::prefix::{Digest, Keys};
 
 mod random;
 
@@ -254,6 +254,49 @@ fn events_can_begin_late_and_end_early() {
     let options = CacheOptions { prefix_reuse: false, threads: 1, ..CacheOptions::default() };
     let mut cache = KvCache::new(&spec, &options).unwrap();
     assert!(matches!(cache.enable_events(0), Err(Error::InvalidState { .. })));
+}
+
+#[test]
+fn a_namespace_is_described_before_it_is_used() {
+    let mut bed = Bed::new(Bed::cache(64), 0);
+    let keys = Keys { salt: "tenant", lora: "adapter", extra: &[b"image"] };
+    bed.cache.describe_namespace(Namespace(5), &keys).unwrap();
+    bed.settle();
+    // This consumer knows numbers only, and would not believe the digests.
+    bed.end();
+    let prompt: Vec<u32> = (0..40).collect();
+    for space in [5, 6] {
+        let seq = bed.cache.start(&prompt, Namespace(space)).unwrap().seq;
+        assert!(bed.feed(seq, &prompt));
+        let seed =
+            if space == 5 { Digest::of_keys(&keys) } else { Digest::of_namespace(Namespace(6)) };
+        let first = bed.cache.blocks(seq, 0).unwrap()[0];
+        assert_eq!(
+            bed.cache.digest(0, first),
+            Some(Digest::of_block(seed.as_ref(), &prompt[..16]))
+        );
+        let late = bed.cache.describe_namespace(Namespace(space), &keys);
+        assert!(matches!(late, Err(Error::InvalidState { .. })));
+        bed.cache.release(seq).unwrap();
+    }
+    let name = bed.queue.name(Namespace(5)).unwrap();
+    assert_eq!((name.salt.as_str(), name.lora.as_str()), ("tenant", "adapter"));
+    assert_eq!(bed.queue.name(Namespace(6)), None);
+    let long = "x".repeat(256);
+    let keys = Keys { lora: &long, ..Keys::default() };
+    assert!(bed.cache.describe_namespace(Namespace(7), &keys).is_err());
+    // Digests that begin late know the names as well.
+    bed.cache.clear_prefix().unwrap();
+    bed.cache.describe_namespace(Namespace(6), &Keys::default()).unwrap();
+    let mut cache = Bed::cache(64);
+    let keys = Keys { salt: "tenant", ..Keys::default() };
+    cache.describe_namespace(Namespace(1), &keys).unwrap();
+    let seq = cache.start(&prompt, Namespace(1)).unwrap().seq;
+    assert!(feed(&mut cache, &mut Step::new(), seq, &prompt));
+    cache.enable_digests().unwrap();
+    let first = cache.blocks(seq, 1).unwrap()[0];
+    let digest = Digest::of_block(Digest::of_keys(&keys).as_ref(), &prompt[..16]);
+    assert_eq!(cache.digest(1, first), Some(digest));
 }
 
 /// A sink that hangs: the cache goes on at once, memory stays bounded, and when the sink comes back

@@ -20,22 +20,27 @@ use kvcache::layout::{CacheSpec, GroupSpec};
 struct Peer(TcpStream);
 
 impl Peer {
-    fn connect(endpoint: &str, kind: &str) -> Peer {
+    /// Greets and says what kind it is, before it hears anything.
+    fn greet(endpoint: &str, kind: &str) -> Peer {
         let mut stream = TcpStream::connect(endpoint.strip_prefix("tcp://").unwrap()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut greeting = [0; 64];
         (greeting[0], greeting[9], greeting[10]) = (0xff, 0x7f, 3);
         greeting[12..16].copy_from_slice(b"NULL");
         stream.write_all(&greeting).unwrap();
-        let mut theirs = [0; 64];
-        stream.read_exact(&mut theirs).unwrap();
-        assert_eq!((theirs[0], theirs[9], &theirs[10..17]), (0xff, 0x7f, &b"\x03\0NULL\0"[..]));
         let mut ready = b"\x05READY\x0bSocket-Type\0\0\0".to_vec();
         ready.push(kind.len() as u8);
         ready.extend_from_slice(kind.as_bytes());
         stream.write_all(&[4, ready.len() as u8]).unwrap();
         stream.write_all(&ready).unwrap();
-        let mut peer = Peer(stream);
+        Peer(stream)
+    }
+
+    fn connect(endpoint: &str, kind: &str) -> Peer {
+        let mut peer = Peer::greet(endpoint, kind);
+        let mut theirs = [0; 64];
+        peer.0.read_exact(&mut theirs).unwrap();
+        assert_eq!((theirs[0], theirs[9], &theirs[10..17]), (0xff, 0x7f, &b"\x03\0NULL\0"[..]));
         let (flags, theirs) = peer.frame();
         assert!(flags == 4 && theirs.starts_with(b"\x05READY"));
         peer
@@ -282,8 +287,8 @@ fn peers_that_break_the_rules_are_cut_off() {
     let mut http = TcpStream::connect(bed.endpoint.strip_prefix("tcp://").unwrap()).unwrap();
     http.write_all(&[b'G'; 100]).unwrap();
     assert!(Peer(http).is_closed());
-    assert!(Peer::connect(&bed.endpoint, "REQ").is_closed());
-    assert!(Peer::connect(&bed.replay, "SUB").is_closed());
+    assert!(Peer::greet(&bed.endpoint, "REQ").is_closed());
+    assert!(Peer::greet(&bed.replay, "SUB").is_closed());
     let mut huge = Peer::connect(&bed.endpoint, "SUB");
     huge.0.write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 0]).unwrap();
     assert!(huge.is_closed());

@@ -120,7 +120,18 @@ int main(void) {
     sizes.threads = 1;
     OK(kvc_cache_create(&sizes, &group, 1, &cache));
     OK(kvc_step_create(&step));
+    FAILS(KVC_ERR_NULL_POINTER, "cache", kvc_events_describe(NULL, 7, "tenant", NULL));
+    OK(kvc_events_describe(cache, 7, "tenant", "adapter"));
+    OK(kvc_events_describe(cache, 7, NULL, NULL));
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "salt", kvc_events_describe(cache, 7, "\xff", NULL));
+    {
+        char longer[300];
+        memset(longer, 'x', sizeof longer);
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "lora", kvc_events_describe(cache, 7, NULL, longer));
+    }
     serve(step, 100, 100); // resident before anybody looks
+
+    FAILS(KVC_ERR_INVALID_STATE, "cached", kvc_events_describe(cache, 7, "late", NULL));
 
     OK(kvc_events_options_init(&options, sizeof options));
     CHECK(options.encoding == KVC_ENCODING_MAP && options.keep_messages == 10000);

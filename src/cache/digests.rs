@@ -41,14 +41,6 @@ impl Digests {
         (0..ids.len()).find_map(|group| self.of(group, ids[group]))
     }
 
-    /// What the first block of a chain follows: the block above, or what stands for the namespace.
-    fn before(&self, chain: &Chain) -> Option<Digest> {
-        match chain.above {
-            [] => Digest::of_namespace(chain.space),
-            above => self.of_entry(above),
-        }
-    }
-
     fn entries<'a>(
         &self,
         chain: &Chain<'a>,
@@ -57,9 +49,9 @@ impl Digests {
         ids.zip(chain.tokens.chunks_exact(self.block_tokens))
     }
 
-    /// Computes those of a chain, whose parent is known.
-    pub(super) fn fill(&mut self, chain: &Chain) {
-        let mut parent = self.before(chain);
+    /// Computes those of a chain; `seed` stands before a sequence's first block in its namespace.
+    pub(super) fn fill(&mut self, chain: &Chain, seed: Option<Digest>) {
+        let mut parent = if chain.above.is_empty() { seed } else { self.of_entry(chain.above) };
         for (ids, tokens) in self.entries(chain) {
             let digest = Digest::of_block(parent.as_ref(), tokens);
             for (id, table) in ids.iter().zip(&mut self.tables) {
@@ -74,7 +66,7 @@ impl Digests {
     /// Queues a chain as stored in every group that has its blocks.
     pub(super) fn tell_stored(&self, chain: &Chain, queue: &mut Locked) {
         // Events name blocks only: what stands for a namespace is in the digests that follow it.
-        let first = if chain.above.is_empty() { None } else { self.before(chain) };
+        let first = self.of_entry(chain.above);
         for group in 0..self.tables.len() {
             let place = (Medium::Gpu, group as u32, chain.space);
             let mut parent = first;

@@ -4,6 +4,7 @@
 //! and waits for nobody: events go to a bounded queue, times are read once a call.
 
 use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use std::time::Instant;
@@ -11,21 +12,26 @@ use std::time::Instant;
 use super::digests::Digests;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
-use crate::events::{AttentionKind, Locked, Queue, QueueStats, Shape};
-use crate::ids::BlockId;
+use crate::events::{AttentionKind, Locked, Name, Queue, QueueStats, Shape};
+use crate::ids::{BlockId, Namespace};
 use crate::layout::GroupSpec;
 use crate::metrics::{CacheMetrics, Counters, Evicted, Histogram, Watch};
-use crate::prefix::{Chain, Digest, PrefixIndex};
+use crate::prefix::{Chain, Digest, Keys, PrefixIndex};
 
 /// Blocks that a queue of events has room for, unless its owner says otherwise: what an engine may
 /// commit while the publisher rests.
 const LEAST_CAPACITY: usize = 1 << 16;
+
+/// The most bytes of a salt or of an adapter's name.
+const MOST_NAME_BYTES: usize = 255;
 
 /// What is shown.
 #[derive(Debug)]
 pub(super) struct Outside {
     groups: usize,
     digests: Option<Digests>,
+    /// Namespaces of which more is known than the number.
+    names: BTreeMap<Namespace, (Option<Digest>, Arc<Name>)>,
     queue: Option<Arc<Queue>>,
     watch: Option<Box<Watch>>,
     /// Where the time comes from; `None`: the caller sets it.
@@ -39,6 +45,7 @@ impl Outside {
         Outside {
             groups,
             digests: None,
+            names: BTreeMap::new(),
             queue: None,
             watch: None,
             clock: Some(Instant::now()),
@@ -56,8 +63,9 @@ impl Outside {
 
     /// Entries were put into the index.
     pub(super) fn stored(&mut self, chain: &Chain) {
+        let seed = self.seed(chain.space);
         if let Some(digests) = &mut self.digests {
-            digests.fill(chain);
+            digests.fill(chain, seed);
             if let Some(queue) = &self.queue {
                 digests.tell_stored(chain, &mut queue.lock());
             }
@@ -67,6 +75,14 @@ impl Outside {
             for &id in chain.blocks.iter().step_by(self.groups) {
                 watch.cached(id, self.now_ms);
             }
+        }
+    }
+
+    /// What stands before the first block of a sequence.
+    fn seed(&self, space: Namespace) -> Option<Digest> {
+        match self.names.get(&space) {
+            Some((seed, _)) => *seed,
+            None => Digest::of_namespace(space),
         }
     }
 
@@ -152,10 +168,34 @@ impl KvCache {
             let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
             let mut digests = Digests::new(self.spec.block_tokens, groups, blocks)?;
             if let Some(prefix) = &self.prefix {
-                prefix.for_each_chain(&mut |chain| digests.fill(&chain));
+                prefix.for_each_chain(&mut |chain| {
+                    digests.fill(&chain, self.outside.seed(chain.space));
+                });
             }
             self.outside.digests = Some(digests);
         }
+        Ok(())
+    }
+
+    /// Says what a namespace is in the server's words, before anything is cached in it: its digests
+    /// are then the same in every process that says the same, and KV events carry salt and adapter.
+    /// Without it a namespace is its number.
+    ///
+    /// # Errors
+    /// `InvalidState` where something is cached in it; `InvalidArgument` for a salt or an adapter
+    /// above 255 bytes.
+    pub fn describe_namespace(&mut self, space: Namespace, keys: &Keys) -> Result<()> {
+        if keys.salt.len() > MOST_NAME_BYTES || keys.lora.len() > MOST_NAME_BYTES {
+            return Err(Error::invalid("salt, lora", "must be at most 255 bytes"));
+        }
+        if self.prefix.as_ref().is_some_and(|prefix| prefix.has_namespace(space)) {
+            return Err(Error::InvalidState { why: "something is cached in the namespace" });
+        }
+        let name = Arc::new(Name { salt: keys.salt.into(), lora: keys.lora.into() });
+        if let Some(queue) = &self.outside.queue {
+            queue.set_name(space, name.clone());
+        }
+        self.outside.names.insert(space, (Digest::of_keys(keys), name));
         Ok(())
     }
 
@@ -198,6 +238,9 @@ impl KvCache {
         groups.extend(self.spec.groups.iter().map(kind));
         let queue = Queue::new(Shape { block_tokens: self.spec.block_tokens, groups }, capacity)?;
         self.enable_digests()?;
+        for (&space, (_, name)) in &self.outside.names {
+            queue.set_name(space, name.clone());
+        }
         self.outside.queue = Some(queue.clone());
         self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
         Ok(queue)
@@ -246,18 +289,27 @@ impl KvCache {
         };
         core::mem::swap(&mut self.outside.watch, &mut watch);
         self.outside.tick();
+        self.begin_times();
+        Ok(())
+    }
+
+    /// The times of all cached blocks begin now.
+    fn begin_times(&mut self) {
         let now_ms = self.outside.now_ms;
         if let (Some(watch), Some(prefix)) = (&mut self.outside.watch, &self.prefix) {
             prefix.for_each_block(&mut |ids| watch.cached(ids[0], now_ms));
         }
-        Ok(())
     }
 
     /// Sets the time, in milliseconds since whenever the caller likes; the system's clock is not
     /// read from now on. Earlier than before counts as no time passed.
     pub fn set_time(&mut self, now_ms: u64) {
-        let before = if self.outside.clock.take().is_some() { 0 } else { self.outside.now_ms };
-        self.outside.now_ms = now_ms.max(before);
+        if self.outside.clock.take().is_some() {
+            // Another clock: what was timed by the old one means nothing on it.
+            self.outside.now_ms = now_ms;
+            self.begin_times();
+        }
+        self.outside.now_ms = self.outside.now_ms.max(now_ms);
     }
 
     /// Everything that is counted and timed.

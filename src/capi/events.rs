@@ -15,6 +15,8 @@ use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use crate::error::Error;
 use crate::events::{Publisher, Queue, Sink};
+use crate::ids::Namespace;
+use crate::prefix::Keys;
 use callback::Callback;
 use sockets::Sockets;
 
@@ -199,6 +201,35 @@ pub unsafe extern "C" fn kvc_events_options_init(
     guard(|| unsafe { pointer::init(options, struct_size) })
 }
 
+/// Says what a name space is in the server's words, before anything is cached in it
+/// (KVC_ERR_INVALID_STATE): its digests are then the same in every process that says the same, and
+/// events carry salt and adapter, so that routers tell its blocks from those of others. Texts of at
+/// most 255 bytes; NULL for none. Without this call a name space is its number.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; the texts are readable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_events_describe(
+    cache: *mut kvc_cache,
+    name_space: u64,
+    salt: *const c_char,
+    lora: *const c_char,
+) -> kvc_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let text = |text, what| unsafe { pointer::text(text, 255, what) };
+        let (salt, lora) = (text(salt, "salt")?, text(lora, "lora")?);
+        let keys = Keys {
+            salt: salt.unwrap_or_default(),
+            lora: lora.unwrap_or_default(),
+            ..Keys::default()
+        };
+        open(cache)?.lock()?.describe_namespace(Namespace(name_space), &keys)
+    })
+}
+
 /// Publishes the events of a cache from now on: first KVC_EVENT_CLEARED and all that is resident,
 /// then what happens. One kvc_events at a time on a cache (KVC_ERR_INVALID_STATE), which must reuse
 /// prefixes. `options` names at least a callback or an endpoint.
@@ -265,9 +296,11 @@ pub unsafe extern "C" fn kvc_events_destroy(events: *mut kvc_events) -> kvc_stat
             if published.publisher.is_current_thread() {
                 return Err(Error::InvalidState { why: "a callback cannot end its publisher" });
             }
-            // A cache that is gone has said so itself.
-            if let Ok(cache) = open(published.cache()) {
-                cache.lock()?.disable_events(&published.queue);
+            // A cache that is gone has said so itself; a poisoned one says nothing more.
+            if let Ok(cache) = open(published.cache())
+                && let Ok(mut cache) = cache.lock()
+            {
+                cache.disable_events(&published.queue);
             }
         }
         handle::destroy::<Published>(events)

@@ -301,7 +301,7 @@ pub(crate) unsafe fn write<T: Plain>(
 /// # Safety
 /// Unless NULL, `pointer` must be readable up to the first NUL or for `most + 1` bytes, and
 /// unchanged by others, for the time of the call.
-#[cfg(feature = "zmq")]
+#[cfg(feature = "std")]
 pub(crate) unsafe fn text<'a>(
     pointer: *const c_char,
     most: usize,

@@ -37,6 +37,7 @@ pub use wire::{Encoding, encode};
 #[cfg(feature = "zmq")]
 pub use zmq::{Subscribers, ZmqOptions, ZmqSink};
 
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::ids::{Namespace, TokenId};
@@ -107,6 +108,15 @@ pub struct Shape {
     pub block_tokens: u32,
     /// The layer groups.
     pub groups: Vec<AttentionKind>,
+}
+
+/// What readers are told of a namespace, so that they can tell its blocks from those of others.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Name {
+    /// Tenant or other salt; empty for none.
+    pub salt: String,
+    /// Name of the adapter; empty for none.
+    pub lora: String,
 }
 
 /// One event.

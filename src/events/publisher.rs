@@ -13,8 +13,9 @@ use std::thread::{self, JoinHandle};
 use std::time::SystemTime;
 
 use super::queue::{Batch, Events, Queue, Taken};
-use super::{Event, Shape};
+use super::{Event, Name, Shape};
 use crate::error::{Error, Result};
+use crate::ids::Namespace;
 
 /// Blocks of one message, if it is more than one event.
 const MAX_MESSAGE_BLOCKS: usize = 4096;
@@ -31,6 +32,7 @@ pub struct Message<'a> {
     pub time: f64,
     /// What all events share.
     pub shape: &'a Shape,
+    pub(super) queue: &'a Queue,
     pub(super) events: Option<Events<'a>>,
 }
 
@@ -43,6 +45,11 @@ impl<'a> Message<'a> {
     /// Never.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What is known of a namespace beside its number.
+    pub fn name(&self, space: Namespace) -> Option<Arc<Name>> {
+        self.queue.name(space)
     }
 
     /// The events in their order.
@@ -117,7 +124,7 @@ fn run(queue: &Queue, next_seq: &AtomicU64, mut sinks: Vec<Box<dyn Sink>>) {
     let mut publish = |events: Option<Events>, seq: &mut u64| {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let (time, shape) = (now.as_secs_f64(), queue.shape());
-        let message = Message { seq: *seq, time, shape, events };
+        let message = Message { seq: *seq, time, shape, queue, events };
         for sink in &mut sinks {
             sink.publish(&message);
         }

@@ -5,12 +5,13 @@
 //! nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
 //! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread.
 
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::{Event, Medium, Shape};
+use super::{Event, Medium, Name, Shape};
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, TokenId};
 use crate::prefix::Digest;
@@ -192,6 +193,7 @@ pub struct Queue {
     shape: Shape,
     capacity: usize,
     state: Mutex<State>,
+    names: Mutex<BTreeMap<Namespace, Arc<Name>>>,
     wake: Condvar,
 }
 
@@ -227,13 +229,24 @@ impl Queue {
             dropped_events: 0,
             losses: 0,
         };
-        let (state, wake) = (Mutex::new(state), Condvar::new());
-        Ok(Arc::new(Queue { shape, capacity: capacity_blocks, state, wake }))
+        let (state, names, wake) = (Mutex::new(state), Mutex::default(), Condvar::new());
+        Ok(Arc::new(Queue { shape, capacity: capacity_blocks, state, names, wake }))
     }
 
     /// What all its events share.
     pub fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    /// Tells the name of a namespace, before its first event.
+    pub fn set_name(&self, space: Namespace, name: Arc<Name>) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.insert(space, name);
+    }
+
+    /// The name of a namespace, if it has one.
+    pub fn name(&self, space: Namespace) -> Option<Arc<Name>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).get(&space).cloned()
     }
 
     /// What it has seen.

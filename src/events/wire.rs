@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use rmp::encode::{write_array_len, write_f64, write_map_len, write_nil, write_str, write_uint};
 
-use super::{Event, Message, Shape};
+use super::{Event, Message, Name};
 use crate::prefix::Digest;
 
 /// How an event is written.
@@ -30,8 +30,8 @@ pub fn encode(message: &Message, encoding: Encoding, rank: u32, out: &mut Vec<u8
     let _ = write_array_len(out, message.len() as u32);
     for event in message.events() {
         match encoding {
-            Encoding::Map => map(out, &event, message.shape),
-            Encoding::Array => array(out, &event, message.shape),
+            Encoding::Map => map(out, &event, message),
+            Encoding::Array => array(out, &event, message),
         }
     }
     let _ = write_uint(out, rank.into());
@@ -40,19 +40,26 @@ pub fn encode(message: &Message, encoding: Encoding, rank: u32, out: &mut Vec<u8
 /// No less than the bytes that [`encode`] writes.
 pub(super) fn most_bytes(message: &Message) -> usize {
     let bytes = |event| match event {
-        Event::Stored { digests, tokens, .. } => 400 + 9 * digests.len() + 5 * tokens.len(),
+        Event::Stored { space, digests, tokens, .. } => {
+            let name = message.name(space).unwrap_or_default();
+            let extra = name.salt.len() + (digests.len() + 1) * (name.lora.len() + 6);
+            420 + 9 * digests.len() + 5 * tokens.len() + extra
+        }
         Event::Removed { digests, .. } => 100 + 9 * digests.len(),
         Event::Cleared => 30,
     };
     30 + message.events().map(bytes).sum::<usize>()
 }
 
-fn map(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
+fn map(out: &mut Vec<u8>, event: &Event, message: &Message) {
     match *event {
-        Event::Stored { medium, group, parent, digests, tokens, .. } => {
+        Event::Stored { medium, group, space, parent, digests, tokens } => {
+            let (shape, name) = (message.shape, message.name(space));
+            let extra = Extra::of(name.as_deref(), parent.is_none());
             let kind = shape.groups.get(group as usize);
             let window = kind.and_then(|kind| kind.window());
-            let fields = 9 + u32::from(kind.is_some()) + u32::from(window.is_some());
+            let fields = [kind.is_some(), window.is_some(), extra.is_some()];
+            let fields = 9 + fields.into_iter().map(u32::from).sum::<u32>();
             let _ = write_map_len(out, fields);
             text(out, "type", "BlockStored");
             key(out, "block_hashes");
@@ -67,7 +74,11 @@ fn map(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
             let _ = write_nil(out);
             text(out, "medium", medium.name());
             key(out, "lora_name");
-            let _ = write_nil(out);
+            lora(out, name.as_deref());
+            if let Some(extra) = &extra {
+                key(out, "extra_keys");
+                extra.write(out, digests.len());
+            }
             key(out, "group_idx");
             let _ = write_uint(out, group.into());
             if let Some(kind) = kind {
@@ -94,9 +105,10 @@ fn map(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
     }
 }
 
-fn array(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
+fn array(out: &mut Vec<u8>, event: &Event, message: &Message) {
     match *event {
-        Event::Stored { medium, group, parent, digests, tokens, .. } => {
+        Event::Stored { medium, group, space, parent, digests, tokens } => {
+            let (shape, name) = (message.shape, message.name(space));
             let kind = shape.groups.get(group as usize);
             let _ = write_array_len(out, 12);
             let _ = write_str(out, "BlockStored");
@@ -106,8 +118,11 @@ fn array(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
             let _ = write_uint(out, shape.block_tokens.into());
             let _ = write_nil(out); // lora_id
             let _ = write_str(out, medium.name());
-            let _ = write_nil(out); // lora_name
-            let _ = write_nil(out); // extra_keys
+            lora(out, name.as_deref());
+            match Extra::of(name.as_deref(), parent.is_none()) {
+                Some(extra) => extra.write(out, digests.len()),
+                None => drop(write_nil(out)),
+            }
             let _ = write_uint(out, group.into());
             let _ = match kind {
                 Some(kind) => write_str(out, kind.name()).is_ok(),
@@ -125,6 +140,41 @@ fn array(out: &mut Vec<u8>, event: &Event, shape: &Shape) {
         Event::Cleared => {
             let _ = write_array_len(out, 1);
             let _ = write_str(out, "AllBlocksCleared");
+        }
+    }
+}
+
+fn lora(out: &mut Vec<u8>, name: Option<&Name>) {
+    let _ = match name.filter(|name| !name.lora.is_empty()) {
+        Some(name) => write_str(out, &name.lora).is_ok(),
+        None => write_nil(out).is_ok(),
+    };
+}
+
+/// Keys of blocks beside their tokens: the adapter of each, the salt of a sequence's first.
+struct Extra<'a> {
+    lora: &'a str,
+    salt: &'a str,
+}
+
+impl<'a> Extra<'a> {
+    /// Those of an event, if it has any; `first`: it begins a sequence.
+    fn of(name: Option<&'a Name>, first: bool) -> Option<Self> {
+        let Name { salt, lora } = name?;
+        let salt = if first { salt } else { "" };
+        (!salt.is_empty() || !lora.is_empty()).then_some(Extra { lora, salt })
+    }
+
+    fn write(&self, out: &mut Vec<u8>, blocks: usize) {
+        let _ = write_array_len(out, blocks as u32);
+        for block in 0..blocks {
+            let salt = if block == 0 { self.salt } else { "" };
+            let keys = [self.lora, salt].into_iter().filter(|key| !key.is_empty());
+            match keys.clone().count() {
+                0 => drop(write_nil(out)),
+                count => drop(write_array_len(out, count as u32)),
+            }
+            keys.for_each(|key| drop(write_str(out, key)));
         }
     }
 }
@@ -164,7 +214,7 @@ mod tests {
     use alloc::vec;
 
     use super::*;
-    use crate::events::{AttentionKind, Batch, Medium, Queue};
+    use crate::events::{AttentionKind, Batch, Medium, Queue, Shape};
     use crate::ids::Namespace;
 
     fn digest(short: u64) -> Digest {
@@ -178,9 +228,10 @@ mod tests {
         let mut batch = Batch::default();
         queue.take(&mut batch);
         let events = Some(batch.events());
-        let message = Message { seq: 0, time: 1.5, shape: queue.shape(), events };
+        let message = Message { seq: 0, time: 1.5, shape: queue.shape(), queue, events };
         let mut out = vec![9];
         encode(&message, encoding, 0, &mut out);
+        assert!(out.len() <= most_bytes(&message));
         out
     }
 
@@ -236,6 +287,30 @@ mod tests {
         queue.lock().restart();
         let golden = "93 cb3ff8000000000000 91 91 b0416c6c426c6f636b73436c6561726564 00";
         assert_eq!(encoded(&queue, Encoding::Array), bytes(golden));
+    }
+
+    #[test]
+    fn salt_and_adapter_are_extra_keys() {
+        let queue = queue(1, AttentionKind::Full);
+        let name = |salt: &str, lora: &str| Name { salt: salt.into(), lora: lora.into() };
+        queue.set_name(Namespace(1), name("t", "").into());
+        queue.set_name(Namespace(2), name("t", "ad").into());
+        // [["t"], nil] for two blocks that begin a sequence, nothing for one that goes on.
+        let place = |space| (Medium::Gpu, 0, Namespace(space));
+        queue.lock().stored(place(1), None, &[digest(A), digest(B)], &[1, 2]);
+        let part =
+            bytes("a96c6f72615f6e616d65 c0 aa65787472615f6b657973 92 91 a174 c0 a967726f7570");
+        let out = encoded(&queue, Encoding::Map);
+        assert!(out.windows(part.len()).any(|w| w == part) && out[11] == 0x8b, "{out:x?}");
+        queue.lock().stored(place(1), Some(digest(B)), &[digest(A)], &[1]);
+        let out = encoded(&queue, Encoding::Map);
+        let part = bytes("a96c6f72615f6e616d65 c0 a967726f75705f696478");
+        assert!(out.windows(part.len()).any(|w| w == part) && out[11] == 0x8a, "{out:x?}");
+        // The adapter is of every block, before the salt.
+        queue.lock().stored(place(2), None, &[digest(A), digest(B)], &[1, 2]);
+        let part = bytes("a2 6164 92 92 a26164 a174 91 a26164 00");
+        let out = encoded(&queue, Encoding::Array);
+        assert!(out.windows(part.len()).any(|w| w == part), "{out:x?}");
     }
 
     #[test]

@@ -20,6 +20,11 @@ pub struct Chain<'a> {
 }
 
 impl PrefixIndex {
+    /// Whether anything is cached in a namespace.
+    pub fn has_namespace(&self, space: Namespace) -> bool {
+        self.tree.root(space).is_some()
+    }
+
     /// Shows all that is cached as chains of whole blocks. What a chain follows was shown before
     /// it, and a chain that nothing branches off comes right before the one that continues it.
     pub fn for_each_chain<'a>(&'a self, see: &mut dyn FnMut(Chain<'a>)) {

@@ -20,7 +20,7 @@ pub struct Digest(pub [u8; 32]);
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Keys<'a> {
     /// Tenant or other salt; empty for none.
-    pub salt: &'a [u8],
+    pub salt: &'a str,
     /// Name of the adapter; empty for none.
     pub lora: &'a str,
     /// Further keys, such as digests of images, in order.
@@ -67,7 +67,7 @@ impl Digest {
         let mut hash = Sha256::new();
         hash.update(b"kvcache keys 1");
         // With its length before each part, no two lists of parts give the same bytes.
-        let parts = [keys.salt, keys.lora.as_bytes()];
+        let parts = [keys.salt, keys.lora].map(str::as_bytes);
         for part in parts.into_iter().chain(keys.extra.iter().copied()) {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -120,11 +120,11 @@ mod tests {
     fn namespaces_and_keys_never_meet() {
         let extra: [&[u8]; 2] = [b"c", b""];
         let keys = [
-            Keys { salt: b"ab", ..Keys::default() },
+            Keys { salt: "ab", ..Keys::default() },
             Keys { lora: "ab", ..Keys::default() },
-            Keys { salt: b"a", lora: "b", extra: &[] },
-            Keys { salt: b"ab", lora: "", extra: &extra },
-            Keys { salt: b"ab", lora: "", extra: &extra[..1] },
+            Keys { salt: "a", lora: "b", extra: &[] },
+            Keys { salt: "ab", lora: "", extra: &extra },
+            Keys { salt: "ab", lora: "", extra: &extra[..1] },
         ];
         let spaces = [1, 2, u64::MAX].map(Namespace);
         let mut seeds: Vec<_> = keys.iter().map(|keys| Digest::of_keys(keys).unwrap()).collect();

@@ -43,7 +43,11 @@ impl Worker {
         let (endpoint, replay) = (sink.endpoint().into(), sink.replay_endpoint().unwrap().into());
         let subscribers = sink.subscribers();
         let publisher = Publisher::start(queue, vec![Box::new(sink)]).unwrap();
-        Worker { cache, publisher, subscribers, endpoint, replay, step: Step::new() }
+        let step = Step::new();
+        let worker = Worker { cache, publisher, subscribers, endpoint, replay, step };
+        // The first message says what is resident, nothing: it is out before anybody subscribes.
+        assert_eq!(worker.settle(), 1);
+        worker
     }
 
     /// Serves a prompt; returns how many of its tokens were cached.

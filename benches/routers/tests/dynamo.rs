@@ -9,6 +9,7 @@ use dynamo_kv_router::protocols::{BlockHashOptions, WorkerWithDpRank, compute_bl
 use dynamo_kv_router::zmq_wire::{ZmqEventNormalizer, decode_event_batch};
 use kvcache::events::Encoding;
 use kvcache::ids::Namespace;
+use kvcache::prefix::Keys;
 use routers::{BLOCK_TOKENS, Worker, prompts, wait};
 use tokio::time::timeout;
 use zeromq::{DealerSocket, Socket, SocketRecv, SocketSend, SubSocket, ZmqMessage};
@@ -50,7 +51,11 @@ impl Router {
 
     /// Leading blocks of a prompt that the router believes to be cached.
     fn overlap(&self, prompt: &[u32]) -> u32 {
-        let hashes = compute_block_hash_for_seq(prompt, BLOCK_TOKENS, BlockHashOptions::default());
+        self.overlap_with(prompt, BlockHashOptions::default())
+    }
+
+    fn overlap_with(&self, prompt: &[u32], options: BlockHashOptions) -> u32 {
+        let hashes = compute_block_hash_for_seq(prompt, BLOCK_TOKENS, options);
         let scores = self.tree.find_matches(hashes, false).scores;
         assert!(scores.keys().all(|worker| *worker == WORKER));
         scores.get(&WORKER).copied().unwrap_or(0)
@@ -150,6 +155,46 @@ fn the_router_sees_the_same_blocks_in_maps() {
 #[test]
 fn the_router_sees_the_same_blocks_in_arrays() {
     runtime().block_on(sees_the_same_blocks(Encoding::Array));
+}
+
+/// Tenants with salts, with the same prompts: the router keeps them apart as the cache does.
+#[test]
+fn the_router_keeps_salts_apart() {
+    let mut worker = Worker::new(256, Encoding::Map, RANK);
+    let tenant = Namespace(9);
+    let keys = Keys { salt: "dynamo-cache-salt:tenant", ..Keys::default() };
+    worker.cache.describe_namespace(tenant, &keys).unwrap();
+    let prompts = prompts(30, 3);
+    let mut router = Router::new();
+    runtime().block_on(async {
+        let mut socket = SubSocket::new();
+        socket.connect(&worker.endpoint).await.unwrap();
+        socket.subscribe("").await.unwrap();
+        while worker.subscribers.count() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let next = worker.settle();
+        for (n, prompt) in prompts.iter().enumerate() {
+            // In pieces, so that later events have parents.
+            for end in [16, prompt.len()] {
+                worker.serve(&prompt[..end], if n % 2 == 0 { tenant } else { SPACE });
+            }
+        }
+        for seq in next..worker.settle() {
+            let message = receive(&mut socket).await;
+            assert_eq!(seq_of(&message, 1), seq);
+            router.take(message.get(2).unwrap());
+        }
+    });
+    let mut apart = 0;
+    for prompt in &prompts {
+        let options = BlockHashOptions { cache_namespace: Some("tenant"), ..Default::default() };
+        let salted = router.overlap_with(prompt, options);
+        assert_eq!(salted, worker.cached_blocks(prompt, tenant));
+        assert_eq!(router.overlap(prompt), worker.cached_blocks(prompt, SPACE));
+        apart += u32::from(salted != router.overlap(prompt));
+    }
+    assert!(apart > 10);
 }
 
 /// A subscriber that ends without a word, and one that comes after it.
