@@ -28,7 +28,7 @@ pack() {
         --lib --test conformance_device --test cache --test gpu --bench cuda >"$built"
     cargo build -p libkvcache --profile "$profile" --features cuda --example generate \
         --message-format=json-render-diagnostics >>"$built"
-    # Libraries with a head dimension more would not fit; PyTorch's pointers go through this one.
+    # What peers.py calls with PyTorch's pointers.
     cargo build -p kvcache-c --profile "$profile" --features cuda \
         --message-format=json-render-diagnostics >>"$built"
     python3 - "$built" "$dir/bin" <<'PYTHON'

@@ -20,6 +20,8 @@ mod memory;
 mod rotation;
 mod rows;
 mod store;
+#[cfg(all(test, feature = "emulate"))]
+mod tests;
 
 pub use backend::{Backend, Stream};
 pub(crate) use backend::{launch, launch_attend};

@@ -1,0 +1,108 @@
+//! Memory, batches and stores refuse what does not fit; on the emulator.
+
+use alloc::vec;
+
+use super::*;
+use crate::dtype::{KvFormat, Rows};
+use crate::ids::BlockId;
+use crate::layout::{GroupLayout, GroupSpec};
+
+fn emu() -> Arc<dyn Backend> {
+    open(Device::Emu).unwrap()
+}
+
+#[test]
+fn devices_are_named() {
+    assert_eq!(Device::from_name("cpu"), Ok(Device::Cpu));
+    assert_eq!(Device::from_name("cuda"), Ok(Device::Cuda { ordinal: 0 }));
+    assert_eq!(Device::from_name("cuda:3"), Ok(Device::Cuda { ordinal: 3 }));
+    assert_eq!(Device::from_name("emu"), Ok(Device::Emu));
+    for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x"] {
+        assert!(Device::from_name(bad).is_err(), "{bad}");
+    }
+    assert!(matches!(open(Device::Cpu), Err(Error::InvalidArgument { .. })));
+}
+
+#[test]
+fn memory_is_checked_against_its_size() {
+    let backend = emu();
+    let mut memory = DeviceMemory::new(&backend, 100).unwrap();
+    assert_eq!(memory.address() % 256, 0);
+    memory.upload(90, &[7; 10], Stream::DEFAULT).unwrap();
+    let mut read = [0; 10];
+    memory.download(90, &mut read, Stream::DEFAULT).unwrap();
+    assert_eq!(read, [7; 10]);
+    memory.zero(Stream::DEFAULT).unwrap();
+    memory.download(90, &mut read, Stream::DEFAULT).unwrap();
+    assert_eq!(read, [0; 10]);
+    assert!(memory.upload(91, &[7; 10], Stream::DEFAULT).is_err());
+    assert!(memory.download(u64::MAX, &mut read, Stream::DEFAULT).is_err());
+    memory.grow(50).unwrap();
+    assert_eq!(memory.bytes(), 100);
+    memory.grow(101).unwrap();
+    assert_eq!(memory.bytes(), 200);
+    assert!(memory.is_on(&backend) && !memory.is_on(&emu()));
+    // Addresses that nobody allocated are no memory of an emulator.
+    // SAFETY: refused before anything is touched.
+    assert!(unsafe { backend.zero(memory.address(), 1 << 20, Stream::DEFAULT) }.is_err());
+}
+
+#[test]
+fn a_batch_must_fit_together() {
+    let backend = emu();
+    let mut batch = DeviceBatch::default();
+    assert!(matches!(batch.view(0), Err(Error::InvalidState { .. })));
+    let good = BatchTables { q_indptr: &[0, 2, 3], kv_lens: &[2, 20] };
+    let tables = GroupTables { indptr: &[0, 1, 3], indices: &[4, 5, 6], slots: &[64, 65, 99] };
+    let mut put = |lens: BatchTables, tables: GroupTables| {
+        batch.upload(&backend, Stream::DEFAULT, &lens, [tables].into_iter())
+    };
+    for bad in [&[0, 2][..], &[1, 2, 3], &[0, 3, 2]] {
+        assert!(put(BatchTables { q_indptr: bad, ..good }, tables).is_err());
+    }
+    for bad in [
+        GroupTables { indptr: &[0, 1], ..tables },
+        GroupTables { indptr: &[0, 2, 1], ..tables },
+        GroupTables { indices: &[4, 5], ..tables },
+        GroupTables { slots: &[64], ..tables },
+    ] {
+        assert!(put(good, bad).is_err());
+    }
+    put(good, tables).unwrap();
+    let view = batch.view(0).unwrap();
+    assert_eq!((view.seqs, view.rows, view.max_q, view.max_kv), (2, 3, 2, 20));
+    assert!(batch.view(1).is_err());
+    // What fails leaves no batch behind.
+    let bad = BatchTables { q_indptr: &[0, 2], ..good };
+    assert!(batch.upload(&backend, Stream::DEFAULT, &bad, [tables].into_iter()).is_err());
+    assert!(matches!(batch.view(0), Err(Error::InvalidState { .. })));
+}
+
+#[test]
+fn a_store_refuses_what_does_not_fit() {
+    let backend = emu();
+    let layout = |dim, format| GroupLayout::new(GroupSpec::uniform(2, 1, dim, format), 16).unwrap();
+    let store = |layout| DeviceStore::new(&backend, layout, 4, StoreOptions::default());
+    for bad in [layout(72, KvFormat::F16), layout(64, KvFormat::F32)] {
+        assert!(matches!(store(bad), Err(Error::Unsupported { .. })));
+    }
+    let mut store = store(layout(64, KvFormat::F16)).unwrap();
+    let block = |id| BlockId(id);
+    assert_eq!(store.copy_tokens(block(0), block(4), 1), Err(Error::BadBlock { block: 4 }));
+    assert!(store.copy_tokens(block(0), block(1), 17).is_err());
+    assert!(store.copy_tokens(block(0), block(1), 16).is_ok());
+    let mut batch = DeviceBatch::default();
+    let row = vec![0f32; 64];
+    let rows = || Rows::F32(&row);
+    assert!(store.append(0, &batch, 0, rows(), rows(), None).is_err(), "no batch");
+    let lens = BatchTables { q_indptr: &[0, 1], kv_lens: &[1] };
+    let tables = GroupTables { indptr: &[0, 1], indices: &[0], slots: &[0] };
+    batch.upload(&backend, Stream::DEFAULT, &lens, [tables].into_iter()).unwrap();
+    assert!(store.append(0, &batch, 0, rows(), rows(), None).is_ok());
+    assert!(store.append(2, &batch, 0, rows(), rows(), None).is_err(), "no such layer");
+    assert!(store.append(0, &batch, 1, rows(), rows(), None).is_err(), "no such group");
+    let short = Rows::F32(&row[..56]);
+    assert!(store.append(0, &batch, 0, short, rows(), None).is_err());
+    assert!(store.append(0, &batch, 0, rows(), short, None).is_err());
+    assert_eq!(store.sync(), Ok(()));
+}
