@@ -125,7 +125,7 @@ pub fn assert_unchanged(
     mode: Mode,
 ) -> Result<(), Box<dyn Error>> {
     let Some(reference) = references.first() else { return Ok(()) };
-    if !((reference.k_spread / f64::from(K_SPREAD) - 1.0).abs() <= 0.25) {
+    if !(0.6..=1.6).contains(&(reference.k_spread / f64::from(K_SPREAD))) {
         return Err(format!("keys spread by {}, not by {K_SPREAD}", reference.k_spread).into());
     }
     let (log_probabilities, _) = predict(model, &reference.tokens, None, mode)?;
