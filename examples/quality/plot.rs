@@ -78,15 +78,26 @@ fn panel<'a>(svg: &mut String, title: &str, figures: impl Iterator<Item = &'a Fi
         HEIGHT - 10.0,
         (TOP + floor) / 2.0
     );
-    for figure in figures.filter(|f| (BITS.0..=BITS.1).contains(&f.bits)) {
+    let mut points: Vec<&Figure> =
+        figures.filter(|f| (BITS.0..=BITS.1).contains(&f.bits)).collect();
+    points.sort_by(|a, b| b.kl.0.total_cmp(&a.kl.0));
+    // From the top down: a label that would touch an earlier one moves below it.
+    let mut labels: Vec<(f64, f64)> = Vec::new();
+    for figure in points {
         let (cx, cy) = (x(figure.bits), y(figure.kl.0));
+        let mut at = cy + 3.0;
+        while let Some((_, taken)) =
+            labels.iter().find(|(lx, ly)| (lx - cx).abs() < 80.0 && (ly - at).abs() < 9.0)
+        {
+            at = taken + 9.5;
+        }
+        labels.push((cx, at));
         let (fill, colour) = if figure.own { ("#1565c0", "#1565c0") } else { ("white", "#b23c17") };
         let _ = writeln!(
             svg,
             "<circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"4\" fill=\"{fill}\" stroke=\"{colour}\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\" fill=\"{colour}\" font-size=\"9\">{}</text>",
+             <text x=\"{:.1}\" y=\"{at:.1}\" fill=\"{colour}\" font-size=\"9\">{}</text>",
             cx + 6.0,
-            cy + 3.0,
             figure.scheme
         );
     }

@@ -19,6 +19,8 @@ const LLOYD_3: [f32; 4] = [0.2451, 0.7560, 1.3439, 2.1520];
 pub fn all(dim: usize, staging: DType) -> Result<Vec<Scheme>, Box<dyn Error>> {
     let d = dim as f64;
     let unrotated = RowCodec::key(KvFormat::Int8T, dim as u32)?.with_rotation(false)?;
+    let int4 = RowCodec::key(KvFormat::Int4T, dim as u32)?;
+    let int4_bits = (int4.code_bytes() + int4.scale_bytes()) as f64 * 8.0 / d;
     Ok(vec![
         tokens("int8 per token", 8.0 + 32.0 / d, || codec(unrotated, dim)),
         tokens("q8_0", 8.5, || ggml(dim, 34, to_q8_0, from_q8_0)),
@@ -35,6 +37,9 @@ pub fn all(dim: usize, staging: DType) -> Result<Vec<Scheme>, Box<dyn Error>> {
                 v: by_row(dim, |row| min_max(row, 15.0)),
             },
         },
+        // What a raw tile alone does for formats that need none.
+        raw_tile("int4_t, raw tile", int4_bits, staging, codec(int4, dim)),
+        raw_tile("q4_0+h, raw tile", 4.5, staging, rotated(dim, ggml(dim, 18, to_q4_0, from_q4_0))),
         kivi(4, dim, staging)?,
         kivi(2, dim, staging)?,
         // One exact element of f16 and its place in a hundred.
@@ -52,6 +57,13 @@ pub fn all(dim: usize, staging: DType) -> Result<Vec<Scheme>, Box<dyn Error>> {
 
 fn tokens(name: &str, bits: f64, rows: impl Fn() -> Box<Rows>) -> Scheme {
     let store = Store::Tokens { k: rows(), v: rows() };
+    Scheme { name: name.into(), own: false, bits, store }
+}
+
+/// A scheme of independent rows, read as tiles of 64 of which a query's own is raw.
+fn raw_tile(name: &str, bits: f64, staging: DType, rows: Box<Rows>) -> Scheme {
+    let tile: Box<Tiles> = Box::new(move |k, v| rows(k).and_then(|()| rows(v)));
+    let store = Store::Tiles { tokens: 64, staging, tile };
     Scheme { name: name.into(), own: false, bits, store }
 }
 

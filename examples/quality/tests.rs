@@ -87,10 +87,18 @@ fn thresholds_can_fail() {
     let references = references(&model, 128, 1);
     let kt4 = scheme("kt4v4", DType::Bf16);
     let mut figure = measure::figure(&model, &references, &kt4, Mode::Offsets, 2.75).unwrap();
-    (figure.kl.0, figure.perplexity_change.0) = (1e-3, 1e-3);
+    (figure.kl.0, figure.perplexity_change) = (1e-3, (1e-3, 1e-4));
     assert!(measure::broken_thresholds(std::slice::from_ref(&figure)).is_empty());
-    for (kl, change) in [(3e-3, 1e-3), (1e-3, 4e-3), (f64::NAN, 0.0), (0.0, f64::NAN)] {
-        (figure.kl.0, figure.perplexity_change.0) = (kl, change);
+    let unknown = f64::NAN;
+    for (kl, change, error) in [
+        (3e-3, 1e-3, 1e-4),
+        (1e-3, 4e-3, 1e-4),
+        (1e-3, -4e-3, 1e-4),
+        (unknown, 0.0, 1e-4),
+        (0.0, unknown, 1e-4),
+        (0.0, 0.0, unknown),
+    ] {
+        (figure.kl.0, figure.perplexity_change) = (kl, (change, error));
         assert_eq!(measure::broken_thresholds(std::slice::from_ref(&figure)).len(), 1);
     }
 }
