@@ -87,7 +87,7 @@ unsafe fn load(bytes: &[u8; 256], part: usize) -> __m512i {
 }
 
 /// Rounds a row of `dim` channels and writes its planes, each as 64 high bytes and 64 low ones.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn prepare<const INT4: bool, const PLANES: usize>(
     row: *const f32,
     dim: usize,
@@ -162,7 +162,7 @@ pub(super) struct Scales {
 
 impl Scales {
     /// Reads those at `rows`, `offset` bytes on.
-    #[inline(always)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
     pub(super) unsafe fn read<const INT4: bool>(
         &mut self,
         tile: &Tile,
