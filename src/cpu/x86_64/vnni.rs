@@ -102,12 +102,14 @@ unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Jo
             places.fill(&job.blocks.scales(), at, job.kv_end);
             expect_scales(job, after);
             for head in 0..job.kv_heads {
-                scales.read::<INT4>(&places, &places.k, head as isize * job.k_scale_head_bytes);
+                let offset = head as isize * job.k_scale_head_bytes;
+                scales.read::<INT4>(&places, &places.k, offset, job.blocks.block_tokens);
                 scores::<INT4, PLANES, R>(&walk, &scratch, &scales, &queries, head, padded);
             }
             weights_of_scores(job, &scratch, &walk.now, at, padded);
             for head in 0..job.kv_heads {
-                scales.read::<INT4>(&places, &places.v, head as isize * job.v_scale_head_bytes);
+                let offset = head as isize * job.v_scale_head_bytes;
+                scales.read::<INT4>(&places, &places.v, offset, job.blocks.block_tokens);
                 for r in (head * padded..(head + 1) * padded).step_by(R) {
                     weigh::<INT4, R>(&walk.now, &scratch, &scales, r, &mut weights);
                     for i in 0..R {
