@@ -4,6 +4,7 @@ use core::ffi::{c_char, c_void};
 use core::sync::atomic::AtomicU32;
 
 use super::pointer::{self, Plain, Sized32, flag};
+use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
 use super::threads;
 use crate::attention::{HeadShape, Scoring, merge_states};
@@ -13,7 +14,6 @@ use crate::cpu::{
 };
 use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
-use crate::layout::Strides;
 
 /// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 /// attention alike.
@@ -120,6 +120,8 @@ pub struct kvc_attend_desc {
     pub workspace: *mut c_void,
     /// Its size.
     pub workspace_bytes: u64,
+    /// NULL for the defaults, or where the scales of quantised K and V lie.
+    pub scales: *const kvc_scales,
 }
 
 // SAFETY: integers, floats, pointers.
@@ -181,18 +183,23 @@ impl kvc_attend_desc {
         Ok((rows(q, shape.q_heads, shape.k_dim), rows(out, shape.q_heads, shape.v_dim)))
     }
 
-    pub(super) fn kv(&self) -> Result<KvView> {
-        let k_strides = [self.k_block_stride, self.k_head_stride, self.k_token_stride];
-        let v_strides = [self.v_block_stride, self.v_head_stride, self.v_token_stride];
-        Ok(KvView {
-            k: self.k.cast_mut().cast(),
-            v: self.v.cast_mut().cast(),
+    /// K and V with their scales.
+    ///
+    /// # Safety
+    /// `scales` must be as documented.
+    pub(super) unsafe fn kv(&self, shape: &HeadShape) -> Result<KvView> {
+        let given = Given {
+            k: self.k.cast_mut(),
+            v: self.v.cast_mut(),
             format: self.cache()?,
-            k_strides: strides(k_strides, self.kv_heads, self.block_tokens, self.k_dim)?,
-            v_strides: strides(v_strides, self.kv_heads, self.block_tokens, self.v_dim)?,
+            k_strides: [self.k_block_stride, self.k_head_stride, self.k_token_stride],
+            v_strides: [self.v_block_stride, self.v_head_stride, self.v_token_stride],
             num_blocks: self.num_blocks,
             block_tokens: self.block_tokens,
-        })
+            scales: self.scales,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { given.view(shape) }
     }
 
     /// Everything a call needs but its workspace.
@@ -214,7 +221,8 @@ impl kvc_attend_desc {
             shape,
             // SAFETY: the caller's promise.
             scoring: unsafe { self.scoring() }?,
-            kv: self.kv()?,
+            // SAFETY: the caller's promise.
+            kv: unsafe { self.kv(&shape) }?,
             tables: if self.table_indptr.is_null() {
                 BlockTables::Dense { table: self.table, stride: self.table_stride }
             } else {
@@ -245,23 +253,6 @@ pub(super) unsafe fn per_head<'a>(
     }
     // SAFETY: the caller's promise.
     unsafe { pointer::slice(list, u64::from(q_heads), what) }.map(Some)
-}
-
-/// The strides given (block, head, token), or those of `[block][kv_head][token][dim]`.
-pub(super) fn strides(
-    given: [i64; 3],
-    kv_heads: u32,
-    block_tokens: u32,
-    dim: u32,
-) -> Result<Strides> {
-    let [block, head, token] = given;
-    if given != [0, 0, 0] {
-        return Ok(Strides { block, head, token });
-    }
-    // Two factors fit in 64 bits; the third may not.
-    let (token, head) = (i64::from(dim), i64::from(dim) * i64::from(block_tokens));
-    let block = head.checked_mul(i64::from(kv_heads));
-    Ok(Strides { block: block.ok_or(Error::Overflow { what: "K, V" })?, head, token })
 }
 
 /// Rows with the strides given, or contiguous ones.

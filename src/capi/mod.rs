@@ -34,6 +34,7 @@ pub mod pool;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
+pub mod scales;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -67,6 +68,7 @@ pub use pool::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
+pub use scales::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;

@@ -26,6 +26,7 @@ mod plan;
 mod prefill;
 mod rope;
 mod scalar;
+mod scales;
 #[cfg(feature = "std")]
 mod store;
 #[cfg(feature = "std")]
@@ -45,6 +46,7 @@ pub use level::CpuLevel;
 pub use name::kernel_name;
 pub use plan::{AttendMaxima, attend_workspace_bytes};
 pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
+pub use scales::ScaleView;
 #[cfg(feature = "std")]
 pub(crate) use store::{AttendBatch, KvStore};
 #[cfg(feature = "std")]

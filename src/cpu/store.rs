@@ -68,21 +68,7 @@ impl KvStore {
     /// # Errors
     /// `InvalidArgument` for a layer that the layout does not have.
     pub fn view(&self, layer: u32) -> Result<KvView> {
-        let spec = self.layout.spec();
-        if layer >= spec.layers {
-            return Err(Error::invalid("layer", "is not in the group"));
-        }
-        // The offsets are below one block's bytes, which were allocated or are not read.
-        let at = |bytes: u64| self.memory.start().wrapping_add(bytes as usize);
-        Ok(KvView {
-            k: at(self.layout.k_offset(layer)),
-            v: at(self.layout.v_offset(layer)),
-            format: spec.format,
-            k_strides: self.layout.k_strides(),
-            v_strides: self.layout.v_strides(),
-            num_blocks: self.blocks,
-            block_tokens: self.layout.block_tokens(),
-        })
+        KvView::native(&self.layout, self.memory.start(), self.blocks, layer)
     }
 
     /// Writes the rows of new tokens: row `i` goes to slot `slots[i]`
