@@ -463,6 +463,9 @@ KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return x * y; });
 }
+KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return x + y; });
+}
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
@@ -513,6 +516,11 @@ KVC_DEVICE float rcp_approx(float x) {
 KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {

@@ -109,6 +109,18 @@ struct Nibbles {
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
 };
 
+// The same codes less kLess. What all codes have in common would meet every rounding of a weight, and
+// come together in one channel where values are rotated back.
+struct NibblesLess8 : Nibbles {
+    static constexpr float kLess = 8.0f;
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
+        biased(w, out);
+        for (uint32_t i = 0; i < 4; ++i)
+            out[i] = sub_f16x2(out[i], twice(i % 2 == 0 ? 0x6408 : 0x5480));
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
+};
+
 // e2m1 in order; 2^-14 of its value.
 struct E2m1 {
     static constexpr int kBits = 4, kPairs = 4;
@@ -145,6 +157,9 @@ struct Twos {
     }
 };
 
+// Whether codes have bits in a plane beside them.
+template <typename Codes> constexpr bool kHasPlane = false;
+
 // Codes 0 to 7: two bits as above, and the third from the word of a plane, shifted so that the bits
 // of this word's pairs are the lowest of both halves.
 struct Threes {
@@ -163,5 +178,7 @@ struct Threes {
         for (uint32_t i = 0; i < 8; ++i) out[i] = sub_f16x2(out[i], bias(i));
     }
 };
+
+template <> inline constexpr bool kHasPlane<Threes> = true;
 
 } // namespace kvc

@@ -37,7 +37,8 @@ fn same(got: f32, want: f32, what: &str) {
 fn every_byte() {
     type Decode = fn(u8) -> f32;
     // By its bits a NaN of e4m3 is 480, which no encoder here writes.
-    let e4m3: Decode = |b| if b & 0x7f == 0x7f { 480f32.copysign(b as i8 as f32) } else { e4m3_to_f32(b) };
+    let e4m3: Decode =
+        |b| if b & 0x7f == 0x7f { 480f32.copysign(b as i8 as f32) } else { e4m3_to_f32(b) };
     let int8: Decode = |b| f32::from(b as i8);
     let plain: [(u32, Decode); 5] =
         [(0, e4m3), (1, e4m3), (2, e5m2_to_f32), (3, int8), (8, |b| f32::from(b))];
@@ -63,7 +64,8 @@ fn every_byte() {
 #[test]
 fn every_nibble() {
     // Each nibble in each place, its neighbours different.
-    let input: Vec<u32> = (0..16u32).map(|n| (0..8).map(|i| ((n + 5 * i) % 16) << (4 * i)).sum()).collect();
+    let input: Vec<u32> =
+        (0..16u32).map(|n| (0..8).map(|i| ((n + 5 * i) % 16) << (4 * i)).sum()).collect();
     let nibble = |word: u32, n: usize| (word >> (4 * n) & 15) as u8;
     let (ints, floats) = (device(4, &input, 16, 4), device(5, &input, 16, 4));
     for (w, &word) in input.iter().enumerate() {

@@ -14,10 +14,12 @@ use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use crate::cpu::RowsView;
 use crate::device::{Stream, launch, launch_attend};
+use crate::dtype::KvFormat;
 use crate::error::{Error, Result};
 use crate::kernels::params::{AppendParams, In, Out};
 use crate::kernels::{
-    AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, append_launch,
+    AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, ScaleArgs, append_launch,
+    append_token_launch, append_token_params,
 };
 
 /// What kvc_device_attend must know beside the call's description.
@@ -317,6 +319,7 @@ impl kvc_attend_desc {
             k_strides: kv.k_strides,
             v: address(self.v),
             v_strides: kv.v_strides,
+            scales: ScaleArgs::on_device(&kv.scales),
             block_tokens: self.block_tokens,
             num_blocks: self.num_blocks,
             table: address(self.table),
@@ -381,7 +384,13 @@ pub unsafe extern "C" fn kvc_device_append(
             unsafe { pointer::read(options) }?
         };
         // SAFETY: see above.
-        let mut params = unsafe { append_params(&desc, &options) }?;
+        let (mut params, format, scales) = unsafe { append_params(&desc, &options) }?;
+        if !format.is_float() {
+            let mut params = append_token_params(params, format, &scales);
+            let Some(plan) = append_token_launch(&mut params)? else { return Ok(()) };
+            // SAFETY: see above.
+            return unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) };
+        }
         let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
         // SAFETY: see above.
         unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) }
@@ -393,15 +402,12 @@ pub unsafe extern "C" fn kvc_device_append(
 unsafe fn append_params(
     desc: &kvc_append_desc,
     options: &kvc_device_append_options,
-) -> Result<AppendParams> {
+) -> Result<(AppendParams, KvFormat, ScaleArgs)> {
     if !desc.rope.is_null() {
         return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
     }
     // SAFETY: the caller's promise.
     let args = unsafe { desc.args() }?;
-    if !args.kv.format.is_float() {
-        return Err(Error::Unsupported { what: "a quantised KV format by the device's kernels" });
-    }
     let v_in_k = args.shape.v_in_k;
     let rotates = options.rotary_dim != 0;
     let interleaved = match options.rope_style {
@@ -454,7 +460,8 @@ unsafe fn append_params(
     }
     let (k, v) = (args.kv.k_strides, args.kv.v_strides);
     let v_dim = if v_in_k { 0 } else { desc.v_dim };
-    Ok(AppendParams {
+    let scales = ScaleArgs::on_device(&args.kv.scales);
+    let params = AppendParams {
         k: In::at(address(desc.k_rows)),
         v: In::at(if v_in_k { 0 } else { address(desc.v_rows) }),
         q: In::at(if options.q_heads == 0 { 0 } else { address(options.q) }),
@@ -494,5 +501,6 @@ unsafe fn append_params(
         rope_interleaved: interleaved,
         row_dtype: args.k.dtype.id(),
         cache_dtype: args.kv.format.dtype().id(),
-    })
+    };
+    Ok((params, args.kv.format, scales))
 }

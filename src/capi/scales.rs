@@ -9,6 +9,7 @@ use crate::attention::HeadShape;
 use crate::cpu::{KvView, ScaleView};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
+use crate::kernels::ScaleArgs;
 use crate::layout::Strides;
 
 /// Where the scales of quantised rows lie. All strides are in bytes.
@@ -190,4 +191,22 @@ fn side(
 pub unsafe extern "C" fn kvc_scales_init(scales: *mut kvc_scales, struct_size: u32) -> kvc_status {
     // SAFETY: the caller's promise.
     guard(|| unsafe { pointer::init(scales, struct_size) })
+}
+
+impl ScaleArgs {
+    /// Scales whose pointers are device addresses.
+    pub(super) fn on_device(scales: &ScaleView) -> Self {
+        fn address<T>(pointer: *const T) -> u64 {
+            pointer.expose_provenance() as u64
+        }
+        Self {
+            k: address(scales.k),
+            v: address(scales.v),
+            k_strides: scales.k_strides,
+            v_strides: scales.v_strides,
+            k_heads: address(scales.k_heads),
+            v_heads: address(scales.v_heads),
+            k_rotated: scales.k_rotated,
+        }
+    }
 }
