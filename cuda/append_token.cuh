@@ -140,10 +140,10 @@ KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[4
         }
         low = over_lanes<kLanes>(low, [](float a, float b) { return min_f32(a, b); });
         high = over_lanes<kLanes>(high, larger);
-        // Which zero a minimum of both is must not reach the bits.
+        // Which zero a minimum or maximum of both is must not reach the bits.
         const uint32_t minimum_bits = f16_down(add_rn(low, 0.0f));
         const float minimum = widen_f16(static_cast<uint16_t>(minimum_bits));
-        const uint32_t bits = f16_up(div_rn(add_rn(high, -minimum), 15.0f));
+        const uint32_t bits = f16_up(div_rn(add_rn(add_rn(high, 0.0f), -minimum), 15.0f));
         const float scale = widen_f16(static_cast<uint16_t>(bits));
         const bool fits = finite && is_finite_f16(bits) && is_finite_f16(minimum_bits);
         uint32_t code[4];
@@ -231,8 +231,7 @@ template <int HeadDim> KVC_DEVICE void append_token(const kvc_append_token_param
         const int64_t row = is_key ? token * p.k_token + head * p.k_head
                                    : token * p.v_token + head * p.v_head;
         if (wanted) {
-            for (int j = 0; j < 4; ++j)
-                x[j] = load_element(is_key ? p.k : p.v, row + channel + j, p.row_dtype);
+            load_quad(is_key ? p.k : p.v, row + channel, p.row_dtype, x);
             if (is_key && p.cosines != nullptr) turn_quad(p, row, channel, position, x);
         }
         const int64_t codes_at =

@@ -35,7 +35,7 @@ fn row(dim: usize, kind: usize, rng: &mut Rng) -> Vec<f32> {
         0 => vec![0.0; dim],
         1 => vec![-0.37; dim],
         2 => normal(rng).iter().map(|x| x * 1e-6).collect(),
-        3 => normal(rng).iter().map(|x| x * 4e4).collect(),
+        3 => normal(rng).iter().map(|x| x * 4e3).collect(),
         4 => normal(rng).iter().map(|x| x.abs() + 3.0).collect(),
         5 => normal(rng)
             .iter()

@@ -42,7 +42,8 @@ fn rows(kind: usize, tokens: usize, dim: usize, rng: &mut Rng) -> Vec<f32> {
 }
 
 fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil: Option<f32>) {
-    let shape = TileShape { k_dim: dim as u32, v_dim: dim as u32, v_in_k: false, tokens: tokens as u32 };
+    let shape =
+        TileShape { k_dim: dim as u32, v_dim: dim as u32, v_in_k: false, tokens: tokens as u32 };
     let layout = TileLayout::new(format, shape).unwrap();
     let mut rng = Rng::new(11);
     let kinds = 9;
@@ -60,7 +61,8 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
         raw[5 * slot + side + 3 * dim + 1] = bad;
     }
     let blocks = kinds + 2;
-    let list: Vec<(usize, usize)> = (0..kinds).map(|slot| (slot, (slot * 4 + 1) % blocks)).collect();
+    let list: Vec<(usize, usize)> =
+        (0..kinds).map(|slot| (slot, (slot * 4 + 1) % blocks)).collect();
     let bytes = layout.bytes();
     let mut want = vec![UNTOUCHED; blocks * HEADS * bytes];
     let mut refused = vec![0u32; kinds];
@@ -83,7 +85,8 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
     let (staging, scratch) = halves.split_at(staged * slot);
     let (staging, scratch) = (Buffer::of(staging).unwrap(), Buffer::of(scratch).unwrap());
     let records = Buffer::of(&vec![UNTOUCHED; want.len()]).unwrap();
-    let pairs: Vec<i32> = list.iter().flat_map(|&(slot, block)| [slot as i32, block as i32]).collect();
+    let pairs: Vec<i32> =
+        list.iter().flat_map(|&(slot, block)| [slot as i32, block as i32]).collect();
     let (pairs, flag) = (Buffer::of(&pairs).unwrap(), Buffer::of(&[0u32]).unwrap());
     let answers = Buffer::of(&vec![0u32; kinds]).unwrap();
     let (block, head, token) = (slot as i64, (tokens * dim) as i64, dim as i64);

@@ -3,6 +3,8 @@
 use core::ffi::{c_char, c_void};
 use core::sync::atomic::AtomicU32;
 
+#[cfg(feature = "std")]
+use super::pointer::address;
 use super::pointer::{self, Plain, Sized32, flag};
 use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
@@ -14,6 +16,8 @@ use crate::cpu::{
 };
 use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
+#[cfg(feature = "std")]
+use crate::kernels::{self, ScaleArgs};
 
 /// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 /// attention alike.
@@ -235,6 +239,51 @@ impl kvc_attend_desc {
             out,
             lse: self.lse,
             bad_block,
+        })
+    }
+
+    /// The call with its pointers as device addresses.
+    ///
+    /// # Safety
+    /// `scales` must be as documented: a struct on the host.
+    #[cfg(feature = "std")]
+    pub(super) unsafe fn device_args(&self) -> Result<kernels::AttendArgs> {
+        let shape = self.shape()?;
+        // SAFETY: the caller's promise.
+        let kv = unsafe { self.kv(&shape) }?;
+        let scoring = self.scoring_values()?;
+        scoring.check(shape.q_heads)?;
+        let (q, out) = self.rows(&shape)?;
+        let strides = |rows: &RowsView| [rows.token_stride, rows.head_stride];
+        Ok(kernels::AttendArgs {
+            q: address(self.q),
+            q_dtype: q.dtype,
+            q_strides: strides(&q),
+            out: address(self.out),
+            out_dtype: out.dtype,
+            out_strides: strides(&out),
+            lse: address(self.lse),
+            k: address(self.k),
+            k_strides: kv.k_strides,
+            v: address(self.v),
+            v_strides: kv.v_strides,
+            scales: ScaleArgs::on_device(&kv.scales),
+            block_tokens: self.block_tokens,
+            num_blocks: self.num_blocks,
+            table: address(self.table),
+            table_stride: self.table_stride,
+            table_indptr: address(self.table_indptr),
+            seqs: self.seqs,
+            q_indptr: address(self.q_indptr),
+            kv_lens: address(self.kv_lens),
+            tail_mask: 0,
+            scale: scoring.scale,
+            causal: scoring.causal,
+            window: scoring.window,
+            softcap: scoring.softcap,
+            sinks: address(self.sinks),
+            slopes: address(self.alibi),
+            error_flag: address(self.bad_block),
         })
     }
 }

@@ -3,12 +3,15 @@
 
 use core::ffi::c_void;
 
+#[cfg(feature = "std")]
+use super::pointer::address;
 use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use crate::attention::HeadShape;
 use crate::cpu::{KvView, ScaleView};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
+#[cfg(feature = "std")]
 use crate::kernels::ScaleArgs;
 use crate::layout::Strides;
 
@@ -193,12 +196,10 @@ pub unsafe extern "C" fn kvc_scales_init(scales: *mut kvc_scales, struct_size: u
     guard(|| unsafe { pointer::init(scales, struct_size) })
 }
 
+#[cfg(feature = "std")]
 impl ScaleArgs {
     /// Scales whose pointers are device addresses.
     pub(super) fn on_device(scales: &ScaleView) -> Self {
-        fn address<T>(pointer: *const T) -> u64 {
-            pointer.expose_provenance() as u64
-        }
         Self {
             k: address(scales.k),
             v: address(scales.v),

@@ -41,7 +41,9 @@ pub fn seal_launch(
         return Err(Error::NullPointer { what: "scratch" });
     }
     let aligned = p.records.0.is_multiple_of(16);
-    if !aligned || [p.record_block, p.record_head].iter().any(|s| s % KvFormat::ALIGN_BYTES as i64 != 0) {
+    if !aligned
+        || [p.record_block, p.record_head].iter().any(|s| s % KvFormat::ALIGN_BYTES as i64 != 0)
+    {
         return Err(Error::invalid("records", "must begin at multiples of 16 bytes"));
     }
     if p.staging_blocks.checked_add(p.scratch_blocks).is_none_or(|n| n > i32::MAX as u32) {

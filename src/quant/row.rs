@@ -187,9 +187,9 @@ impl RowCodec {
             KvFormat::Int8T => Some((f16_up(abs_max(x) / 127.0)?, f16::ZERO)),
             KvFormat::Int4T => {
                 let (low, high) = min_max(x.iter().copied());
-                // Which zero a minimum of both is must not reach the bits.
+                // Which zero a minimum or maximum of both is must not reach the bits.
                 let m = f16_down(low + 0.0)?;
-                Some((f16_up((high - m.to_f32()) / 15.0)?, m))
+                Some((f16_up((high + 0.0 - m.to_f32()) / 15.0)?, m))
             }
             _ => Some((f16::ZERO, f16::ZERO)),
         }
