@@ -12,7 +12,8 @@ usage: cargo run --release --example generate -- [options]
   --batch N            sequences that run at once (default 4)
   --max-tokens N       tokens to generate for each prompt (default 32)
   --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16)
-  --dtype f32|f16|bf16 how K and V are stored (default bf16)
+  --kv-format NAME     how K and V are stored: f32, f16, bf16, fp8_e4m3, fp8_e5m2, int8_t, int4_t
+                       or nvfp4 (default bf16); --dtype is the same
   --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
                        cuda, emu the feature emulate; both want f16 or bf16)
   --threads N          threads (default: one a core)
@@ -57,7 +58,7 @@ impl Args {
                 "--batch" => args.batch = number(&flag, &value()?)?,
                 "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
-                "--dtype" => args.format = KvFormat::from_name(&value()?)?,
+                "--kv-format" | "--dtype" => args.format = KvFormat::from_name(&value()?)?,
                 "--device" => args.device = Device::from_name(&value()?)?,
                 "--threads" => args.threads = number(&flag, &value()?)?,
                 "--temperature" => args.temperature = number(&flag, &value()?)?,

@@ -190,7 +190,9 @@ impl KvCache {
     ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one, `InvalidArgument` for a layer
-    /// or a length that does not fit; the device's own errors.
+    /// or a length that does not fit; the device's own errors. `InvalidArgument` too where a row of a
+    /// quantised format is not finite or out of its range: it is left out, and the step can only be
+    /// cancelled or the row written again.
     pub fn append(
         &mut self,
         step: &Step,

@@ -56,7 +56,7 @@ pub enum Refusal {
 }
 
 /// The smallest f16 that is not below `x`: at least 0 and finite, or `None`.
-fn f16_up(x: f32) -> Option<f16> {
+pub(crate) fn f16_up(x: f32) -> Option<f16> {
     let near = f16::from_f32(x);
     // Not negative, so the next value up has the next bits.
     let up = if near.to_f32() < x { f16::from_bits(near.to_bits() + 1) } else { near };
@@ -64,7 +64,7 @@ fn f16_up(x: f32) -> Option<f16> {
 }
 
 /// The largest f16 that is not above `x`, finite, or `None`.
-fn f16_down(x: f32) -> Option<f16> {
+pub(crate) fn f16_down(x: f32) -> Option<f16> {
     if x < 0.0 {
         return f16_up(-x).map(|up| -up);
     }

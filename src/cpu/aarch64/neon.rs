@@ -2,6 +2,7 @@
 
 use core::arch::aarch64::*;
 
+use crate::cpu::quant::CodeVector;
 use crate::cpu::vector::Vector;
 
 /// Four f32 lanes.
@@ -160,6 +161,20 @@ unsafe impl Vector for F32x4 {
             vst1q_u32(to.add(2 * to_stride), vzip1q_u32(ac1, bd1));
             vst1q_u32(to.add(3 * to_stride), vzip2q_u32(ac1, bd1));
         }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl CodeVector for F32x4 {
+    #[inline(always)]
+    unsafe fn swap<const HALF: usize>(self) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe {
+            match HALF {
+                1 => vrev64q_f32(self.0),
+                _ => vextq_f32::<2>(self.0, self.0),
+            }
+        })
     }
 }
 
