@@ -141,7 +141,7 @@ pub(crate) fn check_ptr(what: &'static str, ptr: *const u8, align_bytes: u32) ->
 }
 
 /// Largest byte distance `|stride| * count * bytes`, so that no address computation overflows.
-fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result<i64> {
+pub(crate) fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result<i64> {
     stride
         .checked_abs()
         .and_then(|s| s.checked_mul(i64::from(count)))
