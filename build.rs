@@ -42,6 +42,7 @@ mod header {
         ("status", "Status codes and the text of the last error"),
         ("info", "Which library this is"),
         ("plan", "plan: how much memory a cache takes, and what fits"),
+        ("scales", "attend, append: where the scales of quantised K and V lie"),
         ("attend", "attend: the kernels alone, on the caller's own memory"),
         ("append", "append: new keys and values into the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),

@@ -67,15 +67,7 @@ fn run(
             let view = |ptr: *mut bf16| RowsView::contiguous(ptr.cast(), DType::Bf16, 8, 128);
             let args = AppendArgs {
                 shape: SHAPE,
-                kv: KvView {
-                    k: base,
-                    v: base.wrapping_add(layout.v_offset(0) as usize),
-                    format,
-                    k_strides: layout.k_strides(),
-                    v_strides: layout.v_strides(),
-                    num_blocks: BLOCKS as u32,
-                    block_tokens: BLOCK_TOKENS,
-                },
+                kv: KvView::native(&layout, base, BLOCKS as u32, 0).unwrap(),
                 slots: slots.as_ptr(),
                 rows: rows as u32,
                 k: view(from),

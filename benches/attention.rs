@@ -108,15 +108,7 @@ impl Batch {
         let args = AttendArgs {
             shape: self.shape,
             scoring: Scoring::causal(self.shape.k_dim),
-            kv: KvView {
-                k: base,
-                v: base.wrapping_add(self.layout.v_offset(0) as usize),
-                format: self.layout.spec().format,
-                k_strides: self.layout.k_strides(),
-                v_strides: self.layout.v_strides(),
-                num_blocks: self.tables.len() as u32,
-                block_tokens: self.layout.block_tokens(),
-            },
+            kv: KvView::native(&self.layout, base, self.tables.len() as u32, 0).unwrap(),
             tables: BlockTables::Dense { table: table.as_ptr(), stride: self.blocks_a_seq as i64 },
             seqs: self.seqs as u32,
             q_indptr: self.q_indptr.as_ptr(),

@@ -295,6 +295,48 @@ kvc_status kvc_plan_compute(const kvc_plan_options *options,
                             kvc_plan_group *out_groups);
 
 // ----------------------------------------------------------------------------------------------
+// attend, append: where the scales of quantised K and V lie
+// ----------------------------------------------------------------------------------------------
+// Where the scales of quantised rows lie. All strides are in bytes.
+//
+// Without this struct they lie as the library's own blocks have them: behind the codes of each
+// block and head, a row's scales after those of the row before; and every head has the scale 1.
+typedef struct {
+    // sizeof(kvc_scales); kvc_scales_init sets it.
+    uint32_t struct_size;
+    // 1: keys of int8_t are not rotated. 0, the default: they are (kvc_append rotates them,
+    // kvc_attend the queries).
+    uint32_t k_unrotated;
+    // Scales of key rows (f16 of int8_t, f16 scale and minimum of int4_t, an e4m3 for 16 channels
+    // of nvfp4). NULL: behind the codes.
+    const void *k;
+    // Bytes from a block to the next. Ignored, as those below, where k is NULL.
+    int64_t k_block_stride;
+    // Bytes from a KV head to the next.
+    int64_t k_head_stride;
+    // Bytes from a token to the next.
+    int64_t k_token_stride;
+    // Scales of value rows. NULL: behind the codes. Ignored with v_in_k.
+    const void *v;
+    // Bytes from a block to the next. Ignored, as those below, where v is NULL.
+    int64_t v_block_stride;
+    // Bytes from a KV head to the next.
+    int64_t v_head_stride;
+    // Bytes from a token to the next.
+    int64_t v_token_stride;
+    // NULL for 1, or `[kv_heads]`: the scale of all keys of a head (fp8, nvfp4), positive and
+    // finite.
+    const float *k_heads;
+    // The same of values. Ignored with v_in_k.
+    const float *v_heads;
+} kvc_scales;
+
+// Fills a kvc_scales of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_scales_init(kvc_scales *scales, uint32_t struct_size);
+
+// ----------------------------------------------------------------------------------------------
 // attend: the kernels alone, on the caller's own memory
 // ----------------------------------------------------------------------------------------------
 // One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
@@ -400,6 +442,8 @@ typedef struct {
     void *workspace;
     // Its size.
     uint64_t workspace_bytes;
+    // NULL for the defaults, or where the scales of quantised K and V lie.
+    const kvc_scales *scales;
 } kvc_attend_desc;
 
 // Fills a kvc_attend_desc of `struct_size` bytes with its defaults.
@@ -487,7 +531,8 @@ typedef struct {
     uint32_t v_dim;
     // 1: values are the first v_dim channels of the keys; v and v_rows are ignored.
     uint32_t v_in_k;
-    // KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even.
+    // KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even; for int8_t keys and
+    // int4_t keys and values are rotated first (kvc_attend does what that asks of queries).
     uint32_t format;
     // KVC_DTYPE_* of k_rows and v_rows.
     uint32_t dtype;
@@ -535,6 +580,8 @@ typedef struct {
     const kvc_rope *rope;
     // `[rows]` positions. Ignored without rope.
     const uint32_t *positions;
+    // NULL for the defaults, or where the scales of quantised K and V lie. Row scales are written.
+    const kvc_scales *scales;
 } kvc_append_desc;
 
 // Fills a kvc_rope of `struct_size` bytes with its defaults.

@@ -34,6 +34,7 @@ fn in_rust() -> Layout {
             rows, threads, reserved, k, k_block_stride, k_head_stride, k_token_stride, v,
             v_block_stride, v_head_stride, v_token_stride, slots, k_rows, k_rows_token_stride,
             k_rows_head_stride, v_rows, v_rows_token_stride, v_rows_head_stride, rope, positions,
+            scales,
         }
         kvc_attend_desc {
             struct_size, q_heads, kv_heads, k_dim, v_dim, v_in_k, format, q_dtype, out_dtype,
@@ -41,7 +42,7 @@ fn in_rust() -> Layout {
             k_block_stride, k_head_stride, k_token_stride, v, v_block_stride, v_head_stride,
             v_token_stride, table, table_stride, table_indptr, q_indptr, kv_lens, q,
             q_token_stride, q_head_stride, out, out_token_stride, out_head_stride, lse, sinks,
-            alibi, bad_block, workspace, workspace_bytes,
+            alibi, bad_block, workspace, workspace_bytes, scales,
         }
         kvc_cache_counts {
             blocks, free_blocks, cached_blocks, referenced_blocks, sequences, reserved,
@@ -119,6 +120,10 @@ fn in_rust() -> Layout {
             reserved,
         }
         kvc_retention { start, end, priority, duration_ms }
+        kvc_scales {
+            struct_size, k_unrotated, k, k_block_stride, k_head_stride, k_token_stride, v,
+            v_block_stride, v_head_stride, v_token_stride, k_heads, v_heads,
+        }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
         kvc_work { seq, token_count, tokens }

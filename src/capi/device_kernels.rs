@@ -264,7 +264,9 @@ pub unsafe extern "C" fn kvc_device_attend(
         // SAFETY: see above.
         let (plan, options) = unsafe { plan(device, &desc, options) }?;
         let planned = flag(options.planned, "planned")?;
-        let args = AttendArgs { tail_mask: address(options.tail_mask), ..desc.device_args()? };
+        // SAFETY: see above.
+        let args = unsafe { desc.device_args() }?;
+        let args = AttendArgs { tail_mask: address(options.tail_mask), ..args };
         let workspace = address(desc.workspace);
         let needed = plan.workspace_bytes();
         if desc.workspace_bytes < needed {
@@ -292,8 +294,13 @@ pub unsafe extern "C" fn kvc_device_attend(
 
 impl kvc_attend_desc {
     /// The call with its pointers as device addresses.
-    fn device_args(&self) -> Result<AttendArgs> {
-        let (shape, kv) = (self.shape()?, self.kv()?);
+    ///
+    /// # Safety
+    /// `scales` must be as documented: a struct on the host.
+    unsafe fn device_args(&self) -> Result<AttendArgs> {
+        let shape = self.shape()?;
+        // SAFETY: the caller's promise.
+        let kv = unsafe { self.kv(&shape) }?;
         let scoring = self.scoring_values()?;
         scoring.check(shape.q_heads)?;
         let (q, out) = self.rows(&shape)?;
@@ -373,21 +380,25 @@ pub unsafe extern "C" fn kvc_device_append(
             // SAFETY: see above.
             unsafe { pointer::read(options) }?
         };
-        let mut params = append_params(&desc, &options)?;
+        // SAFETY: see above.
+        let mut params = unsafe { append_params(&desc, &options) }?;
         let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
         // SAFETY: see above.
         unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) }
     })
 }
 
-fn append_params(
+/// # Safety
+/// `desc.scales` must be as documented: a struct on the host.
+unsafe fn append_params(
     desc: &kvc_append_desc,
     options: &kvc_device_append_options,
 ) -> Result<AppendParams> {
     if !desc.rope.is_null() {
         return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
     }
-    let args = desc.args()?;
+    // SAFETY: the caller's promise.
+    let args = unsafe { desc.args() }?;
     if !args.kv.format.is_float() {
         return Err(Error::Unsupported { what: "a quantised KV format by the device's kernels" });
     }

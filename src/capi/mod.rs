@@ -34,6 +34,7 @@ pub mod pool;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
+pub mod scales;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -41,6 +42,7 @@ pub mod status;
 pub mod step;
 #[cfg(feature = "std")]
 pub mod step_device;
+pub mod tile;
 
 mod handle;
 mod pointer;
@@ -67,6 +69,7 @@ pub use pool::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
+pub use scales::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;
@@ -74,3 +77,4 @@ pub use status::*;
 pub use step::*;
 #[cfg(feature = "std")]
 pub use step_device::*;
+pub use tile::*;

@@ -7,7 +7,7 @@ use kvcache::attention::{
     HeadShape, PagedKv, ReferenceOutput, Scoring, merge_states, reference_attention,
 };
 use kvcache::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RowsView, ScaleView, attend,
     attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, Rows, bf16, f16};
@@ -380,6 +380,7 @@ impl Instance {
                 v_strides: self.v_strides,
                 num_blocks: self.num_blocks as u32,
                 block_tokens: case.block_tokens,
+                scales: ScaleView::NONE,
             },
             tables,
             seqs: seqs.len() as u32,

@@ -20,6 +20,7 @@
 //! | `kernel.rs`, `softmax.rs` | one range of sealed tiles for some rows of one KV head |
 //! | `codes.rs` | packed words to bytes; words to lanes |
 //! | `seal.rs` | raw rows to records |
+//! | `store.rs` | records, staging and scratch of one layer group, for the cache |
 
 mod args;
 mod attend;
@@ -28,6 +29,8 @@ mod kernel;
 mod plan;
 mod seal;
 mod softmax;
+#[cfg(feature = "std")]
+mod store;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +38,8 @@ pub use args::{RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView
 pub use attend::attend_tiles;
 pub use plan::attend_tiles_workspace_bytes;
 pub use seal::seal_tiles;
+#[cfg(feature = "std")]
+pub(crate) use store::{RawRows, TileStore};
 
 pub(super) use kernel::{SealedJob, tiles};
 pub(super) use seal::{SealJob, seal_record};
