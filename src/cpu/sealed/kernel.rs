@@ -214,7 +214,6 @@ pub(crate) unsafe fn tiles<V: Words, D: ByteDot<V>>(job: &SealedJob<'_>) {
         match job.heads * job.tokens {
             0 => {}
             1 => run::<V, D, 1>(job),
-            2 => run::<V, D, 2>(job),
             _ => run::<V, D, 4>(job),
         }
     }
