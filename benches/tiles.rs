@@ -22,13 +22,8 @@ use support::{median, random_kv, read_all, seconds};
 const TOKENS: u32 = 64;
 const SHAPE: HeadShape =
     HeadShape { q_heads: 32, kv_heads: 8, k_dim: 128, v_dim: 128, v_in_k: false };
-const FORMATS: [KvFormat; 5] = [
-    KvFormat::Kt8v8,
-    KvFormat::Kt4v4,
-    KvFormat::Kt3v3,
-    KvFormat::Kt4v2,
-    KvFormat::Kt2v2,
-];
+const FORMATS: [KvFormat; 5] =
+    [KvFormat::Kt8v8, KvFormat::Kt4v4, KvFormat::Kt3v3, KvFormat::Kt4v2, KvFormat::Kt2v2];
 
 /// Zeroed memory, aligned to words of 16 bytes.
 fn memory(bytes: usize) -> Vec<u128> {
@@ -155,9 +150,8 @@ impl Decode {
         let tables = BlockTables::Dense { table: self.table.as_ptr(), stride: tiles as i64 };
         let q = RowsView::contiguous(self.q.as_ptr().cast_mut().cast(), DType::Bf16, 32, 128);
         let out = RowsView::contiguous(self.out.as_mut_ptr().cast(), DType::F32, 32, 128);
-        let raw: Vec<_> = (0..self.seqs)
-            .map(|s| RawBlock { tile: tiles as i32 - 1, slot: s as i32 })
-            .collect();
+        let raw: Vec<_> =
+            (0..self.seqs).map(|s| RawBlock { tile: tiles as i32 - 1, slot: s as i32 }).collect();
         let scoring = Scoring::causal(128);
         // SAFETY: the buffers were made for these sizes.
         unsafe {
@@ -205,7 +199,10 @@ fn decode_table(seqs: usize, kv_len: usize, rounds: usize) {
     let all = Threads::new(0).unwrap();
     let mut formats = vec![Decode::new(KvFormat::Bf16, seqs, kv_len, &all)];
     formats.extend(FORMATS.map(|format| Decode::new(format, seqs, kv_len, &all)));
-    println!("{:28} {:>3} {:>9} {:>7} {:>7} {:>7}  quartiles", "", "thr", "Mtok/s", "GB/s", "read", "x bf16");
+    println!(
+        "{:28} {:>3} {:>9} {:>7} {:>7} {:>7}  quartiles",
+        "", "thr", "Mtok/s", "GB/s", "read", "x bf16"
+    );
     for threads in [1, 2] {
         if threads > cores {
             continue;
@@ -222,7 +219,8 @@ fn decode_table(seqs: usize, kv_len: usize, rounds: usize) {
             }
             let words = &formats[0].layer.records;
             // SAFETY: the same memory as words of 8 bytes.
-            let words = unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 2) };
+            let words =
+                unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 2) };
             let bytes = words.len() as f64 * 8.0;
             reads.push(bytes / 1e9 / seconds(|| drop(black_box(read_all(&pool, words, true)))));
         }

@@ -11,7 +11,7 @@ use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
 use kvcache::cpu::{CpuLevel, kernel_name};
 use kvcache::device::Backend;
-use kvcache::dtype::{KvFormat, f16};
+use kvcache::dtype::{FormatClass, KvFormat, f16};
 use kvcache::ids::{Namespace, SeqId};
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::{Eviction, Hint, Retention};
@@ -483,7 +483,8 @@ fn impossible_options_are_refused() {
     let past = CacheOptions { blocks, ..options.clone() };
     assert!(matches!(refuse(&huge, past), Error::Overflow { .. }));
     // Formats that no kernel reads: refused before a byte is allocated, and by their name too.
-    for &format in KvFormat::ALL.iter().filter(|format| !format.is_float()) {
+    let token = |format: &&KvFormat| format.class() == FormatClass::Token;
+    for &format in KvFormat::ALL.iter().filter(token) {
         let spec = CacheSpec::uniform(64, GroupSpec::uniform(1, 1, 64, format));
         let error = refuse(&spec, options.clone());
         assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
@@ -491,5 +492,11 @@ fn impossible_options_are_refused() {
         let shape = HeadShape { q_heads: 1, kv_heads: 1, k_dim: 64, v_dim: 64, v_in_k: false };
         let error = kernel_name(&shape, format, level, 1).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
+    }
+    // Sealed tiles that the format cannot have.
+    for (tokens, dim) in [(16, 64), (256, 64), (64, 72), (64, 8)] {
+        let spec = CacheSpec::uniform(tokens, GroupSpec::uniform(1, 1, dim, KvFormat::Kt4v4));
+        let error = refuse(&spec, options.clone());
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{tokens} {dim}: {error}");
     }
 }

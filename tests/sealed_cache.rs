@@ -235,8 +235,7 @@ fn a_full_staging_pool_is_an_answer() {
     let options = CacheOptions { staging_blocks: 2, ..options() };
     let mut cache = cache(KvFormat::Kt8v8, &options);
     let tokens = prompt(10);
-    let seqs: Vec<_> =
-        (0..3).map(|n| cache.start(&tokens, Namespace(n)).unwrap().seq).collect();
+    let seqs: Vec<_> = (0..3).map(|n| cache.start(&tokens, Namespace(n)).unwrap().seq).collect();
     run(&mut cache, seqs[0], &tokens);
     run(&mut cache, seqs[1], &tokens);
     let mut step = Step::new();

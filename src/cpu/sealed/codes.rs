@@ -213,7 +213,7 @@ pub(super) unsafe fn scatter<V: Words>(
 /// Channels whose words share a vector when `words` words of each of `channels` channels are
 /// brought into lanes; 1 where channels keep their order.
 pub(super) const fn interleaved(lanes: usize, channels: usize, words: usize) -> usize {
-    if words >= lanes || !(channels * words).is_multiple_of(lanes * lanes) {
+    if words == 0 || words >= lanes || !(channels * words).is_multiple_of(lanes * lanes) {
         1
     } else {
         lanes / words

@@ -9,7 +9,7 @@ use super::args::RawBlock;
 use super::codes::{self, Ahead, channel_of, channels_to_lanes, rows_to_lanes, whole};
 use super::softmax::soften;
 use crate::cpu::job::States;
-use crate::cpu::vector::One;
+use crate::cpu::vector::{One, prefetch};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, f16};
 use crate::layout::tile::TileLayout;
@@ -245,6 +245,12 @@ unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
         let mut record = find(job, job.tiles.start);
         for tile in job.tiles.clone() {
             let next = if tile + 1 < job.tiles.end { find(job, tile + 1) } else { None };
+            if tile + 2 < job.tiles.end {
+                let block = job.table.add(tile as usize + 2).read();
+                let record = job.records.wrapping_offset(block as isize * job.block_bytes);
+                // Read at the next turn; any address may be prefetched.
+                prefetch(record.wrapping_add(job.layout.header.start));
+            }
             if let Some(record) = record {
                 let mut ahead = Ahead {
                     line: next.unwrap_or(core::ptr::null()),

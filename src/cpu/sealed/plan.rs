@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::layout::tile::TileLayout;
 
 /// Tiles of the shortest range.
-const RANGE_TILES: u32 = 8;
+const RANGE_TILES: u32 = 16;
 /// The most ranges of a row.
 const MAX_RANGES: u32 = 32;
 /// The most query tokens of a sequence whose ranges run side by side.

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use crate::layout::tile::TileLayout;
 use crate::layout::{GroupLayout, GroupSpec};
+use crate::quant::Tile;
 
 /// Where a step's new rows go, and what becomes of them.
 #[derive(Debug, Default)]
@@ -318,6 +319,45 @@ impl TileStore {
             ptr::copy_nonoverlapping(from, to, layer_bytes);
         }
         Ok(())
+    }
+
+    /// Copies the records of a block, all layers, to `to`.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `to` is not as long as a block.
+    #[allow(dead_code)] // for tiers
+    pub fn read_block(&self, id: BlockId, to: &mut [u8]) -> Result<()> {
+        let at = self.block_at(id, to.len())?;
+        // SAFETY: the block is in the memory, `to` is as long, and elsewhere: it is borrowed.
+        unsafe { ptr::copy_nonoverlapping(self.records.start().add(at), to.as_mut_ptr(), to.len()) }
+        Ok(())
+    }
+
+    /// Copies the records of a block, all layers, from where they were kept outside, and checks each:
+    /// format, tile size and checksum.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block, or a record is damaged
+    /// or another format's. Nothing changed then.
+    #[allow(dead_code)] // for tiers
+    pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
+        let at = self.block_at(id, from.len())?;
+        for record in from.chunks_exact(self.tile.bytes()) {
+            Tile::open(&self.tile, record)?;
+        }
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.records.start().add(at), from.len()) }
+        Ok(())
+    }
+
+    fn block_at(&self, id: BlockId, bytes: usize) -> Result<usize> {
+        if id.0 >= self.blocks {
+            return Err(Error::BadBlock { block: id.0 });
+        }
+        if bytes as u64 != self.layout.block_bytes() {
+            return Err(Error::invalid("bytes", "must be as many as a block has"));
+        }
+        Ok(id.index() * bytes)
     }
 
     /// Whether a slot of a step's second table lies in scratch, and which block of it is meant.

@@ -136,3 +136,40 @@ fn odd_rows_seal_as_in_the_reference_or_not_at_all() {
         check(&layout, &flat_k, &flat_v, "flat");
     }
 }
+
+#[cfg(feature = "std")]
+#[test]
+fn records_that_come_from_outside_are_checked() {
+    use crate::cpu::Serial;
+    use crate::ids::BlockId;
+    use crate::layout::{GroupLayout, GroupSpec};
+
+    let spec = |format| GroupSpec::uniform(2, 2, 32, format);
+    let store = |format| {
+        let layout = GroupLayout::new(spec(format), 32).unwrap();
+        TileStore::new(layout, 2, 1).unwrap()
+    };
+    let mut tiles = store(KvFormat::Kt4v4);
+    let mut raw = RawRows { staging: (0..32).collect(), ..RawRows::default() };
+    raw.scratch = vec![-1; 32];
+    raw.seals.push(SealTile { slot: 0, block: 1 });
+    raw.refused.push(Default::default());
+    let values: Vec<f32> = wide(&rows(32 * 2, 32, |_| 1.0, 8));
+    for layer in 0..2 {
+        tiles.append(layer, &raw, values[..].into(), values[..].into(), None, &Serial).unwrap();
+    }
+    let mut block = vec![0; tiles.layout().block_bytes() as usize];
+    tiles.read_block(BlockId(1), &mut block).unwrap();
+    tiles.write_block(BlockId(0), &block).unwrap();
+    assert!(store(KvFormat::Kt2v2).write_block(BlockId(0), &block).is_err());
+    assert!(tiles.write_block(BlockId(0), &block[16..]).is_err());
+    assert!(tiles.write_block(BlockId(2), &block).is_err());
+    for bit in (0..8 * block.len()).step_by(if cfg!(miri) { 4001 } else { 37 }) {
+        block[bit / 8] ^= 1 << (bit % 8);
+        assert!(tiles.write_block(BlockId(0), &block).is_err(), "bit {bit}");
+        block[bit / 8] ^= 1 << (bit % 8);
+    }
+    // Blocks that were never sealed are no records.
+    let empty = vec![0; block.len()];
+    assert!(tiles.write_block(BlockId(0), &empty).is_err());
+}
