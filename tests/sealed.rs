@@ -278,46 +278,40 @@ fn call(
     (out, lse, bad.into_inner() != 0)
 }
 
-/// The largest error of outputs against the reference, over all rows of a call.
-fn error(
+/// What the reference gives for every row of a call: outputs and LSE.
+fn expected(
     cache: &Cache,
     scoring: &Scoring,
     q: &[Vec<f32>],
     chunks: &[Chunk],
     open: &[usize],
-    level: CpuLevel,
-) -> (f64, f64) {
-    let (out, lse, bad) = call(cache, scoring, q, chunks, open, level, &Serial);
-    assert!(!bad);
-    let (heads, k_dim, v_dim) =
-        (cache.shape.q_heads as usize, cache.shape.k_dim as usize, cache.shape.v_dim as usize);
+) -> (Vec<f64>, Vec<f64>) {
+    let row = (cache.shape.q_heads * cache.shape.k_dim) as usize;
     let tokens = cache.layout.shape().tokens as usize;
-    let (mut worst, mut worst_lse, mut row) = (0.0f64, 0.0f64, 0);
+    let (mut out, mut lse) = (Vec::new(), Vec::new());
     for (seq, &(len, count)) in chunks.iter().enumerate() {
         for position in len - count..len {
             let seen = Seen { cache, seq, own: position / tokens, open };
-            let query = &q[seq][position * heads * k_dim..(position + 1) * heads * k_dim];
-            let reference = reference_attention(
-                &cache.shape,
-                scoring,
-                &seen,
-                Rows::F32(query),
-                &[0, 1],
-                &[position + 1],
-            )
-            .unwrap();
-            for (at, expected) in reference.out.iter().enumerate() {
-                let error = (f64::from(out[row * heads * v_dim + at]) - expected).abs();
-                worst = if error <= worst { worst } else { error };
-            }
-            for (head, expected) in reference.lse.iter().enumerate() {
-                let error = (f64::from(lse[row * heads + head]) - expected).abs();
-                worst_lse = if error <= worst_lse { worst_lse } else { error };
-            }
-            row += 1;
+            let query = Rows::F32(&q[seq][position * row..(position + 1) * row]);
+            let lens = [position + 1];
+            let reference =
+                reference_attention(&cache.shape, scoring, &seen, query, &[0, 1], &lens).unwrap();
+            out.extend(reference.out);
+            lse.extend(reference.lse);
         }
     }
-    (worst, worst_lse)
+    (out, lse)
+}
+
+/// The largest difference; NaN where there is one.
+fn largest(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let errors = got.iter().zip(expected).map(|(&got, want)| (f64::from(got) - want).abs());
+    errors.fold(0.0, |worst: f64, error| if error <= worst { worst } else { error })
+}
+
+fn small() -> bool {
+    std::env::var_os("KVCACHE_CONFORMANCE").is_some_and(|value| value == "small")
 }
 
 fn shape(q_heads: u32, kv_heads: u32, k_dim: u32, v_dim: u32) -> HeadShape {
@@ -331,14 +325,13 @@ fn tolerance(format: KvFormat) -> f64 {
 
 fn check(cache: &Cache, scoring: &Scoring, chunks: &[Chunk], open: &[usize], what: &str) {
     let q = queries(cache, 9);
+    let (out, lse) = expected(cache, scoring, &q, chunks, open);
     for level in CpuLevel::available() {
-        let (out, lse) = error(cache, scoring, &q, chunks, open, level);
+        let got = call(cache, scoring, &q, chunks, open, level, &Serial);
+        let errors = (largest(&got.0, &out), largest(&got.1, &lse));
         let limit = tolerance(cache.layout.format());
-        assert!(
-            out <= limit && lse <= limit,
-            "{:?} {level:?} {what}: {out:e} {lse:e}",
-            cache.layout
-        );
+        let holds = errors.0 <= limit && errors.1 <= limit && !got.2;
+        assert!(holds, "{:?} {level:?} {what}: {errors:?}", cache.layout);
     }
 }
 
@@ -355,12 +348,16 @@ fn every_format_dimension_and_tile() {
             (shape(40, 2, 64, 64), 64),
             (shape(150, 1, 16, 16), 32),
         ] {
+            if small() && (shape.k_dim > 80 || format == KvFormat::Kt4v2) {
+                continue;
+            }
             let t = tokens as usize;
             let cache = Cache::new(format, shape, tokens, &[3 * t + 5, t, 2 * t - 1, 1], 1);
             let scoring = Scoring::causal(shape.k_dim);
             let chunks = [(3 * t + 5, 1), (t, 1), (2 * t - 1, 2), (1, 1)];
             check(&cache, &scoring, &chunks, &[], "decode");
-            check(&cache, &scoring, &[(3 * t + 2, 2 * t), (t, 3)], &[], "prefill");
+            // Across the end of a tile, more rows than a job has.
+            check(&cache, &scoring, &[(2 * t + 9, 20), (t, 3)], &[], "prefill");
         }
     }
 }
@@ -371,6 +368,9 @@ fn latents() {
     for format in formats() {
         let cache = Cache::new(format, shape, 64, &[200], 2);
         check(&cache, &Scoring::causal(192), &[(200, 1)], &[], "latent decode");
+        if small() {
+            break;
+        }
         check(&cache, &Scoring::causal(192), &[(140, 5)], &[], "latent prefill");
     }
 }
@@ -392,7 +392,10 @@ fn every_scoring_rule_and_tiles_that_stay_raw() {
             (Scoring { scale: 0.0, ..base }, "no scale"),
         ] {
             check(&cache, &scoring, &[(700, 1), (40, 1)], &[], what);
-            check(&cache, &scoring, &[(690, 40), (33, 33)], &[], what);
+            check(&cache, &scoring, &[(650, 20), (33, 9)], &[], what);
+        }
+        if small() {
+            break;
         }
     }
     // Tiles whose records say that they are not sealed are read raw.
@@ -409,7 +412,7 @@ fn every_scoring_rule_and_tiles_that_stay_raw() {
         }
     }
     check(&cache, &Scoring::causal(64), &[(300, 1)], &[0, 5], "raw tiles");
-    check(&cache, &Scoring::causal(64), &[(290, 120)], &[0, 5], "raw tiles");
+    check(&cache, &Scoring::causal(64), &[(210, 70)], &[0, 5], "raw tiles");
     let q = queries(&cache, 9);
     let (.., bad) =
         call(&cache, &Scoring::causal(64), &q, &[(300, 1)], &[0], CpuLevel::Scalar, &Serial);
@@ -421,7 +424,7 @@ fn bits_depend_on_neither_chunks_nor_threads_nor_neighbours() {
     let shape = shape(4, 2, 64, 64);
     let mut rng = Rng::new(5);
     for format in formats() {
-        let (len, row) = (900, 4 * 64);
+        let (len, row) = (if small() { 200 } else { 700 }, 4 * 64);
         let cache = Cache::new(format, shape, 32, &[len, 64], 6);
         let q = queries(&cache, 7);
         for scoring in [Scoring::causal(64), Scoring { window: Some(77), ..Scoring::causal(64) }] {
@@ -451,6 +454,9 @@ fn bits_depend_on_neither_chunks_nor_threads_nor_neighbours() {
 
 #[test]
 fn long_contexts_are_split() {
+    if small() {
+        return;
+    }
     let cache = Cache::new(KvFormat::Kt4v4, shape(2, 1, 64, 64), 32, &[9000, 300], 8);
     check(&cache, &Scoring::causal(64), &[(9000, 1), (300, 2)], &[], "long");
 }
