@@ -51,6 +51,7 @@ mod header {
         ("prefix_step", "prefix: what a step wants of it, in one call"),
         ("retention", "prefix: what stays in an index, and what goes"),
         ("cache", "cache: the whole KV cache"),
+        ("cache_scales", "cache: the scales of fp8 and nvfp4"),
         ("seq", "seq: the sequences of a cache"),
         ("step", "step: one forward pass over a batch"),
         ("step_device", "step: for rows in the memory of the cache's device"),

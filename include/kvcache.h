@@ -1273,6 +1273,22 @@ kvc_status kvc_cache_audit(const kvc_cache *cache);
 kvc_status kvc_cache_stats(const kvc_cache *cache, kvc_cache_counts *out, uint64_t out_bytes);
 
 // ----------------------------------------------------------------------------------------------
+// cache: the scales of fp8 and nvfp4
+// ----------------------------------------------------------------------------------------------
+// Sets the scales by which the keys and values of a layer's heads are divided when they are stored
+// (fp8, nvfp4): `k[kv_heads]` and `v[kv_heads]`, positive and finite. Until then both are 1. `v` is
+// NULL for latents. Engines that calibrate take the largest magnitude over 448 (e4m3).
+// KVC_ERR_INVALID_STATE with a sequence alive or a block cached, which would be misread.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_set_scales(kvc_cache *cache,
+                                uint32_t group,
+                                uint32_t layer,
+                                const float *k,
+                                const float *v,
+                                uint32_t kv_heads);
+
+// ----------------------------------------------------------------------------------------------
 // seq: the sequences of a cache
 // ----------------------------------------------------------------------------------------------
 // A sequence of a cache. The id of a sequence that has ended is refused, not reused at once.

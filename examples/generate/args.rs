@@ -13,8 +13,9 @@ usage: cargo run --release --example generate -- [options]
   --max-tokens N       tokens to generate for each prompt (default 32)
   --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16; 64 for sealed
                        tiles, which take 32, 64 or 128)
-  --kv-format NAME     how K and V are stored: f32, f16, bf16 (the default), or sealed tiles: kt8v8,
-                       kt4v4, kt3v3, kt4v2, kt2v2; --dtype says the same
+  --kv-format NAME     how K and V are stored: f32, f16, bf16 (the default), fp8_e4m3, fp8_e5m2,
+                       int8_t, int4_t, nvfp4, or sealed tiles: kt8v8, kt4v4, kt3v3, kt4v2, kt2v2;
+                       --dtype is the same
   --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
                        cuda, emu the feature emulate; both want f16 or bf16)
   --threads N          threads (default: one a core)
@@ -59,7 +60,7 @@ impl Args {
                 "--batch" => args.batch = number(&flag, &value()?)?,
                 "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
-                "--dtype" | "--kv-format" => args.format = KvFormat::from_name(&value()?)?,
+                "--kv-format" | "--dtype" => args.format = KvFormat::from_name(&value()?)?,
                 "--device" => args.device = Device::from_name(&value()?)?,
                 "--threads" => args.threads = number(&flag, &value()?)?,
                 "--temperature" => args.temperature = number(&flag, &value()?)?,

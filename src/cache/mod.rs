@@ -19,6 +19,7 @@ mod lifecycle;
 mod on_device;
 mod outside;
 mod retention;
+mod scales;
 mod sequence;
 mod staging;
 mod stats;
@@ -231,7 +232,7 @@ impl KvCache {
                 }
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
+        let mut cache = Self {
             // Relaxed: only uniqueness matters.
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             spec: spec.clone(),
@@ -251,7 +252,9 @@ impl KvCache {
             canonical: Vec::new(),
             tails: Vec::new(),
             workspace: Vec::new(),
-        })
+        };
+        cache.name_storage();
+        Ok(cache)
     }
 
     /// The spec it was made from.

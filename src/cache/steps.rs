@@ -202,6 +202,8 @@ impl KvCache {
     /// `InvalidState` for a step that is not this cache's open one, `InvalidArgument` for a layer
     /// or a length that does not fit; `OutOfBlocks` where tiles stay raw and no staging block is
     /// free for them (the step can only be cancelled then); the device's own errors.
+    /// `InvalidArgument` too where a row of a token-by-token format is not finite or out of its
+    /// range: it is left out, and the step can only be cancelled or the row written again.
     pub fn append(
         &mut self,
         step: &Step,

@@ -119,6 +119,26 @@ impl Store {
         }
     }
 
+    /// Sets the scales that the rows of a layer's heads share.
+    pub fn set_scales(&mut self, layer: u32, k: &[f32], v: &[f32]) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.set_scales(layer, k, v),
+            Store::Tiles(_) => Err(Error::invalid("scales", "are the tiles' own in this format")),
+            Store::Device(_) => {
+                Err(Error::Unsupported { what: "scales of layers and heads on a device" })
+            }
+        }
+    }
+
+    /// The scales of all layers and heads, none while all are 1.
+    pub fn scales(&self) -> impl Iterator<Item = f32> + Clone {
+        let scales = match self {
+            Store::Cpu(store) => store.scales(),
+            Store::Tiles(_) | Store::Device(_) => [&[][..]; 2],
+        };
+        scales.into_iter().flatten().copied()
+    }
+
     /// The store on a device.
     ///
     /// # Errors

@@ -19,6 +19,8 @@ pub mod attend;
 #[cfg(feature = "std")]
 pub mod cache;
 #[cfg(feature = "std")]
+pub mod cache_scales;
+#[cfg(feature = "std")]
 pub mod device;
 #[cfg(feature = "std")]
 pub mod device_copy;
@@ -53,6 +55,8 @@ pub use append::*;
 pub use attend::*;
 #[cfg(feature = "std")]
 pub use cache::*;
+#[cfg(feature = "std")]
+pub use cache_scales::*;
 #[cfg(feature = "std")]
 pub use device::*;
 #[cfg(feature = "std")]

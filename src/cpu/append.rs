@@ -9,13 +9,14 @@ use half::slice::HalfFloatSliceExt;
 
 use super::Executor;
 use super::args::{KvView, RowsView, check_ptr};
+use super::kernels::Kernels;
+use super::level::CpuLevel;
 use super::rope::{MAX_ROPE_PAIRS, Rope};
 use super::scales::stride_bytes;
 use crate::attention::HeadShape;
 use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
 use crate::layout::{MAX_HEAD_DIM, Strides};
-use crate::quant::Stored;
 
 /// Rows that one unit of work writes.
 const UNIT_ROWS: u32 = 32;
@@ -61,14 +62,34 @@ unsafe impl Sync for AppendArgs<'_> {}
 /// be distinct, and nobody else may touch those slots during the call.
 pub unsafe fn append(args: &AppendArgs<'_>, executor: &dyn Executor) -> Result<()> {
     // SAFETY: the caller's promise.
+    unsafe { append_at(args, CpuLevel::chosen()?, executor) }
+}
+
+/// The same at a given level; what is written does not depend on it.
+///
+/// # Errors
+/// As for [`append`], and `Unsupported` for a level that this CPU lacks.
+///
+/// # Safety
+/// As for [`append`].
+pub unsafe fn append_at(
+    args: &AppendArgs<'_>,
+    level: CpuLevel,
+    executor: &dyn Executor,
+) -> Result<()> {
+    if !level.is_available() {
+        return Err(Error::Unsupported { what: "the CPU level" });
+    }
+    // SAFETY: the caller's promise.
     unsafe { args.check() }?;
+    let kernels = Kernels::of(level, args.kv.format);
     let units = args.rows.div_ceil(UNIT_ROWS);
     let refused = AtomicBool::new(false);
     executor.run(units as usize, &|_, unit| {
         let first = unit as u32 * UNIT_ROWS;
         for row in first..(first + UNIT_ROWS).min(args.rows) {
             // SAFETY: checked, and slots are distinct: no two units write the same memory.
-            if !unsafe { args.write_row(row) } {
+            if !unsafe { args.write_row(row, &kernels) } {
                 // Relaxed: the end of the run orders it before the load.
                 refused.store(true, Ordering::Relaxed);
             }
@@ -115,7 +136,7 @@ impl AppendArgs<'_> {
     ///
     /// # Safety
     /// As for [`append`], after the checks.
-    unsafe fn write_row(&self, row: u32) -> bool {
+    unsafe fn write_row(&self, row: u32, kernels: &Kernels) -> bool {
         // SAFETY: `row` is below `rows`; the checks hold every address to the caller's promise.
         unsafe {
             let slot = self.slots.add(row as usize).read();
@@ -128,9 +149,9 @@ impl AppendArgs<'_> {
             });
             let mut written = true;
             for head in 0..self.shape.kv_heads {
-                written &= self.write(Side::Keys, row, head, slot, turn);
+                written &= self.write(Side::Keys, row, head, slot, turn, kernels);
                 if !self.shape.v_in_k {
-                    written &= self.write(Side::Values, row, head, slot, None);
+                    written &= self.write(Side::Values, row, head, slot, None, kernels);
                 }
             }
             written
@@ -157,6 +178,7 @@ impl AppendArgs<'_> {
         head: u32,
         slot: i64,
         turn: Option<(&Rope, &[(f32, f32)])>,
+        kernels: &Kernels,
     ) -> bool {
         let kv = &self.kv;
         let (rows, base, strides, dim) = match side {
@@ -188,7 +210,7 @@ impl AppendArgs<'_> {
                 rope.rotate_head(wide, turn);
             }
             if quantised {
-                return self.encode(side, wide, to, slot, head);
+                return self.encode(side, wide, to, (slot, head), kernels);
             }
             match target {
                 DType::F32 => {
@@ -212,10 +234,10 @@ impl AppendArgs<'_> {
     unsafe fn encode(
         &self,
         side: Side,
-        wide: &[f32],
+        wide: &mut [f32],
         codes: *mut u8,
-        slot: i64,
-        head: u32,
+        (slot, head): (i64, u32),
+        kernels: &Kernels,
     ) -> bool {
         let (kv, view) = (&self.kv, &self.kv.scales);
         // SAFETY: the caller's promise; head scales were checked.
@@ -232,17 +254,15 @@ impl AppendArgs<'_> {
             }
         };
         let Ok(codec) = codec else { return false };
-        // SAFETY: the caller's promise.
-        let (codes, scales) = unsafe {
-            (
-                slice::from_raw_parts_mut(codes, codec.code_bytes()),
-                match codec.scale_bytes() {
-                    0 => &mut [],
-                    bytes => slice::from_raw_parts_mut(scales, bytes),
-                },
-            )
-        };
-        codec.encode(wide, codes, scales) == Ok(Stored::Encoded)
+        // SAFETY: the caller's promise; the level was checked.
+        unsafe {
+            let codes = slice::from_raw_parts_mut(codes, codec.code_bytes());
+            let scales = match codec.scale_bytes() {
+                0 => &mut [],
+                bytes => slice::from_raw_parts_mut(scales, bytes),
+            };
+            (kernels.encode)(&codec, wide, codes, scales)
+        }
     }
 }
 

@@ -155,11 +155,11 @@ pub(super) fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32
         .ok_or(Error::Overflow { what })
 }
 
-/// The attention kernels of this module read rows of floats.
+/// The kernels of this module read and write rows: of floats, and of codes stored token by token.
 pub(crate) fn check_format(format: KvFormat) -> Result<()> {
     match format.class() {
-        FormatClass::Float => Ok(()),
-        _ => Err(Error::Unsupported { what: "a quantised KV format by the CPU kernels" }),
+        FormatClass::Float | FormatClass::Token => Ok(()),
+        FormatClass::Tile => Err(Error::Unsupported { what: "sealed tiles by the CPU kernels" }),
     }
 }
 
@@ -204,9 +204,7 @@ impl KvView {
     /// # Safety
     /// Head scales that are not NULL or misaligned must be readable.
     pub(crate) unsafe fn check(&self, shape: &HeadShape) -> Result<()> {
-        if self.format.class() == FormatClass::Tile {
-            return Err(Error::Unsupported { what: "rows of sealed tiles by the CPU kernels" });
-        }
+        check_format(self.format)?;
         if self.block_tokens == 0 {
             return Err(Error::invalid("block_tokens", "must be at least 1"));
         }
@@ -300,7 +298,6 @@ impl AttendArgs<'_> {
     pub(crate) unsafe fn check(&self) -> Result<()> {
         self.shape.check()?;
         self.scoring.check(self.shape.q_heads)?;
-        check_format(self.kv.format)?;
         // SAFETY: the caller's promise.
         unsafe { self.kv.check(&self.shape) }?;
         check_ptr("q_indptr", self.q_indptr.cast(), 4)?;

@@ -15,7 +15,8 @@ pub enum CpuLevel {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and DQ (and what `Avx2` needs).
     Avx512,
-    /// `Avx512` and the dot products of AVX512_BF16 and AVX512_VNNI.
+    /// `Avx512` and the dot products of AVX512_BF16 and AVX512_VNNI (which every CPU with the first
+    /// has).
     Avx512Bf16,
     /// AArch64 with Advanced SIMD.
     Neon,

@@ -24,6 +24,7 @@ mod memory;
 mod name;
 mod plan;
 mod prefill;
+mod quant;
 mod rope;
 mod scalar;
 mod scales;
@@ -40,7 +41,7 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use append::{AppendArgs, append};
+pub use append::{AppendArgs, append, append_at};
 pub use args::{AttendArgs, BlockTables, KvView, RowsView};
 pub use attend::attend;
 pub use executor::{Executor, Serial};

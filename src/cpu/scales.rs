@@ -5,6 +5,7 @@
 //! lie beside both. Knows formats and strides, no kernels.
 
 use super::args::{KvView, check_ptr, check_span};
+use super::quant::Coding;
 use crate::attention::HeadShape;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
@@ -125,6 +126,29 @@ impl ScaleView {
     ) -> Result<RowCodec> {
         // SAFETY: the caller's promise.
         unsafe { scaled(RowCodec::value(format, shape.v_dim)?, self.v_heads, head) }
+    }
+}
+
+impl KvView {
+    /// What the codes of the heads from `head` on are.
+    pub(super) fn coding(&self, shape: &HeadShape, head: u32) -> Coding {
+        let at = |heads: *const f32| {
+            if heads.is_null() { heads } else { heads.wrapping_add(head as usize) }
+        };
+        let k_rotated = match self.format {
+            KvFormat::Int8T => self.scales.k_rotated,
+            format => format == KvFormat::Int4T,
+        };
+        let first = if shape.v_in_k { shape.v_dim } else { shape.k_dim };
+        Coding {
+            format: self.format,
+            k_first: first as usize,
+            k_rotated,
+            // Values that lie in keys are what keys are.
+            v_rotated: if shape.v_in_k { k_rotated } else { self.format == KvFormat::Int4T },
+            k_heads: at(self.scales.k_heads),
+            v_heads: at(self.scales.v_heads),
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use core::ptr;
 
 use super::args::{AttendArgs, BlockTables, KvView, RowsView};
 use super::memory::Memory;
+use super::scales::{check_scale, has_head_scales};
 use super::{AppendArgs, AttendMaxima, CpuLevel, Executor, Rope, attend_workspace_bytes};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::{Rows, RowsMut};
@@ -76,6 +77,8 @@ pub struct KvStore {
     blocks: u32,
     level: CpuLevel,
     memory: Memory,
+    /// `[layers][kv_heads]` scales of keys and of values; empty while all are 1.
+    scales: [Vec<f32>; 2],
 }
 
 impl KvStore {
@@ -90,7 +93,13 @@ impl KvStore {
             return Err(Error::invalid("blocks", "must fit in 31 bits"));
         }
         let memory = Memory::zeroed(layout.pool_bytes(u64::from(blocks))?)?;
-        Ok(Self { layout, blocks, level: CpuLevel::chosen()?, memory })
+        Ok(Self {
+            layout,
+            blocks,
+            level: CpuLevel::chosen()?,
+            memory,
+            scales: [const { Vec::new() }; 2],
+        })
     }
 
     /// Where things lie in a block.
@@ -109,7 +118,56 @@ impl KvStore {
     /// # Errors
     /// `InvalidArgument` for a layer that the layout does not have.
     pub fn view(&self, layer: u32) -> Result<KvView> {
-        KvView::native(&self.layout, self.memory.start(), self.blocks, layer)
+        let mut view = KvView::native(&self.layout, self.memory.start(), self.blocks, layer)?;
+        let first = layer as usize * self.layout.spec().kv_heads as usize;
+        let of = |scales: &Vec<f32>| scales.get(first).map_or(ptr::null(), ptr::from_ref);
+        [view.scales.k_heads, view.scales.v_heads] = [of(&self.scales[0]), of(&self.scales[1])];
+        Ok(view)
+    }
+
+    /// Sets the scales that the keys and the values of a layer's heads share: `[kv_heads]` each, none
+    /// for values that lie in keys. What is stored already is misread from then on.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another layer or number, a format that has no such scales, and a scale
+    /// that is not positive and finite; `OutOfMemory`. Nothing changes then.
+    pub fn set_scales(&mut self, layer: u32, k: &[f32], v: &[f32]) -> Result<()> {
+        let spec = self.layout.spec();
+        let heads = spec.kv_heads as usize;
+        if layer >= spec.layers {
+            return Err(Error::invalid("layer", "is not in the group"));
+        }
+        if !has_head_scales(spec.format) {
+            return Err(Error::invalid("scales", "only fp8 and nvfp4 have one a layer and head"));
+        }
+        let v_count = if spec.v_in_k { 0 } else { heads };
+        if k.len() != heads || v.len() != v_count {
+            return Err(Error::invalid(
+                "scales",
+                "must be one a KV head (none of latents' values)",
+            ));
+        }
+        k.iter().chain(v).try_for_each(|&scale| check_scale("scales", scale))?;
+        let count = spec.layers as usize * heads;
+        for (all, new) in self.scales.iter_mut().zip([k, v]) {
+            if all.is_empty() && !new.is_empty() {
+                let bytes = count as u64 * 4;
+                all.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { bytes })?;
+                all.resize(count, 1.0);
+            }
+        }
+        let first = layer as usize * heads;
+        for (all, new) in self.scales.iter_mut().zip([k, v]) {
+            if !new.is_empty() {
+                all[first..first + heads].copy_from_slice(new);
+            }
+        }
+        Ok(())
+    }
+
+    /// The scales of keys and of values, `[layers][kv_heads]`; empty while all are 1.
+    pub fn scales(&self) -> [&[f32]; 2] {
+        [&self.scales[0], &self.scales[1]]
     }
 
     /// Writes the rows of new tokens: row `i` goes to slot `slots[i]`
@@ -119,7 +177,8 @@ impl KvStore {
     ///
     /// # Errors
     /// `InvalidArgument` for lengths that do not fit together, `BadBlock` for a slot outside the
-    /// store. Nothing is written then.
+    /// store: nothing is written then. `InvalidArgument` too where a row of a quantised format is
+    /// not finite or out of range: it is left out, the others are written.
     pub fn append(
         &mut self,
         layer: u32,

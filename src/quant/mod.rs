@@ -68,7 +68,7 @@ pub(crate) fn f16_up(x: f32) -> Option<f16> {
 }
 
 /// The largest f16 that is not above `x`, finite, or `None`.
-fn f16_down(x: f32) -> Option<f16> {
+pub(crate) fn f16_down(x: f32) -> Option<f16> {
     if x < 0.0 {
         return f16_up(-x).map(|up| -up);
     }

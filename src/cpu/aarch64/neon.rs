@@ -2,6 +2,7 @@
 
 use core::arch::aarch64::*;
 
+use crate::cpu::quant::CodeVector;
 use crate::cpu::vector::Vector;
 use crate::cpu::words::Words;
 
@@ -258,6 +259,20 @@ unsafe impl Words for F32x4 {
     #[inline(always)]
     unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
         unsafe { vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vld1q_u8(pattern.as_ptr()))) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl CodeVector for F32x4 {
+    #[inline(always)]
+    unsafe fn swap<const HALF: usize>(self) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe {
+            match HALF {
+                1 => vrev64q_f32(self.0),
+                _ => vextq_f32::<2>(self.0, self.0),
+            }
+        })
     }
 }
 

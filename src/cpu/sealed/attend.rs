@@ -325,6 +325,11 @@ impl Call<'_> {
             k_token_bytes: view.k_strides.token as isize * bytes,
             v_block_bytes: v_strides.block as isize * bytes,
             v_token_bytes: v_strides.token as isize * bytes,
+            // Rows of floats have no scales.
+            k_scales: core::ptr::null(),
+            v_scales: core::ptr::null(),
+            k_scale_bytes: [0; 2],
+            v_scale_bytes: [0; 2],
             bad_block: None,
         };
         let job_heads = cell.heads.min(DECODE_ROWS as u32);
@@ -351,6 +356,9 @@ impl Call<'_> {
                     blocks,
                     k_head_bytes: 0,
                     v_head_bytes: 0,
+                    k_scale_head_bytes: 0,
+                    v_scale_head_bytes: 0,
+                    coding: view.coding(&args.shape, cell.kv_head),
                     kv_start: 0,
                     kv_end: (position + i64::from(count)).min(i64::from(tokens)) as u32,
                     coming: None,

@@ -7,7 +7,7 @@ use crate::cpu::words::Words;
 
 /// Eight f32 lanes.
 #[derive(Clone, Copy)]
-pub(crate) struct F32x8(__m256);
+pub(crate) struct F32x8(pub(super) __m256);
 
 /// A mask of the lanes below `n`.
 #[inline(always)]

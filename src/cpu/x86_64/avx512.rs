@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::vnni;
 use crate::cpu::decode;
 use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
@@ -373,7 +374,19 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
             }
         }
     }
+    /// [`vnni::decode`] with the level's instructions.
+    ///
+    /// # Safety
+    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"
+    )]
+    unsafe fn decode_integers(job: &Job<'_>) {
+        // SAFETY: the caller's promise; the features are enabled here.
+        unsafe { vnni::decode(job) }
+    }
     match format {
+        KvFormat::Int8T | KvFormat::Int4T => Kernels { decode: decode_integers, ..kernels(format) },
         KvFormat::Bf16 => Kernels { decode: decode_pairs, tile, ..kernels(format) },
         _ => kernels(format),
     }

@@ -2,6 +2,8 @@
 
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod codes;
+mod vnni;
 
 use core::arch::x86_64::*;
 
