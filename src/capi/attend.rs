@@ -3,21 +3,19 @@
 use core::ffi::{c_char, c_void};
 use core::sync::atomic::AtomicU32;
 
-#[cfg(feature = "std")]
-use super::pointer::address;
 use super::pointer::{self, Plain, Sized32, flag};
 use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
 use super::threads;
+use super::tile::{self, kvc_tile_view};
 use crate::attention::{HeadShape, Scoring, merge_states};
 use crate::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, ScaleView, attend,
     attend_workspace_bytes,
 };
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
-#[cfg(feature = "std")]
-use crate::kernels::{self, ScaleArgs};
+use crate::layout::Strides;
 
 /// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 /// attention alike.
@@ -126,6 +124,9 @@ pub struct kvc_attend_desc {
     pub workspace_bytes: u64,
     /// NULL for the defaults, or where the scales of quantised K and V lie.
     pub scales: *const kvc_scales,
+    /// The cache where the format is one of sealed tiles (KVC_FORMAT_KT*), in place of k and v,
+    /// which are ignored then; else NULL. Not for devices.
+    pub tiles: *const kvc_tile_view,
 }
 
 // SAFETY: integers, floats, pointers.
@@ -169,6 +170,11 @@ impl kvc_attend_desc {
             sinks: None,
             alibi: None,
         })
+    }
+
+    /// Whether K and V are sealed tiles.
+    fn is_tiled(&self) -> Result<bool> {
+        Ok(self.cache()?.class() == FormatClass::Tile)
     }
 
     pub(super) fn cache(&self) -> Result<KvFormat> {
@@ -225,8 +231,12 @@ impl kvc_attend_desc {
             shape,
             // SAFETY: the caller's promise.
             scoring: unsafe { self.scoring() }?,
-            // SAFETY: the caller's promise.
-            kv: unsafe { self.kv(&shape) }?,
+            kv: if self.is_tiled()? {
+                NO_KV
+            } else {
+                // SAFETY: the caller's promise.
+                unsafe { self.kv(&shape) }?
+            },
             tables: if self.table_indptr.is_null() {
                 BlockTables::Dense { table: self.table, stride: self.table_stride }
             } else {
@@ -241,52 +251,19 @@ impl kvc_attend_desc {
             bad_block,
         })
     }
-
-    /// The call with its pointers as device addresses.
-    ///
-    /// # Safety
-    /// `scales` must be as documented: a struct on the host.
-    #[cfg(feature = "std")]
-    pub(super) unsafe fn device_args(&self) -> Result<kernels::AttendArgs> {
-        let shape = self.shape()?;
-        // SAFETY: the caller's promise.
-        let kv = unsafe { self.kv(&shape) }?;
-        let scoring = self.scoring_values()?;
-        scoring.check(shape.q_heads)?;
-        let (q, out) = self.rows(&shape)?;
-        let strides = |rows: &RowsView| [rows.token_stride, rows.head_stride];
-        Ok(kernels::AttendArgs {
-            q: address(self.q),
-            q_dtype: q.dtype,
-            q_strides: strides(&q),
-            out: address(self.out),
-            out_dtype: out.dtype,
-            out_strides: strides(&out),
-            lse: address(self.lse),
-            k: address(self.k),
-            k_strides: kv.k_strides,
-            v: address(self.v),
-            v_strides: kv.v_strides,
-            scales: ScaleArgs::on_device(&kv.scales),
-            block_tokens: self.block_tokens,
-            num_blocks: self.num_blocks,
-            table: address(self.table),
-            table_stride: self.table_stride,
-            table_indptr: address(self.table_indptr),
-            seqs: self.seqs,
-            q_indptr: address(self.q_indptr),
-            kv_lens: address(self.kv_lens),
-            tail_mask: 0,
-            scale: scoring.scale,
-            causal: scoring.causal,
-            window: scoring.window,
-            softcap: scoring.softcap,
-            sinks: address(self.sinks),
-            slopes: address(self.alibi),
-            error_flag: address(self.bad_block),
-        })
-    }
 }
+
+/// What stands for K and V where they are sealed tiles.
+const NO_KV: KvView = KvView {
+    k: core::ptr::null_mut(),
+    v: core::ptr::null_mut(),
+    format: KvFormat::Bf16,
+    k_strides: Strides { block: 0, head: 0, token: 0 },
+    v_strides: Strides { block: 0, head: 0, token: 0 },
+    num_blocks: 0,
+    block_tokens: 1,
+    scales: ScaleView::NONE,
+};
 
 /// A per-head list, or none.
 ///
@@ -356,7 +333,11 @@ pub unsafe extern "C" fn kvc_attend_workspace_size(
             kv_len: max_kv_tokens,
             workers: threads::workers(desc.threads)?,
         };
-        out.write(attend_workspace_bytes(&desc.shape()?, &maxima)?);
+        out.write(if desc.is_tiled()? {
+            tile::workspace_bytes(&desc, &maxima)?
+        } else {
+            attend_workspace_bytes(&desc.shape()?, &maxima)?
+        });
         Ok(())
     })
 }
@@ -381,8 +362,15 @@ pub unsafe extern "C" fn kvc_attend(desc: *const kvc_attend_desc) -> kvc_status 
         // SAFETY: see above.
         let workspace = unsafe { pointer::slice_out(desc.workspace.cast(), bytes, "workspace") }?;
         let level = CpuLevel::chosen()?;
+        let tiled = desc.is_tiled()?;
         // SAFETY: see above.
-        threads::with(desc.threads, |threads| unsafe { attend(&args, level, threads, workspace) })
+        threads::with(desc.threads, |threads| unsafe {
+            if tiled {
+                tile::attend(&desc, &args, level, threads, workspace)
+            } else {
+                attend(&args, level, threads, workspace)
+            }
+        })
     })
 }
 

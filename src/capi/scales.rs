@@ -3,16 +3,12 @@
 
 use core::ffi::c_void;
 
-#[cfg(feature = "std")]
-use super::pointer::address;
 use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use crate::attention::HeadShape;
 use crate::cpu::{KvView, ScaleView};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
-#[cfg(feature = "std")]
-use crate::kernels::ScaleArgs;
 use crate::layout::Strides;
 
 /// Where the scales of quantised rows lie. All strides are in bytes.
@@ -194,20 +190,4 @@ fn side(
 pub unsafe extern "C" fn kvc_scales_init(scales: *mut kvc_scales, struct_size: u32) -> kvc_status {
     // SAFETY: the caller's promise.
     guard(|| unsafe { pointer::init(scales, struct_size) })
-}
-
-#[cfg(feature = "std")]
-impl ScaleArgs {
-    /// Scales whose pointers are device addresses.
-    pub(super) fn on_device(scales: &ScaleView) -> Self {
-        Self {
-            k: address(scales.k),
-            v: address(scales.v),
-            k_strides: scales.k_strides,
-            v_strides: scales.v_strides,
-            k_heads: address(scales.k_heads),
-            v_heads: address(scales.v_heads),
-            k_rotated: scales.k_rotated,
-        }
-    }
 }
