@@ -213,7 +213,9 @@ template <int HeadDim> KVC_DEVICE void seal(const kvc_seal_params &p) {
         half = max_f32(mul_rn(mul_rn(add_rn(high, -low), 0.5f), clip), shift);
     }
     const float wanted = div_rn(mul_rn(2.0f, half), n);
-    const uint32_t unit_bits = f16_up(div_rn(block_max(area.low, wanted), 255.0f));
+    // Which zero the largest of zeros is must not reach the bits.
+    const float widest = add_rn(block_max(area.low, wanted), 0.0f);
+    const uint32_t unit_bits = f16_up(div_rn(widest, 255.0f));
     const float unit = widen_f16(static_cast<uint16_t>(unit_bits));
     float units = unit == 0.0f ? 1.0f : ceil_f32(div_rn(wanted, unit));
     units = units < 1.0f ? 1.0f : units > 255.0f ? 255.0f : units;
