@@ -183,7 +183,8 @@ impl Keys {
             steps[at] = 2.0 * half / n;
             widest = widest.max(steps[at]);
         }
-        let unit = f16_up(widest / 255.0)?;
+        // Which zero the largest of zeros is must not reach the bits.
+        let unit = f16_up(widest / 255.0 + 0.0)?;
         self.units[part] = (unit, mid_unit);
         for at in channels {
             let (unit, mid_unit) = (unit.to_f32(), mid_unit.to_f32());
