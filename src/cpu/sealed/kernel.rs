@@ -6,22 +6,15 @@
 //! rotated are added up rotated.
 
 use super::args::RawBlock;
-use super::codes::{self, Ahead, channel_of, channels_to_lanes, rows_to_lanes, whole};
+use super::codes::{self, Ahead, channel_of, channels_to_lanes, rows_to_lanes};
+use super::dots::{CODE_MIDDLE, Rounded, latent_values, round_query, scores, values};
+use super::scratch::{Dims, GROUP, Scratch};
 use super::softmax::soften;
 use crate::cpu::job::States;
 use crate::cpu::vector::{One, prefetch};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, f16};
 use crate::layout::tile::TileLayout;
-use crate::quant::value_step;
-
-/// The most query rows of a job.
-pub(super) const JOB_ROWS: usize = 64;
-/// Rows that are worked on together.
-pub(super) const GROUP: usize = 4;
-/// The largest whole number that a query or probability of two bytes is rounded to: its high byte
-/// stays within 127.
-pub(super) const WIDE: f32 = 32639.0;
 
 /// One range of sealed tiles for some rows of one KV head. Row `r` is query token `r / heads` and
 /// query head `r % heads`.
@@ -63,121 +56,6 @@ pub(crate) struct SealedJob<'a> {
     pub bad: &'a core::sync::atomic::AtomicU32,
 }
 
-/// The parts of a job's scratch; f32s and words.
-#[derive(Clone, Copy)]
-pub(super) struct Scratch {
-    /// Packed keys and their third bits in lanes.
-    pub k: *mut u32,
-    pub k_plane: *mut u32,
-    /// Packed values and their third bits in lanes; `[token][v_dim]` f32 where values lie in keys.
-    pub v: *mut u32,
-    pub v_plane: *mut u32,
-    /// `[k_dim]` step and middle of each key channel.
-    pub step: *mut f32,
-    pub mid: *mut f32,
-    /// `[tokens]` scales of the values.
-    pub v_scale: *mut f32,
-    /// `[tokens]` 0, 1, 2, ...
-    pub count: *mut f32,
-    /// `[row][k_dim]` queries.
-    pub q: *mut f32,
-    /// `[row][v_dim]` weighted values, in the order of lanes.
-    pub o: *mut f32,
-    /// `[row]` largest score, sum of probabilities.
-    pub m: *mut f32,
-    pub l: *mut f32,
-    /// `[group row][high, low][channels]` queries as bytes.
-    pub q_bytes: *mut u32,
-    /// `[group row][tokens]` scores, then probabilities.
-    pub s: *mut f32,
-    /// `[group row][high, low][tokens]` probabilities as bytes.
-    pub p_bytes: *mut u32,
-    /// Bytes on their way into order.
-    pub buffer: *mut u8,
-}
-
-/// The dimensions of a job, as indices.
-#[derive(Clone, Copy)]
-pub(super) struct Dims {
-    pub k_dim: usize,
-    pub v_dim: usize,
-    pub tokens: usize,
-    pub k_bits: u32,
-    pub v_bits: u32,
-    pub v_in_k: bool,
-    /// Words of a stored key row, padding included, and of its third bits.
-    pub k_row: usize,
-    pub k_plane_row: usize,
-    /// Words of a value channel and of its third bits.
-    pub v_words: usize,
-    pub v_plane_words: usize,
-}
-
-impl Dims {
-    pub fn new(layout: &TileLayout) -> Self {
-        let shape = layout.shape();
-        let (tokens, v_dim) = (shape.tokens as usize, shape.v_dim as usize);
-        let words = |bytes: usize, rows: usize| bytes / rows / 4;
-        Self {
-            k_dim: shape.k_dim as usize,
-            v_dim,
-            tokens,
-            k_bits: layout.format().k_bits(),
-            v_bits: layout.format().v_bits(),
-            v_in_k: shape.v_in_k,
-            k_row: words(layout.k_codes.len(), tokens),
-            k_plane_row: words(layout.k_plane.len(), tokens),
-            v_words: words(layout.v_codes.len(), v_dim),
-            v_plane_words: words(layout.v_plane.len(), v_dim),
-        }
-    }
-
-    /// Words of a key row without padding.
-    fn k_words(&self) -> usize {
-        let bits = if self.k_bits == 3 { 2 } else { self.k_bits as usize };
-        self.k_dim * bits / 32
-    }
-}
-
-impl Scratch {
-    /// Cuts `base` up; the bytes that takes.
-    pub fn new(base: *mut u8, dims: &Dims) -> (Self, usize) {
-        let Dims { k_dim, v_dim, tokens, .. } = *dims;
-        let base = base.cast::<u32>();
-        let mut at = 0;
-        let mut next = |words: usize| {
-            let start = base.wrapping_add(at);
-            at += words.next_multiple_of(16);
-            start
-        };
-        let value_words = if dims.v_in_k { tokens * v_dim } else { dims.v_words * v_dim };
-        let scratch = Self {
-            k: next(tokens * whole(dims.k_words())),
-            k_plane: next(tokens * whole(dims.k_plane_row)),
-            v: next(value_words),
-            v_plane: next(dims.v_plane_words * v_dim),
-            step: next(k_dim).cast(),
-            mid: next(k_dim).cast(),
-            v_scale: next(tokens).cast(),
-            count: next(tokens).cast(),
-            q: next(JOB_ROWS * k_dim).cast(),
-            o: next(JOB_ROWS * v_dim).cast(),
-            m: next(JOB_ROWS).cast(),
-            l: next(JOB_ROWS).cast(),
-            q_bytes: next(GROUP * 2 * k_dim / 4),
-            s: next(GROUP * tokens).cast(),
-            p_bytes: next(GROUP * 2 * tokens / 4),
-            buffer: next(2 * k_dim.max(tokens) / 4).cast(),
-        };
-        (scratch, at * 4)
-    }
-}
-
-/// Bytes of scratch that a job needs.
-pub(super) fn scratch_bytes(layout: &TileLayout) -> usize {
-    Scratch::new(core::ptr::null_mut(), &Dims::new(layout)).1
-}
-
 /// Whether a record is sealed in the layout's format: one that is not says so in its header.
 ///
 /// # Safety
@@ -188,18 +66,6 @@ pub(super) unsafe fn is_sealed(layout: &TileLayout, record: *const u8) -> bool {
     // SAFETY: the caller's promise.
     let id = unsafe { record.add(at).cast::<[u8; 2]>().read() };
     u32::from(u16::from_le_bytes(id)) == layout.format().id()
-}
-
-/// What a row's rounding to whole numbers leaves to be undone.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Rounded {
-    /// What a whole number stands for.
-    pub unit: f32,
-    /// Sums of the high and of the low bytes.
-    pub high: f32,
-    pub low: f32,
-    /// Of a query: its dot product with the middles. Of probabilities: the factor of older sums.
-    pub more: f32,
 }
 
 /// The kernel.
@@ -420,7 +286,7 @@ unsafe fn latent_rows<V: Words, const BITS: u32>(
     s: &Scratch,
     record: *const u8,
 ) {
-    let half = V_HALF[BITS as usize];
+    let half = CODE_MIDDLE[BITS as usize];
     let (per_word, parts) = (4 * codes::parts(BITS), codes::parts(BITS));
     // SAFETY: the caller's promise.
     unsafe {
@@ -445,253 +311,6 @@ unsafe fn latent_rows<V: Words, const BITS: u32>(
                     let x = code.fma(step, V::load(s.mid.add(c + i)));
                     x.store(s.v.cast::<f32>().add(token * dims.v_dim + c + i));
                 }
-            }
-        }
-    }
-}
-
-/// The middle of the codes of each number of bits.
-const V_HALF: [f32; 9] = [0.0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 63.5, 127.5];
-
-/// Scales a query's channels to whole numbers, as bytes in the order of the codes.
-#[inline(always)]
-unsafe fn round_query<V: Words>(dims: &Dims, s: &Scratch, row: usize, r: usize) -> Rounded {
-    let wide = dims.k_bits == 8;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let q = s.q.add(row * dims.k_dim);
-        let (mut top, mut low) = (V::splat(0.0), V::splat(0.0));
-        let mut middle = V::splat(0.0);
-        for c in (0..dims.k_dim).step_by(V::LANES) {
-            let q = V::load(q.add(c));
-            let x = q.mul(V::load(s.step.add(c)));
-            (top, low) = (top.max(x), low.min(x));
-            middle = q.fma(V::load(s.mid.add(c)), middle);
-        }
-        let largest = top.top().max(V::splat(0.0).sub(low).top());
-        let limit = if wide { WIDE } else { 127.0 };
-        // Smaller ones mean nothing beside any other term.
-        let usable = largest > 1e-30 && largest < 1e30;
-        let factor = V::splat(if usable { limit / largest } else { 0.0 });
-        let (mut sum_high, mut sum_low) = (V::splat(0.0), V::splat(0.0));
-        let (high, low) = (s.buffer, s.buffer.add(dims.k_dim));
-        for c in (0..dims.k_dim).step_by(V::LANES) {
-            let x = V::load(q.add(c)).mul(V::load(s.step.add(c))).mul(factor).round();
-            let (h, l) = if wide { halves::<V>(x) } else { (x, V::splat(0.0)) };
-            sum_high = sum_high.add(h);
-            h.store_bytes(high.add(c));
-            if wide {
-                sum_low = sum_low.add(l);
-                l.store_bytes(low.add(c));
-            }
-        }
-        let to = s.q_bytes.add(r * 2 * dims.k_dim / 4).cast::<u8>();
-        order::<V>(dims.k_bits, high, dims.k_dim, to);
-        if wide {
-            order::<V>(dims.k_bits, low, dims.k_dim, to.add(dims.k_dim));
-        }
-        // What is past f32 shows as such.
-        let unit = if usable {
-            largest / limit
-        } else if largest <= 1e-30 {
-            0.0
-        } else {
-            f32::NAN
-        };
-        Rounded { unit, high: sum_high.sum(), low: sum_low.sum(), more: middle.sum() }
-    }
-}
-
-/// A whole number within [`WIDE`] as `256 * high + low`, both within a signed byte.
-#[inline(always)]
-pub(super) unsafe fn halves<V: Words>(x: V) -> (V, V) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let high = x.add(V::splat(0.5)).mul(V::splat(1.0 / 256.0)).round();
-        (high, x.sub(high.mul(V::splat(256.0))))
-    }
-}
-
-/// Brings bytes into the order of the codes.
-#[inline(always)]
-pub(super) unsafe fn order<V: Words>(bits: u32, from: *const u8, count: usize, to: *mut u8) {
-    let pattern = match bits {
-        8 => const { &codes::pattern(8) },
-        4 => const { &codes::pattern(4) },
-        _ => const { &codes::pattern(2) },
-    };
-    for at in (0..count).step_by(16) {
-        // SAFETY: the caller's promise.
-        unsafe { V::permute16(from.add(at), pattern, to.add(at)) }
-    }
-}
-
-/// Scores of `R` rows with all keys of the tile, scaled.
-#[inline(always)]
-unsafe fn scores<V: Words, D: ByteDot<V>, const BITS: u32, const R: usize>(
-    job: &SealedJob<'_>,
-    dims: &Dims,
-    s: &Scratch,
-    queries: &[Rounded; GROUP],
-) {
-    let wide = BITS == 8;
-    let (words, row_words) = (dims.k_words(), whole(dims.k_words()));
-    let (parts, q_words) = (codes::parts(BITS), 2 * dims.k_dim / 4);
-    let side = if V::MANY_REGISTERS { 2 } else { 1 };
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut t = 0;
-        while t < dims.tokens {
-            let zero = V::splat_word(0);
-            let (mut high, mut low) = ([[zero; R]; 2], [[zero; R]; 2]);
-            for w in 0..words {
-                let mut codes = [[zero; 4]; 2];
-                for i in 0..side {
-                    let at = (t + i * V::LANES) * row_words + w * V::LANES;
-                    let third = if BITS == 3 {
-                        let row = whole(dims.k_plane_row);
-                        V::load_words(s.k_plane.add((t + i * V::LANES) * row + w / 2 * V::LANES))
-                    } else {
-                        zero
-                    };
-                    codes[i] = codes::bytes::<V, BITS>(V::load_words(s.k.add(at)), third, w);
-                }
-                for part in 0..parts {
-                    for r in 0..R {
-                        let q = s.q_bytes.add(r * q_words + w * parts + part);
-                        let by = V::splat_word(q.read());
-                        for i in 0..side {
-                            high[i][r] = dot::<V, D, BITS>(high[i][r], codes[i][part], by);
-                        }
-                        if wide {
-                            let by = V::splat_word(q.add(dims.k_dim / 4).read());
-                            for i in 0..side {
-                                low[i][r] = dot::<V, D, BITS>(low[i][r], codes[i][part], by);
-                            }
-                        }
-                    }
-                }
-            }
-            for i in 0..side {
-                for r in 0..R {
-                    let query = &queries[r];
-                    let half = V_HALF[BITS as usize];
-                    let mut x = V::words_to_f32(high[i][r]).sub(V::splat(half * query.high));
-                    if wide {
-                        let low = V::words_to_f32(low[i][r]).sub(V::splat(half * query.low));
-                        x = x.fma(V::splat(256.0), low);
-                    }
-                    let unit = V::splat(query.unit * job.scale);
-                    let x = x.fma(unit, V::splat(query.more * job.scale));
-                    x.store(s.s.add(r * dims.tokens + t + i * V::LANES));
-                }
-            }
-            t += side * V::LANES;
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn dot<V: Words, D: ByteDot<V>, const BITS: u32>(
-    acc: V::Word,
-    codes: V::Word,
-    by: V::Word,
-) -> V::Word {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if BITS == 8 { D::dot::<false>(acc, codes, by) } else { D::dot::<true>(acc, codes, by) }
-    }
-}
-
-/// Adds the values of the tile, weighted by the probabilities of `R` rows, to their sums.
-#[inline(always)]
-unsafe fn values<V: Words, D: ByteDot<V>, const BITS: u32, const R: usize>(
-    dims: &Dims,
-    s: &Scratch,
-    first: usize,
-    weights: &[Rounded; GROUP],
-) {
-    let (words, parts, p_words) = (dims.v_words, codes::parts(BITS), 2 * dims.tokens / 4);
-    let side = if V::MANY_REGISTERS && (dims.v_dim / V::LANES).is_multiple_of(2) { 2 } else { 1 };
-    // 8-bit codes are signed: flipped in their highest bit they are 128 more, and unsigned.
-    let half = if BITS == 8 { 128.0 } else { V_HALF[BITS as usize] };
-    let step = if BITS == 8 { 1.0 } else { value_step(BITS) };
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut c = 0;
-        while c < dims.v_dim {
-            let zero = V::splat_word(0);
-            let (mut high, mut low) = ([[zero; R]; 2], [[zero; R]; 2]);
-            for w in 0..words {
-                let mut codes = [[zero; 4]; 2];
-                for i in 0..side {
-                    let at = (c + i * V::LANES) * words + w * V::LANES;
-                    let mut word = V::load_words(s.v.add(at));
-                    if BITS == 8 {
-                        word = V::xor_high_bits(word);
-                    }
-                    let third = if BITS == 3 {
-                        let words = dims.v_plane_words;
-                        V::load_words(s.v_plane.add((c + i * V::LANES) * words + w / 2 * V::LANES))
-                    } else {
-                        zero
-                    };
-                    codes[i] = codes::bytes::<V, BITS>(word, third, w);
-                }
-                for part in 0..parts {
-                    for r in 0..R {
-                        let p = s.p_bytes.add(r * p_words + w * parts + part);
-                        let by = V::splat_word(p.read());
-                        let by_low = V::splat_word(p.add(dims.tokens / 4).read());
-                        for i in 0..side {
-                            high[i][r] = dot::<V, D, BITS>(high[i][r], codes[i][part], by);
-                            low[i][r] = dot::<V, D, BITS>(low[i][r], codes[i][part], by_low);
-                        }
-                    }
-                }
-            }
-            for i in 0..side {
-                for r in 0..R {
-                    let p = &weights[r];
-                    let high = V::words_to_f32(high[i][r]).sub(V::splat(half * p.high));
-                    let low = V::words_to_f32(low[i][r]).sub(V::splat(half * p.low));
-                    let sum = high.fma(V::splat(256.0), low);
-                    let o = s.o.add((first + r) * dims.v_dim + c + i * V::LANES);
-                    let older = V::load(o).mul(V::splat(p.more));
-                    sum.fma(V::splat(p.unit * step), older).store(o);
-                }
-            }
-            c += side * V::LANES;
-        }
-    }
-}
-
-/// The same for values that lie in keys, from f32.
-#[inline(always)]
-unsafe fn latent_values<V: Words, const R: usize>(
-    dims: &Dims,
-    s: &Scratch,
-    first: usize,
-    weights: &[Rounded; GROUP],
-) {
-    let rows = s.v.cast::<f32>();
-    // SAFETY: the caller's promise.
-    unsafe {
-        for c in (0..dims.v_dim).step_by(V::LANES) {
-            let mut sums = [V::splat(0.0); R];
-            for r in 0..R {
-                let o = V::load(s.o.add((first + r) * dims.v_dim + c));
-                sums[r] = o.mul(V::splat(weights[r].more));
-            }
-            for t in 0..dims.tokens {
-                let x = V::load(rows.add(t * dims.v_dim + c));
-                for r in 0..R {
-                    let p = V::splat(s.s.add(r * dims.tokens + t).read());
-                    sums[r] = x.fma(p, sums[r]);
-                }
-            }
-            for r in 0..R {
-                sums[r].store(s.o.add((first + r) * dims.v_dim + c));
             }
         }
     }

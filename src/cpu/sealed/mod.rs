@@ -17,7 +17,9 @@
 //! |---|---|
 //! | `args.rs` | what callers hand over, checked |
 //! | `attend.rs`, `plan.rs` | a call: cut, run, fold what was split, the raw tiles |
-//! | `kernel.rs`, `softmax.rs` | one range of sealed tiles for some rows of one KV head |
+//! | `kernel.rs` | one range of sealed tiles for some rows of one KV head |
+//! | `dots.rs`, `softmax.rs` | its products; its probabilities |
+//! | `scratch.rs` | its private memory |
 //! | `codes.rs` | packed words to bytes; words to lanes |
 //! | `seal.rs` | raw rows to records |
 //! | `store.rs` | records, staging and scratch of one layer group, for the cache |
@@ -25,8 +27,10 @@
 mod args;
 mod attend;
 mod codes;
+mod dots;
 mod kernel;
 mod plan;
+mod scratch;
 mod seal;
 mod softmax;
 #[cfg(feature = "std")]

@@ -6,7 +6,7 @@
 
 use core::ops::Range;
 
-use super::kernel::{self, JOB_ROWS};
+use super::scratch::{self, JOB_ROWS};
 use crate::attention::HeadShape;
 use crate::cpu::decode;
 use crate::cpu::plan::AttendMaxima;
@@ -71,7 +71,7 @@ fn index_bytes(seqs: u32) -> usize {
 /// Scratch of the kernels, which do not run at the same time.
 fn kernel_bytes(shape: &HeadShape, layout: &TileLayout) -> usize {
     let raw = decode::scratch_bytes(shape.k_dim as usize, shape.v_dim as usize);
-    kernel::scratch_bytes(layout).max(raw).next_multiple_of(ALIGN)
+    scratch::scratch_bytes(layout).max(raw).next_multiple_of(ALIGN)
 }
 
 /// Scratch of one worker: that of the kernels, then a cell's totals and the part at hand.

@@ -281,7 +281,8 @@ unsafe fn plain_codes<V: Words>(
         }
         top.store(largest.as_mut_ptr());
         for i in 0..V::LANES {
-            scales[i] = quant::f16_up(largest[i] / 127.0)?;
+            // Not the sign of a zero that happened to be the largest.
+            scales[i] = quant::f16_up(largest[i] / 127.0 + 0.0)?;
             steps[i] = scales[i].to_f32();
         }
         let step = V::load(steps.as_ptr());

@@ -1,6 +1,8 @@
 //! The online softmax over one sealed tile, a row at a time, and the rounding of its probabilities.
 
-use super::kernel::{Dims, Rounded, Scratch, SealedJob, WIDE, halves, order};
+use super::dots::{Rounded, WIDE, halves, order};
+use super::kernel::SealedJob;
+use super::scratch::{Dims, Scratch};
 use crate::cpu::math::{exp, tanh};
 use crate::cpu::words::Words;
 

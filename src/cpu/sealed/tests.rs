@@ -97,7 +97,7 @@ fn records_have_the_bits_of_the_reference() {
 
 #[test]
 fn odd_rows_seal_as_in_the_reference_or_not_at_all() {
-    for format in formats() {
+    for format in formats().skip(if cfg!(miri) { 4 } else { 0 }) {
         let shape = TileShape { k_dim: 64, v_dim: 32, v_in_k: false, tokens: 32 };
         let layout = TileLayout::new(format, shape).unwrap();
         let k = rows(32, 64, |_| 1.0, 4);
@@ -119,7 +119,7 @@ fn odd_rows_seal_as_in_the_reference_or_not_at_all() {
             check(&layout, &vec![x; k.len()], &v, what);
             check(&layout, &k, &vec![x; v.len()], what);
             check(&layout, &vec![x; k.len()], &vec![x; v.len()], what);
-            for at in [0, 17, 31 * 32 + 31] {
+            for at in [0, 17, 31 * 32 + 31].into_iter().skip(if cfg!(miri) { 2 } else { 0 }) {
                 let (mut one_k, mut one_v) = (k.clone(), v.clone());
                 one_k[at] = x;
                 check(&layout, &one_k, &v, what);
