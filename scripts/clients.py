@@ -24,7 +24,8 @@ def ask(port, body, stream_until=None):
     """One request. With stream_until: reads so many events, then hangs up."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", "/generate", text, {"Content-Type": "application/json"})
+    connection.request("POST", "/generate", text,
+                       {"Content-Type": "application/json", "Connection": "close"})
     response = connection.getresponse()
     if response.getheader("Content-Type") != "text/event-stream":
         answer = response.status, json.loads(response.read())
@@ -53,7 +54,7 @@ def ask(port, body, stream_until=None):
 
 def get(port, path):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path)
+    connection.request("GET", path, headers={"Connection": "close"})
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()

@@ -120,6 +120,14 @@ pub fn compiler(cpp: bool) -> Option<Command> {
     })
 }
 
+/// Whether the compiler knows a standard; one from before it refuses its name.
+pub fn takes(cpp: bool, standard: &str) -> bool {
+    let Some(mut command) = compiler(cpp) else { return false };
+    command.args(["-fsyntax-only", "-x", if cpp { "c++" } else { "c" }]);
+    let output = command.arg(format!("-std={standard}")).arg("/dev/null").output();
+    output.is_ok_and(|output| output.status.success())
+}
+
 /// Builds `source` into `dir`. Returns the program's path, or `None` without a compiler.
 pub fn build(source: &Path, flavor: Flavor, dir: &Path) -> Option<PathBuf> {
     let cpp = source.extension().is_some_and(|e| e == "cpp");

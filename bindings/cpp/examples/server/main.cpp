@@ -114,7 +114,8 @@ class Server {
         // A thread a connection: they only wait for the engine.
         http_.new_task_queue = [] { return new httplib::ThreadPool(128); };
         http_.set_payload_max_length(1 << 20);
-        http_.set_keep_alive_timeout(1);
+        http_.set_keep_alive_timeout(10);
+        http_.set_read_timeout(30);
         http_.Post("/generate", [this](const httplib::Request &request, httplib::Response &response) {
             try {
                 generate(Ask(request.body), response);
