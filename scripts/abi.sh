@@ -64,3 +64,4 @@ sed 's/^void kvc_abi_0_1(void);$/void kvc_abi_0_1(void);\nvoid kvc_gone(void);/'
     >"$work/planted/kvcache.h"
 ! (compare planted) >"$work/planted.txt" 2>&1 || { echo "a missing function was not found"; exit 1; }
 grep -q 'kvc_gone' "$work/planted.txt"
+echo "a moved field and a missing function would be found"

@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use ffi_tests::{Flavor, HERE, NATIVE_STATIC_LIBS, build, compiler, libraries, run, sources_in, takes};
+use ffi_tests::{
+    Flavor, HERE, NATIVE_STATIC_LIBS, build, compiler, libraries, run, sources_in, takes,
+};
 
 fn repository() -> &'static Path {
     Path::new(HERE).parent().unwrap()
