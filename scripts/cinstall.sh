@@ -10,7 +10,8 @@ cargo cinstall --version >/dev/null 2>&1 ||
     cargo install cargo-c --version "$cargo_c" --locked --debug --root "$TOOLS"
 dest=$TARGET_DIR/cinstall
 rm -rf "$dest"
-cargo cinstall --release -p libkvcache --prefix /usr --libdir lib --destdir "$dest"
+# A folder of its own, or it would keep every other build waiting.
+cargo cinstall --release -p libkvcache --target-dir "$TARGET_DIR/cargo-c" --prefix /usr --libdir lib --destdir "$dest"
 
 for file in include/kvcache.h include/kvcache.hpp lib/libkvcache.a lib/pkgconfig/kvcache.pc \
     share/cmake/kvcache/kvcacheConfig.cmake share/cmake/kvcache/kvcacheConfigVersion.cmake; do

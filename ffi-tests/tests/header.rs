@@ -108,6 +108,19 @@ fn the_soname_is_that_of_the_abi() {
 }
 
 #[test]
+fn the_installed_version_is_that_of_the_package() {
+    let read = |name: &str| {
+        let path = repository().join("bindings/c/install").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let line = format!("set(PACKAGE_VERSION \"{}\")", env!("CARGO_PKG_VERSION"));
+    assert!(read("kvcacheConfigVersion.cmake").contains(&line), "{line}");
+    // The same system libraries as everywhere, in CMake's form.
+    let native = NATIVE_STATIC_LIBS.replace("-l", "").replace(' ', ";");
+    assert!(read("kvcacheConfig.cmake").contains(&format!("\"{native}\"")), "{native}");
+}
+
+#[test]
 fn the_documented_link_line_is_what_the_compiler_says() {
     let _alone = LIBRARIES.lock();
     let mut rustc = cargo("rustc");

@@ -4,7 +4,8 @@
 //   POST /generate  {"prompt": "..."} and optionally "max_tokens", "temperature", "seed", "stream",
 //                   "tenant" (a number: what may share cached prefixes) and "system" (false: without
 //                   the system prompt). Answers {"text", "tokens"}, or with "stream" one event
-//                   {"text", "token"} a token and a last one {"done", "text", "tokens"}.
+//                   {"text", "token"} a token and a last one {"done", "text", "tokens"}. A stream
+//                   whose client hangs up is ended, and what it held is free for others.
 //   GET /metrics    for Prometheus
 //   GET /health
 //
