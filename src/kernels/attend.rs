@@ -250,7 +250,8 @@ impl AttendPlan {
         DecodePlan::new(DecodeBounds {
             format: b.format,
             head_dim: b.shape.k_dim,
-            tile_tokens: 64,
+            // Sealed tiles have been refused.
+            tile_tokens: 0,
             q_heads: b.shape.q_heads,
             kv_heads: b.shape.kv_heads,
             q_len: b.q_len,
