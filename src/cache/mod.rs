@@ -56,8 +56,8 @@ pub struct CacheOptions {
     pub blocks: u32,
     /// Sequences that may live at once: 1 to 65,536.
     pub max_seqs: u32,
-    /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence, all that
-    /// they can need unless tiles stay raw.
+    /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence (and no
+    /// more than `blocks`), all that they can need unless tiles stay raw.
     pub staging_blocks: u32,
     /// Threads for kernels; 0 for one a core.
     pub threads: u32,
@@ -204,7 +204,8 @@ impl KvCache {
         };
         let threads = Threads::new(options.threads)?;
         let raw = match options.staging_blocks {
-            0 => options.max_seqs.saturating_mul(STAGING_BLOCKS as u32),
+            // Every raw tile has a block, too.
+            0 => options.max_seqs.saturating_mul(STAGING_BLOCKS as u32).min(options.blocks),
             given => given,
         };
         let staging = layouts

@@ -279,24 +279,7 @@ impl KvStore {
     /// # Errors
     /// `BadBlock`; `InvalidArgument` for more tokens than a block has.
     pub fn copy_tokens(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
-        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= self.blocks) {
-            return Err(Error::BadBlock { block: bad.0 });
-        }
-        if tokens > self.layout.block_tokens() {
-            return Err(Error::invalid("tokens", "must be at most block_tokens"));
-        }
-        let start = |id: BlockId| id.index() * self.layout.block_bytes() as usize;
-        let (from, to) = (start(src), start(dst));
-        for (offset, token_bytes) in self.layout.runs() {
-            let bytes = token_bytes as usize * tokens as usize;
-            // SAFETY: both blocks are in the memory, a run lies within a block, and `copy` allows
-            // them to be the same block.
-            unsafe {
-                let base = self.memory.start().add(offset as usize);
-                ptr::copy(base.add(from), base.add(to), bytes);
-            }
-        }
-        Ok(())
+        copy_rows(&mut self.memory, &self.layout, self.blocks, [src, dst], tokens)
     }
 
     fn shape(&self, q_heads: u32) -> HeadShape {
@@ -309,6 +292,37 @@ impl KvStore {
             v_in_k: spec.v_in_k,
         }
     }
+}
+
+/// Copies the first `tokens` tokens of a block, all layers, to another of the same `blocks`.
+///
+/// # Errors
+/// `BadBlock`; `InvalidArgument` for more tokens than a block has.
+pub(super) fn copy_rows(
+    memory: &mut Memory,
+    layout: &GroupLayout,
+    blocks: u32,
+    [src, dst]: [BlockId; 2],
+    tokens: u32,
+) -> Result<()> {
+    if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= blocks) {
+        return Err(Error::BadBlock { block: bad.0 });
+    }
+    if tokens > layout.block_tokens() {
+        return Err(Error::invalid("tokens", "must be at most block_tokens"));
+    }
+    let start = |id: BlockId| id.index() * layout.block_bytes() as usize;
+    let (from, to) = (start(src), start(dst));
+    for (offset, token_bytes) in layout.runs() {
+        let bytes = token_bytes as usize * tokens as usize;
+        // SAFETY: both blocks are in the memory, a run lies within a block, and `copy` allows
+        // them to be the same block.
+        unsafe {
+            let base = memory.start().add(offset as usize);
+            ptr::copy(base.add(from), base.add(to), bytes);
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::attention::{HeadShape, Scoring};
 use crate::cpu::memory::Memory;
-use crate::cpu::store::{AttendBatch, check_len, grow};
+use crate::cpu::store::{AttendBatch, check_len, copy_rows, grow};
 use crate::cpu::{
     AppendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RowsView, append,
 };
@@ -279,24 +279,7 @@ impl TileStore {
     /// # Errors
     /// `BadBlock`; `InvalidArgument` for more tokens than a tile has.
     pub fn copy_raw(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
-        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= self.staging_blocks) {
-            return Err(Error::BadBlock { block: bad.0 });
-        }
-        if tokens > self.raw.block_tokens() {
-            return Err(Error::invalid("tokens", "must be at most block_tokens"));
-        }
-        let start = |id: BlockId| id.index() * self.raw.block_bytes() as usize;
-        let (from, to) = (start(src), start(dst));
-        for (offset, token_bytes) in self.raw.runs() {
-            let bytes = token_bytes as usize * tokens as usize;
-            // SAFETY: both slots are in the memory, a run lies within a slot, and `copy` allows
-            // them to be the same.
-            unsafe {
-                let base = self.staging.start().add(offset as usize);
-                ptr::copy(base.add(from), base.add(to), bytes);
-            }
-        }
-        Ok(())
+        copy_rows(&mut self.staging, &self.raw, self.staging_blocks, [src, dst], tokens)
     }
 
     /// Keeps the rows of a scratch block, those of one layer, in a slot of the staging pool.
