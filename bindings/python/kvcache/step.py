@@ -15,10 +15,12 @@ from . import _structs, arrays
 from ._native import ffi, lib
 from .arrays import tokens as token_ids
 from .cache import Cache, Sequence
-from .errors import InvalidState, check
+from .errors import InvalidState, check, error
 from .rope import Rope
 
 _NULL = ffi.NULL
+# The hot calls, looked up once.
+_quick, _append, _attend = arrays.quick, lib.kvc_step_append, lib.kvc_step_attend
 
 
 class Scoring:
@@ -131,6 +133,18 @@ class Step:
         """
         cache = self._open()
         spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
+        rotation = _NULL if rope is None else rope._struct
+        if not spec.v_in_k:
+            n, heads, dim = self.rows, spec.kv_heads, spec.k_dim
+            one = _quick(k, (n, heads, dim), (n, heads * dim), False)
+            if one is not None:
+                dim = dim if spec.v_dim is None else spec.v_dim
+                two = _quick(v, (n, heads, dim), (n, heads * dim), False)
+                if two is not None and one[1] == two[1]:
+                    status = _append(cache._handle, self._handle, group, layer, one[0], two[0], one[1], rotation)
+                    if status:
+                        raise error(status)
+                    return
         stream = cache.stream
         key = arrays.rows(k, "k", False, stream)
         arrays.sized(key, "k", self.rows, spec.kv_heads, spec.k_dim)
@@ -148,7 +162,6 @@ class Step:
             from .device import joined
 
             call, after = lib.kvc_step_append_device, joined(cache)
-        rotation = _NULL if rope is None else rope._struct
         check(call(cache._handle, self._handle, group, layer, key.address, value, dtype, rotation))
         if after is not None:
             after()
@@ -163,6 +176,21 @@ class Step:
         """
         cache = self._open()
         spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
+        if lse is None and (scoring is None or not scoring._heads) and len(shape := q.shape if hasattr(q, "shape") else ()) >= 2:
+            n, dim = self.rows, spec.k_dim
+            heads = shape[1] if len(shape) == 3 else shape[1] // dim
+            one = _quick(q, (n, heads, dim), (n, heads * dim), False)
+            if one is not None:
+                dim = dim if spec.v_dim is None else spec.v_dim
+                two = _quick(out, (n, heads, dim), (n, heads * dim), True)
+                if two is not None:
+                    how = _NULL if scoring is None else scoring._struct
+                    status = _attend(
+                        cache._handle, self._handle, group, layer, heads, one[0], one[1], two[0], two[1], how, _NULL
+                    )
+                    if status:
+                        raise error(status)
+                    return
         stream = cache.stream
         query = arrays.rows(q, "q", False, stream)
         shape = query.shape
