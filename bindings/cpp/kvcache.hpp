@@ -823,7 +823,7 @@ class step : public detail::handle<kvc_step, kvc_step_destroy> {
     }
 
     // The calls below are on the same cache until commit() or cancel().
-    result<void> begin(const cache &on, span<const kvc_work> items) {
+    result<void> begin(cache &on, span<const kvc_work> items) {
         cache_ = on.get();
         return detail::done(
             kvc_step_begin(cache_, get(), items.data(), detail::count32(items.size())));
@@ -1010,7 +1010,7 @@ using events_counts = kvc_events_counts;
 class events : public detail::handle<kvc_events, kvc_events_destroy> {
   public:
     using handle::handle;
-    static result<events> create(const cache &of, const kvc_events_options &options) {
+    static result<events> create(cache &of, const kvc_events_options &options) {
         kvc_events *raw = nullptr;
         const auto code = kvc_events_create(of.get(), &options, &raw);
         return detail::answer(code, events(raw));
@@ -1018,7 +1018,7 @@ class events : public detail::handle<kvc_events, kvc_events_destroy> {
     // Calls `f(const event &)` from the publishing thread. `f` must outlive the events, and an
     // exception that leaves it ends the program.
     template <class F>
-    static result<events> create(const cache &of, kvc_events_options options, F &f) {
+    static result<events> create(cache &of, kvc_events_options options, F &f) {
         options.user = &f;
         options.callback = [](void *user, const kvc_event *said) noexcept {
             (*static_cast<F *>(user))(*said);

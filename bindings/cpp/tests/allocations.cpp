@@ -11,13 +11,15 @@
 
 static uint64_t allocations = 0;
 
-void *operator new(std::size_t bytes) {
+// Not inlined, or the compiler sees malloc and free through them and warns of a mismatch.
+#define OUT_OF_LINE __attribute__((noinline))
+OUT_OF_LINE void *operator new(std::size_t bytes) {
     allocations += 1;
     if (void *memory = std::malloc(bytes)) return memory;
     std::abort();
 }
-void operator delete(void *memory) noexcept { std::free(memory); }
-void operator delete(void *memory, std::size_t) noexcept { std::free(memory); }
+OUT_OF_LINE void operator delete(void *memory) noexcept { std::free(memory); }
+OUT_OF_LINE void operator delete(void *memory, std::size_t) noexcept { std::free(memory); }
 
 int main() {
     kvcache::group_spec group;
@@ -29,7 +31,7 @@ int main() {
     kvcache::cache cache = kvcache::cache::create(group, options).value();
     kvcache::step step = kvcache::step::create().value();
     kvcache::pool pool = kvcache::pool::create(8).value();
-    kvcache::prefix prefix = kvcache::prefix::create(16, 1, 8).value();
+    kvcache::prefix prefix = kvcache::prefix::create(16, 1, 16).value();
     std::array<uint32_t, 32> tokens{};
     std::array<float, 256> kv{}, out{};
     std::array<int32_t, 2> blocks{};
