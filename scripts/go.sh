@@ -56,3 +56,17 @@ kill -TERM "$server"
 wait "$server"
 trap - EXIT
 echo "server: ended cleanly"
+
+# README.md's program by README.md's commands, in a folder with this one's names and another home.
+work=$TARGET_DIR/go-readme
+rm -rf "$work"
+mkdir -p "$work/hello" "$work/home"
+ln -s "$ROOT/scripts" "$work/scripts"
+mkdir "$work/bindings" && ln -s "$ROOT/bindings/go" "$work/bindings/go"
+printf 'module hello\n\ngo 1.25\n' >"$work/hello/go.mod"
+python3 "$ROOT/scripts/readme.py" '## From Go' go >"$work/hello/main.go"
+python3 "$ROOT/scripts/readme.py" '## From Go' sh >"$work/commands"
+export CARGO_HOME=${CARGO_HOME:-$HOME/.cargo} RUSTUP_HOME=${RUSTUP_HOME:-$HOME/.rustup}
+unset PKG_CONFIG_PATH LD_LIBRARY_PATH
+said=$(cd "$work" && HOME=$work/home bash -e commands | tee /dev/stderr | tail -n 1)
+[ "$said" = '0 tokens cached, 4 held' ]
