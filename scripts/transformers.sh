@@ -22,4 +22,4 @@ echo "torch and transformers: $((SECONDS - start)) s"
 
 # README.md's program, as it stands there.
 python3 scripts/readme.py '## From Python' python 1 >"$env/hello.py"
-"$env/bin/python" "$env/hello.py" | tee /dev/stderr | grep -qx '48 tokens found'
+"$env/bin/python" "$env/hello.py" | tee /dev/stderr | grep -qx '59 tokens found'

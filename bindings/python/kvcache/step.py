@@ -90,6 +90,8 @@ class Step:
         self._end = weakref.finalize(self, lib.kvc_step_destroy, out[0])
         self.cache: Cache | None = None
         self.rows = 0
+        # By group: the shapes of keys and values, heads and channels apart and together.
+        self._shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def close(self) -> None:
         """Ends the step, cancelling it where it is open. Again does nothing."""
@@ -103,6 +105,7 @@ class Step:
             work = Work(work)
         check(lib.kvc_step_begin(cache._handle, self._handle, work._work, work._count))
         self.cache, self.rows = cache, work._rows
+        self._shapes.clear()
         return self
 
     def __enter__(self) -> Step:
@@ -116,6 +119,18 @@ class Step:
         if self.cache is None:
             raise InvalidState("the step is not open")
         return self.cache
+
+    def _shape(self, group: int) -> tuple[tuple[int, ...], ...]:
+        groups, n = self._open().groups, self.rows
+        if not 0 <= group < len(groups):
+            raise ValueError(f"group {group} is not one of the cache's")
+        spec = groups[group]
+        heads, k = spec.kv_heads, spec.k_dim
+        v = k if spec.v_dim is None else spec.v_dim
+        shapes = ((n, heads, k), (n, heads * k), (n, heads, v), (n, heads * v))
+        # Where values lie in keys there are none to look at: the slow path knows.
+        self._shapes[group] = shapes if not spec.v_in_k else (shapes[0], shapes[1], (-1,), (-1,))
+        return self._shapes[group]
 
     def positions(self) -> list[int]:
         """The position of each row in its sequence."""
@@ -131,20 +146,18 @@ class Step:
         and channels in one dimension or two; `v` is None where values lie in keys. With `rope` keys
         are rotated to their positions on the way. On a GPU the cache's stream waits for torch's.
         """
-        cache = self._open()
-        spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
+        cache = self.cache or self._open()
+        shapes = self._shapes.get(group) or self._shape(group)
         rotation = _NULL if rope is None else rope._struct
-        if not spec.v_in_k:
-            n, heads, dim = self.rows, spec.kv_heads, spec.k_dim
-            one = _quick(k, (n, heads, dim), (n, heads * dim), False)
-            if one is not None:
-                dim = dim if spec.v_dim is None else spec.v_dim
-                two = _quick(v, (n, heads, dim), (n, heads * dim), False)
-                if two is not None and one[1] == two[1]:
-                    status = _append(cache._handle, self._handle, group, layer, one[0], two[0], one[1], rotation)
-                    if status:
-                        raise error(status)
-                    return
+        one = _quick(k, shapes[0], shapes[1], False)
+        if one is not None and v is not None:
+            two = _quick(v, shapes[2], shapes[3], False)
+            if two is not None and one[1] == two[1]:
+                status = _append(cache._handle, self._handle, group, layer, one[0], two[0], one[1], rotation)
+                if status:
+                    raise error(status)
+                return
+        spec = cache.groups[group]
         stream = cache.stream
         key = arrays.rows(k, "k", False, stream)
         arrays.sized(key, "k", self.rows, spec.kv_heads, spec.k_dim)
@@ -174,11 +187,14 @@ class Step:
         `q` is `[rows, q_heads, k_dim]`, `out` is `[rows, q_heads, v_dim]` and written, `lse` takes
         `[rows, q_heads]` natural logarithms of the softmax denominators in f32.
         """
-        cache = self._open()
-        spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
-        if lse is None and (scoring is None or not scoring._heads) and len(shape := q.shape if hasattr(q, "shape") else ()) >= 2:
+        cache = self.cache or self._open()
+        if group not in self._shapes:
+            self._shape(group)
+        spec = cache.groups[group]
+        if lse is None and (scoring is None or not scoring._heads):
+            shape = getattr(q, "shape", ())
             n, dim = self.rows, spec.k_dim
-            heads = shape[1] if len(shape) == 3 else shape[1] // dim
+            heads = shape[1] if len(shape) == 3 else shape[1] // dim if len(shape) == 2 else 0
             one = _quick(q, (n, heads, dim), (n, heads * dim), False)
             if one is not None:
                 dim = dim if spec.v_dim is None else spec.v_dim
@@ -245,10 +261,6 @@ class Step:
         """Closes the step without its tokens: the sequences are as before."""
         check(lib.kvc_step_cancel(self._open()._handle, self._handle))
         self.cache = None
-
-
-def _bad_group(group: int) -> Any:
-    raise ValueError(f"group {group} is not one of the cache's")
 
 
 def _row(dtype: Any, name: str) -> int:
