@@ -192,7 +192,7 @@ class Step:
             self._shape(group)
         spec = cache.groups[group]
         if lse is None and (scoring is None or not scoring._heads):
-            shape = getattr(q, "shape", ())
+            shape: Any = getattr(q, "shape", ())
             n, dim = self.rows, spec.k_dim
             heads = shape[1] if len(shape) == 3 else shape[1] // dim if len(shape) == 2 else 0
             one = _quick(q, (n, heads, dim), (n, heads * dim), False)
