@@ -55,6 +55,7 @@ class Batch:
 
     def __init__(self, seqs: list[Sequence]) -> None:
         self.seqs = list(seqs)
+        self._cache = _one_cache(self.seqs)
         self._tokens = ffi.new("uint32_t[]", max(len(seqs), 1))
         self._work = ffi.new("kvc_work[]", max(len(seqs), 1))
         for i, seq in enumerate(self.seqs):
@@ -69,6 +70,7 @@ class Work:
 
     def __init__(self, pairs: Any) -> None:
         pairs = list(pairs)
+        self._cache = _one_cache([seq for seq, _ in pairs])
         self._work = ffi.new("kvc_work[]", max(len(pairs), 1))
         self._keep = []
         self._rows = 0
@@ -103,6 +105,8 @@ class Step:
         (sequence, tokens) or a `Batch`, all or nothing; `OutOfBlocks` says how many were missing."""
         if not isinstance(work, (Batch, Work)):
             work = Work(work)
+        if work._cache is not cache and work._count:
+            raise ValueError("the sequences are of another cache")
         check(lib.kvc_step_begin(cache._handle, self._handle, work._work, work._count))
         self.cache, self.rows = cache, work._rows
         self._shapes.clear()
@@ -261,6 +265,14 @@ class Step:
         """Closes the step without its tokens: the sequences are as before."""
         check(lib.kvc_step_cancel(self._open()._handle, self._handle))
         self.cache = None
+
+
+def _one_cache(seqs: list[Sequence]) -> Cache | None:
+    """The cache that all sequences are of: an id means something in its own alone."""
+    cache = seqs[0].cache if seqs else None
+    if any(seq.cache is not cache for seq in seqs):
+        raise ValueError("the sequences are of several caches")
+    return cache
 
 
 def _row(dtype: Any, name: str) -> int:
