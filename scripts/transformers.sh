@@ -19,3 +19,7 @@ echo "torch and transformers: $((SECONDS - start)) s"
 "$uv" pip install --quiet --python "$env/bin/python" --reinstall-package kvcache "$wheel"
 "$env/bin/python" -m pytest -q -rs -p no:cacheprovider -W ignore::FutureWarning \
     bindings/python/tests/test_transformers.py bindings/python/tests/test_arrays.py
+
+# README.md's program, as it stands there.
+python3 scripts/readme.py '## From Python' python 1 >"$env/hello.py"
+"$env/bin/python" "$env/hello.py" | tee /dev/stderr | grep -qx '59 tokens found'

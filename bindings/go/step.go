@@ -48,6 +48,7 @@ type Batch struct {
 	// Tokens are the sampled tokens, one a sequence: write them before each step.
 	Tokens  []uint32
 	work    []C.kvc_work
+	cache   *Cache
 	cleanup runtime.Cleanup
 }
 
@@ -57,13 +58,18 @@ func NewBatch(seqs []Seq) (*Batch, error) {
 	if n == 0 {
 		return nil, invalid("a batch has at least one sequence")
 	}
+	for _, seq := range seqs {
+		if seq.cache != seqs[0].cache {
+			return nil, invalid("a batch has sequences of several caches")
+		}
+	}
 	size := unsafe.Sizeof(C.kvc_work{})
 	// The tokens lie after the work.
 	memory := C.calloc(C.size_t(n), C.size_t(size+4))
 	if memory == nil {
 		return nil, &Error{Code: ErrOutOfMemory.Code, Detail: "no memory for a batch"}
 	}
-	b := &Batch{work: unsafe.Slice((*C.kvc_work)(memory), n)}
+	b := &Batch{cache: seqs[0].cache, work: unsafe.Slice((*C.kvc_work)(memory), n)}
 	b.Tokens = unsafe.Slice((*uint32)(unsafe.Add(memory, uintptr(n)*size)), n)
 	for i, seq := range seqs {
 		b.work[i] = C.kvc_work{seq: C.kvc_seq(seq.ID), token_count: 1, tokens: (*C.uint32_t)(&b.Tokens[i])}
@@ -125,6 +131,11 @@ func (s *Step) Begin(c *Cache, work []Work) error {
 	}
 	list, rows := s.work[:len(work)], 0
 	for i := range work {
+		// An id means something in its own cache alone.
+		if work[i].Seq.cache != c {
+			s.pins.Unpin()
+			return invalid("work %d is of another cache", i)
+		}
 		w := &work[i]
 		p := at(w.Tokens)
 		if p != nil {
@@ -141,6 +152,9 @@ func (s *Step) Begin(c *Cache, work []Work) error {
 
 // BeginBatch opens the step with a batch's sequences and tokens.
 func (s *Step) BeginBatch(c *Cache, b *Batch) error {
+	if b.cache != c {
+		return invalid("the batch is of another cache")
+	}
 	err := s.begin(c, b.work, len(b.work))
 	runtime.KeepAlive(b)
 	return err

@@ -71,6 +71,52 @@ def rows(x: Any, name: str, writable: bool = False, stream: int | None = None) -
     return found
 
 
+def quick(x: Any, shape: tuple[int, ...], flat: tuple[int, ...], writable: bool) -> tuple[Any, Any] | None:
+    """Address and element type of rows on the CPU, of either shape, where a glance is enough; where it
+    is not, None, and `rows` finds out what the matter is. A step makes a few of these for each layer."""
+    kind = type(x)
+    if kind is _quick.numpy:
+        if x.shape == shape or x.shape == flat:
+            dtype = _FLOATS.get(x.dtype.char)
+            if dtype is not None:
+                try:
+                    return _from_buffer(_BYTES, x, writable), dtype
+                except (ValueError, BufferError):
+                    return None
+    elif kind is _quick.torch:
+        size = x.shape
+        if (size == shape or size == flat) and x.is_cpu and not x.requires_grad and not x.is_neg():
+            dtype = _torch_dtypes.get(x.dtype)
+            if dtype.__class__ is int and x.layout is _quick.strided and x.is_contiguous():
+                return _cast(_VOID, x.data_ptr()), dtype
+    elif _quick.numpy is None or _quick.torch is None:
+        _quick.look()
+    return None
+
+
+_FLOATS = {"f": F32, "e": F16}
+_from_buffer, _cast, _BYTES = ffi.from_buffer, ffi.cast, kind("char[]")
+
+
+class _Quick:
+    """The two types whose arrays are known at a glance, once their libraries are loaded."""
+
+    __slots__ = ("numpy", "torch", "strided")
+
+    def __init__(self) -> None:
+        self.numpy = self.torch = self.strided = None
+
+    def look(self) -> None:
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        self.numpy = getattr(numpy, "ndarray", None)
+        if torch is not None and hasattr(torch, "Tensor"):
+            _know(torch)
+            self.torch, self.strided = torch.Tensor, torch.strided
+
+
+_quick = _Quick()
+
+
 def floats(x: Any, name: str) -> Any:
     """A contiguous float32 array on the CPU, or a list of numbers, as a `float *`; None as NULL."""
     if x is None:
@@ -177,12 +223,16 @@ def _is_torch(x: Any) -> bool:
 _torch_dtypes: dict[Any, Any] = {}
 
 
-def _torch(x: Any, name: str, torch: Any) -> Array:
+def _know(torch: Any) -> None:
     if not _torch_dtypes:
         _torch_dtypes.update({torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16})
         _torch_dtypes.update({torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"})
         if hasattr(torch, "uint32"):
             _torch_dtypes[torch.uint32] = "u32"
+
+
+def _torch(x: Any, name: str, torch: Any) -> Array:
+    _know(torch)
     dtype = _torch_dtypes.get(x.dtype)
     if dtype is None:
         raise TypeError(f"{name} has elements of type {x.dtype}, which the library does not know")

@@ -15,10 +15,12 @@ from . import _structs, arrays
 from ._native import ffi, lib
 from .arrays import tokens as token_ids
 from .cache import Cache, Sequence
-from .errors import InvalidState, check
+from .errors import InvalidState, check, error
 from .rope import Rope
 
 _NULL = ffi.NULL
+# The hot calls, looked up once.
+_quick, _append, _attend = arrays.quick, lib.kvc_step_append, lib.kvc_step_attend
 
 
 class Scoring:
@@ -53,6 +55,7 @@ class Batch:
 
     def __init__(self, seqs: list[Sequence]) -> None:
         self.seqs = list(seqs)
+        self._cache = _one_cache(self.seqs)
         self._tokens = ffi.new("uint32_t[]", max(len(seqs), 1))
         self._work = ffi.new("kvc_work[]", max(len(seqs), 1))
         for i, seq in enumerate(self.seqs):
@@ -67,6 +70,7 @@ class Work:
 
     def __init__(self, pairs: Any) -> None:
         pairs = list(pairs)
+        self._cache = _one_cache([seq for seq, _ in pairs])
         self._work = ffi.new("kvc_work[]", max(len(pairs), 1))
         self._keep = []
         self._rows = 0
@@ -88,6 +92,8 @@ class Step:
         self._end = weakref.finalize(self, lib.kvc_step_destroy, out[0])
         self.cache: Cache | None = None
         self.rows = 0
+        # By group: the shapes of keys and values, heads and channels apart and together.
+        self._shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def close(self) -> None:
         """Ends the step, cancelling it where it is open. Again does nothing."""
@@ -99,8 +105,11 @@ class Step:
         (sequence, tokens) or a `Batch`, all or nothing; `OutOfBlocks` says how many were missing."""
         if not isinstance(work, (Batch, Work)):
             work = Work(work)
+        if work._cache is not cache and work._count:
+            raise ValueError("the sequences are of another cache")
         check(lib.kvc_step_begin(cache._handle, self._handle, work._work, work._count))
         self.cache, self.rows = cache, work._rows
+        self._shapes.clear()
         return self
 
     def __enter__(self) -> Step:
@@ -114,6 +123,18 @@ class Step:
         if self.cache is None:
             raise InvalidState("the step is not open")
         return self.cache
+
+    def _shape(self, group: int) -> tuple[tuple[int, ...], ...]:
+        groups, n = self._open().groups, self.rows
+        if not 0 <= group < len(groups):
+            raise ValueError(f"group {group} is not one of the cache's")
+        spec = groups[group]
+        heads, k = spec.kv_heads, spec.k_dim
+        v = k if spec.v_dim is None else spec.v_dim
+        shapes = ((n, heads, k), (n, heads * k), (n, heads, v), (n, heads * v))
+        # Where values lie in keys there are none to look at: the slow path knows.
+        self._shapes[group] = shapes if not spec.v_in_k else (shapes[0], shapes[1], (-1,), (-1,))
+        return self._shapes[group]
 
     def positions(self) -> list[int]:
         """The position of each row in its sequence."""
@@ -129,8 +150,18 @@ class Step:
         and channels in one dimension or two; `v` is None where values lie in keys. With `rope` keys
         are rotated to their positions on the way. On a GPU the cache's stream waits for torch's.
         """
-        cache = self._open()
-        spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
+        cache = self.cache or self._open()
+        shapes = self._shapes.get(group) or self._shape(group)
+        rotation = _NULL if rope is None else rope._struct
+        one = _quick(k, shapes[0], shapes[1], False)
+        if one is not None and v is not None:
+            two = _quick(v, shapes[2], shapes[3], False)
+            if two is not None and one[1] == two[1]:
+                status = _append(cache._handle, self._handle, group, layer, one[0], two[0], one[1], rotation)
+                if status:
+                    raise error(status)
+                return
+        spec = cache.groups[group]
         stream = cache.stream
         key = arrays.rows(k, "k", False, stream)
         arrays.sized(key, "k", self.rows, spec.kv_heads, spec.k_dim)
@@ -148,7 +179,6 @@ class Step:
             from .device import joined
 
             call, after = lib.kvc_step_append_device, joined(cache)
-        rotation = _NULL if rope is None else rope._struct
         check(call(cache._handle, self._handle, group, layer, key.address, value, dtype, rotation))
         if after is not None:
             after()
@@ -161,8 +191,26 @@ class Step:
         `q` is `[rows, q_heads, k_dim]`, `out` is `[rows, q_heads, v_dim]` and written, `lse` takes
         `[rows, q_heads]` natural logarithms of the softmax denominators in f32.
         """
-        cache = self._open()
-        spec = cache.groups[group] if 0 <= group < len(cache.groups) else _bad_group(group)
+        cache = self.cache or self._open()
+        if group not in self._shapes:
+            self._shape(group)
+        spec = cache.groups[group]
+        if lse is None and (scoring is None or not scoring._heads):
+            shape: Any = getattr(q, "shape", ())
+            n, dim = self.rows, spec.k_dim
+            heads = shape[1] if len(shape) == 3 else shape[1] // dim if len(shape) == 2 else 0
+            one = _quick(q, (n, heads, dim), (n, heads * dim), False)
+            if one is not None:
+                dim = dim if spec.v_dim is None else spec.v_dim
+                two = _quick(out, (n, heads, dim), (n, heads * dim), True)
+                if two is not None:
+                    how = _NULL if scoring is None else scoring._struct
+                    status = _attend(
+                        cache._handle, self._handle, group, layer, heads, one[0], one[1], two[0], two[1], how, _NULL
+                    )
+                    if status:
+                        raise error(status)
+                    return
         stream = cache.stream
         query = arrays.rows(q, "q", False, stream)
         shape = query.shape
@@ -219,8 +267,12 @@ class Step:
         self.cache = None
 
 
-def _bad_group(group: int) -> Any:
-    raise ValueError(f"group {group} is not one of the cache's")
+def _one_cache(seqs: list[Sequence]) -> Cache | None:
+    """The cache that all sequences are of: an id means something in its own alone."""
+    cache = seqs[0].cache if seqs else None
+    if any(seq.cache is not cache for seq in seqs):
+        raise ValueError("the sequences are of several caches")
+    return cache
 
 
 def _row(dtype: Any, name: str) -> int:

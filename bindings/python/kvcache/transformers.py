@@ -8,7 +8,8 @@ on the model, and makes the storage that all calls share. A `PagedCache` is what
 (or of the model) hands through as its cache. Around the model's forward pass the batch is packed: the
 tokens that are new, of all sequences one after the other, without padding (left, right or anywhere)
 and without what the prefix index has already. So positions, attention and logits are those of each
-sequence alone. Prompts that are alike are computed once and forked.
+sequence alone. Prompts that are alike are computed once and forked. What is skipped has no logits: a
+call that wants those of all columns (`logits_to_keep` 0, which `generate` does not ask for) computes all.
 
 Works with decoder models whose attention goes through the interface with keys rotated before the
 cache: Llama, Qwen, Mistral and what follows them. It does not know what is in K and V.

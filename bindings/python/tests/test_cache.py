@@ -110,6 +110,11 @@ def test_out_of_blocks_loses_nothing():
     assert cache.stats().free_blocks == 2 and len(seq) == 0
     with pytest.raises(ValueError):
         step.begin(cache, [])
+    other = kvcache.Cache(kvcache.GroupSpec(layers=1, kv_heads=1, k_dim=64), blocks=2)
+    with pytest.raises(ValueError, match="another cache"):
+        step.begin(other, [(seq, [1])])
+    with pytest.raises(ValueError, match="several caches"):
+        kvcache.Batch([seq, other.start([1])])
     for bad in ({"blocks": 0}, {"blocks": -1}, {"eviction": "mru"}, {"device": "tpu"}, {"block_tokens": 17}):
         with pytest.raises(ValueError):
             kvcache.Cache(kvcache.GroupSpec(layers=1, kv_heads=1, k_dim=64), **bad)
