@@ -43,6 +43,7 @@ mod header {
         ("info", "Which library this is"),
         ("plan", "plan: how much memory a cache takes, and what fits"),
         ("scales", "attend, append: where the scales of quantised K and V lie"),
+        ("tile", "attend: sealed tiles on the caller's own memory, and their sealing"),
         ("attend", "attend: the kernels alone, on the caller's own memory"),
         ("append", "append: new keys and values into the caller's own memory"),
         ("pool", "pool: blocks, references, nothing else"),

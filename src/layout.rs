@@ -107,7 +107,7 @@ impl CacheSpec {
 pub const MAX_GROUPS: usize = 16;
 
 /// Raw blocks of a sealed-tile format that one sequence may hold beside its sealed ones: the block
-/// that is being filled, and the one before it until it is sealed.
+/// that is being filled, and the one before it as long as the last step may be taken back.
 pub const STAGING_BLOCKS: u64 = 2;
 
 /// Distances between rows of one layer's K or V, in elements; in bytes where the format is

@@ -7,13 +7,15 @@ use super::pointer::{self, Plain, Sized32, flag};
 use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
 use super::threads;
+use super::tile::{self, kvc_tile_view};
 use crate::attention::{HeadShape, Scoring, merge_states};
 use crate::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, ScaleView, attend,
     attend_workspace_bytes,
 };
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
+use crate::layout::Strides;
 
 /// One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
 /// attention alike.
@@ -122,6 +124,9 @@ pub struct kvc_attend_desc {
     pub workspace_bytes: u64,
     /// NULL for the defaults, or where the scales of quantised K and V lie.
     pub scales: *const kvc_scales,
+    /// The cache where the format is one of sealed tiles (KVC_FORMAT_KT*), in place of k and v,
+    /// which are ignored then; else NULL. Not for devices.
+    pub tiles: *const kvc_tile_view,
 }
 
 // SAFETY: integers, floats, pointers.
@@ -165,6 +170,11 @@ impl kvc_attend_desc {
             sinks: None,
             alibi: None,
         })
+    }
+
+    /// Whether K and V are sealed tiles.
+    fn is_tiled(&self) -> Result<bool> {
+        Ok(self.cache()?.class() == FormatClass::Tile)
     }
 
     pub(super) fn cache(&self) -> Result<KvFormat> {
@@ -221,8 +231,12 @@ impl kvc_attend_desc {
             shape,
             // SAFETY: the caller's promise.
             scoring: unsafe { self.scoring() }?,
-            // SAFETY: the caller's promise.
-            kv: unsafe { self.kv(&shape) }?,
+            kv: if self.is_tiled()? {
+                NO_KV
+            } else {
+                // SAFETY: the caller's promise.
+                unsafe { self.kv(&shape) }?
+            },
             tables: if self.table_indptr.is_null() {
                 BlockTables::Dense { table: self.table, stride: self.table_stride }
             } else {
@@ -238,6 +252,18 @@ impl kvc_attend_desc {
         })
     }
 }
+
+/// What stands for K and V where they are sealed tiles.
+const NO_KV: KvView = KvView {
+    k: core::ptr::null_mut(),
+    v: core::ptr::null_mut(),
+    format: KvFormat::Bf16,
+    k_strides: Strides { block: 0, head: 0, token: 0 },
+    v_strides: Strides { block: 0, head: 0, token: 0 },
+    num_blocks: 0,
+    block_tokens: 1,
+    scales: ScaleView::NONE,
+};
 
 /// A per-head list, or none.
 ///
@@ -307,7 +333,11 @@ pub unsafe extern "C" fn kvc_attend_workspace_size(
             kv_len: max_kv_tokens,
             workers: threads::workers(desc.threads)?,
         };
-        out.write(attend_workspace_bytes(&desc.shape()?, &maxima)?);
+        out.write(if desc.is_tiled()? {
+            tile::workspace_bytes(&desc, &maxima)?
+        } else {
+            attend_workspace_bytes(&desc.shape()?, &maxima)?
+        });
         Ok(())
     })
 }
@@ -332,8 +362,15 @@ pub unsafe extern "C" fn kvc_attend(desc: *const kvc_attend_desc) -> kvc_status 
         // SAFETY: see above.
         let workspace = unsafe { pointer::slice_out(desc.workspace.cast(), bytes, "workspace") }?;
         let level = CpuLevel::chosen()?;
+        let tiled = desc.is_tiled()?;
         // SAFETY: see above.
-        threads::with(desc.threads, |threads| unsafe { attend(&args, level, threads, workspace) })
+        threads::with(desc.threads, |threads| unsafe {
+            if tiled {
+                tile::attend(&desc, &args, level, threads, workspace)
+            } else {
+                attend(&args, level, threads, workspace)
+            }
+        })
     })
 }
 

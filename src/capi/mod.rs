@@ -23,6 +23,8 @@ pub mod cache_scales;
 #[cfg(feature = "std")]
 pub mod device;
 #[cfg(feature = "std")]
+mod device_args;
+#[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]
 pub mod device_kernels;
@@ -44,6 +46,7 @@ pub mod status;
 pub mod step;
 #[cfg(feature = "std")]
 pub mod step_device;
+pub mod tile;
 
 mod handle;
 mod pointer;
@@ -80,3 +83,4 @@ pub use status::*;
 pub use step::*;
 #[cfg(feature = "std")]
 pub use step_device::*;
+pub use tile::*;

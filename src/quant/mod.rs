@@ -26,13 +26,17 @@ mod tile;
 pub mod transcode;
 
 pub use crc::crc32c;
+pub(crate) use hadamard::hadamard_scale;
 pub use hadamard::{SIGNS, hadamard_block, rotate, tree_sum, unrotate};
 pub use minifloat::{
     e2m1_from_f32, e2m1_to_f32, e4m3_from_f32, e4m3_to_f32, e5m2_from_f32, e5m2_to_f32,
 };
+pub(crate) use pack::value_step;
 pub use row::RowCodec;
+pub(crate) use seal::Keys;
 pub use seal::seal;
 pub use tile::Tile;
+pub(crate) use tile::{HEADER_CRC, HEADER_FORMAT, HEADER_UNITS, header_dims, header_identity};
 
 use half::f16;
 
