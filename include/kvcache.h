@@ -1713,6 +1713,10 @@ kvc_status kvc_device_attend_kernel(const kvc_device *device,
 // have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 // 0 where a table has an entry that is not a block: such keys are masked and never read.
 //
+// fp8, int8_t, int4_t and nvfp4 are read as stored, with 64 or 128 channels a head: products are
+// of f16 then. `scales` itself is on the host, the addresses in it are the device's. More than 8
+// query tokens a sequence turn keys and values into f16, which ends at 65504.
+//
 // Threads: thread-safe, where calls share no outputs and no workspace.
 kvc_status kvc_device_attend(const kvc_device *device,
                              const kvc_attend_desc *desc,
@@ -1728,7 +1732,8 @@ kvc_status kvc_device_append_options_init(kvc_device_append_options *options, ui
 // default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 // bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
 // which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
-// raise the error flag.
+// raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
+// `scales` itself is on the host, the addresses in it are the device's.
 //
 // Threads: thread-safe, where calls share no slots.
 kvc_status kvc_device_append(const kvc_device *device,

@@ -23,6 +23,8 @@ pub mod cache_scales;
 #[cfg(feature = "std")]
 pub mod device;
 #[cfg(feature = "std")]
+mod device_args;
+#[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]
 pub mod device_kernels;

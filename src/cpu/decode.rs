@@ -211,7 +211,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
             }
         }
         let bytes = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
-        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes);
+        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, false);
         let mut at = job.kv_start;
         while at < job.kv_end {
             let after = walk.look_ahead(at);

@@ -31,12 +31,14 @@ pub(in crate::cpu) struct Tile {
     pub(in crate::cpu) bad: bool,
     /// As long as the longest row.
     pub(in crate::cpu) zeros: *const u8,
+    /// Spans small blocks: for kernels whose work a tile costs more than a jump in memory.
+    pub(in crate::cpu) long: bool,
 }
 
 impl Tile {
     #[inline(always)]
     pub(in crate::cpu) fn empty(zeros: *const u8) -> Self {
-        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros }
+        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros, long: false }
     }
 
     /// Looks up the keys from `at` to the end of their tile, and none from `end`. The rest of the
@@ -48,6 +50,7 @@ impl Tile {
     pub(in crate::cpu) unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
         // A tile is a block or an even part of one, so that it is one run of memory.
         let whole = match blocks.block_tokens {
+            16 | 32 if self.long => 64,
             16 | 32 => blocks.block_tokens,
             tokens if tokens % 64 == 0 => 64,
             _ => 32,
@@ -157,8 +160,10 @@ impl<'a, 'b> Walk<'a, 'b> {
         job: &'a Job<'b>,
         zeros: *const u8,
         (k_bytes, v_bytes): (usize, usize),
+        long: bool,
     ) -> Self {
-        let (now, next) = (Tile::empty(zeros), Tile::empty(zeros));
+        let tile = || Tile { long, ..Tile::empty(zeros) };
+        let (now, next) = (tile(), tile());
         let mut walk = Walk { job, now, next, k_bytes, v_bytes };
         // SAFETY: the caller's promise.
         unsafe { walk.now.fill(&job.blocks, job.kv_start, job.kv_end) };

@@ -6,8 +6,8 @@ use super::expand::expand;
 use super::turn::rotate;
 use super::vector::CodeVector;
 use crate::cpu::decode::{
-    Hints, PIECE, Part, Scratch, Side, Tile, Walk, add_values, adjust, four_keys, pad, padded_rows,
-    soften,
+    Hints, PIECE, Part, Scratch, Side, TILE, Tile, Walk, add_values, adjust, four_keys, pad,
+    padded_rows, soften,
 };
 use crate::cpu::dot::{KeyDot, Widened};
 use crate::cpu::job::{Blocks, Job};
@@ -83,8 +83,8 @@ unsafe fn stream<V: CodeVector, const R: usize>(job: &Job<'_>) {
         let format = job.coding.format;
         let bytes = |dim: usize| format.row_bytes(dim as u32) as usize;
         let bytes = (bytes(job.k_dim), bytes(job.v_dim));
-        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes);
-        let mut scales = Tile::empty(walk.now.zeros);
+        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, true);
+        let mut scales = Tile { long: true, ..Tile::empty(walk.now.zeros) };
         let mut at = job.kv_start;
         while at < job.kv_end {
             let after = walk.look_ahead(at);
@@ -116,22 +116,25 @@ unsafe fn stream<V: CodeVector, const R: usize>(job: &Job<'_>) {
 /// As for [`Blocks::segment`] where `at` is a key of the job.
 #[inline(always)]
 pub(in crate::cpu) unsafe fn expect_scales(job: &Job<'_>, at: u32) {
-    if at >= job.kv_end {
-        return;
-    }
+    let end = job.kv_end.min(at.saturating_add(TILE as u32));
     let scales: Blocks<'_> = job.blocks.scales();
-    // SAFETY: the caller's promise.
-    let run = unsafe { scales.segment(at, job.kv_end) };
-    if run.k.is_null() {
-        return;
-    }
-    for head in 0..job.kv_heads as isize {
-        let k = run.k.wrapping_offset(head * job.k_scale_head_bytes);
-        let v = run.v.wrapping_offset(head * job.v_scale_head_bytes);
-        for line in 0..2 {
-            prefetch(k.wrapping_add(64 * line));
-            prefetch(v.wrapping_add(64 * line));
+    let mut at = at;
+    while at < end {
+        // SAFETY: the caller's promise.
+        let run = unsafe { scales.segment(at, end) };
+        if !run.k.is_null() {
+            for head in 0..job.kv_heads as isize {
+                let k = run.k.wrapping_offset(head * job.k_scale_head_bytes);
+                let v = run.v.wrapping_offset(head * job.v_scale_head_bytes);
+                prefetch(k);
+                prefetch(v);
+                if run.tokens > 16 {
+                    prefetch(k.wrapping_add(64));
+                    prefetch(v.wrapping_add(64));
+                }
+            }
         }
+        at += run.tokens as u32;
     }
 }
 

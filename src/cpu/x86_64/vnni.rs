@@ -77,7 +77,7 @@ unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Jo
         let mut queries = [Rounded::default(); JOB_ROWS];
         for head in 0..job.kv_heads {
             for r in 0..padded {
-                let row = query::<F32x16>(&scratch, job, head, r);
+                let row = query_row(&scratch, job, head, r);
                 let at = head * padded + r;
                 let to = scratch.q.add(at * scratch.q_bytes);
                 queries[at] = prepare::<INT4, PLANES>(row, job.k_dim, to);
@@ -91,8 +91,8 @@ unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Jo
             format.row_bytes(job.k_dim as u32) as usize,
             format.row_bytes(job.v_dim as u32) as usize,
         );
-        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes);
-        let mut places = Tile::empty(walk.now.zeros);
+        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, true);
+        let mut places = Tile { long: true, ..Tile::empty(walk.now.zeros) };
         let mut scales = Scales { s: [0.0; TILE], m: [0.0; TILE] };
         let mut weights =
             Weights { pairs: [0; TILE / 2 * 4], scale: [0.0; 4], sum: [0; 4], shift: [0.0; 4] };
@@ -102,13 +102,14 @@ unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Jo
             places.fill(&job.blocks.scales(), at, job.kv_end);
             expect_scales(job, after);
             for head in 0..job.kv_heads {
-                scales.read::<INT4>(&places, &places.k, head as isize * job.k_scale_head_bytes);
+                let offset = head as isize * job.k_scale_head_bytes;
+                scales.read::<INT4>(&places, &places.k, offset, job.blocks.block_tokens);
                 scores::<INT4, PLANES, R>(&walk, &scratch, &scales, &queries, head, padded);
             }
-            adjust::<F32x16>(job, &scratch, &walk.now, at, padded);
-            soften::<F32x16>(&scratch, walk.now.keys);
+            weights_of_scores(job, &scratch, &walk.now, at, padded);
             for head in 0..job.kv_heads {
-                scales.read::<INT4>(&places, &places.v, head as isize * job.v_scale_head_bytes);
+                let offset = head as isize * job.v_scale_head_bytes;
+                scales.read::<INT4>(&places, &places.v, offset, job.blocks.block_tokens);
                 for r in (head * padded..(head + 1) * padded).step_by(R) {
                     weigh::<INT4, R>(&walk.now, &scratch, &scales, r, &mut weights);
                     for i in 0..R {
@@ -132,6 +133,29 @@ unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Jo
             }
         }
     }
+}
+
+/// The online softmax, once for every width of keys.
+///
+/// # Safety
+/// As for [`adjust`] and [`soften`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn weights_of_scores(job: &Job<'_>, scratch: &Scratch, now: &Tile, at: u32, padded: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        adjust::<F32x16>(job, scratch, now, at, padded);
+        soften::<F32x16>(scratch, now.keys);
+    }
+}
+
+/// Query rows of a job, once for every width of keys.
+///
+/// # Safety
+/// As for [`query`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn query_row(scratch: &Scratch, job: &Job<'_>, head: usize, r: usize) -> *mut f32 {
+    // SAFETY: the caller's promise.
+    unsafe { query::<F32x16>(scratch, job, head, r) }
 }
 
 /// Scores of a head's rows with the keys of the tile, before scale and soft-cap.

@@ -87,7 +87,7 @@ unsafe fn load(bytes: &[u8; 256], part: usize) -> __m512i {
 }
 
 /// Rounds a row of `dim` channels and writes its planes, each as 64 high bytes and 64 low ones.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn prepare<const INT4: bool, const PLANES: usize>(
     row: *const f32,
     dim: usize,
@@ -161,18 +161,21 @@ pub(super) struct Scales {
 }
 
 impl Scales {
-    /// Reads those at `rows`, `offset` bytes on.
-    #[inline(always)]
+    /// Reads those at `rows`, `offset` bytes on. In blocks of 16 tokens or more 16 rows lie in two at
+    /// most, so that what is as long as a run is one.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
     pub(super) unsafe fn read<const INT4: bool>(
         &mut self,
         tile: &Tile,
         rows: &[*const u8; TILE],
         offset: isize,
+        block_tokens: u32,
     ) {
         let bytes = if INT4 { 4 } else { 2 };
         for from in (0..tile.keys).step_by(16) {
             let first = tile.row(rows[from], offset);
-            let run = from + 16 <= tile.keys
+            let run = block_tokens >= 16
+                && from + 16 <= tile.keys
                 && rows[from + 15].addr().wrapping_sub(rows[from].addr()) == 15 * bytes;
             // SAFETY: the scales of keys of the tile are readable; a run of 16 is 16 in a row.
             unsafe {

@@ -1,4 +1,5 @@
-//! Weights as integers and the sums of weighted values.
+//! Weights as integers and the sums of weighted values. Functions of their own, not one with the
+//! kernels: they are the same for every width of keys.
 
 use core::arch::x86_64::*;
 
@@ -21,7 +22,7 @@ pub(super) struct Weights {
 }
 
 /// Rounds the weights of the rows from `r` on: probabilities times the scales of values.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn weigh<const INT4: bool, const R: usize>(
     now: &Tile,
     scratch: &Scratch,
@@ -83,7 +84,7 @@ pub(super) unsafe fn weigh<const INT4: bool, const R: usize>(
 
 /// Fades `o` of the rows from `r` on and adds the weighted values of the tile, each plane in the
 /// order in which its bytes become words.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn values<const INT4: bool, const R: usize>(
     walk: &Walk<'_, '_>,
     scratch: &Scratch,
@@ -163,7 +164,7 @@ unsafe fn in_order(from: *const f32) -> [__m512; 4] {
 }
 
 /// Writes an accumulated row in the order of its channels, plus `shift`.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn put_row<const INT4: bool>(
     from: *const f32,
     shift: f32,
