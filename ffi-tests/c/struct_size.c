@@ -26,6 +26,9 @@ GROWING(kvc_device_attend_options)
 GROWING(kvc_device_append_options)
 GROWING(kvc_device_copy_desc)
 GROWING(kvc_events_options)
+GROWING(kvc_scales)
+GROWING(kvc_tile_view)
+GROWING(kvc_seal_desc)
 
 #define ENTRY(type) {#type, sizeof(type), init_##type}
 static const struct {
@@ -46,6 +49,9 @@ static const struct {
     ENTRY(kvc_device_append_options),
     ENTRY(kvc_device_copy_desc),
     ENTRY(kvc_events_options),
+    ENTRY(kvc_scales),
+    ENTRY(kvc_tile_view),
+    ENTRY(kvc_seal_desc),
 };
 
 // Whether `n` bytes at `at` are all `value`.

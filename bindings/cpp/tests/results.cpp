@@ -143,6 +143,10 @@ static void cache() {
     kvc::cache cache = kvc::cache::create(group, options).value();
     CHECK(kvc::cache::create(kvc::span<const kvc::group_spec>(&group, 1)).has_value());
     CHECK(cache.describe(9, "tenant", nullptr));
+    const std::array<float, 1> one{1.0f};
+    const std::array<float, 2> two{1.0f, 1.0f};
+    REFUSED(cache.set_scales(0, one, two), kvc::status::invalid_argument, "a scale a KV head");
+    REFUSED(cache.set_scales({9, 0}, one, one), kvc::status::invalid_argument, "");
     CHECK(cache.watch_metrics(1) && cache.set_metrics_time(1) && cache.advance(1));
 
     std::atomic<uint64_t> stored{0};
@@ -250,6 +254,12 @@ static void kernels() {
     CHECK(check_close(out[0], 0.5f, 1e-6f));
     REFUSED(kvc::merge_states(out, lse, other, other_lse, 9), kvc::status::invalid_argument,
             "v_dim");
+
+    kvc::seal_desc seal;
+    seal.kv_heads = 1, seal.k_dim = seal.v_dim = 64, seal.block_tokens = 32;
+    seal.format = kvc::format::kt4v4;
+    CHECK(kvc::seal_record_size(seal).value() > 0);
+    REFUSED(kvc::seal(seal), kvc::status::null_pointer, "");
 
     // Without a device, questions about one are answered from the options.
     const kvc::device none;
