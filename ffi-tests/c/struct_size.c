@@ -131,7 +131,8 @@ static void used(void) {
     OK(kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
     CHECK(result.token_bytes == 2 * 2 * 8 * 2);
     groups[1].later = 1;
-    FAILS(KVC_ERR_STRUCT_SIZE, "", kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
+    FAILS(KVC_ERR_STRUCT_SIZE, "",
+          kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
     groups[1].later = 0;
 
     OK(kvc_cache_options_init(&options.known, sizeof options));
