@@ -6,11 +6,12 @@
 //! walked in its own order: of a block, the keys of every head and then the values.
 
 mod softmax;
+mod values;
 mod walk;
 
-use core::ops::Range;
-
 use softmax::{adjust, soften};
+pub(crate) use values::{InPairs, OneByOne, Weigh};
+use values::{values, write_out};
 use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
@@ -48,14 +49,14 @@ pub(crate) const fn padded_rows(rows: usize) -> usize {
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
 #[inline(always)]
-pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
+pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         match job.rows() {
             0 => {}
-            1 => stream::<V, S, D, 1>(job),
-            2 => stream::<V, S, D, 2>(job),
-            _ => stream::<V, S, D, 4>(job),
+            1 => stream::<V, S, D, W, 1>(job),
+            2 => stream::<V, S, D, W, 2>(job),
+            _ => stream::<V, S, D, W, 4>(job),
         }
     }
 }
@@ -70,7 +71,7 @@ struct Scratch {
     /// `[row][v_pad]` weighted values.
     o: *mut f32,
     v_pad: usize,
-    /// `[key][lanes]` scores, then probabilities.
+    /// `[key][lanes]` scores, then weights as [`Weigh`] has them.
     s: *mut f32,
     /// Rows, in whole vectors.
     lanes: usize,
@@ -88,7 +89,7 @@ struct Scratch {
 
 /// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
 #[inline(always)]
-unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
+unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
     unsafe {
         let (rows, padded) = (job.rows(), padded_rows(job.rows()));
@@ -158,7 +159,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
             }
             scores::<V, S, D, R>(&walk, &scratch, padded);
             adjust::<V>(job, &scratch, &walk.now, at, padded);
-            soften::<V>(&scratch, walk.now.keys);
+            soften::<V, W>(&scratch, walk.now.keys);
             for r in 0..job.kv_heads * padded {
                 let grow = scratch.grow.add(r).read();
                 if grow != 1.0 {
@@ -168,7 +169,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
                     }
                 }
             }
-            values::<V, S, R>(&walk, &scratch, padded);
+            values::<V, W, R>(&walk, &scratch, padded);
             at = after;
             core::mem::swap(&mut walk.now, &mut walk.next);
         }
@@ -178,7 +179,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
                 job.states.m.add(to).write(m.add(from).read());
                 job.states.l.add(to).write(scratch.l.add(from).read());
                 let to = job.states.o.add(to * job.v_dim);
-                write_out::<V, S>(o.add(from * v_pad), to, job.v_dim);
+                write_out::<V, W>(o.add(from * v_pad), to, job.v_dim);
             }
         }
     }
@@ -207,23 +208,6 @@ unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut 
                 DType::Bf16 => V::load_bf16_part(from.cast::<u16>().add(whole), n),
             };
             x.store(to.add(whole));
-        }
-    }
-}
-
-/// Copies an accumulated row, undoing the order in which pairs of vectors are loaded.
-#[inline(always)]
-unsafe fn write_out<V: Vector, S: Stored>(from: *const f32, to: *mut f32, dim: usize) {
-    // SAFETY: the caller's promise; `from` is padded to whole pairs of vectors.
-    unsafe {
-        if !S::EVEN_ODD {
-            return core::ptr::copy_nonoverlapping(from, to, dim);
-        }
-        for pair in (0..dim).step_by(2 * V::LANES) {
-            for i in 0..V::LANES.min((dim - pair) / 2) {
-                to.add(pair + 2 * i).write(from.add(pair + i).read());
-                to.add(pair + 2 * i + 1).write(from.add(pair + V::LANES + i).read());
-            }
         }
     }
 }
@@ -333,114 +317,6 @@ unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
                 for j in 0..4 {
                     s.add(j * lanes + r).write(sums[j]);
                 }
-            }
-        }
-    }
-}
-
-/// Adds the values of the tile at hand, weighted by the probabilities, to `o`.
-#[inline(always)]
-unsafe fn values<V: Vector, S: Stored, const R: usize>(
-    walk: &Walk<'_, '_>,
-    scratch: &Scratch,
-    padded: usize,
-) {
-    let (job, now) = (walk.job, &walk.now);
-    let step = 4 * V::LANES;
-    let passes = (job.v_dim / step).max(1);
-    let even = job.v_dim.is_multiple_of(step) && step * S::BYTES >= 64;
-    for head in 0..job.kv_heads {
-        let offset = head as isize * job.v_head_bytes;
-        // A piece at a time, so that the hints keep to the pieces too.
-        for from in (0..now.keys).step_by(PIECE) {
-            let keys = from..now.keys.min(from + PIECE);
-            for r in (head * padded..(head + 1) * padded).step_by(R) {
-                let mut hints = if r == head * padded && !job.v_in_k {
-                    Hints::new(walk, Side::Values, head, from / PIECE, passes, even)
-                } else {
-                    Hints::NONE
-                };
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
-                    let part = Part {
-                        tile: now,
-                        offset,
-                        p,
-                        lanes: scratch.lanes,
-                        o,
-                        v_pad: scratch.v_pad,
-                    };
-                    let mut c = 0;
-                    while c + step <= job.v_dim {
-                        add_values::<V, S, R, 2>(&part, keys.clone(), c, step, &mut hints);
-                        c += step;
-                    }
-                    while c < job.v_dim {
-                        let n = (job.v_dim - c).min(2 * V::LANES);
-                        add_values::<V, S, R, 1>(&part, keys.clone(), c, n, &mut hints);
-                        c += n;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
-/// the weights `p[key * lanes + row]`, to `o[row * v_pad]`.
-struct Part<'a> {
-    tile: &'a Tile,
-    offset: isize,
-    p: *const f32,
-    lanes: usize,
-    o: *mut f32,
-    v_pad: usize,
-}
-
-/// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
-/// whole unless `P` is 1.
-#[inline(always)]
-unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
-    part: &Part<'_>,
-    keys: Range<usize>,
-    c: usize,
-    n: usize,
-    hints: &mut Hints<'_>,
-) {
-    let Part { tile, offset, p, lanes, o, v_pad } = *part;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut acc = [[[V::splat(0.0); 2]; P]; R];
-        for r in 0..R {
-            for j in 0..P {
-                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
-                acc[r][j] = [V::load(o), V::load(o.add(V::LANES))];
-            }
-        }
-        for t in keys {
-            hints.step(P * 2 * V::LANES * S::BYTES / 64);
-            let row = tile.row(tile.v[t], offset).add(c * S::BYTES);
-            let mut v = [[V::splat(0.0); 2]; P];
-            for j in 0..P {
-                let row = row.add(j * 2 * V::LANES * S::BYTES);
-                v[j] =
-                    if P > 1 || n == 2 * V::LANES { S::load2(row) } else { S::load2_part(row, n) };
-            }
-            for r in 0..R {
-                let p = V::splat(p.add(t * lanes + r).read());
-                for j in 0..P {
-                    for i in 0..2 {
-                        acc[r][j][i] = p.fma(v[j][i], acc[r][j][i]);
-                    }
-                }
-            }
-        }
-        for r in 0..R {
-            for j in 0..P {
-                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
-                acc[r][j][0].store(o);
-                acc[r][j][1].store(o.add(V::LANES));
             }
         }
     }
