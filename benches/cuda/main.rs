@@ -7,10 +7,14 @@
 //! | `gpu.rs` | memory with random content, cold caches, graph replay, events |
 //! | `attend.rs` | decode and prefill over paged K and V |
 //! | `append.rs` | append, with and without rotation |
+//! | `copy.rs` | copy and zero of a GiB of blocks |
+//! | `lookup.rs` | lookups in a prefix index on the device |
 
 mod append;
 mod attend;
+mod copy;
 mod gpu;
+mod lookup;
 
 use std::process::ExitCode;
 
@@ -93,6 +97,8 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     };
     attend::run(gpu, filter, &mut report)?;
     append::run(gpu, filter, &mut report)?;
+    copy::run(gpu, filter, &mut report)?;
+    lookup::run(gpu, filter, &mut report)?;
 
     if let Some(folder) = std::env::var_os("OUT") {
         let all = json!({
