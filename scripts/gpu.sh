@@ -139,9 +139,15 @@ start_peers() {
     if ! python3 -c 'import torch, flashinfer' 2>/dev/null; then return; fi
     export FLASHINFER_READY=$WORK/ready
     mkdir -p "$FLASHINFER_READY"
-    timeout "$((DEADLINE - $(date +%s)))" nice python3 "$HERE/peers.py" --compile \
-        >"$WORK/compile.out" 2>&1 &
-    COMPILER=$!
+    export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+    local left=$((DEADLINE - $(date +%s)))
+    compile() {
+        timeout "$left" nice python3 "$HERE/peers.py" --compile "$@" >>"$WORK/compile.out" 2>&1 &
+        COMPILERS+=($!)
+    }
+    compile "cuda cores" xqa
+    compile fa2 "prefill fa2"
+    compile fa3 "prefill fa3"
 }
 
 part_peers() {
@@ -186,8 +192,8 @@ run() {
     DEADLINE=$(($(date +%s) + ${SECONDS_IN_ALL:-540}))
     WORK=$(mktemp -d)
     export DEADLINE WORK
-    COMPILER=
-    trap '[ -z "$COMPILER" ] || kill "$COMPILER" 2>/dev/null || true; rm -rf "$WORK"' EXIT
+    COMPILERS=()
+    trap 'kill "${COMPILERS[@]}" 2>/dev/null || true; rm -rf "$WORK"' EXIT
     case " ${parts[*]} " in *" peers "*) start_peers ;; esac
     local name code start failed=()
     for name in "${parts[@]}"; do
@@ -243,5 +249,5 @@ case ${1:-} in
     pack) [ $# = 2 ] || { echo "usage: scripts/gpu.sh pack DIR"; exit 2; }; pack "$2" ;;
     run) shift; run "$@" ;;
     --part) "part_$2" ;;
-    *) sed -n '2,17p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '2,15p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

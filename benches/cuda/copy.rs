@@ -42,7 +42,7 @@ fn blocks(
     let count = TOTAL / (planes * run_bytes);
     let (from, to) = (gpu.random(TOTAL)?, gpu.random(TOTAL)?);
     // Any odd number has no factor in common with the power of two that `count` is.
-    let place = |i: u64| (i * (count / 2 + 1 | 1) % count) as i32;
+    let place = |i: u64| (i * ((count / 2) | 1) % count) as i32;
     let list = gpu.put((0..count).flat_map(|i| {
         let pair = if zero { [place(i), -1] } else { [i as i32, place(i)] };
         pair.into_iter().take(if zero { 1 } else { 2 }).map(i32::to_ne_bytes)

@@ -6,7 +6,7 @@ use kvcache::error::{Error, Result};
 use kvcache::ids::{BlockId, Namespace};
 use kvcache::kernels::params::{In, Out};
 use kvcache::kernels::{LookupBatch, LookupImage, LookupUpload};
-use kvcache::prefix::{Position, PrefixIndex};
+use kvcache::prefix::PrefixIndex;
 use serde_json::json;
 
 use crate::Line;
@@ -28,7 +28,7 @@ pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()>
     let mut index = PrefixIndex::new(BLOCK, 1, 1 << 17)?;
     let mut next_block = 0;
     let cached: Vec<Vec<u32>> = (0..REQUESTS).map(|i| tokens(i as u64, TOKENS)).collect();
-    let filler = (0..SEQUENCES).map(|i| tokens(1 << 32 | i as u64, BLOCKS_A_SEQUENCE * BLOCK));
+    let filler = (0..SEQUENCES).map(|i| tokens((1 << 32) | i as u64, BLOCKS_A_SEQUENCE * BLOCK));
     for sequence in cached.iter().cloned().chain(filler) {
         insert(&mut index, &sequence, &mut next_block)?;
     }
@@ -50,7 +50,7 @@ pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()>
             .enumerate()
             .map(|(i, tokens_of)| {
                 let mut request = tokens_of[..known[kind]].to_vec();
-                request.extend(tokens(2 << 32 | i as u64, TOKENS - known[kind]));
+                request.extend(tokens((2 << 32) | i as u64, TOKENS - known[kind]));
                 request
             })
             .collect();
@@ -59,7 +59,7 @@ pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()>
 
     // What a step changes: 16 sequences of two blocks each.
     for i in 0..16 {
-        insert(&mut index, &tokens(3 << 32 | i, 2 * BLOCK), &mut next_block)?;
+        insert(&mut index, &tokens((3 << 32) | i, 2 * BLOCK), &mut next_block)?;
     }
     image.sync(&mut index, &mut upload)?;
     let (patches, words) = put(gpu, &upload)?;
@@ -113,7 +113,8 @@ fn look_up(
     let mut found = vec![0u8; 4 * REQUESTS];
     matched.download(0, &mut found, gpu.stream)?;
     if found.chunks(4).any(|word| word != (want as u32).to_ne_bytes()) {
-        return Err(Error::invalid("lookup", "did not find what the index has"));
+        let (what, why) = ("lookup", "must find what the index has");
+        return Err(Error::InvalidArgument { what, why });
     }
     // The tokens of the requests and, once more, those that they are compared with.
     let bytes = (REQUESTS * 4 * (TOKENS + want)) as u64;
@@ -130,7 +131,7 @@ fn tokens(seed: u64, count: usize) -> Vec<u32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..count)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(seed << 1 | 1);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add((seed << 1) | 1);
             (state >> 45) as u32
         })
         .collect()

@@ -2,7 +2,7 @@
 
     KVCACHE_LIB=libkvcache.so python3 peers.py [--seconds N] [--json FILE] [FILTER]
     KVCACHE_LIB=libkvcache.so python3 peers.py --dry
-    KVCACHE_LIB=libkvcache.so FLASHINFER_READY=DIR python3 peers.py --compile
+    KVCACHE_LIB=libkvcache.so FLASHINFER_READY=DIR python3 peers.py --compile BACKEND...
 
 Ours is called through the C ABI with PyTorch's pointers and stream. Peers: PyTorch's
 scaled_dot_product_attention on contiguous K and V, and FlashInfer where it can be imported, with
@@ -290,8 +290,8 @@ def compiled(name):
     return folder is None or os.path.exists(os.path.join(folder, name.replace(" ", "-")))
 
 
-def compile_all():
-    """Has FlashInfer compile each back end, the quickest first, by a small call of it."""
+def compile_ahead(names):
+    """Has FlashInfer compile back ends by a small call of each."""
     import torch
     import flashinfer  # noqa: F401
 
@@ -301,7 +301,7 @@ def compile_all():
               for op, q_heads, tokens in (("decode", 32, 1), ("decode", 64, 1), ("decode", 8, 1),
                                           ("prefill", 32, 64))]
     # A kernel is made for a group of heads in some of them: a name is ready when all groups are.
-    for name in ("cuda cores", "xqa", "fa2", "prefill fa2", "fa3", "prefill fa3"):
+    for name in names:
         begin = time.monotonic()
         try:
             for shape in shapes:
@@ -353,7 +353,7 @@ def measure(torch, library, device, shape, has_flashinfer):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", nargs="+", metavar="BACKEND")
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--json")
     parser.add_argument("filter", nargs="?", default="")
@@ -361,7 +361,7 @@ def main():
     if args.dry:
         return dry()
     if args.compile:
-        return compile_all()
+        return compile_ahead(args.compile)
     import torch
 
     try:
