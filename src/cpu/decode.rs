@@ -6,12 +6,11 @@
 //! walked in its own order: of a block, the keys of every head and then the values.
 
 mod softmax;
-mod values;
+pub(crate) mod values;
 mod walk;
 
 use softmax::{adjust, soften};
-pub(crate) use values::{InPairs, OneByOne, Weigh};
-use values::{values, write_out};
+use values::{Weigh, values, write_out};
 use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;

@@ -2,7 +2,10 @@
 
 use core::arch::x86_64::*;
 
-use crate::cpu::decode::{self, InPairs, OneByOne};
+use crate::cpu::decode::{
+    self,
+    values::{InPairs, OneByOne},
+};
 use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
