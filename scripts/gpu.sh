@@ -28,7 +28,8 @@ pack() {
     built=$(mktemp)
     cargo test -p libkvcache --profile "$profile" --features cuda --no-run \
         --message-format=json-render-diagnostics \
-        --lib --test conformance_device --test cache --test gpu --bench cuda >"$built"
+        --lib --test conformance_device --test conformance_device_codes --test cache --test gpu \
+        --bench cuda >"$built"
     cargo build -p libkvcache --profile "$profile" --features cuda --example generate \
         --message-format=json-render-diagnostics >>"$built"
     # What peers.py calls with PyTorch's pointers.
@@ -93,6 +94,7 @@ part_facts() {
 
 part_conformance() {
     within 120 "$HERE/bin/conformance_device"
+    within 60 "$HERE/bin/conformance_device_codes"
     within 60 "$HERE/bin/cache" device
 }
 
@@ -124,7 +126,7 @@ part_generate() {
     done
 }
 
-part_bench() { OUT=$WORK within 150 "$HERE/bin/cuda" --bench; }
+part_bench() { OUT=$WORK within 180 "$HERE/bin/cuda" --bench; }
 
 # FlashInfer compiles its kernels when they are first used, for this GPU alone: begun at once, beside
 # everything else.
@@ -166,7 +168,7 @@ parts=(facts conformance graph generate bench peers sanitizer)
 # What can be seen without a GPU: every program starts and says what it lacks.
 without() {
     local name
-    for name in conformance_device gpu cuda; do
+    for name in conformance_device conformance_device_codes gpu cuda; do
         echo "== $name"
         timeout 60 "$HERE/bin/$name" --nocapture 2>&1 | grep -a -m 3 -E 'skipped|test result' || true
     done

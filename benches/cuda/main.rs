@@ -7,11 +7,13 @@
 //! | `gpu.rs` | memory with random content, cold caches, graph replay, events |
 //! | `attend.rs` | decode and prefill over paged K and V |
 //! | `append.rs` | append, with and without rotation |
+//! | `codes.rs` | decode of quantised K and V in every format, append to them, sealing |
 //! | `copy.rs` | copy and zero of a GiB of blocks |
 //! | `lookup.rs` | lookups in a prefix index on the device |
 
 mod append;
 mod attend;
+mod codes;
 mod copy;
 mod gpu;
 mod lookup;
@@ -99,6 +101,7 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     append::run(gpu, filter, &mut report)?;
     copy::run(gpu, filter, &mut report)?;
     lookup::run(gpu, filter, &mut report)?;
+    codes::run(gpu, filter, &mut report)?;
 
     if let Some(folder) = std::env::var_os("OUT") {
         let all = json!({

@@ -1,7 +1,7 @@
 //! Probabilities and values: the weighted sums of the decode kernel.
 //!
 //! [`Weigh`] is one way to multiply. Weights stand in scratch as the softmax leaves them; sums are in
-//! an order of channels of their own until [`write_out`].
+//! an order of channels of their own until [`in_order`].
 
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -23,6 +23,8 @@ pub(crate) unsafe trait Weigh<V: Vector> {
     const KEYS: usize;
     /// Bytes of a stored channel.
     const BYTES: usize;
+    /// Whether channels lie in the sum as in the values.
+    const IN_ORDER: bool;
 
     /// A step of zeros.
     unsafe fn zeros() -> Self::Step;
@@ -50,6 +52,7 @@ unsafe impl<V: Vector, S: Stored> Weigh<V> for OneByOne<S> {
     type Step = [V; 2];
     type Weight = V;
     const KEYS: usize = 1;
+    const IN_ORDER: bool = !S::EVEN_ODD;
     const BYTES: usize = S::BYTES;
 
     #[inline(always)]
@@ -94,6 +97,7 @@ unsafe impl<V: PairDot> Weigh<V> for InPairs {
     type Step = [V::Pairs; 2];
     type Weight = V::Pairs;
     const KEYS: usize = 2;
+    const IN_ORDER: bool = false;
     const BYTES: usize = 2;
 
     #[inline(always)]
@@ -130,13 +134,17 @@ unsafe impl<V: PairDot> Weigh<V> for InPairs {
     }
 }
 
-/// Copies an accumulated row, its channels in their own order.
+/// Brings the channels of an accumulated row from the order of the sums into their own.
 #[inline(always)]
-pub(super) unsafe fn write_out<V: Vector, W: Weigh<V>>(from: *const f32, to: *mut f32, dim: usize) {
-    for step in (0..dim).step_by(2 * V::LANES) {
-        for i in 0..(2 * V::LANES).min(dim - step) {
-            // SAFETY: the caller's promise; `from` is padded to whole steps.
-            unsafe { to.add(step + i).write(from.add(step + W::place(i)).read()) };
+pub(super) unsafe fn in_order<V: Vector, W: Weigh<V>>(row: *mut f32, buffer: *mut f32, dim: usize) {
+    let step = 2 * V::LANES;
+    // SAFETY: the caller's promise; both have room for whole steps.
+    unsafe {
+        core::ptr::copy_nonoverlapping(row, buffer, dim.next_multiple_of(step));
+        for from in (0..dim).step_by(step) {
+            for i in 0..step.min(dim - from) {
+                row.add(from + i).write(buffer.add(from + W::place(i)).read());
+            }
         }
     }
 }
@@ -192,19 +200,19 @@ pub(super) unsafe fn values<V: Vector, W: Weigh<V>, const R: usize>(
 
 /// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
 /// the weights `p[key / W::KEYS * lanes + row]`, to `o[row * v_pad]`.
-struct Part<'a> {
-    tile: &'a Tile,
-    offset: isize,
-    p: *const f32,
-    lanes: usize,
-    o: *mut f32,
-    v_pad: usize,
+pub(in crate::cpu) struct Part<'a> {
+    pub tile: &'a Tile,
+    pub offset: isize,
+    pub p: *const f32,
+    pub lanes: usize,
+    pub o: *mut f32,
+    pub v_pad: usize,
 }
 
 /// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
 /// whole unless `P` is 1.
 #[inline(always)]
-unsafe fn add_values<V: Vector, W: Weigh<V>, const R: usize, const P: usize>(
+pub(in crate::cpu) unsafe fn add_values<V: Vector, W: Weigh<V>, const R: usize, const P: usize>(
     part: &Part<'_>,
     keys: Range<usize>,
     c: usize,
