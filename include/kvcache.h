@@ -1013,6 +1013,14 @@ typedef struct {
     uint32_t deterministic;
     // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     uint32_t eviction;
+    // `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
+    // `blocks` in each. A group with a window needs few: kvc_plan says how many.
+    const uint32_t *group_blocks;
+    // 1: zero the K and V of every block that becomes free, before anybody else can have it. 0 by
+    // default.
+    uint32_t scrub;
+    // 0.
+    uint32_t reserved;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -1127,7 +1135,9 @@ kvc_status kvc_seq_start(kvc_cache *cache,
 // Threads: thread-safe.
 kvc_status kvc_seq_fork(kvc_cache *cache, kvc_seq seq, kvc_seq *out_seq);
 
-// Forgets the tokens of a sequence from position `tokens` on (rejected speculation).
+// Forgets the tokens of a sequence from position `tokens` on (rejected speculation). With a sliding
+// window, to lengths that the window has not left behind (KVC_ERR_INVALID_STATE for others): those
+// since the sequence's last kvc_step_begin, and as many more as its blocks allow.
 //
 // Threads: thread-safe.
 kvc_status kvc_seq_truncate(kvc_cache *cache, kvc_seq seq, uint32_t tokens);
@@ -1194,7 +1204,8 @@ typedef struct {
     uint32_t struct_size;
     // 1 (the default): a query sees no key after its own position.
     uint32_t causal;
-    // Keys that a query sees, its own included, counted back; 0 for the group's window.
+    // Keys that a query sees, its own included, counted back, no more than the group's window; 0 for
+    // that.
     uint32_t window;
     // Factor of the dot product; 0 for 1 / sqrt(k_dim).
     float scale;
@@ -1840,6 +1851,8 @@ typedef struct {
     kvc_histogram idle_before_evict;
     // From a use to the next, of watched blocks.
     kvc_histogram reuse_gap;
+    // Blocks of layer groups with a window that were given up alone; their entries stayed.
+    uint64_t evicted_window_blocks;
 } kvc_metrics;
 
 // Writes the cache's metrics to `out`, `out_bytes` (its sizeof) at most.

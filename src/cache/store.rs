@@ -66,6 +66,13 @@ impl Store {
         }
     }
 
+    pub fn zero(&mut self, block: BlockId) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.zero(block),
+            Store::Device(store) => store.zero(block),
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
     pub fn attend(
         &mut self,
