@@ -14,9 +14,10 @@ use crate::metrics::Evicted;
 use crate::prefix::first_visible_block;
 
 impl KvCache {
-    /// The window of a group, in tokens.
+    /// The window of a group whose blocks are left behind, in tokens; groups of sealed tiles keep
+    /// theirs.
     pub(super) fn window(&self, group: usize) -> Option<u32> {
-        self.spec.groups[group].window
+        self.spec.groups[group].window.filter(|_| self.staging[group].is_none())
     }
 
     /// The first block that the next token after `tokens` needs of a group.
@@ -30,7 +31,7 @@ impl KvCache {
     /// # Errors
     /// `InvalidArgument` for a wider window than the group's: what it would see may be gone.
     pub(super) fn scoring<'a>(&self, group: usize, scoring: &Scoring<'a>) -> Result<Scoring<'a>> {
-        let window = match (scoring.window, self.window(group)) {
+        let window = match (scoring.window, self.spec.groups[group].window) {
             (Some(asked), Some(held)) if asked > held => {
                 return Err(Error::invalid("window", "must be at most that of the layer group"));
             }

@@ -19,7 +19,11 @@ pub mod attend;
 #[cfg(feature = "std")]
 pub mod cache;
 #[cfg(feature = "std")]
+pub mod cache_scales;
+#[cfg(feature = "std")]
 pub mod device;
+#[cfg(feature = "std")]
+mod device_args;
 #[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]
@@ -34,6 +38,7 @@ pub mod pool;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
+pub mod scales;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -41,6 +46,7 @@ pub mod status;
 pub mod step;
 #[cfg(feature = "std")]
 pub mod step_device;
+pub mod tile;
 
 mod handle;
 mod pointer;
@@ -51,6 +57,8 @@ pub use append::*;
 pub use attend::*;
 #[cfg(feature = "std")]
 pub use cache::*;
+#[cfg(feature = "std")]
+pub use cache_scales::*;
 #[cfg(feature = "std")]
 pub use device::*;
 #[cfg(feature = "std")]
@@ -67,6 +75,7 @@ pub use pool::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
+pub use scales::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;
@@ -74,3 +83,4 @@ pub use status::*;
 pub use step::*;
 #[cfg(feature = "std")]
 pub use step_device::*;
+pub use tile::*;
