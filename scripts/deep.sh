@@ -32,6 +32,8 @@ part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
 
+part_tsan() { scripts/tsan.sh; }
+
 part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 
 part_msrv() {
@@ -63,7 +65,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 shuttle fuzz msrv cinstall benches gpu)
+parts=(random levels features asan aarch64 tsan shuttle fuzz msrv cinstall benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

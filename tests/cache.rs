@@ -44,7 +44,7 @@ impl Setup {
     /// Formats stored token by token. Where queries are multiplied as 16-bit integers, a score is off
     /// by at most 2 / 65278 * 64 / 8.
     fn coded(format: KvFormat) -> Self {
-        Setup { backend: None, format, dim: 64, tolerance: 1e-3 }
+        Setup { format, dim: 64, tolerance: 1e-3, ..Setup::cpu() }
     }
 
     /// What rows of all heads read as once they were stored.

@@ -167,6 +167,15 @@ impl Caller<'_> {
                 DIM as u32,
             )
         );
+        let mut seal: kvc_seal_desc = zeroed();
+        let bytes = size(&seal);
+        ok!(self, kvc_seal_desc_init(&mut seal, bytes));
+        call!(self, kvc_seal_record_size(&seal, &mut needed));
+        call!(self, kvc_seal(&seal));
+        let (mut scales, mut tiles): (kvc_scales, kvc_tile_view) = (zeroed(), zeroed());
+        let (bytes, tile_bytes) = (size(&scales), size(&tiles));
+        ok!(self, kvc_scales_init(&mut scales, bytes));
+        ok!(self, kvc_tile_view_init(&mut tiles, tile_bytes));
         let mut rope: kvc_rope = zeroed();
         let bytes = size(&rope);
         ok!(self, kvc_rope_init(&mut rope, bytes));
@@ -344,6 +353,8 @@ impl Caller<'_> {
         ok!(self, kvc_events_describe(own, 7, name, name));
         ok!(self, kvc_cache_destroy(own));
 
+        // The cache's format has none: refused, whoever asks.
+        call!(self, kvc_cache_set_scales(cache, 0, 0, null(), null(), 1));
         ok!(self, kvc_cache_sync(cache));
         ok!(self, kvc_cache_advance(cache, round as u64));
         ok!(self, kvc_cache_audit(cache));
