@@ -32,6 +32,9 @@ part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
 part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 
+# A writer to the disk tier is killed 200 times.
+part_crashes() { KVCACHE_CRASHES=${KVCACHE_CRASHES:-200} cargo test --release --test tier_crash; }
+
 part_msrv() {
     local version
     version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -58,7 +61,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 fuzz msrv benches gpu)
+parts=(random levels features asan aarch64 fuzz crashes msrv benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -32,6 +32,14 @@ impl KvCache {
         self.hit = hit;
         let seq = self.keep(adopted, sequence)?;
         let cached = self.tokens(seq)?.len();
+        if self.tiers.is_some() {
+            // What came from a tier is on the device for everybody. Where memory for the index is
+            // refused, it is published with the next block that fills.
+            match self.publish(seq) {
+                Ok(()) | Err(Error::OutOfMemory { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         self.totals.looked_up_tokens += prompt.len() as u64;
         self.totals.hit_tokens += cached as u64;
         Ok(Started { seq, cached_tokens: cached as u32 })
@@ -50,8 +58,11 @@ impl KvCache {
             let blocks = hit.blocks.iter().skip(group).step_by(groups).copied();
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
-        let tail = self.copy_tail(&mut sequence.tables, hit)?;
-        let cached = &prompt[..hit.tokens + tail];
+        let more = match self.onboard(sequence, prompt, hit) {
+            0 => self.copy_tail(&mut sequence.tables, hit)?,
+            loaded => loaded,
+        };
+        let cached = &prompt[..hit.tokens + more];
         reserve(&mut sequence.tokens, cached.len())?;
         sequence.tokens.extend_from_slice(cached);
         sequence.published = hit.at;
@@ -97,7 +108,7 @@ impl KvCache {
 
     /// Gives a finished sequence an id; what it holds is given back where that or what made it
     /// failed.
-    fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
+    pub(super) fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
         let made = made.and_then(|()| self.sequences.has_room());
         if let Err(error) = made {
             for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {

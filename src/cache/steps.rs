@@ -283,7 +283,7 @@ impl KvCache {
     }
 
     /// Puts the full blocks of a sequence into the prefix index.
-    fn publish(&mut self, seq: SeqId) -> Result<()> {
+    pub(super) fn publish(&mut self, seq: SeqId) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         let sequence = self.sequences.get_mut(seq)?;
         let block_tokens = self.spec.block_tokens as usize;
@@ -326,7 +326,7 @@ impl KvCache {
         let (present, stored) = (inserted.present, inserted.stored);
         if stored > 0 {
             let first = above.blocks() + present;
-            self.outside.stored(&Chain {
+            let chain = Chain {
                 space: sequence.namespace,
                 // The last of those that were there already.
                 above: match (present, first) {
@@ -336,7 +336,11 @@ impl KvCache {
                 },
                 tokens: &sequence.tokens[first * block_tokens..(first + stored) * block_tokens],
                 blocks: &self.ids[first * groups..(first + stored) * groups],
-            });
+            };
+            self.outside.stored(&chain);
+            if let Some(tiers) = &mut self.tiers {
+                tiers.stored(&chain, &self.outside, &mut self.stores);
+            }
         }
         Ok(())
     }

@@ -31,6 +31,8 @@ pub mod info;
 pub mod metrics;
 pub mod plan;
 pub mod pool;
+#[cfg(feature = "std")]
+pub mod prefetch;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
@@ -41,6 +43,10 @@ pub mod status;
 pub mod step;
 #[cfg(feature = "std")]
 pub mod step_device;
+#[cfg(feature = "std")]
+pub mod tier;
+#[cfg(feature = "std")]
+pub mod tier_store;
 
 mod handle;
 mod pointer;
@@ -64,6 +70,8 @@ pub use info::*;
 pub use metrics::*;
 pub use plan::*;
 pub use pool::*;
+#[cfg(feature = "std")]
+pub use prefetch::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
@@ -74,3 +82,7 @@ pub use status::*;
 pub use step::*;
 #[cfg(feature = "std")]
 pub use step_device::*;
+#[cfg(feature = "std")]
+pub use tier::*;
+#[cfg(feature = "std")]
+pub use tier_store::*;
