@@ -1852,7 +1852,8 @@ kvc_status kvc_metrics_read(const kvc_cache *cache, kvc_metrics *out, uint64_t o
 
 // Writes the cache's metrics as Prometheus reads them (text format 0.0.4, vLLM's names with the
 // prefix "kvcache:") to `buf` as snprintf would, and the length of the whole text in bytes, the
-// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough.
+// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough,
+// and 16 KiB for a cache with tiers.
 //
 // Threads: thread-safe.
 kvc_status kvc_metrics_text(const kvc_cache *cache, char *buf, uint64_t len, uint64_t *out_len);
@@ -1871,38 +1872,8 @@ kvc_status kvc_metrics_watch(kvc_cache *cache, uint32_t every);
 kvc_status kvc_metrics_set_time(kvc_cache *cache, uint64_t now_ms);
 
 // ----------------------------------------------------------------------------------------------
-// tier: where blocks go that the device has no room for, and come back from
+// tier: a store of the engine's own
 // ----------------------------------------------------------------------------------------------
-// Tier: memory of the host.
-#define KVC_TIER_HOST 1
-
-// Tier: files on a local disk.
-#define KVC_TIER_DISK 2
-
-// Tier: the engine's own store.
-#define KVC_TIER_STORE 3
-
-// Why so much is loaded: no tier has the next block.
-#define KVC_WHY_NOTHING_FOUND 1
-
-// Why so much is loaded: what prefill costs is not known, so all of it is.
-#define KVC_WHY_COST_UNKNOWN 2
-
-// Why so much is loaded: no load from this tier was timed yet, so all of it is.
-#define KVC_WHY_RATE_UNKNOWN 3
-
-// Why so much is loaded: loading is faster than computing.
-#define KVC_WHY_LOAD_IS_FASTER 4
-
-// Why so much is loaded: loading is faster up to here, and computing from here on.
-#define KVC_WHY_LOAD_IS_FASTER_AT_FIRST 5
-
-// Why so much is loaded: computing is faster.
-#define KVC_WHY_COMPUTE_IS_FASTER 6
-
-// A prompt whose blocks are on their way from lower tiers.
-typedef struct kvc_prefetch kvc_prefetch;
-
 // Finds out which of `count` keys (32 bytes each) the store has: `found[i]` 1 or 0. 0 for success.
 typedef int32_t (*kvc_tier_exists_fn)(void *user,
                                       const uint8_t *keys,
@@ -1949,6 +1920,23 @@ typedef struct {
     // Forgets objects.
     kvc_tier_remove_fn remove;
 } kvc_tier_store;
+
+// Fills a kvc_tier_store of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_store_init(kvc_tier_store *store, uint32_t struct_size);
+
+// ----------------------------------------------------------------------------------------------
+// tier: where blocks go that the device has no room for, and come back from
+// ----------------------------------------------------------------------------------------------
+// Tier: memory of the host.
+#define KVC_TIER_HOST 1
+
+// Tier: files on a local disk.
+#define KVC_TIER_DISK 2
+
+// Tier: the engine's own store.
+#define KVC_TIER_STORE 3
 
 // The part of a layer group that a cache holds. This struct never grows.
 typedef struct {
@@ -1997,26 +1985,6 @@ typedef struct {
     double prefill_seconds;
 } kvc_tier_options;
 
-// What tiers have of a prompt, and what was done about it. This struct never grows.
-typedef struct {
-    // Leading tokens on the device.
-    uint64_t device_tokens;
-    // Tokens after those that are in host memory.
-    uint64_t host_tokens;
-    // Blocks after those on the device that tiers have.
-    uint64_t found_blocks;
-    // Leading blocks of those that are worth loading.
-    uint64_t load_blocks;
-    // Seconds that loading those takes; 0 where it is not known.
-    double load_seconds;
-    // Seconds that computing the same takes; 0 where it is not known.
-    double compute_seconds;
-    // KVC_WHY_*.
-    uint32_t why;
-    // 0.
-    uint32_t reserved;
-} kvc_tier_decision;
-
 // What a tier counted since kvc_tier_attach, in blocks where it says nothing else.
 typedef struct {
     // KVC_TIER_*.
@@ -2064,17 +2032,72 @@ typedef struct {
 // Threads: thread-safe.
 kvc_status kvc_tier_options_init(kvc_tier_options *options, uint32_t struct_size);
 
-// Fills a kvc_tier_store of `struct_size` bytes with its defaults.
-//
-// Threads: thread-safe.
-kvc_status kvc_tier_store_init(kvc_tier_store *store, uint32_t struct_size);
-
 // Gives a cache tiers, before anything is cached in it (KVC_ERR_INVALID_STATE); it must reuse
 // prefixes. KVC_ERR_TIER_FAILED where the disk's directory cannot be used, KVC_ERR_INVALID_STATE
 // where another process uses it or it is of another version: the cache works on without tiers.
 //
 // Threads: thread-safe.
 kvc_status kvc_tier_attach(kvc_cache *cache, const kvc_tier_options *options);
+
+// Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
+// most `wait_ms` milliseconds, during which the cache is in use; writes 1 to `out_done` where all
+// is there, else 0. What waits in queues is written in any case, before the cache ends.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_flush(kvc_cache *cache, uint32_t wait_ms, uint32_t *out_done);
+
+// Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
+// host, then disk and store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_stats(const kvc_cache *cache,
+                          uint32_t index,
+                          kvc_tier_counts *out,
+                          uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// prefetch: a prompt's blocks on their way back
+// ----------------------------------------------------------------------------------------------
+// Why so much is loaded: no tier has the next block.
+#define KVC_WHY_NOTHING_FOUND 1
+
+// Why so much is loaded: what prefill costs is not known, so all of it is.
+#define KVC_WHY_COST_UNKNOWN 2
+
+// Why so much is loaded: no load from this tier was timed yet, so all of it is.
+#define KVC_WHY_RATE_UNKNOWN 3
+
+// Why so much is loaded: loading is faster than computing.
+#define KVC_WHY_LOAD_IS_FASTER 4
+
+// Why so much is loaded: loading is faster up to here, and computing from here on.
+#define KVC_WHY_LOAD_IS_FASTER_AT_FIRST 5
+
+// Why so much is loaded: computing is faster.
+#define KVC_WHY_COMPUTE_IS_FASTER 6
+
+// A prompt whose blocks are on their way from lower tiers.
+typedef struct kvc_prefetch kvc_prefetch;
+
+// What tiers have of a prompt, and what was done about it. This struct never grows.
+typedef struct {
+    // Leading tokens on the device.
+    uint64_t device_tokens;
+    // Tokens after those that are in host memory.
+    uint64_t host_tokens;
+    // Blocks after those on the device that tiers have.
+    uint64_t found_blocks;
+    // Leading blocks of those that are worth loading.
+    uint64_t load_blocks;
+    // Seconds that loading those takes; 0 where it is not known.
+    double load_seconds;
+    // Seconds that computing the same takes; 0 where it is not known.
+    double compute_seconds;
+    // KVC_WHY_*.
+    uint32_t why;
+    // 0.
+    uint32_t reserved;
+} kvc_tier_decision;
 
 // Begins to load what lower tiers have of a prompt into host memory, from where kvc_seq_start takes
 // it; writes what was found and decided to `out_decision` where that is not NULL. Waits for
@@ -2102,22 +2125,6 @@ kvc_status kvc_prefetch_wait(kvc_cache *cache,
 //
 // Threads: thread-safe.
 kvc_status kvc_prefetch_destroy(kvc_prefetch *prefetch);
-
-// Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
-// most `wait_ms` milliseconds, during which the cache is in use; writes 1 to `out_done` where all
-// is there, else 0. What waits in queues is written in any case, before the cache ends.
-//
-// Threads: thread-safe.
-kvc_status kvc_tier_flush(kvc_cache *cache, uint32_t wait_ms, uint32_t *out_done);
-
-// Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
-// host, then disk and store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
-//
-// Threads: thread-safe.
-kvc_status kvc_tier_stats(const kvc_cache *cache,
-                          uint32_t index,
-                          kvc_tier_counts *out,
-                          uint64_t out_bytes);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -196,7 +196,8 @@ impl KvCache {
         Ok(table.blocks())
     }
 
-    /// Drops everything from the prefix index that no sequence uses.
+    /// Drops everything from the prefix index that no sequence uses. Tiers keep their copies, for
+    /// prompts to find again.
     ///
     /// # Errors
     /// None in practice: a failure is a bug in the library.

@@ -113,7 +113,9 @@ impl KvCache {
         let slices = self.part(slice)?.groups;
         let block_tokens = self.spec.block_tokens as usize;
         let sequence = self.sequences.get_idle(seq)?;
-        let blocks = sequence.tokens.len() / block_tokens;
+        let full = sequence.tokens.len() / block_tokens;
+        // What is in the index is final.
+        let blocks = self.prefix.as_ref().map_or(full, |_| sequence.published.blocks().min(full));
         let head = StreamHead {
             model: model.into(),
             keys: self.outside.seed(sequence.namespace),

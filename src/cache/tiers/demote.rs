@@ -123,7 +123,11 @@ impl Tiers {
     ) {
         let keys = outside.seed(chain.space);
         let parent = match chain.above.first() {
-            Some(&above) => outside.digest_of(above),
+            // Without it nothing can be called by its name: it is not demoted.
+            Some(&above) => match outside.digest_of(above) {
+                None => return,
+                parent => parent,
+            },
             None => keys,
         };
         let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
@@ -285,6 +289,9 @@ impl Tiers {
         let whole = (prompt.len() - 1) / block_tokens * block_tokens;
         let tokens = prompt[(skip * block_tokens).min(whole)..whole].chunks_exact(block_tokens);
         let parent = if skip == 0 { keys } else { above };
+        // Without the digest of what comes before, nothing has a name.
+        let known = skip == 0 || above.is_some();
+        let tokens = if known { tokens } else { [].chunks_exact(block_tokens) };
         Labels { config: &self.config, keys, parent, tokens }
     }
 
