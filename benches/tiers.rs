@@ -248,7 +248,7 @@ impl DiskFile for Kept {
         Ok(())
     }
 
-    fn len(&self) -> Result<u64> {
+    fn length(&self) -> Result<u64> {
         Ok(self.files.0.lock().unwrap()[&self.name].len() as u64)
     }
 

@@ -232,7 +232,7 @@ impl DiskFile for FaultyFile {
         Ok(())
     }
 
-    fn len(&self) -> Result<u64> {
+    fn length(&self) -> Result<u64> {
         Ok(self.disk.lock().unwrap().files[self.number].now.len() as u64)
     }
 

@@ -35,7 +35,7 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of the system.
-    fn len(&self) -> Result<u64>;
+    fn length(&self) -> Result<u64>;
 
     /// Makes it so long, zeros behind what it has, and takes the room on the disk now.
     ///
@@ -202,12 +202,12 @@ impl DiskFile for File {
         self.sync_data()
     }
 
-    fn len(&self) -> Result<u64> {
+    fn length(&self) -> Result<u64> {
         Ok(self.metadata()?.len())
     }
 
     fn allocate(&self, bytes: u64) -> Result<()> {
-        let had = DiskFile::len(self)?;
+        let had = self.length()?;
         if bytes <= had {
             return Ok(());
         }

@@ -112,7 +112,7 @@ impl Journal {
         mut see: impl FnMut(Option<Record>),
     ) -> Result<(Self, Found)> {
         let file = files.open(NAME, true, false)?;
-        let length = file.len()?;
+        let length = file.length()?;
         let mut journal = Journal { file, slot_bytes, end: RECORD_BYTES as u64, records: 0 };
         let mut first = [0; RECORD_BYTES];
         if length < RECORD_BYTES as u64 {

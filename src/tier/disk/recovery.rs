@@ -43,7 +43,7 @@ fn check_configuration(files: &dyn Files, config: &Configuration) -> Result<()> 
     let io = failed("the configuration of the disk tier");
     let file = files.open(CONFIGURATION, true, false).map_err(&io)?;
     let expected = config.text().as_bytes();
-    let length = file.len().map_err(&io)?;
+    let length = file.length().map_err(&io)?;
     // Shorter and the beginning of it: cut off while it was first written.
     let mut text = alloc::vec![0; length.min(expected.len() as u64 + 1) as usize];
     read_all(&*file, &mut text, 0).map_err(&io)?;
@@ -81,7 +81,7 @@ pub fn recover(
     while names.contains(&segment_name(segments.len())) {
         let name = segment_name(segments.len());
         let file: Box<dyn DiskFile> = files.open(&name, false, direct).map_err(&io)?;
-        let length = file.len().map_err(&io)?;
+        let length = file.length().map_err(&io)?;
         whole.push((length / slot_bytes).min(segment_slots.into()) as u32);
         segments.push(Arc::from(file));
     }

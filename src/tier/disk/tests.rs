@@ -282,7 +282,7 @@ fn damage_costs_what_it_touched_and_is_reported() {
     assert_eq!(put(&store, &config, &[9]), [Outcome::Done]);
     // A larger one finds the same.
     drop(store);
-    let (store, recovery) = open(&files.after_kill(), 40_000).unwrap();
+    let (store, recovery) = open(&files.after_kill(), 64).unwrap();
     assert_eq!(recovery.objects, store.keys().len() as u64);
     assert!(get(&store, &config, 9).1 && recovery.damaged_records == 0);
 }
