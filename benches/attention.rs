@@ -5,6 +5,9 @@
 //! with as many threads, from end to end and block by block in the order of the tables (each time
 //! the faster of a plain read and one with prefetch hints), and GFLOP/s (prefill). A word after `--table` filters rows.
 //!
+//! `-- --formats` prints tokens per second of the formats that are stored token by token beside those
+//! of bf16, 8 x 16k tokens, in the same turns.
+//!
 //! Block tables are shuffled, as after a long time of serving, or in order (`seq`), as a fresh pool
 //! gives them to a prompt.
 
@@ -15,8 +18,8 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput};
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, Threads, attend,
-    attend_workspace_bytes,
+    AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, Threads, append,
+    attend, attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::layout::{GroupLayout, GroupSpec};
@@ -68,7 +71,11 @@ impl Batch {
         let blocks = blocks_a_seq * c.seqs * c.rotations;
         let bytes = layout.pool_bytes(blocks as u64).unwrap() as usize;
         let mut memory = huge(bytes / 8);
-        fill(c.format.dtype(), &mut memory, 1);
+        if c.format.is_float() {
+            fill(c.format.dtype(), &mut memory, 1);
+        } else {
+            encode(&layout, &mut memory, blocks as u32);
+        }
         let mut tables: Vec<i32> = (0..blocks as i32).collect();
         if !c.in_order {
             random_kv(blocks, 2, |i, x| tables.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
@@ -108,15 +115,7 @@ impl Batch {
         let args = AttendArgs {
             shape: self.shape,
             scoring: Scoring::causal(self.shape.k_dim),
-            kv: KvView {
-                k: base,
-                v: base.wrapping_add(self.layout.v_offset(0) as usize),
-                format: self.layout.spec().format,
-                k_strides: self.layout.k_strides(),
-                v_strides: self.layout.v_strides(),
-                num_blocks: self.tables.len() as u32,
-                block_tokens: self.layout.block_tokens(),
-            },
+            kv: KvView::native(&self.layout, base, self.tables.len() as u32, 0).unwrap(),
             tables: BlockTables::Dense { table: table.as_ptr(), stride: self.blocks_a_seq as i64 },
             seqs: self.seqs as u32,
             q_indptr: self.q_indptr.as_ptr(),
@@ -188,6 +187,44 @@ fn huge(words: usize) -> Vec<u64> {
     memory
 }
 
+/// Fills blocks of one quantised layer with random rows, as append writes them.
+fn encode(layout: &GroupLayout, memory: &mut [u64], blocks: u32) {
+    let spec = layout.spec();
+    let (heads, tokens) = (spec.kv_heads, layout.block_tokens());
+    let pool = Threads::new(0).unwrap();
+    let v_dim = if spec.v_in_k { 0 } else { spec.v_dim };
+    let rows = tokens as usize * heads as usize;
+    let (k_row, v_row) = (spec.k_dim as usize, v_dim as usize);
+    // A few hundred blocks' rows, over and over.
+    let count = blocks.min(256);
+    let mut rows = vec![0.0f32; count as usize * rows * (k_row + v_row)];
+    random_kv(rows.len(), 1, |i, x| rows[i] = x);
+    let k = rows.as_mut_ptr();
+    let v = k.wrapping_add(count as usize * tokens as usize * heads as usize * k_row);
+    let view = |ptr: *mut f32, dim| RowsView::contiguous(ptr.cast(), DType::F32, heads, dim);
+    for first in (0..blocks).step_by(count as usize) {
+        let end = blocks.min(first + count);
+        let slots: Vec<i64> = (first * tokens..end * tokens).map(i64::from).collect();
+        let args = AppendArgs {
+            shape: HeadShape {
+                q_heads: heads,
+                kv_heads: heads,
+                k_dim: spec.k_dim,
+                v_dim: spec.v_dim,
+                v_in_k: spec.v_in_k,
+            },
+            kv: KvView::native(layout, memory.as_mut_ptr().cast(), blocks, 0).unwrap(),
+            slots: slots.as_ptr(),
+            rows: slots.len() as u32,
+            k: view(k, spec.k_dim),
+            v: view(v, spec.v_dim),
+            rope: None,
+        };
+        // SAFETY: the buffers have these sizes, and slots are distinct.
+        unsafe { append(&args, &pool) }.unwrap();
+    }
+}
+
 fn fill(dtype: DType, memory: &mut [u64], seed: u64) {
     let elements = memory.len() * 8 / dtype.bytes() as usize;
     let base = memory.as_mut_ptr();
@@ -254,6 +291,74 @@ fn configs() -> Vec<Config> {
     };
     list.push(latent);
     list
+}
+
+/// Formats that are stored token by token beside bf16: the same tokens, bf16 queries.
+const CODED: [KvFormat; 6] = [
+    KvFormat::Bf16,
+    KvFormat::Fp8E4m3,
+    KvFormat::Fp8E5m2,
+    KvFormat::Int8T,
+    KvFormat::Int4T,
+    KvFormat::Nvfp4,
+];
+
+/// Prints tokens per second of every format, in turns, beside bf16's of the same turn.
+fn formats(kv_len: usize, rounds: usize) {
+    println!(
+        "level {}, 8 x {kv_len} tokens, 32/8 heads of 128",
+        CpuLevel::chosen().unwrap().name()
+    );
+    println!(
+        "{:10} {:>6} {:>3} {:>9} {:>7} {:>8} {:>8}  quartiles",
+        "", "block", "thr", "Mtok/s", "GB/s", "read", "of bf16"
+    );
+    for block_tokens in [64, 16] {
+        let config = |format| Config {
+            name: "decode",
+            format,
+            q_dtype: DType::Bf16,
+            shape: LLAMA,
+            block_tokens,
+            in_order: false,
+            seqs: 8,
+            rotations: 1,
+            q_tokens: 1,
+            kv_len,
+        };
+        for threads in [1, 2] {
+            let pool = Threads::new(threads).unwrap();
+            let mut batches: Vec<_> =
+                CODED.iter().map(|&format| Batch::new(&config(format), threads as usize)).collect();
+            let mut times = vec![Vec::new(); CODED.len()];
+            let mut reads = Vec::new();
+            for round in 0..rounds + 1 {
+                let turn: Vec<f64> =
+                    batches.iter_mut().map(|batch| seconds(|| batch.run(&pool, 0))).collect();
+                let read =
+                    [false, true].map(|hints| seconds(|| batches[0].read_tables(&pool, 0, hints)));
+                if round > 0 {
+                    reads.push(batches[0].kv_bytes() / read[0].min(read[1]) / 1e9);
+                    times.iter_mut().zip(turn).for_each(|(all, t)| all.push(t));
+                }
+            }
+            let read = median(reads).0;
+            for (n, &format) in CODED.iter().enumerate() {
+                let ratio = |turn: usize| times[0][turn] / times[n][turn];
+                let ratio = median((0..rounds).map(ratio).collect());
+                let time = median(times[n].clone()).0;
+                println!(
+                    "{:10} {block_tokens:>6} {threads:>3} {:>9.2} {:>7.1} {read:>8.1} {:>7.2}x  {:.2} to {:.2}",
+                    format.name(),
+                    (8 * kv_len) as f64 / time / 1e6,
+                    batches[n].kv_bytes() / time / 1e9,
+                    ratio.0,
+                    ratio.1,
+                    ratio.2,
+                );
+            }
+        }
+    }
 }
 
 fn label(c: &Config) -> String {
@@ -363,6 +468,9 @@ fn main() {
     if let Some(at) = args.iter().position(|arg| arg == "--table") {
         let filter = args[at + 1..].iter().find(|arg| !arg.starts_with("--"));
         return table(filter.map_or("", |filter| filter));
+    }
+    if args.iter().any(|arg| arg == "--formats") {
+        return formats(16_384, 9);
     }
     let mut criterion = Criterion::default().configure_from_args();
     criterion_benches(&mut criterion);

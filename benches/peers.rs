@@ -213,15 +213,7 @@ impl Ours {
         let args = AttendArgs {
             shape: SHAPE,
             scoring: Scoring::causal(SHAPE.k_dim),
-            kv: KvView {
-                k: self.pool.ptr().wrapping_add(self.layout.k_offset(0) as usize),
-                v: self.pool.ptr().wrapping_add(self.layout.v_offset(0) as usize),
-                format: self.layout.spec().format,
-                k_strides: self.layout.k_strides(),
-                v_strides: self.layout.v_strides(),
-                num_blocks: self.tables.len() as u32,
-                block_tokens: BLOCK_TOKENS,
-            },
+            kv: KvView::native(&self.layout, self.pool.ptr(), self.tables.len() as u32, 0).unwrap(),
             tables: BlockTables::Dense { table: table.as_ptr(), stride: self.blocks_a_seq as i64 },
             seqs: self.seqs as u32,
             q_indptr: self.q_indptr.as_ptr(),

@@ -9,23 +9,12 @@
 //   S[16 tokens x 8 columns] = K Q'   A = K by ldmatrix, B = Q in registers
 //   O'[d x 8 columns]       += V' P   A = V by ldmatrix.trans, B = P through movmatrix
 //
-// The warps' states are merged in shared memory. A sequence of several pieces writes partial
-// results; the last block to arrive merges them (split.cuh).
+// How the warps' sums become a row is in decode_finish.cuh.
 #pragma once
+#include "decode_finish.cuh"
 #include "decode_pipe.cuh"
 
 namespace kvc {
-
-KVC_DEVICE float max_over_tokens(float x) {
-    x = max_f32(x, shfl_xor(kFullMask, x, 4));
-    x = max_f32(x, shfl_xor(kFullMask, x, 8));
-    return max_f32(x, shfl_xor(kFullMask, x, 16));
-}
-KVC_DEVICE float sum_over_tokens(float x) {
-    x += shfl_xor(kFullMask, x, 4);
-    x += shfl_xor(kFullMask, x, 8);
-    return x + shfl_xor(kFullMask, x, 16);
-}
 
 // A warp's sums over its tokens: lane 4g+t has columns 2t and 2t+1, channels g and g+8 of each 16.
 template <int HeadDim> struct WarpState {
@@ -33,10 +22,10 @@ template <int HeadDim> struct WarpState {
     float o[HeadDim / 16][4];
 };
 
-template <typename T, int HeadDim>
+template <typename T, int HeadDim, typename State>
 KVC_DEVICE void accumulate(const kvc_decode_params &p, const Unit &u, const Column (&columns)[2],
                            const uint32_t (&q)[HeadDim / 16][2], const Part &part,
-                           WarpState<HeadDim> &state) {
+                           State &state) {
     // Two sums, so that a product waits for the one before the last.
     float s[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 KVC_UNROLL
@@ -74,7 +63,7 @@ KVC_DEVICE void decode_unit(const kvc_decode_params &p, const kvc_decode_item &i
     constexpr int kSteps = HeadDim / 16;
     const Unit u = find_unit(p, item.seq, unit);
     if (u.empty) return;
-    const uint32_t lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
+    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
 
     Source source;
     source.k = static_cast<const uint16_t *>(p.k) + u.kv_head * p.k_head;
@@ -123,59 +112,11 @@ KVC_UNROLL
     pipe.finish();
     sync_threads();
 
-    // The warps' states side by side: channels of a column together, columns four words apart.
-    constexpr uint32_t kColumnWords = HeadDim + 4;
-    float *states = KVC_SMEM(float);
-    float *tops = states + kDecodeWarps * kColumns * kColumnWords;
-    float *sums = tops + kDecodeWarps * kColumns;
-KVC_UNROLL
-    for (int c = 0; c < 2; ++c) {
-        const float l = sum_over_tokens(state.l[c]);
-        const uint32_t at = warp * kColumns + 2 * t + c;
-        if (g == 0) {
-            tops[at] = state.m[c];
-            sums[at] = l;
-        }
-KVC_UNROLL
-        for (int i = 0; i < kSteps; ++i) {
-            states[at * kColumnWords + i * 16 + g] = state.o[i][c];
-            states[at * kColumnWords + i * 16 + g + 8] = state.o[i][2 + c];
-        }
-    }
-    sync_threads();
-
-    constexpr uint32_t kQuads = HeadDim / 4;
-    const Partials<kColumns, HeadDim> partials = {p.partial, p.max_slots, p.units};
-    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
-        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
-        const Column column = find_column(p, u, c);
-        if (!column.exists) continue;
-        Quad quad = {-infinity(), 0.0f, {}};
-        for (uint32_t w = 0; w < kDecodeWarps; ++w)
-            quad.top = max_f32(quad.top, tops[w * kColumns + c]);
-        for (uint32_t w = 0; w < kDecodeWarps; ++w) {
-            const uint32_t at = w * kColumns + c;
-            const float factor = weight(tops[at], quad.top);
-            quad.sum += sums[at] * factor;
-            for (int j = 0; j < 4; ++j)
-                quad.o[j] += states[at * kColumnWords + channel + j] * factor;
-        }
-        if (item.pieces == 1)
-            write_row(p, column, channel, quad);
-        else
-            store_partial(partials, item.first_slot + item.piece, unit, c, channel, quad);
-    }
-    if (item.pieces == 1) return;
-
-    uint32_t *ticket = p.tickets + static_cast<int64_t>(item.ticket) * p.units + unit;
-    if (!last_to_arrive(ticket, item.pieces, KVC_SMEM(uint32_t))) return;
-    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
-        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
-        const Column column = find_column(p, u, c);
-        if (column.exists)
-            write_row(p, column, channel,
-                      merge_partials(partials, item.first_slot, item.pieces, unit, c, channel));
-    }
+    put_warp_sums<HeadDim>(state.m, state.l, [&](int i, int half, int c, uint32_t &channel) {
+        channel = i * 16 + g + half * 8;
+        return state.o[i][half * 2 + c];
+    });
+    finish_unit<HeadDim>(p, item, unit, u, false);
 }
 
 template <typename T, int HeadDim, typename Pipe>

@@ -17,11 +17,10 @@
 // In both, tokens that may not be read (past the end, behind the window, in no block) are never
 // copied; their V rows are zero and what their K rows hold does not matter.
 #pragma once
-#include "decode_unit.cuh"
+#include "decode_finish.cuh"
 
 namespace kvc {
 
-constexpr uint32_t kDecodeWarps = 4, kDecodeThreads = 128;
 constexpr uint32_t kWarpTokens = kTileTokens / kDecodeWarps;
 constexpr uint32_t kRun = 8, kRuns = kTileTokens / kRun;
 constexpr uint32_t kMaxStages = 3;

@@ -86,6 +86,39 @@ struct kvc_append_params {
 };
 static_assert(sizeof(kvc_append_params) == 256, "layout of kvc_append_params");
 
+// Appends rows of K and V as codes: FP8, INT8_T, INT4_T, NVFP4.
+struct kvc_append_token_params {
+    // The call. Strides of the caches are in bytes; `k_dim` is `v_dim`; `cache_dtype` means
+    // nothing. The error flag's bit 5 says that a row was not finite or outside its format's
+    // range, and not written.
+    kvc_append_params call;
+    // Scales of the keys of block 0, head 0, token 0; null where the format has none.
+    void *k_scales;
+    // The same of values.
+    void *v_scales;
+    // A scale of all keys of each KV head (FP8, NVFP4), or null for 1.
+    const float *k_heads;
+    // A scale of all values of each KV head, or null.
+    const float *v_heads;
+    // Bytes from a block to the next in `k_scales`.
+    int64_t k_scale_block;
+    // Bytes from a head to the next in `k_scales`.
+    int64_t k_scale_head;
+    // Bytes from a token to the next in `k_scales`.
+    int64_t k_scale_token;
+    // Bytes from a block to the next in `v_scales`.
+    int64_t v_scale_block;
+    // Bytes from a head to the next in `v_scales`.
+    int64_t v_scale_head;
+    // Bytes from a token to the next in `v_scales`.
+    int64_t v_scale_token;
+    // Format id.
+    uint32_t format;
+    // 1 where keys are stored rotated (INT4_T rows always are). Else 0.
+    uint32_t k_rotated;
+};
+static_assert(sizeof(kvc_append_token_params) == 344, "layout of kvc_append_token_params");
+
 // Neighbouring sequences of a batch that share a prefix, or none of whose prefixes is used.
 struct kvc_cascade_segment {
     // The first sequence.
@@ -350,6 +383,110 @@ struct kvc_decode_params {
 };
 static_assert(sizeof(kvc_decode_params) == 288, "layout of kvc_decode_params");
 
+// Paged decode over sealed tiles and the raw ones of the same sequences. Causal.
+struct kvc_decode_tile_params {
+    // The call. Its table and `num_blocks` are those of the records; `k`, `v` and their
+    // strides, in elements, those of the staged raw rows, bf16. `block_tokens` is
+    // `tile_tokens`; `bulk` is 1 to copy records in bulk where the device can.
+    kvc_decode_params call;
+    // Record of block 0, head 0.
+    const void *records;
+    // `[batch + 1]` offsets into `raw_blocks`, never decreasing.
+    const int32_t *raw_indptr;
+    // Tile of the sequence and raw slot, a pair each, tiles ascending: every tile that holds a
+    // query, and every earlier one whose record is not sealed.
+    const int32_t *raw_blocks;
+    // Keys of raw slot `staging_blocks`, head 0, token 0, bf16; null without scratch blocks.
+    const void *scratch_k;
+    // Values, likewise.
+    const void *scratch_v;
+    // Bytes from a block to the next in `records`.
+    int64_t record_block;
+    // Bytes from a KV head to the next in `records`.
+    int64_t record_head;
+    // Elements from a block to the next in `scratch_k`.
+    int64_t scratch_k_block;
+    // Elements from a head to the next in `scratch_k`.
+    int64_t scratch_k_head;
+    // Elements from a token to the next in `scratch_k`.
+    int64_t scratch_k_token;
+    // Elements from a block to the next in `scratch_v`.
+    int64_t scratch_v_block;
+    // Elements from a head to the next in `scratch_v`.
+    int64_t scratch_v_head;
+    // Elements from a token to the next in `scratch_v`.
+    int64_t scratch_v_token;
+    // Raw slots in staging; those behind are in scratch.
+    uint32_t staging_blocks;
+    // Raw slots in scratch.
+    uint32_t scratch_blocks;
+    // Tokens of a tile: 64 or 128.
+    uint32_t tile_tokens;
+    // What the header of a sealed record says of its format and tokens: its third word.
+    uint32_t identity;
+    // Bytes of a record.
+    uint32_t record_bytes;
+    // Byte of a record from which the third bits of keys lie.
+    uint32_t k_plane_at;
+    // The codes of values.
+    uint32_t v_codes_at;
+    // The third bits of values.
+    uint32_t v_plane_at;
+    // The steps of key channels.
+    uint32_t k_steps_at;
+    // The middles of key channels.
+    uint32_t k_mids_at;
+    // The scales of value rows.
+    uint32_t v_scales_at;
+    // The header.
+    uint32_t header_at;
+    // 1 where sealed values are rotated. Else 0.
+    uint32_t v_rotated;
+    // Byte of shared memory from which the queries lie.
+    uint32_t query_at;
+    // Byte of shared memory from which the barriers lie.
+    uint32_t barriers_at;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_decode_tile_params) == 456, "layout of kvc_decode_tile_params");
+
+// Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
+struct kvc_decode_token_params {
+    // The call. Strides of `k` and `v` are in bytes, multiples of 16; `bulk` means nothing.
+    kvc_decode_params call;
+    // Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
+    // f16 at an even address; null where the format has none.
+    const void *k_scales;
+    // The same of values.
+    const void *v_scales;
+    // A scale of all keys of each KV head (FP8, NVFP4), or null for 1.
+    const float *k_heads;
+    // A scale of all values of each KV head, or null.
+    const float *v_heads;
+    // Bytes from a block to the next in `k_scales`.
+    int64_t k_scale_block;
+    // Bytes from a head to the next in `k_scales`.
+    int64_t k_scale_head;
+    // Bytes from a token to the next in `k_scales`.
+    int64_t k_scale_token;
+    // Bytes from a block to the next in `v_scales`.
+    int64_t v_scale_block;
+    // Bytes from a head to the next in `v_scales`.
+    int64_t v_scale_head;
+    // Bytes from a token to the next in `v_scales`.
+    int64_t v_scale_token;
+    // 1 where keys are stored rotated: queries are then rotated too. Else 0.
+    uint32_t k_rotated;
+    // 1 where values are stored rotated: outputs are then rotated back. Else 0.
+    uint32_t v_rotated;
+    // Byte of shared memory from which the queries lie.
+    uint32_t query_at;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_decode_token_params) == 384, "layout of kvc_decode_token_params");
+
 // A run of words to write into the image of a prefix index.
 struct kvc_lookup_patch_run {
     // First word of the image that is written.
@@ -568,6 +705,37 @@ struct kvc_prefill_params {
 };
 static_assert(sizeof(kvc_prefill_params) == 240, "layout of kvc_prefill_params");
 
+// Chunked prefill over rows of codes: FP8, INT8_T, INT4_T, NVFP4.
+struct kvc_prefill_token_params {
+    // The call. Strides of `k` and `v` are in bytes, multiples of 16.
+    kvc_prefill_params call;
+    // Scales of the keys of block 0, head 0, token 0; null where the format has none.
+    const void *k_scales;
+    // The same of values.
+    const void *v_scales;
+    // A scale of all keys of each KV head (FP8, NVFP4), or null for 1.
+    const float *k_heads;
+    // A scale of all values of each KV head, or null.
+    const float *v_heads;
+    // Bytes from a block to the next in `k_scales`.
+    int64_t k_scale_block;
+    // Bytes from a head to the next in `k_scales`.
+    int64_t k_scale_head;
+    // Bytes from a token to the next in `k_scales`.
+    int64_t k_scale_token;
+    // Bytes from a block to the next in `v_scales`.
+    int64_t v_scale_block;
+    // Bytes from a head to the next in `v_scales`.
+    int64_t v_scale_head;
+    // Bytes from a token to the next in `v_scales`.
+    int64_t v_scale_token;
+    // 1 where keys are stored rotated. Else 0.
+    uint32_t k_rotated;
+    // 1 where values are stored rotated. Else 0.
+    uint32_t v_rotated;
+};
+static_assert(sizeof(kvc_prefill_token_params) == 328, "layout of kvc_prefill_token_params");
+
 // Latent attention: 1 to 8 query tokens of each sequence over its cached latents of 576
 // channels, whose first 512 are the values.
 struct kvc_mla_params {
@@ -640,9 +808,92 @@ struct kvc_mla_params {
 };
 static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
 
+// Seals full raw tiles: a block for each of the list and each KV head.
+struct kvc_seal_params {
+    // Keys of raw slot 0, head 0, token 0, bf16.
+    const void *k;
+    // Values, likewise.
+    const void *v;
+    // Keys of raw slot `staging_blocks`; null without scratch blocks.
+    const void *scratch_k;
+    // Values, likewise.
+    const void *scratch_v;
+    // Record of block 0, head 0.
+    void *records;
+    // Raw slot and block of the record, a pair for each tile; blocks are distinct.
+    const int32_t *list;
+    // Set to 1 for each tile some head of which cannot be sealed; else left as it is.
+    uint32_t *refused;
+    // Raised (bit 0: a slot or a block that does not exist), or null.
+    uint32_t *error_flag;
+    // Elements from a block to the next in `k`.
+    int64_t k_block;
+    // Elements from a head to the next in `k`.
+    int64_t k_head;
+    // Elements from a token to the next in `k`.
+    int64_t k_token;
+    // Elements from a block to the next in `v`.
+    int64_t v_block;
+    // Elements from a head to the next in `v`.
+    int64_t v_head;
+    // Elements from a token to the next in `v`.
+    int64_t v_token;
+    // Elements from a block to the next in `scratch_k`.
+    int64_t scratch_k_block;
+    // Elements from a head to the next in `scratch_k`.
+    int64_t scratch_k_head;
+    // Elements from a token to the next in `scratch_k`.
+    int64_t scratch_k_token;
+    // Elements from a block to the next in `scratch_v`.
+    int64_t scratch_v_block;
+    // Elements from a head to the next in `scratch_v`.
+    int64_t scratch_v_head;
+    // Elements from a token to the next in `scratch_v`.
+    int64_t scratch_v_token;
+    // Bytes from a block to the next in `records`.
+    int64_t record_block;
+    // Bytes from a KV head to the next in `records`.
+    int64_t record_head;
+    // Raw slots in staging; those behind are in scratch.
+    uint32_t staging_blocks;
+    // Raw slots in scratch.
+    uint32_t scratch_blocks;
+    // Blocks of records.
+    uint32_t num_blocks;
+    // KV heads.
+    uint32_t kv_heads;
+    // Tokens of a tile.
+    uint32_t tile_tokens;
+    // Bits of a key's code.
+    uint32_t k_bits;
+    // Bits of a value's code.
+    uint32_t v_bits;
+    // The third word of the header of a sealed record.
+    uint32_t identity;
+    // Byte of a record from which the third bits of keys lie.
+    uint32_t k_plane_at;
+    // The codes of values.
+    uint32_t v_codes_at;
+    // The third bits of values.
+    uint32_t v_plane_at;
+    // The steps of key channels.
+    uint32_t k_steps_at;
+    // The middles of key channels.
+    uint32_t k_mids_at;
+    // The scales of value rows.
+    uint32_t v_scales_at;
+    // The header.
+    uint32_t header_at;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_seal_params) == 240, "layout of kvc_seal_params");
+
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
+    X(kvc_append_token_d64, kvc_append_token_params) \
+    X(kvc_append_token_d128, kvc_append_token_params) \
     X(kvc_cascade_split, kvc_cascade_split_params) \
     X(kvc_copy, kvc_copy_params) \
     X(kvc_zero, kvc_copy_params) \
@@ -659,6 +910,26 @@ static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
     X(kvc_decode_bf16_d128, kvc_decode_params) \
     X(kvc_decode_bf16_d192, kvc_decode_params) \
     X(kvc_decode_bf16_d256, kvc_decode_params) \
+    X(kvc_decode_kt8v8_d64, kvc_decode_tile_params) \
+    X(kvc_decode_kt8v8_d128, kvc_decode_tile_params) \
+    X(kvc_decode_kt4v4_d64, kvc_decode_tile_params) \
+    X(kvc_decode_kt4v4_d128, kvc_decode_tile_params) \
+    X(kvc_decode_kt3v3_d64, kvc_decode_tile_params) \
+    X(kvc_decode_kt3v3_d128, kvc_decode_tile_params) \
+    X(kvc_decode_kt4v2_d64, kvc_decode_tile_params) \
+    X(kvc_decode_kt4v2_d128, kvc_decode_tile_params) \
+    X(kvc_decode_kt2v2_d64, kvc_decode_tile_params) \
+    X(kvc_decode_kt2v2_d128, kvc_decode_tile_params) \
+    X(kvc_decode_fp8_e4m3_d64, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e4m3_d128, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d64, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d128, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d64, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d128, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d64, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d128, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d64, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d128, kvc_decode_token_params) \
     X(kvc_lookup, kvc_lookup_params) \
     X(kvc_lookup_patch, kvc_lookup_patch_params) \
     X(kvc_merge, kvc_merge_params) \
@@ -677,4 +948,16 @@ static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
     X(kvc_prefill_bf16_d96, kvc_prefill_params) \
     X(kvc_prefill_bf16_d128, kvc_prefill_params) \
     X(kvc_prefill_bf16_d192, kvc_prefill_params) \
-    X(kvc_prefill_bf16_d256, kvc_prefill_params)
+    X(kvc_prefill_bf16_d256, kvc_prefill_params) \
+    X(kvc_prefill_fp8_e4m3_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e4m3_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d128, kvc_prefill_token_params) \
+    X(kvc_seal_d64, kvc_seal_params) \
+    X(kvc_seal_d128, kvc_seal_params)

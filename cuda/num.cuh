@@ -97,6 +97,22 @@ KVC_DEVICE void store_chunk(void *rows, int64_t index, uint32_t dtype, const Chu
     store_16(at, v KVC_PASS_SITE);
 }
 
+// Four neighbouring elements from a multiple of four, of rows that begin at multiples of 16 bytes.
+struct alignas(8) TwoWords {
+    uint32_t word[2];
+};
+KVC_DEVICE void load_quad(const void *rows, int64_t index, uint32_t dtype, float (&x)[4]) {
+    const char *at = element(rows, index, dtype);
+    if (dtype == kF32) {
+        const Vec16 v = load_stream(at);
+        for (int i = 0; i < 4; ++i) x[i] = as_float(v.word[i]);
+        return;
+    }
+    const TwoWords v = *reinterpret_cast<const TwoWords *>(at);
+    for (int i = 0; i < 4; ++i)
+        x[i] = widen(static_cast<uint16_t>(v.word[i / 2] >> i % 2 * 16), dtype);
+}
+
 // Two neighbouring elements, the first at an even index, rounded to T and packed.
 template <typename T>
 KVC_DEVICE uint32_t load_pair(const void *rows, int64_t index, uint32_t dtype) {

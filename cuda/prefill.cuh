@@ -147,6 +147,10 @@ KVC_UNROLL
                     cp_async_16(at + i * 4 * kRow + j * 8, from + j * 8, (valid >> i * 4 & 1) != 0);
         }
     }
+    // Nothing is to be done to queries and output rows of floats.
+    KVC_DEVICE void prepare(const Tile &, uint16_t *) const {}
+    KVC_DEVICE void finish(const Tile &, float *) const {}
+
     KVC_DEVICE static void copy_keys(const kvc_prefill_params &p, const Tile &u) {
         copy(keys<HeadDim>(), p.k, u.kv_head * p.k_head, p.k_block, p.k_token);
     }
@@ -349,7 +353,8 @@ KVC_UNROLL
 
     // Writes outputs and LSE. The rows go through shared memory, all of which is free by now, so
     // that they leave in pieces of 16 bytes.
-    KVC_DEVICE void finish(const kvc_prefill_params &p, const Tile &u) {
+    template <typename Source>
+    KVC_DEVICE void finish(const kvc_prefill_params &p, const Tile &u, const Source &source) {
         const uint32_t lane = lane_id(), g = lane / 4, t = lane % 4;
         const uint32_t first = first_row(u);
         float *rows = KVC_SMEM(float) + warp_id() * S::kWarpRows * S::kRow;
@@ -375,6 +380,7 @@ KVC_UNROLL
             }
         }
         sync_warp();
+        source.finish(u, rows);
         for (uint32_t i = lane; i < S::kWarpRows * S::kChunks; i += 32) {
             const uint32_t own = i / S::kChunks, channel = i % S::kChunks * 8;
             if (first + own >= u.rows) continue;
@@ -395,7 +401,9 @@ KVC_UNROLL
     };
 };
 
-template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_params &p) {
+// `source` brings keys and values to shared memory, and may change queries and output rows there.
+template <typename T, int HeadDim, typename Source>
+KVC_DEVICE void attend(const kvc_prefill_params &p, const Source &source) {
     using S = Shape<HeadDim>;
     Tile u;
     if (!find_tile<S::kRows>(p, u)) return;
@@ -405,11 +413,12 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
     if (thread_x() == 0) keep<HeadDim>(0, u);
     if (lane_id() == 0) keep<HeadDim>(kTileParts + warp_id(), warp.sight(p, u));
     load_queries<T, HeadDim>(p, u, KVC_SMEM(uint16_t));
+    source.prepare(u, KVC_SMEM(uint16_t));
     int32_t token = u.first / kKeys * kKeys;
     bool more = uniform(token < u.end);
     if (more) {
         Loader::look_up(p, u, token);
-        Loader::copy_keys(p, u);
+        source.copy_keys(p, u);
     }
     cp_async_commit();
     while (more) {
@@ -417,7 +426,7 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
         cp_async_wait<0>();
         sync_threads();
         const bool sees = uniform(kept_sight<HeadDim>().some(token));
-        Loader::copy_values(p, kept_tile<HeadDim>());
+        source.copy_values(p, kept_tile<HeadDim>());
         cp_async_commit();
         // Zeros in either case, as otherwise the scores of the tile before would be kept.
         typename Warp<HeadDim>::Scores s = {};
@@ -434,7 +443,7 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
         // The values are there, and all warps are done with the keys.
         cp_async_wait<0>();
         sync_threads();
-        if (more) Loader::copy_keys(p, kept_tile<HeadDim>());
+        if (more) source.copy_keys(p, kept_tile<HeadDim>());
         cp_async_commit();
         if (sees) {
             warp.weigh(s, p.factor);
@@ -446,7 +455,7 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
     sync_threads();
     const Tile again = kept_tile<HeadDim>();
     sync_threads(); // before the rows of the first warp take its place
-    warp.finish(p, again);
+    warp.finish(p, again, source);
 }
 
 } // namespace kvc::prefill
@@ -454,5 +463,5 @@ template <typename T, int HeadDim> KVC_DEVICE void attend(const kvc_prefill_para
 // Defines the kernel for one cache type and head dimension.
 #define KVC_PREFILL(type, Type, dim)                                                     \
     KVC_KERNEL(kvc_prefill_##type##_d##dim, kvc_prefill_params, 128, 2) {                \
-        kvc::prefill::attend<kvc::Type, dim>(p);                                         \
+        kvc::prefill::attend<kvc::Type, dim>(p, kvc::prefill::Loader<dim>());                                         \
     }

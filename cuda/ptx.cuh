@@ -450,6 +450,36 @@ KVC_DEVICE float widen_f16(uint16_t bits) { return emu::f16_to_f32(bits); }
 KVC_DEVICE float exp2_approx(float x) { return exp2f(x); }
 KVC_DEVICE float log2_approx(float x) { return log2f(x); }
 KVC_DEVICE float rcp_approx(float x) { return 1.0f / x; }
+template <typename F> KVC_DEVICE uint32_t each_f16(uint32_t a, uint32_t b, F f) {
+    const auto one = [&](uint32_t shift) {
+        return f(emu::f16_to_f32(static_cast<uint16_t>(a >> shift)),
+                 emu::f16_to_f32(static_cast<uint16_t>(b >> shift)));
+    };
+    return pack_f16(one(0), one(16));
+}
+KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return x - y; });
+}
+KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return x * y; });
+}
+KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return x + y; });
+}
+KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t d = 0;
+    for (uint32_t i = 0; i < 4; ++i)
+        d |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return d;
+}
+KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
+KVC_DEVICE float add_rn(float a, float b) { return a + b; }
+KVC_DEVICE float div_rn(float a, float b) { return a / b; }
+KVC_DEVICE float sqrt_rn(float a) { return sqrtf(a); }
+KVC_DEVICE float round_even(float x) { return rintf(x); }
+KVC_DEVICE float floor_f32(float x) { return floorf(x); }
+KVC_DEVICE float ceil_f32(float x) { return ceilf(x); }
 #else
 KVC_DEVICE uint32_t population(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 // Two floats, rounded to nearest even, in one word.
@@ -483,6 +513,42 @@ KVC_DEVICE float rcp_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
     return d;
 }
+KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// Two bytes of e4m3.
+KVC_DEVICE uint32_t f16x2_from_e4m3(uint32_t two) {
+    uint32_t d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(static_cast<uint16_t>(two)));
+    return d;
+}
+#endif
+// Four bytes of the eight of `a` and `b`, each by a nibble of the selector.
+KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+// Rounded to nearest even, subnormals kept, and never contracted: for bits that must be those of the
+// CPU.
+KVC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+KVC_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+KVC_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+KVC_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
+KVC_DEVICE float round_even(float x) { return rintf(x); }
+KVC_DEVICE float floor_f32(float x) { return floorf(x); }
+KVC_DEVICE float ceil_f32(float x) { return ceilf(x); }
 #endif
 
 } // namespace kvc

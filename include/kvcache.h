@@ -298,6 +298,157 @@ kvc_status kvc_plan_compute(const kvc_plan_options *options,
                             kvc_plan_group *out_groups);
 
 // ----------------------------------------------------------------------------------------------
+// attend, append: where the scales of quantised K and V lie
+// ----------------------------------------------------------------------------------------------
+// Where the scales of quantised rows lie. All strides are in bytes.
+//
+// Without this struct they lie as the library's own blocks have them: behind the codes of each
+// block and head, a row's scales after those of the row before; and every head has the scale 1.
+typedef struct {
+    // sizeof(kvc_scales); kvc_scales_init sets it.
+    uint32_t struct_size;
+    // 1: keys of int8_t are not rotated. 0, the default: they are (kvc_append rotates them,
+    // kvc_attend the queries).
+    uint32_t k_unrotated;
+    // Scales of key rows (f16 of int8_t, f16 scale and minimum of int4_t, an e4m3 for 16 channels
+    // of nvfp4). NULL: behind the codes.
+    const void *k;
+    // Bytes from a block to the next. Ignored, as those below, where k is NULL.
+    int64_t k_block_stride;
+    // Bytes from a KV head to the next.
+    int64_t k_head_stride;
+    // Bytes from a token to the next.
+    int64_t k_token_stride;
+    // Scales of value rows. NULL: behind the codes. Ignored with v_in_k.
+    const void *v;
+    // Bytes from a block to the next. Ignored, as those below, where v is NULL.
+    int64_t v_block_stride;
+    // Bytes from a KV head to the next.
+    int64_t v_head_stride;
+    // Bytes from a token to the next.
+    int64_t v_token_stride;
+    // NULL for 1, or `[kv_heads]`: the scale of all keys of a head (fp8, nvfp4), positive and
+    // finite.
+    const float *k_heads;
+    // The same of values. Ignored with v_in_k.
+    const float *v_heads;
+} kvc_scales;
+
+// Fills a kvc_scales of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_scales_init(kvc_scales *scales, uint32_t struct_size);
+
+// ----------------------------------------------------------------------------------------------
+// attend: sealed tiles on the caller's own memory, and their sealing
+// ----------------------------------------------------------------------------------------------
+// Where the raw rows of one tile of a sequence lie.
+typedef struct {
+    // Which tile of the sequence: its tokens are tile * block_tokens and on.
+    int32_t tile;
+    // Raw slot.
+    int32_t slot;
+} kvc_raw_block;
+
+// The sealed tiles of one layer (KVC_FORMAT_KT*), and the raw rows of those that are not sealed.
+//
+// A query at position p reads its own tile, p / block_tokens, raw, and every tile before it
+// sealed. The record of block b and KV head h lies b * block_bytes + h * head_bytes after records.
+// Raw slot s is block s of staging, or past its end block s - staging_blocks of scratch. A raw
+// block is `[kv_head][token][k_dim]` keys and then `[kv_head][token][v_dim]` values (none with
+// v_in_k), all bf16.
+typedef struct {
+    // sizeof(kvc_tile_view); kvc_tile_view_init sets it.
+    uint32_t struct_size;
+    // Raw blocks that staging has.
+    uint32_t staging_blocks;
+    // Raw blocks that scratch has; may be 0.
+    uint32_t scratch_blocks;
+    // 0.
+    uint32_t reserved;
+    // Records, 16-byte aligned.
+    void *records;
+    // Bytes from a block to the next, a multiple of 16; 0 for kv_heads * head_bytes.
+    int64_t block_bytes;
+    // Bytes from a KV head to the next, a multiple of 16; 0 for those of a record.
+    int64_t head_bytes;
+    // Raw rows that outlive a step.
+    void *staging;
+    // Bytes from a raw block of staging to the next; 0 for contiguous ones.
+    int64_t staging_block_bytes;
+    // Raw rows of tiles that a step fills from end to end.
+    void *scratch;
+    // Bytes from a raw block of scratch to the next; 0 for contiguous ones.
+    int64_t scratch_block_bytes;
+    // `[seqs + 1]` offsets into raw_blocks, from 0, never decreasing. Read by kvc_attend only.
+    const int32_t *raw_indptr;
+    // The raw tiles of each sequence, ascending: all that hold its queries, and every one before
+    // whose record says that it is not sealed. Read by kvc_attend only.
+    const kvc_raw_block *raw_blocks;
+} kvc_tile_view;
+
+// A full raw tile and the block that it is sealed into.
+typedef struct {
+    // Raw slot.
+    int32_t slot;
+    // Block of the records.
+    int32_t block;
+} kvc_seal_tile;
+
+// Raw tiles that are to be sealed.
+typedef struct {
+    // sizeof(kvc_seal_desc); kvc_seal_desc_init sets it.
+    uint32_t struct_size;
+    // KV heads.
+    uint32_t kv_heads;
+    // Channels of a key: a multiple of 16, to 256 (576 with v_in_k).
+    uint32_t k_dim;
+    // Channels of a value: a multiple of 16.
+    uint32_t v_dim;
+    // 1: values are the first v_dim channels of the keys.
+    uint32_t v_in_k;
+    // KVC_FORMAT_KT*.
+    uint32_t format;
+    // Tokens of a tile: 32, 64 or 128.
+    uint32_t block_tokens;
+    // Blocks that the records have.
+    uint32_t num_blocks;
+    // Tiles to seal.
+    uint32_t count;
+    // As in kvc_attend_desc.
+    uint32_t threads;
+    // The layer.
+    const kvc_tile_view *tiles;
+    // `[count]` what to seal; blocks are distinct.
+    const kvc_seal_tile *list;
+    // `[count]`: set to 1 where rows of some head cannot be sealed (NaN, infinity, scales past
+    // f16), else left as it is. The record of such a head says that it is not sealed, and its rows
+    // are read raw as long as raw_blocks has them.
+    uint32_t *refused;
+} kvc_seal_desc;
+
+// Fills a kvc_tile_view of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_tile_view_init(kvc_tile_view *view, uint32_t struct_size);
+
+// Fills a kvc_seal_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_seal_desc_init(kvc_seal_desc *desc, uint32_t struct_size);
+
+// Writes the bytes of one record of `desc` to `out_bytes`. No pointer of `desc` is followed.
+//
+// Threads: thread-safe.
+kvc_status kvc_seal_record_size(const kvc_seal_desc *desc, uint64_t *out_bytes);
+
+// Seals full raw tiles, all heads of a layer: the same bits on every CPU and with any number of
+// threads. Bad arguments are answered before anything is written.
+//
+// Threads: thread-safe, where calls share no records.
+kvc_status kvc_seal(const kvc_seal_desc *desc);
+
+// ----------------------------------------------------------------------------------------------
 // attend: the kernels alone, on the caller's own memory
 // ----------------------------------------------------------------------------------------------
 // One batched attention call over ragged sequences: decode, chunked prefill and multi-head latent
@@ -403,6 +554,11 @@ typedef struct {
     void *workspace;
     // Its size.
     uint64_t workspace_bytes;
+    // NULL for the defaults, or where the scales of quantised K and V lie.
+    const kvc_scales *scales;
+    // The cache where the format is one of sealed tiles (KVC_FORMAT_KT*), in place of k and v,
+    // which are ignored then; else NULL. Not for devices.
+    const kvc_tile_view *tiles;
 } kvc_attend_desc;
 
 // Fills a kvc_attend_desc of `struct_size` bytes with its defaults.
@@ -490,7 +646,8 @@ typedef struct {
     uint32_t v_dim;
     // 1: values are the first v_dim channels of the keys; v and v_rows are ignored.
     uint32_t v_in_k;
-    // KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even.
+    // KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even; for int8_t keys and
+    // int4_t keys and values are rotated first (kvc_attend does what that asks of queries).
     uint32_t format;
     // KVC_DTYPE_* of k_rows and v_rows.
     uint32_t dtype;
@@ -538,6 +695,8 @@ typedef struct {
     const kvc_rope *rope;
     // `[rows]` positions. Ignored without rope.
     const uint32_t *positions;
+    // NULL for the defaults, or where the scales of quantised K and V lie. Row scales are written.
+    const kvc_scales *scales;
 } kvc_append_desc;
 
 // Fills a kvc_rope of `struct_size` bytes with its defaults.
@@ -1016,6 +1175,11 @@ typedef struct {
     uint32_t deterministic;
     // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     uint32_t eviction;
+    // Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
+    // sequence, all that they can need unless tiles stay raw.
+    uint32_t staging_blocks;
+    // 0.
+    uint32_t reserved;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -1051,6 +1215,14 @@ typedef struct {
     uint64_t copied_blocks;
     // Blocks given back because the index had their tokens already.
     uint64_t merged_blocks;
+    // Blocks of the staging pools, for raw rows of formats with sealed tiles; 0 without.
+    uint32_t staging_blocks;
+    // Those of them that are in use.
+    uint32_t staged_blocks;
+    // Bytes of the staging pools and of the scratch beside them, in all groups.
+    uint64_t staging_bytes;
+    // Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
+    uint64_t unsealed_blocks;
 } kvc_cache_counts;
 
 // Fills a kvc_cache_options of `struct_size` bytes with its defaults.
@@ -1102,6 +1274,22 @@ kvc_status kvc_cache_audit(const kvc_cache *cache);
 //
 // Threads: thread-safe.
 kvc_status kvc_cache_stats(const kvc_cache *cache, kvc_cache_counts *out, uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// cache: the scales of fp8 and nvfp4
+// ----------------------------------------------------------------------------------------------
+// Sets the scales by which the keys and values of a layer's heads are divided when they are stored
+// (fp8, nvfp4): `k[kv_heads]` and `v[kv_heads]`, positive and finite. Until then both are 1. `v` is
+// NULL for latents. Engines that calibrate take the largest magnitude over 448 (e4m3).
+// KVC_ERR_INVALID_STATE with a sequence alive or a block cached, which would be misread.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_set_scales(kvc_cache *cache,
+                                uint32_t group,
+                                uint32_t layer,
+                                const float *k,
+                                const float *v,
+                                uint32_t kv_heads);
 
 // ----------------------------------------------------------------------------------------------
 // seq: the sequences of a cache
@@ -1528,6 +1716,10 @@ kvc_status kvc_device_attend_kernel(const kvc_device *device,
 // have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 // 0 where a table has an entry that is not a block: such keys are masked and never read.
 //
+// fp8, int8_t, int4_t and nvfp4 are read as stored, with 64 or 128 channels a head: products are
+// of f16 then. `scales` itself is on the host, the addresses in it are the device's. More than 8
+// query tokens a sequence turn keys and values into f16, which ends at 65504.
+//
 // Threads: thread-safe, where calls share no outputs and no workspace.
 kvc_status kvc_device_attend(const kvc_device *device,
                              const kvc_attend_desc *desc,
@@ -1543,7 +1735,8 @@ kvc_status kvc_device_append_options_init(kvc_device_append_options *options, ui
 // default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 // bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
 // which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
-// raise the error flag.
+// raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
+// `scales` itself is on the host, the addresses in it are the device's.
 //
 // Threads: thread-safe, where calls share no slots.
 kvc_status kvc_device_append(const kvc_device *device,

@@ -47,5 +47,5 @@ long=()
 if [ "$KVCACHE_CONFORMANCE" = small ]; then
     long=(--skip cpu::prefill::tests::latents --skip cpu::prefill::tests::a_row_has_the_same_bits)
 fi
-cargo test "${lean[@]}" --target $target --test conformance
+cargo test "${lean[@]}" --target $target --test conformance --test conformance_codes --test sealed
 cargo test "${lean[@]}" --target $target --lib -- "${long[@]}"

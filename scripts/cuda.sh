@@ -72,6 +72,12 @@ awk '!/^#/ && ($4 != 0 || $5 != 0) { print "spills or stack: " $0; bad = 1 }
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
     !/^#/ && $1 == "sm_90a" && $2 ~ /^kvc_decode_(f16|bf16)/ && $12 == 0 {
         print "no bulk copies: " $0; bad = 1 }
+    !/^#/ && $2 ~ /^kvc_decode_(fp8|int8|int4|nvfp4)/ && ($6 == 0 || $7 == 0 || $8 == 0 || $9 == 0) {
+        print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
+    !/^#/ && $2 ~ /^kvc_decode_kt/ && ($6 == 0 || $8 == 0 || $9 == 0) {
+        print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
+    !/^#/ && $1 == "sm_90a" && $2 ~ /^kvc_decode_kt/ && $12 == 0 {
+        print "no bulk copies: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_mla_/ && ($6 == 0 || $7 == 0 || $9 == 0) {
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_prefill_/ && ($6 == 0 || $7 == 0 || $9 == 0 || $11 == 0) {

@@ -48,6 +48,9 @@ part_features() {
     cargo check -p libkvcache --all-features
 }
 
+# cargo-c itself takes minutes to build.
+part_cinstall() { scripts/cinstall.sh; }
+
 part_benches() { cargo bench; }
 
 # What a GPU machine is given, as far as it runs without a GPU; with one, all of it.
@@ -61,7 +64,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 fuzz crashes msrv benches gpu)
+parts=(random levels features asan aarch64 fuzz crashes msrv cinstall benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -5,7 +5,7 @@
 source "$(dirname "$0")/common.sh"
 CXX=${CXX:-c++}
 command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
-tests=(--test 'emulat*' --test conformance_device --test cache)
+tests=(--test 'emulat*' --test conformance_device --test conformance_device_codes --test cache)
 
 cargo test -p libkvcache --features emulate "${tests[@]}"
 cargo run -p libkvcache --features emulate --example generate -- \

@@ -25,7 +25,8 @@ pack() {
     built=$(mktemp)
     cargo test -p libkvcache --profile "$profile" --features cuda --no-run \
         --message-format=json-render-diagnostics \
-        --lib --test conformance_device --test cache --test gpu --bench cuda >"$built"
+        --lib --test conformance_device --test conformance_device_codes --test cache --test gpu \
+        --bench cuda >"$built"
     cargo build -p libkvcache --profile "$profile" --features cuda --example generate \
         --message-format=json-render-diagnostics >>"$built"
     # What peers.py calls with PyTorch's pointers.
@@ -82,6 +83,7 @@ part_facts() {
 
 part_conformance() {
     timeout 120 "$HERE/bin/conformance_device"
+    timeout 60 "$HERE/bin/conformance_device_codes"
     timeout 60 "$HERE/bin/cache" device
 }
 
@@ -106,7 +108,7 @@ part_generate() {
     done
 }
 
-part_bench() { OUT=$OUT timeout 180 "$HERE/bin/cuda" --bench; }
+part_bench() { OUT=$OUT timeout 240 "$HERE/bin/cuda" --bench; }
 
 part_peers() {
     python3 -c 'import torch' 2>/dev/null || { echo "skipped: no PyTorch"; return 77; }
@@ -121,7 +123,7 @@ parts=(facts conformance graph sanitizer generate bench peers)
 # What can be seen without a GPU: every program starts and says what it lacks.
 without() {
     local name
-    for name in conformance_device gpu cuda; do
+    for name in conformance_device conformance_device_codes gpu cuda; do
         echo "== $name"
         timeout 60 "$HERE/bin/$name" --nocapture 2>&1 | grep -a -m 3 -E 'skipped|test result' || true
     done

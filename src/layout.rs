@@ -21,6 +21,7 @@ use alloc::vec::Vec;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
 
+pub(crate) use tile::check_quantized_dims;
 use tile::{TileLayout, TileShape};
 
 /// The largest head dimension that a key row may have (multi-head latent attention uses 576).
@@ -107,7 +108,7 @@ impl CacheSpec {
 pub const MAX_GROUPS: usize = 16;
 
 /// Raw blocks of a sealed-tile format that one sequence may hold beside its sealed ones: the block
-/// that is being filled, and the one before it until it is sealed.
+/// that is being filled, and the one before it as long as the last step may be taken back.
 pub const STAGING_BLOCKS: u64 = 2;
 
 /// Distances between rows of one layer's K or V, in elements; in bytes where the format is
@@ -271,6 +272,49 @@ impl GroupLayout {
         }
     }
 
+    /// Byte offset of the scales of the keys of `layer` in a block: behind the codes of the first
+    /// head. Of a format whose rows have none, where they would be.
+    pub fn k_scale_offset(&self, layer: u32) -> u64 {
+        self.k_offset(layer) + self.code_bytes(self.spec.k_dim)
+    }
+
+    /// Byte offset of the scales of the values of `layer` in a block (those of the keys where values
+    /// lie in keys).
+    pub fn v_scale_offset(&self, layer: u32) -> u64 {
+        if self.spec.v_in_k {
+            self.k_scale_offset(layer)
+        } else {
+            self.v_offset(layer) + self.code_bytes(self.spec.v_dim)
+        }
+    }
+
+    /// Strides of the scales of keys, in bytes.
+    pub fn k_scale_strides(&self) -> Strides {
+        self.scale_strides(self.spec.k_dim, self.k_run_bytes)
+    }
+
+    /// Strides of the scales of values, in bytes (those of the keys where values lie in keys).
+    pub fn v_scale_strides(&self) -> Strides {
+        if self.spec.v_in_k {
+            self.k_scale_strides()
+        } else {
+            self.scale_strides(self.spec.v_dim, self.v_run_bytes)
+        }
+    }
+
+    /// Bytes of the rows of one run, their scales not counted.
+    fn code_bytes(&self, dim: u32) -> u64 {
+        row_parts(&self.spec, dim).0 * u64::from(self.block_tokens)
+    }
+
+    fn scale_strides(&self, dim: u32, run_bytes: u64) -> Strides {
+        Strides {
+            block: self.block_bytes as i64,
+            head: run_bytes as i64,
+            token: row_parts(&self.spec, dim).1 as i64,
+        }
+    }
+
     fn strides(&self, dim: u32, run_bytes: u64) -> Strides {
         let format = self.spec.format;
         let (unit, token) = match format.class() {
@@ -333,7 +377,7 @@ fn run_bytes(spec: &GroupSpec, block_tokens: u32) -> Result<(u64, u64)> {
         }
         class => {
             if class == FormatClass::Token {
-                tile::check_quantized_dims(spec.k_dim, spec.v_dim, spec.v_in_k)?;
+                check_quantized_dims(spec.k_dim, spec.v_dim, spec.v_in_k)?;
             }
             let run = |dim: u32| {
                 let (codes, scales) = row_parts(spec, dim);
@@ -387,6 +431,12 @@ mod tests {
                 }
                 assert_eq!(at, layout.block_bytes(), "{format:?}");
                 assert!(layout.k_strides().head % 16 == 0 && layout.staging_block_bytes() == 0);
+                // Scales are found in the runs that hold them.
+                let scales = layout.v_scale_strides();
+                let head = i64::from(layout.spec().kv_heads) - 1;
+                let at = layout.v_scale_offset(1) as i64 + head * scales.head;
+                let run = (at as u64, scales.token as u64);
+                assert_eq!(layout.runs().any(|own| own == run), scales.token != 0, "{format:?}");
             }
         }
         let int8 = GroupLayout::new(GroupSpec::uniform(1, 1, 128, KvFormat::Int8T), 16).unwrap();

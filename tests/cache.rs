@@ -7,14 +7,14 @@ mod backends;
 use std::sync::Arc;
 
 use kvcache::Error;
-use kvcache::attention::{HeadShape, Scoring};
+use kvcache::attention::Scoring;
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
-use kvcache::cpu::{CpuLevel, kernel_name};
 use kvcache::device::Backend;
-use kvcache::dtype::{KvFormat, f16};
+use kvcache::dtype::{FormatClass, KvFormat, f16};
 use kvcache::ids::{Namespace, SeqId};
 use kvcache::layout::{CacheSpec, GroupSpec};
-use kvcache::prefix::{Eviction, Hint, Retention};
+use kvcache::prefix::{Digest, Eviction, Hint, Retention};
+use kvcache::quant::{RowCodec, Stored};
 
 const LAYERS: u32 = 2;
 const KV_HEADS: usize = 2;
@@ -33,6 +33,32 @@ struct Setup {
 impl Setup {
     fn cpu() -> Self {
         Setup { backend: None, format: KvFormat::F32, dim: 16, tolerance: 1e-5 }
+    }
+
+    /// Formats stored token by token. Where queries are multiplied as 16-bit integers, a score is off
+    /// by at most 2 / 65278 * 64 / 8.
+    fn coded(format: KvFormat) -> Self {
+        Setup { backend: None, format, dim: 64, tolerance: 1e-3 }
+    }
+
+    /// What rows of all heads read as once they were stored.
+    fn stored(&self, row: Vec<f32>, side: u64) -> Vec<f32> {
+        if self.format.is_float() {
+            return row;
+        }
+        let dim = self.dim as u32;
+        let codec = match side {
+            0 => RowCodec::key(self.format, dim),
+            _ => RowCodec::value(self.format, dim),
+        };
+        let codec = codec.unwrap();
+        let mut row = row;
+        let (mut codes, mut scales) = (vec![0; codec.code_bytes()], vec![0; codec.scale_bytes()]);
+        for head in row.chunks_exact_mut(self.dim) {
+            assert_eq!(codec.encode(head, &mut codes, &mut scales).unwrap(), Stored::Encoded);
+            codec.decode(&codes, &scales, head).unwrap();
+        }
+        row
     }
 
     /// Inputs are values of f16; softmax weights are rounded to it, each by half a step at most,
@@ -194,7 +220,8 @@ impl Harness {
         let mut at = 0;
         for (namespace, tokens, held) in histories {
             let rows = |side| -> Vec<_> {
-                let row = |n| kv_row(*namespace, &tokens[..n], salt, side, dim);
+                let row =
+                    |n| self.setup.stored(kv_row(*namespace, &tokens[..n], salt, side, dim), side);
                 (1..=tokens.len()).map(row).collect()
             };
             let (keys, values) = (rows(0), rows(1));
@@ -308,9 +335,25 @@ fn check_row(
 #[test]
 fn random_lives_read_what_they_wrote() {
     for seed in 0..24 {
+        random_life(Setup::cpu(), seed);
+    }
+}
+
+#[test]
+fn random_lives_of_formats_stored_token_by_token() {
+    let formats = KvFormat::ALL.iter().filter(|format| format.class() == FormatClass::Token);
+    for (n, &format) in formats.enumerate() {
+        for seed in 4 * n as u64..4 * n as u64 + 4 {
+            random_life(Setup::coded(format), seed);
+        }
+    }
+}
+
+fn random_life(setup: Setup, seed: u64) {
+    {
         // Tight, so that eviction and running out happen; ample, so that hits do.
         let blocks = [9, 14, 30, 120][seed as usize % 4];
-        let mut harness = Harness::new(mix(seed), blocks, seed % 6 != 5);
+        let mut harness = Harness::with(setup, mix(seed), blocks, seed % 6 != 5);
         for _ in 0..120 {
             harness.act();
         }
@@ -482,14 +525,103 @@ fn impossible_options_are_refused() {
     let blocks = i32::MAX as u32;
     let past = CacheOptions { blocks, ..options.clone() };
     assert!(matches!(refuse(&huge, past), Error::Overflow { .. }));
-    // Formats that no kernel reads: refused before a byte is allocated, and by their name too.
-    for &format in KvFormat::ALL.iter().filter(|format| !format.is_float()) {
-        let spec = CacheSpec::uniform(64, GroupSpec::uniform(1, 1, 64, format));
+    // Sealed tiles that the format cannot have.
+    for (tokens, dim) in [(16, 64), (256, 64), (64, 72), (64, 8)] {
+        let spec = CacheSpec::uniform(tokens, GroupSpec::uniform(1, 1, dim, KvFormat::Kt4v4));
         let error = refuse(&spec, options.clone());
-        assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
-        let level = CpuLevel::chosen().unwrap();
-        let shape = HeadShape { q_heads: 1, kv_heads: 1, k_dim: 64, v_dim: 64, v_in_k: false };
-        let error = kernel_name(&shape, format, level, 1).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", format.name());
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{tokens} {dim}: {error}");
     }
+}
+
+/// One layer of FP8, one head.
+fn fp8_cache(format: KvFormat) -> (KvCache, Step) {
+    let spec = CacheSpec::uniform(16, GroupSpec::uniform(2, 1, 16, format));
+    let options = CacheOptions { blocks: 8, threads: 1, ..CacheOptions::default() };
+    (KvCache::new(&spec, &options).unwrap(), Step::new())
+}
+
+#[test]
+fn heads_of_fp8_have_scales_of_their_own() {
+    let (mut cache, mut step) = fp8_cache(KvFormat::Fp8E4m3);
+    let (first, second) = (LayerId::uniform(0), LayerId::uniform(1));
+    for bad in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        assert!(cache.set_scales(first, &[bad], &[1.0]).is_err(), "{bad}");
+        assert!(cache.set_scales(first, &[1.0], &[bad]).is_err(), "{bad}");
+    }
+    assert!(cache.set_scales(LayerId::uniform(2), &[1.0], &[1.0]).is_err());
+    assert!(cache.set_scales(LayerId { group: 1, layer: 0 }, &[1.0], &[1.0]).is_err());
+    assert!(cache.set_scales(first, &[1.0, 1.0], &[1.0]).is_err());
+    assert!(cache.set_scales(first, &[1.0], &[]).is_err());
+    cache.set_scales(second, &[8.0], &[4.0]).unwrap();
+    let seq = cache.start(&[1], Namespace(0)).unwrap().seq;
+    let held = cache.set_scales(second, &[8.0], &[4.0]);
+    assert!(matches!(held, Err(Error::InvalidState { .. })), "a sequence lives");
+    cache.begin(&mut step, &[Work { seq, tokens: &[1] }]).unwrap();
+    // Past what e4m3 has without a scale: 448.
+    let (k, v) = ([0.0f32; 16], [1536.0f32; 16]);
+    let mut read = |layer| {
+        let mut out = [f32::NAN; 16];
+        cache.append(&step, layer, k[..].into(), v[..].into(), None).unwrap();
+        let scoring = Scoring::causal(16);
+        cache.attend(&step, layer, k[..].into(), (&mut out[..]).into(), &scoring, None).unwrap();
+        out
+    };
+    assert_eq!((read(first), read(second)), ([448.0; 16], [1536.0; 16]));
+    let (mut int8, _) = fp8_cache(KvFormat::Int8T);
+    assert!(int8.set_scales(first, &[1.0], &[1.0]).is_err(), "int8_t has none");
+}
+
+#[test]
+fn rows_that_are_not_finite_are_answered_and_lose_nothing() {
+    for format in [KvFormat::Fp8E4m3, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4] {
+        let (mut cache, mut step) = fp8_cache(format);
+        let layer = LayerId::uniform(0);
+        let seq = cache.start(&[1], Namespace(0)).unwrap().seq;
+        cache.begin(&mut step, &[Work { seq, tokens: &[1, 2] }]).unwrap();
+        let good = [0.5f32; 32];
+        let mut bad = good;
+        bad[20] = f32::NAN;
+        let mut append =
+            |k: &[f32], v: &[f32]| cache.append(&step, layer, k.into(), v.into(), None);
+        assert!(matches!(append(&bad, &good), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(append(&good, &bad), Err(Error::InvalidArgument { .. })));
+        append(&good, &good).unwrap();
+        cache.commit(&mut step).unwrap();
+        cache.audit().unwrap();
+    }
+}
+
+/// The digest of a full block of one token, stored in some format.
+fn digest(format: KvFormat, scale: Option<f32>) -> Digest {
+    let (mut cache, mut step) = fp8_cache(format);
+    cache.enable_digests().unwrap();
+    if let Some(scale) = scale {
+        cache.set_scales(LayerId::uniform(0), &[scale], &[1.0]).unwrap();
+    }
+    let tokens = [7; 16];
+    let seq = cache.start(&tokens, Namespace(0)).unwrap().seq;
+    cache.begin(&mut step, &[Work { seq, tokens: &tokens }]).unwrap();
+    let rows = [0.0f32; 16 * 16];
+    for layer in 0..2 {
+        let layer = LayerId::uniform(layer);
+        cache.append(&step, layer, rows[..].into(), rows[..].into(), None).unwrap();
+    }
+    cache.commit(&mut step).unwrap();
+    let block = cache.blocks(seq, 0).unwrap()[0];
+    cache.digest(0, block).unwrap()
+}
+
+/// Formats and scales are part of what names a block outside; floats have the names others know.
+#[test]
+fn a_digest_names_the_format_too() {
+    let plain = Digest::of_block(None, &[7; 16]);
+    assert_eq!(digest(KvFormat::Bf16, None), plain);
+    assert_eq!(digest(KvFormat::F32, None), plain);
+    let mut all = vec![plain, digest(KvFormat::Fp8E4m3, Some(2.0))];
+    let formats = KvFormat::ALL.iter().filter(|format| format.class() == FormatClass::Token);
+    all.extend(formats.map(|&format| digest(format, None)));
+    let count = all.len();
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), count);
 }

@@ -6,7 +6,7 @@ mod device;
 
 use device::{Rng, Values};
 use kvcache::attention::{HeadShape, PagedKv, Scoring, reference_attention};
-use kvcache::dtype::{DType, Rows};
+use kvcache::dtype::{DType, KvFormat, Rows};
 use kvcache::emu::{Buffer, Options, Schedule, launch};
 use kvcache::kernels::params::{CascadeSegment, DecodeParams, In, Out, PrefillParams};
 use kvcache::kernels::{
@@ -181,8 +181,9 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
 
     let decode_half = |half: Half, q_indptr: In<i32>, q_len: u32, causal: bool| {
         let decode = DecodePlan::new(DecodeBounds {
-            cache: DType::F16,
+            format: KvFormat::F16,
             head_dim: DIM as u32,
+            tile_tokens: 0,
             q_heads: Q_HEADS as u32,
             kv_heads: KV_HEADS as u32,
             q_len,
@@ -262,7 +263,7 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
             ..PrefillParams::default()
         };
         let bounds = PrefillBounds {
-            cache: DType::F16,
+            format: KvFormat::F16,
             head_dim: DIM as u32,
             q_heads: Q_HEADS as u32,
             kv_heads: KV_HEADS as u32,

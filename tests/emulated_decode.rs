@@ -234,6 +234,7 @@ fn random_cases() {
         let any = |rng: &mut Rng| rng.below(3) == 0;
         check(Case {
             cache: rng.pick(&[DType::F16, DType::Bf16]),
+            codes: None,
             rows: rng.pick(&[DType::F32, DType::F16, DType::Bf16]),
             head_dim: rng.pick(&HEAD_DIMS),
             q_heads: kv_heads * rng.pick(&[1, 2, 4, 5, 8, 12, 64]),

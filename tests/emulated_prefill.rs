@@ -3,12 +3,13 @@
 
 mod device;
 
+use device::codes::Codes;
 use device::paged::{Case, Paged};
 use device::{Rng, Values};
-use kvcache::dtype::DType;
+use kvcache::dtype::{DType, KvFormat};
 use kvcache::emu::{Buffer, Fibers, Options, Schedule, launch};
 use kvcache::kernels::params::{In, Out, PrefillParams};
-use kvcache::kernels::{PrefillBounds, prefill_launch};
+use kvcache::kernels::{PrefillBounds, prefill_launch, prefill_token_launch};
 
 /// What the device holds after a call.
 struct Got {
@@ -90,11 +91,19 @@ impl Call {
             ..PrefillParams::default()
         };
         let bounds = PrefillBounds { q_tokens: self.q_tokens, ..bounds(case) };
-        let first = prefill_launch(&bounds, &mut params).unwrap();
+        let mut coded = inputs.coded.as_ref().map(|coded| coded.prefill(params));
+        let first = match &mut coded {
+            Some(params) => prefill_token_launch(&bounds, params).unwrap(),
+            None => prefill_launch(&bounds, &mut params).unwrap(),
+        };
         let (kernel, shared) = (first.kernel, first.shared_bytes);
+        let (name, threads) = (kernel.name, kernel.threads);
         // SAFETY: every address is that of a buffer that lives to the end of this function.
         unsafe {
-            launch(kernel.name, first.grid, kernel.threads, shared, &params, case.options).unwrap();
+            match &coded {
+                Some(p) => launch(name, first.grid, threads, shared, p, case.options).unwrap(),
+                None => launch(name, first.grid, threads, shared, &params, case.options).unwrap(),
+            }
         }
         Got { out, lse, flag: flag.read::<u32>()[0] }
     }
@@ -102,7 +111,11 @@ impl Call {
 
 fn bounds(case: &Case) -> PrefillBounds {
     PrefillBounds {
-        cache: case.cache,
+        format: match (case.codes, case.cache) {
+            (Some(codes), _) => codes.format,
+            (None, DType::F16) => KvFormat::F16,
+            (None, _) => KvFormat::Bf16,
+        },
         head_dim: case.head_dim as u32,
         q_heads: case.q_heads as u32,
         kv_heads: case.kv_heads as u32,
@@ -340,6 +353,7 @@ fn random_cases() {
         let any = |rng: &mut Rng| rng.below(3) == 0;
         let types = [DType::F32, DType::F16, DType::Bf16];
         check(Case {
+            codes: None,
             cache: rng.pick(&[DType::F16, DType::Bf16]),
             q_dtype: rng.pick(&types),
             out_dtype: rng.pick(&types),
@@ -360,5 +374,34 @@ fn random_cases() {
             options: under(Schedule::Seeded(round)),
             seed: round,
         });
+    }
+}
+
+#[test]
+fn rows_of_codes() {
+    let formats =
+        [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
+    for (i, format) in formats.into_iter().enumerate() {
+        let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
+        for head_dim in [64, 128] {
+            let codes = Some(Codes { format, rotated: true, heads: scaled });
+            let case = Case { codes, head_dim, ..Case::default() };
+            assert_eq!(check(Case { options: under(Schedule::ALL[i % 3]), ..case.clone() }), 0);
+            let plain = Some(Codes { format, rotated: format == KvFormat::Int4T, heads: false });
+            let case = Case {
+                codes: plain,
+                q_dtype: [DType::F32, DType::Bf16][i % 2],
+                block_tokens: 24,
+                csr: true,
+                nhd: i % 2 == 0,
+                window: Some(60),
+                softcap: Some(9.0),
+                sinks: true,
+                alibi: true,
+                ..case
+            };
+            assert_eq!(check(case.clone()), 0);
+            assert_eq!(check(Case { spoil: Some((4, 5, -1)), ..case }), 1);
+        }
     }
 }

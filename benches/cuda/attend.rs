@@ -5,7 +5,7 @@ use kvcache::attention::HeadShape;
 use kvcache::device::DeviceMemory;
 use kvcache::dtype::{DType, KvFormat};
 use kvcache::error::Result;
-use kvcache::kernels::{AttendArgs, AttendBounds, AttendParams, AttendPlan, Pieces};
+use kvcache::kernels::{AttendArgs, AttendBounds, AttendParams, AttendPlan, Pieces, ScaleArgs};
 use kvcache::layout::Strides;
 use serde_json::{Value, json};
 
@@ -162,6 +162,7 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
         k_strides: strides(kv_heads),
         v: set.v.address(),
         v_strides: strides(kv_heads),
+        scales: ScaleArgs::NONE,
         block_tokens: BLOCK as u32,
         num_blocks: blocks as u32,
         table: table.address(),
@@ -189,6 +190,8 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
         let (launch, params) = plan.attend_launch(workspace.address(), &args(&buffers[i]))?;
         match &params {
             AttendParams::Decode(params) => gpu.enqueue(&launch, params),
+            AttendParams::DecodeToken(params) => gpu.enqueue(&launch, params),
+            AttendParams::PrefillToken(params) => gpu.enqueue(&launch, params),
             AttendParams::Prefill(params) => gpu.enqueue(&launch, params),
             AttendParams::Mla(params) => gpu.enqueue(&launch, params),
         }
@@ -217,6 +220,6 @@ fn strides(kv_heads: u64) -> Strides {
     }
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
+pub fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -7,9 +7,11 @@
 //! | `gpu.rs` | memory with random content, cold caches, graph replay, events |
 //! | `attend.rs` | decode and prefill over paged K and V |
 //! | `append.rs` | append, with and without rotation |
+//! | `codes.rs` | decode of quantised K and V in every format, append to them, sealing |
 
 mod append;
 mod attend;
+mod codes;
 mod gpu;
 
 use std::process::ExitCode;
@@ -93,6 +95,7 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     };
     attend::run(gpu, filter, &mut report)?;
     append::run(gpu, filter, &mut report)?;
+    codes::run(gpu, filter, &mut report)?;
 
     if let Some(folder) = std::env::var_os("OUT") {
         let all = json!({

@@ -24,6 +24,7 @@ pub fn build(cuda: &Path) {
         "async.cpp",
         "wgmma.cpp",
         "probes.cu",
+        "probes_quant.cu",
         "probes_wgmma.cu",
     ]
     .iter()

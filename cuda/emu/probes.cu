@@ -278,6 +278,7 @@ KVC_KERNEL(kvc_probe_bug, kvc_probe_params, 64, 1) {
     }
 }
 
+KVC_DECLARE_KERNEL(kvc_probe_quant, kvc_probe_params)
 KVC_DECLARE_KERNEL(kvc_probe_wgmma, kvc_probe_params)
 KVC_DECLARE_KERNEL(kvc_probe_wgmma_bug, kvc_probe_params)
 
@@ -287,7 +288,7 @@ const Kernel probes[] = {
     KVC_PROBE(kvc_probe_warp) KVC_PROBE(kvc_probe_ldmatrix) KVC_PROBE(kvc_probe_mma)
     KVC_PROBE(kvc_probe_cp_async) KVC_PROBE(kvc_probe_bulk) KVC_PROBE(kvc_probe_atomics)
     KVC_PROBE(kvc_probe_convert) KVC_PROBE(kvc_probe_bug)
-    KVC_PROBE(kvc_probe_blocks)
+    KVC_PROBE(kvc_probe_blocks) KVC_PROBE(kvc_probe_quant)
     KVC_PROBE(kvc_probe_wgmma) KVC_PROBE(kvc_probe_wgmma_bug) {nullptr, 0, 0, nullptr},
 };
 } // namespace kvc::emu

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::str::FromStr;
 
 use kvcache::device::Device;
-use kvcache::dtype::KvFormat;
+use kvcache::dtype::{FormatClass, KvFormat};
 
 use crate::tier::TierArg;
 
@@ -13,8 +13,11 @@ usage: cargo run --release --example generate -- [options]
   --prompt TEXT        a prompt after the system prompt; repeat for more (default: 8 built-in ones)
   --batch N            sequences that run at once (default 4)
   --max-tokens N       tokens to generate for each prompt (default 32)
-  --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16)
-  --dtype f32|f16|bf16 how K and V are stored (default bf16)
+  --block-tokens N     tokens of a cache block: 16, 32, 64, 128 or 256 (default 16; 64 for sealed
+                       tiles, which take 32, 64 or 128)
+  --kv-format NAME     how K and V are stored: f32, f16, bf16 (the default), fp8_e4m3, fp8_e5m2,
+                       int8_t, int4_t, nvfp4, or sealed tiles: kt8v8, kt4v4, kt3v3, kt4v2, kt2v2;
+                       --dtype is the same
   --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
                        cuda, emu the feature emulate; both want f16 or bf16)
   --tier host:BLOCKS   keep evicted blocks in host memory, so many
@@ -46,7 +49,7 @@ impl Args {
             prompts: Vec::new(),
             batch: 4,
             max_tokens: 32,
-            block_tokens: 16,
+            block_tokens: 0,
             format: KvFormat::Bf16,
             device: Device::Cpu,
             tier: None,
@@ -63,7 +66,7 @@ impl Args {
                 "--batch" => args.batch = number(&flag, &value()?)?,
                 "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
-                "--dtype" => args.format = KvFormat::from_name(&value()?)?,
+                "--kv-format" | "--dtype" => args.format = KvFormat::from_name(&value()?)?,
                 "--device" => args.device = Device::from_name(&value()?)?,
                 "--tier" => args.tier = Some(TierArg::parse(&value()?)?),
                 "--threads" => args.threads = number(&flag, &value()?)?,
@@ -73,6 +76,10 @@ impl Args {
                 "--json" => args.json = true,
                 _ => return Err(format!("unknown option {flag}").into()),
             }
+        }
+        if args.block_tokens == 0 {
+            let tiled = args.format.class() == FormatClass::Tile;
+            args.block_tokens = if tiled { 64 } else { 16 };
         }
         if args.batch == 0 || args.max_tokens == 0 {
             return Err("--batch and --max-tokens must be at least 1".into());

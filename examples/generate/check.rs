@@ -2,12 +2,16 @@
 //! f64, written without the library. Since attention is causal, one pass over a finished text gives
 //! the logits of every step.
 //!
-//! K and V are rounded to the cache's number format, since that is what the format means; every
-//! other difference is the cache's and the kernels'.
+//! K and V are rounded to the cache's format, by the library's scalar codec where that is codes,
+//! since that is what the format means; every other difference is the cache's and the kernels'. Of a
+//! format with sealed tiles a query reads its own tile as bf16 and those before it as the reference
+//! seals them.
 
 use std::error::Error;
 
-use kvcache::dtype::{KvFormat, bf16, f16};
+use kvcache::dtype::{FormatClass, KvFormat, bf16, f16};
+use kvcache::layout::tile::{TileLayout, TileShape};
+use kvcache::quant::{self, RowCodec, Tile};
 
 use crate::model::{Attention, Config, Model};
 use crate::sample::argmax;
@@ -32,30 +36,43 @@ impl Report {
     }
 }
 
+/// How the cache stores K and V.
+#[derive(Clone, Copy)]
+pub struct Stored {
+    pub format: KvFormat,
+    pub block_tokens: u32,
+}
+
 struct Plain<'a> {
     config: &'a Config,
-    format: KvFormat,
+    stored: Stored,
 }
 
 pub fn check(
     model: &Model,
-    format: KvFormat,
+    stored: Stored,
     prompts: &[Vec<u32>],
     outputs: &[Output],
     greedy: bool,
 ) -> Result<Report, Box<dyn Error>> {
     // One part in 2^22 of f32 kernels and sums of a few hundred terms; and, where K and V are
-    // rounded, a last place that falls the other way after such a difference.
-    let tolerance = match format {
+    // rounded, a last place that falls the other way after such a difference: of a sealed tile, a
+    // code. There the kernels also round queries to 8 bits in front of codes of 4 and fewer.
+    let tolerance = match stored.format {
         KvFormat::F32 => 2e-5,
         KvFormat::F16 => 1e-3,
-        _ => 5e-3,
+        KvFormat::Bf16 | KvFormat::Int8T => 5e-3,
+        KvFormat::Kt8v8 => 1e-2,
+        KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2 => 2e-2,
+        KvFormat::Kt4v4 | KvFormat::Kt3v3 => 5e-2,
+        KvFormat::Kt4v2 | KvFormat::Kt2v2 => 1e-1,
+        _ => 4e-2,
     };
     let mut report = Report { max_relative_error: 0.0, tokens_equal: true, ties: 0, tolerance };
     for (prompt, output) in prompts.iter().zip(outputs) {
         let text: Vec<u32> = prompt.iter().chain(&output.tokens).copied().collect();
         let steps: Vec<usize> = (prompt.len() - 1..text.len() - 1).collect();
-        let attention = &mut Plain { config: &model.config, format };
+        let attention = &mut Plain { config: &model.config, stored };
         let plain = model.forward(&text[..text.len() - 1], &steps, attention)?;
         for (step, plain) in plain.chunks_exact(model.config.vocab).enumerate() {
             let cached = &output.logits[step];
@@ -90,22 +107,29 @@ impl Attention for Plain<'_> {
         let (q_row, kv_row) = (c.q_heads * c.head_dim, c.kv_heads * c.head_dim);
         rotate(q, q_row, c);
         rotate(k, kv_row, c);
-        let round = |x: f32| match self.format {
-            KvFormat::F16 => f64::from(f16::from_f32(x)),
-            KvFormat::Bf16 => f64::from(bf16::from_f32(x)),
-            _ => f64::from(x),
-        };
-        let keys: Vec<f64> = k.iter().map(|&x| round(x)).collect();
-        let values: Vec<f64> = v.iter().map(|&x| round(x)).collect();
+        let (dim, mut v) = (c.head_dim as u32, v.to_vec());
+        let codec =
+            |made: fn(KvFormat, u32) -> kvcache::Result<RowCodec>| made(self.stored.format, dim);
+        self.store(k, codec(RowCodec::key))?;
+        self.store(&mut v, codec(RowCodec::value))?;
+        let keys: Vec<f64> = k.iter().map(|&x| f64::from(x)).collect();
+        let values: Vec<f64> = v.iter().map(|&x| f64::from(x)).collect();
+        let (sealed_keys, sealed_values) = self.sealed(&keys, &values)?;
+        let tile =
+            if sealed_keys.is_empty() { usize::MAX } else { self.stored.block_tokens as usize };
         let scale = 1.0 / (c.head_dim as f64).sqrt();
         for (token, (q, out)) in q.chunks_exact(q_row).zip(out.chunks_exact_mut(q_row)).enumerate()
         {
             let heads = q.chunks_exact(c.head_dim).zip(out.chunks_exact_mut(c.head_dim));
             for (head, (q, out)) in heads.enumerate() {
                 let kv = head / (c.q_heads / c.kv_heads) * c.head_dim;
+                let own = token / tile * tile;
+                let side = |at: usize, raw: &'_ [f64], sealed: &'_ [f64]| {
+                    row(if at < own { sealed } else { raw }, at * kv_row + kv, c).to_vec()
+                };
                 let scores: Vec<f64> = (0..=token)
                     .map(|at| {
-                        row(&keys, at * kv_row + kv, c)
+                        side(at, &keys, &sealed_keys)
                             .iter()
                             .zip(q)
                             .map(|(k, &q)| k * f64::from(q))
@@ -119,7 +143,7 @@ impl Attention for Plain<'_> {
                 let mut sum = vec![0.0; c.head_dim];
                 for (at, weight) in weights.iter().enumerate() {
                     sum.iter_mut()
-                        .zip(row(&values, at * kv_row + kv, c))
+                        .zip(side(at, &values, &sealed_values))
                         .for_each(|(s, v)| *s += weight * v);
                 }
                 out.iter_mut().zip(sum).for_each(|(o, s)| *o = (s / total) as f32);
@@ -127,6 +151,79 @@ impl Attention for Plain<'_> {
         }
         Ok(())
     }
+}
+
+impl Plain<'_> {
+    /// Keys and values with every whole tile as its record stands for; nothing where the format has
+    /// no tiles.
+    fn sealed(&self, keys: &[f64], values: &[f64]) -> Result<(Vec<f64>, Vec<f64>), Box<dyn Error>> {
+        if self.stored.format.class() != FormatClass::Tile {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let (c, tokens) = (self.config, self.stored.block_tokens as usize);
+        let dim = c.head_dim as u32;
+        let shape =
+            TileShape { k_dim: dim, v_dim: dim, v_in_k: false, tokens: self.stored.block_tokens };
+        let layout = TileLayout::new(self.stored.format, shape)?;
+        let (mut sealed_keys, mut sealed_values) = (keys.to_vec(), values.to_vec());
+        let kv_row = c.kv_heads * c.head_dim;
+        let (mut record, mut rows) = (vec![0; layout.bytes()], vec![0.0; tokens * c.head_dim]);
+        for tile in 0..keys.len() / kv_row / tokens {
+            for head in 0..c.kv_heads {
+                let at = |token: usize| (tile * tokens + token) * kv_row + head * c.head_dim;
+                let gather = |from: &[f64]| -> Vec<f32> {
+                    let rows = (0..tokens).flat_map(|token| &from[at(token)..][..c.head_dim]);
+                    rows.map(|&x| x as f32).collect()
+                };
+                let stored = quant::seal(&layout, &gather(keys), &gather(values), &mut record)?;
+                if stored != quant::Stored::Encoded {
+                    return Err("a tile of the model cannot be sealed".into());
+                }
+                let sealed = Tile::open(&layout, &record)?;
+                sealed.keys(&mut rows)?;
+                let scatter = |to: &mut [f64], rows: &[f32]| {
+                    for (token, row) in rows.chunks_exact(c.head_dim).enumerate() {
+                        let row = row.iter().map(|&x| f64::from(x));
+                        to[at(token)..][..c.head_dim].iter_mut().zip(row).for_each(|(t, x)| *t = x);
+                    }
+                };
+                scatter(&mut sealed_keys, &rows);
+                sealed.values(&mut rows)?;
+                scatter(&mut sealed_values, &rows);
+            }
+        }
+        Ok((sealed_keys, sealed_values))
+    }
+
+    /// What rows read as once they were stored; `codec` is that of formats that have one.
+    fn store(
+        &self,
+        rows: &mut [f32],
+        codec: kvcache::Result<RowCodec>,
+    ) -> Result<(), Box<dyn Error>> {
+        match self.stored.format {
+            KvFormat::F32 => {}
+            KvFormat::F16 => rows.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+            KvFormat::Bf16 => to_bf16(rows),
+            format if format.class() == FormatClass::Tile => to_bf16(rows),
+            _ => {
+                let codec = codec?;
+                let mut codes = vec![0; codec.code_bytes()];
+                let mut scales = vec![0; codec.scale_bytes()];
+                for row in rows.chunks_exact_mut(self.config.head_dim) {
+                    if codec.encode(row, &mut codes, &mut scales)? != quant::Stored::Encoded {
+                        return Err("a row cannot be stored".into());
+                    }
+                    codec.decode(&codes, &scales, row)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn to_bf16(rows: &mut [f32]) {
+    rows.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
 }
 
 fn row<'a>(rows: &'a [f64], at: usize, c: &Config) -> &'a [f64] {

@@ -127,7 +127,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     let served_time = clock.elapsed();
     tier::flush(&mut cache);
     let checked = if args.check {
-        Some(check::check(&model, args.format, &prompts, &outputs, args.temperature == 0.0)?)
+        let stored = check::Stored { format: args.format, block_tokens: args.block_tokens };
+        Some(check::check(&model, stored, &prompts, &outputs, args.temperature == 0.0)?)
     } else {
         None
     };

@@ -40,6 +40,9 @@ fn text_becomes_the_same_tokens_and_comes_back() {
     assert!(Tokenizer::parse("1 257").is_err() && Tokenizer::parse("1").is_err());
 }
 
+/// How the cache under test stores K and V.
+const F32: check::Stored = check::Stored { format: KvFormat::F32, block_tokens: 16 };
+
 #[test]
 fn the_cached_model_writes_what_pytorch_writes() {
     let (model, golden) = (Model::load(&folder()).unwrap(), golden());
@@ -59,12 +62,12 @@ fn the_cached_model_writes_what_pytorch_writes() {
         let error = (f64::from(*logit) - want.as_f64().unwrap()).abs();
         assert!(error <= 1e-3, "{logit} for {want}");
     }
-    let report = check::check(&model, KvFormat::F32, &prompts, &outputs, true).unwrap();
+    let report = check::check(&model, F32, &prompts, &outputs, true).unwrap();
     assert!(report.passed() && report.ties == 0, "{}", report.max_relative_error);
     // The check can fail.
     let mut wrong = outputs.clone();
     wrong[0].logits[7][5] += 0.01;
-    let checked = check::check(&model, KvFormat::F32, &prompts, &wrong, true);
+    let checked = check::check(&model, F32, &prompts, &wrong, true);
     assert!(!checked.unwrap().passed());
 }
 

@@ -11,7 +11,7 @@ use std::error::Error;
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
     AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RopeStyle, RowsView,
-    Threads, attend, attend_workspace_bytes,
+    ScaleView, Threads, attend, attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat};
 use kvcache::layout::Strides;
@@ -143,6 +143,7 @@ impl<'a> Through<'a> {
                 v_strides: strides,
                 num_blocks: 2 * tiles as u32,
                 block_tokens: block as u32,
+                scales: ScaleView::NONE,
             },
             tables: BlockTables::Csr { indptr: indptr.as_ptr(), indices: indices.as_ptr() },
             seqs: maxima.seqs,

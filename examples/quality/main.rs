@@ -13,6 +13,9 @@
 //! | `measure.rs` | text, sequences, figures with error bars, the thresholds of `--check` |
 //! | `args.rs`, `report.rs`, `plot.rs` | command line, table and JSON, picture |
 //!
+//! Keys and values go through the scalar codecs and are attended over in f32 by the library's own
+//! attention: the kernels that read codes are held to those codecs by the conformance table.
+//!
 //! Model and tokenizer are those of the example `generate`.
 
 mod args;

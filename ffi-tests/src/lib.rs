@@ -33,6 +33,12 @@ impl Flavor {
         Flavor { standard: "c99", linked_static: false },
         Flavor { standard: "c11", linked_static: true },
     ];
+    /// The C++ wrapper's tests, in each standard that it is for.
+    pub const WRAPPER: [Flavor; 3] = [
+        Flavor { standard: "c++17", linked_static: false },
+        Flavor { standard: "c++20", linked_static: true },
+        Flavor { standard: "c++23", linked_static: false },
+    ];
     /// The C++ programs, both ways.
     pub const CPP: [Flavor; 2] = [
         Flavor { standard: "c++17", linked_static: false },
@@ -42,13 +48,18 @@ impl Flavor {
 
 /// The sources with the extension `ext` in `c` or `cpp`, sorted by name.
 pub fn sources(ext: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(Path::new(HERE).join(ext)).expect("the directory of the sources");
+    sources_in(&Path::new(HERE).join(ext), ext)
+}
+
+/// The sources with the extension `ext` in `dir`, sorted by name.
+pub fn sources_in(dir: &Path, ext: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).expect("the directory of the sources");
     let mut sources: Vec<_> = entries
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|e| e == ext))
         .collect();
     sources.sort();
-    assert!(!sources.is_empty(), "no sources in {ext}");
+    assert!(!sources.is_empty(), "no sources in {}", dir.display());
     sources
 }
 
@@ -99,10 +110,22 @@ pub fn compiler(cpp: bool) -> Option<Command> {
     let works = Command::new(tool.path()).arg("--version").output();
     works.is_ok_and(|output| output.status.success()).then(|| {
         let mut command = Command::new(tool.path());
-        command.args(["-O1", "-g", "-Wall", "-Wextra", "-pedantic", "-Werror", "-I"]);
-        command.arg(Path::new(HERE).parent().unwrap().join("include"));
+        command.args(["-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]);
+        let repository = Path::new(HERE).parent().unwrap();
+        command.arg("-I").arg(repository.join("include"));
+        if cpp {
+            command.arg("-I").arg(repository.join("bindings/cpp"));
+        }
         command
     })
+}
+
+/// Whether the compiler knows a standard; one from before it refuses its name.
+pub fn takes(cpp: bool, standard: &str) -> bool {
+    let Some(mut command) = compiler(cpp) else { return false };
+    command.args(["-fsyntax-only", "-x", if cpp { "c++" } else { "c" }]);
+    let output = command.arg(format!("-std={standard}")).arg("/dev/null").output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 /// Builds `source` into `dir`. Returns the program's path, or `None` without a compiler.

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use ffi_tests::{Flavor, build, compiler, sources};
+use ffi_tests::{Flavor, HERE, build, compiler, sources, sources_in};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -18,13 +18,19 @@ fn main() -> ExitCode {
     }
     let dir = Path::new(dir);
     std::fs::create_dir_all(dir).expect("DIR must be writable");
-    for (ext, cpp, flavors) in [("c", false, Flavor::C), ("cpp", true, Flavor::CPP)] {
-        if compiler(cpp).is_none() {
-            eprintln!("skipped: no compiler for .{ext}");
+    let wrapper = sources_in(&Path::new(HERE).join("../bindings/cpp/tests"), "cpp");
+    let all = [
+        (sources("c"), &Flavor::C[..]),
+        (sources("cpp"), &Flavor::CPP),
+        (wrapper, &Flavor::WRAPPER[..1]),
+    ];
+    for (sources, flavors) in all {
+        if compiler(sources[0].extension().is_some_and(|ext| ext == "cpp")).is_none() {
+            eprintln!("skipped: no compiler for {}", sources[0].display());
             continue;
         }
-        for source in sources(ext) {
-            for flavor in flavors {
+        for source in sources {
+            for &flavor in flavors {
                 println!("{}", build(&source, flavor, dir).expect("a compiler").display());
             }
         }

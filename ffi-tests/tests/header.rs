@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-use ffi_tests::{HERE, NATIVE_STATIC_LIBS, cargo, compiler, libraries, run, soname};
+use ffi_tests::{HERE, NATIVE_STATIC_LIBS, cargo, compiler, libraries, run, soname, takes};
 
 /// Held by whoever reads the libraries or has cargo write them: tests run side by side.
 static LIBRARIES: Mutex<()> = Mutex::new(());
@@ -47,7 +47,11 @@ fn committed() -> BTreeMap<String, String> {
 #[test]
 fn every_standard_takes_the_header() {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    for (cpp, standards) in [(false, &["c99", "c11", "c2x"][..]), (true, &["c++11", "c++17"])] {
+    let all = [
+        (false, &["c99", "c11", "c17", "c2x"][..]),
+        (true, &["c++11", "c++14", "c++17", "c++20", "c++23"]),
+    ];
+    for (cpp, standards) in all {
         let ext = if cpp { "cpp" } else { "c" };
         let source = dir.join(format!("only_the_header.{ext}"));
         std::fs::write(&source, "#include \"kvcache.h\"\n#include \"kvcache.h\"\n").unwrap();
@@ -57,6 +61,10 @@ fn every_standard_takes_the_header() {
                 println!("skipped: no C++ compiler for {standard}");
                 continue;
             };
+            if !takes(cpp, standard) {
+                println!("skipped: the compiler has no {standard}");
+                continue;
+            }
             compile.arg(format!("-std={standard}")).args(["-Wconversion", "-Wundef"]);
             run(compile.arg("-fsyntax-only").arg(&source));
         }
@@ -97,6 +105,19 @@ fn the_soname_is_that_of_the_abi() {
     let version = if major == "0" { format!("0.{minor}") } else { major.to_string() };
     let name = soname(&libraries().join("libkvcache.so"));
     assert_eq!(name, format!("libkvcache.so.{version}"));
+}
+
+#[test]
+fn the_installed_version_is_that_of_the_package() {
+    let read = |name: &str| {
+        let path = repository().join("bindings/c/install").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let line = format!("set(PACKAGE_VERSION \"{}\")", env!("CARGO_PKG_VERSION"));
+    assert!(read("kvcacheConfigVersion.cmake").contains(&line), "{line}");
+    // The same system libraries as everywhere, in CMake's form.
+    let native = NATIVE_STATIC_LIBS.replace("-l", "").replace(' ', ";");
+    assert!(read("kvcacheConfig.cmake").contains(&format!("\"{native}\"")), "{native}");
 }
 
 #[test]

@@ -34,6 +34,7 @@ fn in_rust() -> Layout {
             rows, threads, reserved, k, k_block_stride, k_head_stride, k_token_stride, v,
             v_block_stride, v_head_stride, v_token_stride, slots, k_rows, k_rows_token_stride,
             k_rows_head_stride, v_rows, v_rows_token_stride, v_rows_head_stride, rope, positions,
+            scales,
         }
         kvc_attend_desc {
             struct_size, q_heads, kv_heads, k_dim, v_dim, v_in_k, format, q_dtype, out_dtype,
@@ -41,16 +42,17 @@ fn in_rust() -> Layout {
             k_block_stride, k_head_stride, k_token_stride, v, v_block_stride, v_head_stride,
             v_token_stride, table, table_stride, table_indptr, q_indptr, kv_lens, q,
             q_token_stride, q_head_stride, out, out_token_stride, out_head_stride, lse, sinks,
-            alibi, bad_block, workspace, workspace_bytes,
+            alibi, bad_block, workspace, workspace_bytes, scales, tiles,
         }
         kvc_cache_counts {
             blocks, free_blocks, cached_blocks, referenced_blocks, sequences, reserved,
             sequence_tokens, waste_tokens, block_bytes, pool_bytes, looked_up_tokens, hit_tokens,
-            evicted_blocks, copied_blocks, merged_blocks,
+            evicted_blocks, copied_blocks, merged_blocks, staging_blocks, staged_blocks,
+            staging_bytes, unsealed_blocks,
         }
         kvc_cache_options {
             struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, device,
-            device_ordinal, stream, deterministic, eviction,
+            device_ordinal, stream, deterministic, eviction, staging_blocks, reserved,
         }
         kvc_device_append_options {
             struct_size, rope_style, rotary_dim, first_channel, table_positions, q_heads, cosines,
@@ -119,6 +121,20 @@ fn in_rust() -> Layout {
             reserved,
         }
         kvc_retention { start, end, priority, duration_ms }
+        kvc_scales {
+            struct_size, k_unrotated, k, k_block_stride, k_head_stride, k_token_stride, v,
+            v_block_stride, v_head_stride, v_token_stride, k_heads, v_heads,
+        }
+        kvc_raw_block { tile, slot }
+        kvc_seal_desc {
+            struct_size, kv_heads, k_dim, v_dim, v_in_k, format, block_tokens, num_blocks, count,
+            threads, tiles, list, refused,
+        }
+        kvc_seal_tile { slot, block }
+        kvc_tile_view {
+            struct_size, staging_blocks, scratch_blocks, reserved, records, block_bytes, head_bytes,
+            staging, staging_block_bytes, scratch, scratch_block_bytes, raw_indptr, raw_blocks,
+        }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
         kvc_tier_counts {
@@ -191,7 +207,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 32);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 36);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

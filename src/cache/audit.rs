@@ -52,6 +52,7 @@ impl KvCache {
             });
             must(once, "cache: a block is in the prefix index twice, or is none of the pool's")?;
         }
+        self.audit_staging()?;
         for (group, pool) in self.pools.iter().enumerate() {
             let seen = &mut seen[group];
             for sequence in self.sequences.iter() {
@@ -75,6 +76,43 @@ impl KvCache {
                 must(seen.indexed.is_some() == cached, "cache: pool and index disagree")?;
                 let holders = seen.tables + u32::from(cached);
                 must(holders == pool.refs(block), "cache: a reference count is wrong")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every slot of a staging pool has the holders it counts, and every open tile has a slot.
+    fn audit_staging(&self) -> Result<()> {
+        let block_tokens = self.spec.block_tokens as usize;
+        for (group, pool) in self.staging.iter().enumerate() {
+            let Some(pool) = pool else {
+                let none = self.sequences.iter().all(|sequence| sequence.raw[group].is_empty());
+                must(none, "cache: raw rows of a format without tiles")?;
+                continue;
+            };
+            pool.audit()?;
+            let mut holders = Vec::new();
+            reserve(&mut holders, pool.blocks() as usize)?;
+            holders.resize(pool.blocks() as usize, 0u32);
+            for sequence in self.sequences.iter() {
+                let raw = &sequence.raw[group];
+                let ordered = raw.windows(2).all(|pair| pair[0].tile < pair[1].tile);
+                must(ordered, "cache: raw tiles are out of order")?;
+                let open = sequence.tokens.len() / block_tokens;
+                let known = sequence.tokens.len().is_multiple_of(block_tokens)
+                    || sequence.raw_slot(group, open).is_some();
+                must(known, "cache: an open tile has no raw rows")?;
+                for staged in raw {
+                    let holders = holders.get_mut(staged.slot.index());
+                    must(holders.is_some(), "cache: a raw slot is none of the pool's")?;
+                    holders.into_iter().for_each(|count| *count += 1);
+                }
+            }
+            for rescued in self.rescued.iter().filter(|rescued| rescued.group == group) {
+                holders[rescued.slot.index()] += 1;
+            }
+            for (&count, slot) in holders.iter().zip((0..pool.blocks()).map(BlockId)) {
+                must(count == pool.refs(slot), "cache: a raw slot's reference count is wrong")?;
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Sequences begin, split and end: start from the prefix index, fork, truncate, release.
 
 use super::sequence::Sequence;
+use super::staging::release_raw;
 use super::{KvCache, Started, reserve};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
@@ -11,7 +12,7 @@ use crate::prefix::Hit;
 impl KvCache {
     /// Starts a sequence for `prompt`, holding whatever leading part of it the prefix index has in
     /// `namespace`: whole blocks shared, and of the block where it diverges the matching tokens
-    /// copied. At least the last prompt token is left to compute, since its logits are needed.
+    /// copied (not where a format has sealed tiles: those are computed instead). At least the last prompt token is left to compute, since its logits are needed.
     ///
     /// The prompt itself is not kept: the engine feeds `prompt[cached_tokens..]` to its steps.
     ///
@@ -50,6 +51,9 @@ impl KvCache {
         let (groups, block_tokens) = (self.pools.len(), self.spec.block_tokens as usize);
         reserve(&mut sequence.tables, groups)?;
         sequence.tables.resize_with(groups, BlockTable::new);
+        reserve(&mut sequence.raw, groups)?;
+        sequence.raw.resize_with(groups, Vec::new);
+        let whole_blocks = self.any_tiled();
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         prefix.lookup(sequence.namespace, prompt, prompt.len() - 1, hit);
         prefix.touch(hit.at)?;
@@ -59,6 +63,8 @@ impl KvCache {
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
         let more = match self.onboard(sequence, prompt, hit) {
+            // Of a sealed tile nothing less than all can be taken.
+            0 if whole_blocks => 0,
             0 => self.copy_tail(&mut sequence.tables, hit)?,
             loaded => loaded,
         };
@@ -114,6 +120,7 @@ impl KvCache {
             for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
                 table.release_all(pool)?;
             }
+            release_raw(&mut sequence.raw, &mut self.staging)?;
             return Err(error);
         }
         self.sequences.insert(sequence)
@@ -132,8 +139,22 @@ impl KvCache {
         child.published = parent.published;
         let mut made = reserve(&mut child.tokens, parent.tokens.len());
         made = made.and_then(|()| reserve(&mut child.tables, parent.tables.len()));
+        made = made.and_then(|()| reserve(&mut child.raw, parent.raw.len()));
         if made.is_ok() {
             child.tokens.extend_from_slice(&parent.tokens);
+            child.raw.resize_with(parent.raw.len(), Vec::new);
+            for (group, staged) in parent.raw.iter().enumerate() {
+                made = made.and_then(|()| reserve(&mut child.raw[group], staged.len()));
+                for staged in staged {
+                    made = made.and_then(|()| {
+                        if let Some(pool) = &mut self.staging[group] {
+                            pool.retain(staged.slot)?;
+                        }
+                        child.raw[group].push(*staged);
+                        Ok(())
+                    });
+                }
+            }
             for (table, pool) in parent.tables.iter().zip(&mut self.pools) {
                 made = made.and_then(|()| {
                     child.tables.push(table.fork(pool)?);
@@ -146,14 +167,20 @@ impl KvCache {
 
     /// Forgets all tokens of a sequence from position `tokens` on (rejected speculation).
     ///
+    /// A format with sealed tiles takes any position in the last tile and, of the last step, in the
+    /// one before it: their raw rows are there. Further back it takes multiples of `block_tokens`.
+    ///
     /// # Errors
     /// `StaleHandle`, `InvalidState` while a step holds the sequence, `InvalidArgument` past its
-    /// length.
+    /// length, or within a tile that is sealed for good. Nothing changed then.
     pub fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<()> {
         let sequence = self.sequences.get_idle(seq)?;
         if tokens as usize > sequence.tokens.len() {
             return Err(Error::invalid("tokens", "must be at most the sequence's length"));
         }
+        self.check_cut(seq, tokens as usize)?;
+        self.cut_raw(seq, tokens as usize)?;
+        let sequence = self.sequences.get_mut(seq)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.truncate(pool, tokens as usize, self.spec.block_tokens as usize)?;
         }
@@ -174,7 +201,7 @@ impl KvCache {
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.release_all(pool)?;
         }
-        Ok(())
+        release_raw(&mut sequence.raw, &mut self.staging)
     }
 
     /// The tokens of a sequence whose K and V are in the cache.

@@ -19,7 +19,9 @@ mod lifecycle;
 mod on_device;
 mod outside;
 mod retention;
+mod scales;
 mod sequence;
+mod staging;
 mod stats;
 mod step;
 mod steps;
@@ -37,11 +39,11 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cpu::{KvStore, Threads};
+use crate::cpu::{KvStore, Threads, TileStore};
 use crate::device::{self, Backend, Device, DeviceStore, StoreOptions, Stream};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
-use crate::layout::CacheSpec;
+use crate::layout::{CacheSpec, STAGING_BLOCKS};
 use crate::metrics::Evicted;
 use crate::pool::BlockPool;
 use crate::prefix::{Eviction, Hit, PrefixIndex};
@@ -58,6 +60,9 @@ pub struct CacheOptions {
     pub blocks: u32,
     /// Sequences that may live at once: 1 to 65,536.
     pub max_seqs: u32,
+    /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence (and no
+    /// more than `blocks`), all that they can need unless tiles stay raw.
+    pub staging_blocks: u32,
     /// Threads for kernels; 0 for one a core.
     pub threads: u32,
     /// Publish committed blocks to the prefix index, and start sequences from it.
@@ -78,6 +83,7 @@ impl Default for CacheOptions {
         Self {
             blocks: 1024,
             max_seqs: 256,
+            staging_blocks: 0,
             threads: 0,
             prefix_reuse: true,
             device: Device::Cpu,
@@ -123,6 +129,10 @@ pub struct KvCache {
     backend: Option<Arc<dyn Backend>>,
     stream: Stream,
     pools: Vec<BlockPool>,
+    /// Raw blocks of the groups whose format has sealed tiles.
+    staging: Vec<Option<BlockPool>>,
+    /// Raw tiles of open steps that could not be sealed and did not fit into scratch for longer.
+    rescued: Vec<staging::Rescued>,
     prefix: Option<PrefixIndex>,
     sequences: Sequences,
     threads: Threads,
@@ -198,10 +208,25 @@ impl KvCache {
             None
         };
         let threads = Threads::new(options.threads)?;
+        let raw = match options.staging_blocks {
+            // Every raw tile has a block, too.
+            0 => options.max_seqs.saturating_mul(STAGING_BLOCKS as u32).min(options.blocks),
+            given => given,
+        };
+        let staging = layouts
+            .iter()
+            .map(|layout| {
+                (layout.staging_block_bytes() != 0).then(|| BlockPool::new(raw)).transpose()
+            })
+            .collect::<Result<Vec<_>>>()?;
         let outside = Outside::new(pools.len());
         let stores = layouts
             .into_iter()
             .map(|layout| match &backend {
+                None if layout.staging_block_bytes() != 0 => {
+                    let store = TileStore::new(layout, options.blocks, raw)?;
+                    Ok(Store::Tiles(Box::new(store)))
+                }
                 None => KvStore::new(layout, options.blocks).map(Store::Cpu),
                 Some(backend) => {
                     let how = StoreOptions {
@@ -213,7 +238,7 @@ impl KvCache {
                 }
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
+        let mut cache = Self {
             // Relaxed: only uniqueness matters.
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             spec: spec.clone(),
@@ -221,6 +246,8 @@ impl KvCache {
             backend,
             stream: options.stream,
             pools,
+            staging,
+            rescued: Vec::new(),
             prefix,
             sequences,
             threads,
@@ -232,7 +259,9 @@ impl KvCache {
             canonical: Vec::new(),
             tails: Vec::new(),
             workspace: Vec::new(),
-        })
+        };
+        cache.name_storage();
+        Ok(cache)
     }
 
     /// The spec it was made from.

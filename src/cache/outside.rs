@@ -30,6 +30,8 @@ const MOST_NAME_BYTES: usize = 255;
 pub(super) struct Outside {
     groups: usize,
     digests: Option<Digests>,
+    /// What the stored bytes mean; empty where all are floats.
+    storage: Vec<u8>,
     /// Namespaces of which more is known than the number.
     names: BTreeMap<Namespace, (Option<Digest>, Arc<Name>)>,
     queue: Option<Arc<Queue>>,
@@ -45,6 +47,7 @@ impl Outside {
         Outside {
             groups,
             digests: None,
+            storage: Vec::new(),
             names: BTreeMap::new(),
             queue: None,
             watch: None,
@@ -85,10 +88,20 @@ impl Outside {
 
     /// What stands before the first block of a sequence.
     pub(super) fn seed(&self, space: Namespace) -> Option<Digest> {
-        match self.names.get(&space) {
+        let seed = match self.names.get(&space) {
             Some((seed, _)) => *seed,
             None => Digest::of_namespace(space),
+        };
+        if self.storage.is_empty() {
+            return seed;
         }
+        Some(Digest::of_storage(seed.as_ref(), &self.storage))
+    }
+
+    /// Says how K and V are stored, before anything is; empty for floats alone, whose digests are
+    /// those that other stores know.
+    pub(super) fn set_storage(&mut self, storage: Vec<u8>) {
+        self.storage = storage;
     }
 
     /// Cached entries (`[entry][group]`) were found by a lookup.

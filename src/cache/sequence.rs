@@ -4,12 +4,21 @@
 use alloc::vec::Vec;
 
 use crate::error::{Error, Result};
-use crate::ids::{Namespace, SeqId, TokenId};
+use crate::ids::{BlockId, Namespace, SeqId, TokenId};
 use crate::pool::BlockTable;
 use crate::prefix::Position;
 
 /// Sequence slots a cache may have: 16 bits of an id are the slot, 16 its generation.
 pub const MAX_SEQS: u32 = 1 << 16;
+
+/// A raw tile that a sequence holds in the staging pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Staged {
+    pub tile: usize,
+    pub slot: BlockId,
+    /// Full, and not sealed because its rows cannot be: held as long as its block.
+    pub kept: bool,
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
@@ -18,6 +27,8 @@ pub(super) struct Sequence {
     pub tokens: Vec<TokenId>,
     /// One table a layer group.
     pub tables: Vec<BlockTable>,
+    /// Raw tiles of each layer group, ascending; empty where the format has no tiles.
+    pub raw: Vec<Vec<Staged>>,
     /// The end of the leading blocks that are in the prefix index.
     pub published: Position,
     /// Reserved by an open step.

@@ -10,6 +10,7 @@ pub(super) struct Totals {
     pub evicted_blocks: u64,
     pub copied_blocks: u64,
     pub merged_blocks: u64,
+    pub unsealed_blocks: u64,
 }
 
 /// A snapshot of a cache. Block counts are of the first layer group; in a cache with several
@@ -44,6 +45,14 @@ pub struct CacheStats {
     pub copied_blocks: u64,
     /// Blocks given back because the index had their tokens already.
     pub merged_blocks: u64,
+    /// Blocks of the staging pools, for raw rows of formats with sealed tiles; 0 without.
+    pub staging_blocks: u32,
+    /// Those of them that are in use.
+    pub staged_blocks: u32,
+    /// Bytes of the staging pools and of the scratch beside them, in all groups.
+    pub staging_bytes: u64,
+    /// Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
+    pub unsealed_blocks: u64,
 }
 
 impl KvCache {
@@ -56,6 +65,7 @@ impl KvCache {
             self.sequences.iter().map(|sequence| sequence.tables[0].tokens() as u64)
         };
         let block_bytes = self.stores.iter().map(|store| store.layout().block_bytes()).sum::<u64>();
+        let staging = || self.staging.iter().flatten();
         CacheStats {
             blocks: pool.blocks(),
             free_blocks: pool.free_blocks(),
@@ -71,6 +81,10 @@ impl KvCache {
             evicted_blocks: self.totals.evicted_blocks,
             copied_blocks: self.totals.copied_blocks,
             merged_blocks: self.totals.merged_blocks,
+            staging_blocks: staging().map(|pool| pool.blocks()).sum(),
+            staged_blocks: staging().map(|pool| pool.blocks() - pool.free_blocks()).sum(),
+            staging_bytes: self.stores.iter().map(|store| store.raw_bytes()).sum(),
+            unsealed_blocks: self.totals.unsealed_blocks,
         }
     }
 }

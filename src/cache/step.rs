@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 
+use crate::cpu::{AttendBatch, RawRows};
 use crate::device::DeviceBatch;
 use crate::ids::{SeqId, TokenId};
 
@@ -40,6 +41,10 @@ pub(super) struct GroupTables {
     pub indices: Vec<i32>,
     /// Where each new token goes: `block * block_tokens + offset`.
     pub slots: Vec<i64>,
+    /// Raw rows, where the format has sealed tiles.
+    pub raw: RawRows,
+    /// For each tile that the step fills: the sequence's place in the step, and the tile.
+    pub filled: Vec<(usize, usize)>,
 }
 
 impl Step {
@@ -63,6 +68,13 @@ impl Step {
         self.q_indptr.iter().skip(1).map(|&end| end as usize - 1)
     }
 
+    /// The step's batch in a layer group.
+    pub(super) fn batch(&self, group: usize) -> (AttendBatch<'_>, &RawRows) {
+        let GroupTables { indptr, indices, raw, .. } = &self.groups[group];
+        let (q_indptr, kv_lens) = (&self.q_indptr, &self.kv_lens);
+        (AttendBatch { q_indptr, kv_lens, indptr, indices }, raw)
+    }
+
     /// Whether a cache has it open.
     pub fn is_open(&self) -> bool {
         self.owner.is_some()
@@ -80,6 +92,8 @@ impl Step {
             group.indptr.clear();
             group.indices.clear();
             group.slots.clear();
+            group.raw.clear();
+            group.filled.clear();
         }
     }
 }

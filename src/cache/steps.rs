@@ -26,7 +26,8 @@ impl KvCache {
         self.outside.tick();
         self.outside.resync(self.prefix.as_ref());
         step.clear();
-        let mut planned = self.reserve_for(work).and_then(|()| self.reserve_step(step, work));
+        let mut planned = self.check_staging(work).and_then(|()| self.reserve_for(work));
+        planned = planned.and_then(|()| self.reserve_step(step, work));
         for item in work {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
@@ -84,7 +85,7 @@ impl KvCache {
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.truncate(pool, tokens, self.spec.block_tokens as usize)?;
         }
-        Ok(())
+        self.cut_raw(seq, tokens)
     }
 
     /// Makes free blocks for the step.
@@ -127,7 +128,7 @@ impl KvCache {
             tables.indptr.push(0);
         }
         step.q_indptr.push(0);
-        Ok(())
+        self.reserve_staging(step, work)
     }
 
     /// Blocks that the step takes in a group: growth, and copies of shared last blocks.
@@ -174,6 +175,10 @@ impl KvCache {
                 i64::from(block.0) * block_tokens as i64 + (position % block_tokens) as i64
             }));
         }
+        let index = step.seqs.len();
+        for (group, tables) in step.groups.iter_mut().enumerate() {
+            self.plan_raw(tables, group, index, item)?;
+        }
         step.seqs.push(item.seq);
         step.tokens.extend_from_slice(item.tokens);
         step.positions.extend(start as u32..(start + count) as u32);
@@ -188,9 +193,17 @@ impl KvCache {
     /// rotated to their positions on the way. On a device the rows are copied there, and the call
     /// waits until they have been read.
     ///
+    /// Of a format with sealed tiles, the tiles that the step fills are sealed here, and a layer
+    /// must be attended before the next is appended. A tile with NaN, infinity or elements past the
+    /// scales of f16 stays raw: it is read raw, counted in [`CacheStats`](super::CacheStats), and
+    /// not published.
+    ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one, `InvalidArgument` for a layer
-    /// or a length that does not fit; the device's own errors.
+    /// or a length that does not fit; `OutOfBlocks` where tiles stay raw and no staging block is
+    /// free for them (the step can only be cancelled then); the device's own errors.
+    /// `InvalidArgument` too where a row of a token-by-token format is not finite or out of its
+    /// range: it is left out, and the step can only be cancelled or the row written again.
     pub fn append(
         &mut self,
         step: &Step,
@@ -200,7 +213,8 @@ impl KvCache {
         rope: Option<&Rope>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
-        self.stores[group].append(step, layer, k, v, rope, &self.threads)
+        self.stores[group].append(step, layer, k, v, rope, &self.threads)?;
+        self.rescue(step, group, layer)
     }
 
     /// Attention of the step's query rows over everything their sequences hold in one layer, the
@@ -250,6 +264,7 @@ impl KvCache {
             let sequence = self.sequences.get_mut(seq)?;
             sequence.in_step = false;
             sequence.tokens.extend_from_slice(&step.tokens[rows]);
+            self.commit_raw(step, n)?;
             match self.publish(seq) {
                 // Tried again when the sequence fills its next block.
                 Ok(()) | Err(Error::OutOfMemory { .. }) => {}
@@ -285,9 +300,10 @@ impl KvCache {
     /// Puts the full blocks of a sequence into the prefix index.
     pub(super) fn publish(&mut self, seq: SeqId) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
-        let sequence = self.sequences.get_mut(seq)?;
         let block_tokens = self.spec.block_tokens as usize;
-        let whole = sequence.tokens.len() / block_tokens;
+        let sealed = self.sequences.get(seq)?.sealed_blocks();
+        let sequence = self.sequences.get_mut(seq)?;
+        let whole = (sequence.tokens.len() / block_tokens).min(sealed);
         if whole <= sequence.published.blocks() {
             return Ok(());
         }

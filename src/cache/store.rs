@@ -3,10 +3,9 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use super::step::GroupTables;
 use super::{LayerId, Step};
 use crate::attention::Scoring;
-use crate::cpu::{AttendBatch, KvStore, Rope, Threads};
+use crate::cpu::{KvStore, Rope, Threads, TileStore};
 use crate::device::DeviceStore;
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
@@ -16,6 +15,7 @@ use crate::layout::GroupLayout;
 #[derive(Debug)]
 pub(super) enum Store {
     Cpu(KvStore),
+    Tiles(Box<TileStore>),
     Device(Box<DeviceStore>),
 }
 
@@ -29,6 +29,7 @@ impl Store {
     pub fn layout(&self) -> &GroupLayout {
         match self {
             Store::Cpu(store) => store.layout(),
+            Store::Tiles(store) => store.layout(),
             Store::Device(store) => store.layout(),
         }
     }
@@ -36,13 +37,33 @@ impl Store {
     pub fn bytes(&self) -> u64 {
         match self {
             Store::Cpu(store) => store.bytes(),
+            Store::Tiles(store) => store.bytes(),
             Store::Device(store) => store.bytes(),
         }
     }
 
+    /// Bytes of raw rows beside the blocks.
+    pub fn raw_bytes(&self) -> u64 {
+        match self {
+            Store::Tiles(store) => store.raw_bytes(),
+            Store::Cpu(_) | Store::Device(_) => 0,
+        }
+    }
+
+    /// The sealed tiles of a group whose format has them.
+    pub fn tiles(&mut self) -> Option<&mut TileStore> {
+        match self {
+            Store::Tiles(store) => Some(store),
+            Store::Cpu(_) | Store::Device(_) => None,
+        }
+    }
+
+    /// Copies the first tokens of a block to another. A block that is being filled with a sealed
+    /// tile holds nothing yet: its rows lie in the staging pool.
     pub fn copy_tokens(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
         match self {
             Store::Cpu(store) => store.copy_tokens(src, dst, tokens),
+            Store::Tiles(_) => Ok(()),
             Store::Device(store) => store.copy_tokens(src, dst, tokens),
         }
     }
@@ -51,6 +72,7 @@ impl Store {
     pub fn read_block(&mut self, id: BlockId, to: &mut [u8]) -> Result<()> {
         match self {
             Store::Cpu(store) => store.read_block(id, to),
+            Store::Tiles(store) => store.read_block(id, to),
             Store::Device(store) => store.read_block(id, to),
         }
     }
@@ -59,6 +81,7 @@ impl Store {
     pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
         match self {
             Store::Cpu(store) => store.write_block(id, from),
+            Store::Tiles(store) => store.write_block(id, from),
             Store::Device(store) => store.write_block(id, from),
         }
     }
@@ -78,6 +101,9 @@ impl Store {
             Store::Cpu(store) => {
                 store.append(layer.layer, &step.groups[group].slots, k, v, rope, threads)
             }
+            Store::Tiles(store) => {
+                store.append(layer.layer, &step.groups[group].raw, k, v, rope, threads)
+            }
             Store::Device(store) => store.append(layer.layer, &step.device, group, k, v, rope),
         }
     }
@@ -96,20 +122,39 @@ impl Store {
         let group = layer.group as usize;
         match self {
             Store::Cpu(store) => {
-                let GroupTables { indptr, indices, .. } = &step.groups[group];
-                let batch = AttendBatch {
-                    q_indptr: &step.q_indptr,
-                    kv_lens: &step.kv_lens,
-                    indptr,
-                    indices,
-                };
+                let (batch, _) = step.batch(group);
                 let Crew { threads, workspace } = crew;
                 store.attend(layer.layer, &batch, q, out, lse, scoring, workspace, threads)
+            }
+            Store::Tiles(store) => {
+                let (batch, raw) = step.batch(group);
+                let Crew { threads, workspace } = crew;
+                store.attend(layer.layer, &batch, raw, q, out, lse, scoring, workspace, threads)
             }
             Store::Device(store) => {
                 store.attend(layer.layer, &step.device, group, q, out, lse, scoring)
             }
         }
+    }
+
+    /// Sets the scales that the rows of a layer's heads share.
+    pub fn set_scales(&mut self, layer: u32, k: &[f32], v: &[f32]) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.set_scales(layer, k, v),
+            Store::Tiles(_) => Err(Error::invalid("scales", "are the tiles' own in this format")),
+            Store::Device(_) => {
+                Err(Error::Unsupported { what: "scales of layers and heads on a device" })
+            }
+        }
+    }
+
+    /// The scales of all layers and heads, none while all are 1.
+    pub fn scales(&self) -> impl Iterator<Item = f32> + Clone {
+        let scales = match self {
+            Store::Cpu(store) => store.scales(),
+            Store::Tiles(_) | Store::Device(_) => [&[][..]; 2],
+        };
+        scales.into_iter().flatten().copied()
     }
 
     /// The store on a device.
@@ -118,7 +163,9 @@ impl Store {
     /// `InvalidState` where blocks are in host memory.
     pub fn device(&mut self) -> Result<&mut DeviceStore> {
         match self {
-            Store::Cpu(_) => Err(Error::InvalidState { why: "the cache is not on a device" }),
+            Store::Cpu(_) | Store::Tiles(_) => {
+                Err(Error::InvalidState { why: "the cache is not on a device" })
+            }
             Store::Device(store) => Ok(store),
         }
     }

@@ -171,6 +171,7 @@ impl KvCache {
         self.sequences.has_room()?;
         let mut sequence = Sequence { namespace: space, tokens, ..Sequence::default() };
         sequence.tables.resize_with(self.pools.len(), BlockTable::new);
+        sequence.raw.resize_with(self.pools.len(), Vec::new);
         let filled = self.fill(&mut sequence, &mut sources, blocks);
         let seq = self.keep(filled, sequence)?;
         let published = self.publish(seq);

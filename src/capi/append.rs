@@ -3,12 +3,13 @@
 
 use core::ffi::c_void;
 
-use super::attend::{rows, strides};
+use super::attend::rows;
 use super::pointer::{self, Plain, Sized32, flag};
+use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
 use super::threads;
 use crate::attention::HeadShape;
-use crate::cpu::{AppendArgs, KvView, Rope, RopeStyle, append};
+use crate::cpu::{AppendArgs, Rope, RopeStyle, append};
 use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
 
@@ -106,7 +107,8 @@ pub struct kvc_append_desc {
     pub v_dim: u32,
     /// 1: values are the first v_dim channels of the keys; v and v_rows are ignored.
     pub v_in_k: u32,
-    /// KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even.
+    /// KVC_FORMAT_* of the blocks. Rows are rounded to it, to nearest even; for int8_t keys and
+    /// int4_t keys and values are rotated first (kvc_attend does what that asks of queries).
     pub format: u32,
     /// KVC_DTYPE_* of k_rows and v_rows.
     pub dtype: u32,
@@ -154,6 +156,8 @@ pub struct kvc_append_desc {
     pub rope: *const kvc_rope,
     /// `[rows]` positions. Ignored without rope.
     pub positions: *const u32,
+    /// NULL for the defaults, or where the scales of quantised K and V lie. Row scales are written.
+    pub scales: *const kvc_scales,
 }
 
 // SAFETY: integers, pointers.
@@ -170,7 +174,11 @@ unsafe impl Sized32 for kvc_append_desc {
 }
 
 impl kvc_append_desc {
-    pub(super) fn args(&self) -> Result<AppendArgs<'_>> {
+    /// Everything a call needs but its rotary embedding.
+    ///
+    /// # Safety
+    /// `scales` must be as documented.
+    pub(super) unsafe fn args(&self) -> Result<AppendArgs<'_>> {
         if self.reserved != 0 {
             return Err(Error::invalid("reserved", "must be 0"));
         }
@@ -178,8 +186,16 @@ impl kvc_append_desc {
         let v_in_k = flag(self.v_in_k, "v_in_k")?;
         let shape = HeadShape { q_heads: kv_heads, kv_heads, k_dim, v_dim, v_in_k };
         shape.check()?;
-        let k_strides = [self.k_block_stride, self.k_head_stride, self.k_token_stride];
-        let v_strides = [self.v_block_stride, self.v_head_stride, self.v_token_stride];
+        let given = Given {
+            k: self.k,
+            v: self.v,
+            format: KvFormat::from_id(self.format)?,
+            k_strides: [self.k_block_stride, self.k_head_stride, self.k_token_stride],
+            v_strides: [self.v_block_stride, self.v_head_stride, self.v_token_stride],
+            num_blocks: self.num_blocks,
+            block_tokens: self.block_tokens,
+            scales: self.scales,
+        };
         let dtype = DType::from_id(self.dtype)?;
         let k_rows = self.k_rows.cast_mut().cast();
         let v_rows = self.v_rows.cast_mut().cast();
@@ -187,15 +203,8 @@ impl kvc_append_desc {
         let v = (v_rows, dtype, self.v_rows_token_stride, self.v_rows_head_stride);
         Ok(AppendArgs {
             shape,
-            kv: KvView {
-                k: self.k.cast(),
-                v: self.v.cast(),
-                format: KvFormat::from_id(self.format)?,
-                k_strides: strides(k_strides, kv_heads, self.block_tokens, k_dim)?,
-                v_strides: strides(v_strides, kv_heads, self.block_tokens, v_dim)?,
-                num_blocks: self.num_blocks,
-                block_tokens: self.block_tokens,
-            },
+            // SAFETY: the caller's promise.
+            kv: unsafe { given.view(&shape) }?,
             slots: self.slots,
             rows: self.rows,
             k: rows(k, kv_heads, k_dim),
@@ -279,7 +288,8 @@ pub unsafe extern "C" fn kvc_append(desc: *const kvc_append_desc) -> kvc_status 
     guard(|| {
         // SAFETY: the caller's promise, here and below.
         let desc = unsafe { pointer::read(desc) }?;
-        let mut args = desc.args()?;
+        // SAFETY: see above.
+        let mut args = unsafe { desc.args() }?;
         let rope;
         if !desc.rope.is_null() {
             // SAFETY: see above.

@@ -4,14 +4,16 @@ use core::ffi::{c_char, c_void};
 use core::sync::atomic::AtomicU32;
 
 use super::pointer::{self, Plain, Sized32, flag};
+use super::scales::{Given, kvc_scales};
 use super::status::{guard, kvc_status};
 use super::threads;
+use super::tile::{self, kvc_tile_view};
 use crate::attention::{HeadShape, Scoring, merge_states};
 use crate::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, ScaleView, attend,
     attend_workspace_bytes,
 };
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
 use crate::layout::Strides;
 
@@ -120,6 +122,11 @@ pub struct kvc_attend_desc {
     pub workspace: *mut c_void,
     /// Its size.
     pub workspace_bytes: u64,
+    /// NULL for the defaults, or where the scales of quantised K and V lie.
+    pub scales: *const kvc_scales,
+    /// The cache where the format is one of sealed tiles (KVC_FORMAT_KT*), in place of k and v,
+    /// which are ignored then; else NULL. Not for devices.
+    pub tiles: *const kvc_tile_view,
 }
 
 // SAFETY: integers, floats, pointers.
@@ -165,6 +172,11 @@ impl kvc_attend_desc {
         })
     }
 
+    /// Whether K and V are sealed tiles.
+    fn is_tiled(&self) -> Result<bool> {
+        Ok(self.cache()?.class() == FormatClass::Tile)
+    }
+
     pub(super) fn cache(&self) -> Result<KvFormat> {
         KvFormat::from_id(self.format)
     }
@@ -181,18 +193,23 @@ impl kvc_attend_desc {
         Ok((rows(q, shape.q_heads, shape.k_dim), rows(out, shape.q_heads, shape.v_dim)))
     }
 
-    pub(super) fn kv(&self) -> Result<KvView> {
-        let k_strides = [self.k_block_stride, self.k_head_stride, self.k_token_stride];
-        let v_strides = [self.v_block_stride, self.v_head_stride, self.v_token_stride];
-        Ok(KvView {
-            k: self.k.cast_mut().cast(),
-            v: self.v.cast_mut().cast(),
+    /// K and V with their scales.
+    ///
+    /// # Safety
+    /// `scales` must be as documented.
+    pub(super) unsafe fn kv(&self, shape: &HeadShape) -> Result<KvView> {
+        let given = Given {
+            k: self.k.cast_mut(),
+            v: self.v.cast_mut(),
             format: self.cache()?,
-            k_strides: strides(k_strides, self.kv_heads, self.block_tokens, self.k_dim)?,
-            v_strides: strides(v_strides, self.kv_heads, self.block_tokens, self.v_dim)?,
+            k_strides: [self.k_block_stride, self.k_head_stride, self.k_token_stride],
+            v_strides: [self.v_block_stride, self.v_head_stride, self.v_token_stride],
             num_blocks: self.num_blocks,
             block_tokens: self.block_tokens,
-        })
+            scales: self.scales,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { given.view(shape) }
     }
 
     /// Everything a call needs but its workspace.
@@ -214,7 +231,12 @@ impl kvc_attend_desc {
             shape,
             // SAFETY: the caller's promise.
             scoring: unsafe { self.scoring() }?,
-            kv: self.kv()?,
+            kv: if self.is_tiled()? {
+                NO_KV
+            } else {
+                // SAFETY: the caller's promise.
+                unsafe { self.kv(&shape) }?
+            },
             tables: if self.table_indptr.is_null() {
                 BlockTables::Dense { table: self.table, stride: self.table_stride }
             } else {
@@ -231,6 +253,18 @@ impl kvc_attend_desc {
     }
 }
 
+/// What stands for K and V where they are sealed tiles.
+const NO_KV: KvView = KvView {
+    k: core::ptr::null_mut(),
+    v: core::ptr::null_mut(),
+    format: KvFormat::Bf16,
+    k_strides: Strides { block: 0, head: 0, token: 0 },
+    v_strides: Strides { block: 0, head: 0, token: 0 },
+    num_blocks: 0,
+    block_tokens: 1,
+    scales: ScaleView::NONE,
+};
+
 /// A per-head list, or none.
 ///
 /// # Safety
@@ -245,23 +279,6 @@ pub(super) unsafe fn per_head<'a>(
     }
     // SAFETY: the caller's promise.
     unsafe { pointer::slice(list, u64::from(q_heads), what) }.map(Some)
-}
-
-/// The strides given (block, head, token), or those of `[block][kv_head][token][dim]`.
-pub(super) fn strides(
-    given: [i64; 3],
-    kv_heads: u32,
-    block_tokens: u32,
-    dim: u32,
-) -> Result<Strides> {
-    let [block, head, token] = given;
-    if given != [0, 0, 0] {
-        return Ok(Strides { block, head, token });
-    }
-    // Two factors fit in 64 bits; the third may not.
-    let (token, head) = (i64::from(dim), i64::from(dim) * i64::from(block_tokens));
-    let block = head.checked_mul(i64::from(kv_heads));
-    Ok(Strides { block: block.ok_or(Error::Overflow { what: "K, V" })?, head, token })
 }
 
 /// Rows with the strides given, or contiguous ones.
@@ -316,7 +333,11 @@ pub unsafe extern "C" fn kvc_attend_workspace_size(
             kv_len: max_kv_tokens,
             workers: threads::workers(desc.threads)?,
         };
-        out.write(attend_workspace_bytes(&desc.shape()?, &maxima)?);
+        out.write(if desc.is_tiled()? {
+            tile::workspace_bytes(&desc, &maxima)?
+        } else {
+            attend_workspace_bytes(&desc.shape()?, &maxima)?
+        });
         Ok(())
     })
 }
@@ -341,8 +362,15 @@ pub unsafe extern "C" fn kvc_attend(desc: *const kvc_attend_desc) -> kvc_status 
         // SAFETY: see above.
         let workspace = unsafe { pointer::slice_out(desc.workspace.cast(), bytes, "workspace") }?;
         let level = CpuLevel::chosen()?;
+        let tiled = desc.is_tiled()?;
         // SAFETY: see above.
-        threads::with(desc.threads, |threads| unsafe { attend(&args, level, threads, workspace) })
+        threads::with(desc.threads, |threads| unsafe {
+            if tiled {
+                tile::attend(&desc, &args, level, threads, workspace)
+            } else {
+                attend(&args, level, threads, workspace)
+            }
+        })
     })
 }
 

@@ -68,6 +68,11 @@ pub struct kvc_cache_options {
     pub deterministic: u32,
     /// KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     pub eviction: u32,
+    /// Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
+    /// sequence, all that they can need unless tiles stay raw.
+    pub staging_blocks: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers, a pointer.
@@ -90,6 +95,8 @@ unsafe impl Sized32 for kvc_cache_options {
             stream: core::ptr::null_mut(),
             deterministic: 0,
             eviction: KVC_EVICTION_LRU,
+            staging_blocks: 0,
+            reserved: 0,
         }
     }
 }
@@ -129,6 +136,14 @@ pub struct kvc_cache_counts {
     pub copied_blocks: u64,
     /// Blocks given back because the index had their tokens already.
     pub merged_blocks: u64,
+    /// Blocks of the staging pools, for raw rows of formats with sealed tiles; 0 without.
+    pub staging_blocks: u32,
+    /// Those of them that are in use.
+    pub staged_blocks: u32,
+    /// Bytes of the staging pools and of the scratch beside them, in all groups.
+    pub staging_bytes: u64,
+    /// Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
+    pub unsealed_blocks: u64,
 }
 
 // SAFETY: integers.
@@ -179,9 +194,13 @@ pub unsafe extern "C" fn kvc_cache_create(
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
+        if options.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         let options = CacheOptions {
             blocks: options.blocks,
             max_seqs: options.max_seqs,
+            staging_blocks: options.staging_blocks,
             threads: options.threads,
             prefix_reuse: flag(options.prefix_reuse, "prefix_reuse")?,
             device: named(options.device, options.device_ordinal)?,
@@ -286,6 +305,10 @@ pub unsafe extern "C" fn kvc_cache_stats(
             evicted_blocks: stats.evicted_blocks,
             copied_blocks: stats.copied_blocks,
             merged_blocks: stats.merged_blocks,
+            staging_blocks: stats.staging_blocks,
+            staged_blocks: stats.staged_blocks,
+            staging_bytes: stats.staging_bytes,
+            unsealed_blocks: stats.unsealed_blocks,
         };
         // SAFETY: the caller's promise.
         unsafe { pointer::write(out, out_bytes, counts, "out", COUNTS_FIRST_BYTES) }

@@ -10,14 +10,15 @@ use core::ffi::{c_char, c_void};
 use super::append::{KVC_ROPE_HALVES, KVC_ROPE_INTERLEAVED, kvc_append_desc};
 use super::attend::kvc_attend_desc;
 use super::device::{kvc_device, opened, whole_text};
-use super::pointer::{self, Plain, Sized32, flag};
+use super::pointer::{self, Plain, Sized32, address, flag};
 use super::status::{guard, kvc_status};
-use crate::cpu::RowsView;
 use crate::device::{Stream, launch, launch_attend};
+use crate::dtype::KvFormat;
 use crate::error::{Error, Result};
 use crate::kernels::params::{AppendParams, In, Out};
 use crate::kernels::{
-    AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, append_launch,
+    AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, ScaleArgs, append_launch,
+    append_token_launch, append_token_params,
 };
 
 /// What kvc_device_attend must know beside the call's description.
@@ -119,10 +120,6 @@ unsafe impl Sized32 for kvc_device_append_options {
         let zero: Self = unsafe { core::mem::zeroed() };
         Self { struct_size: size_of::<Self>() as u32, rope_style: KVC_ROPE_HALVES, ..zero }
     }
-}
-
-fn address<T>(pointer: *const T) -> u64 {
-    pointer.expose_provenance() as u64
 }
 
 /// Maxima and the plan of a call.
@@ -245,6 +242,10 @@ pub unsafe extern "C" fn kvc_device_attend_kernel(
 /// have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 /// 0 where a table has an entry that is not a block: such keys are masked and never read.
 ///
+/// fp8, int8_t, int4_t and nvfp4 are read as stored, with 64 or 128 channels a head: products are
+/// of f16 then. `scales` itself is on the host, the addresses in it are the device's. More than 8
+/// query tokens a sequence turn keys and values into f16, which ends at 65504.
+///
 /// Threads: thread-safe, where calls share no outputs and no workspace.
 ///
 /// # Safety
@@ -264,7 +265,9 @@ pub unsafe extern "C" fn kvc_device_attend(
         // SAFETY: see above.
         let (plan, options) = unsafe { plan(device, &desc, options) }?;
         let planned = flag(options.planned, "planned")?;
-        let args = AttendArgs { tail_mask: address(options.tail_mask), ..desc.device_args()? };
+        // SAFETY: see above.
+        let args = unsafe { desc.device_args() }?;
+        let args = AttendArgs { tail_mask: address(options.tail_mask), ..args };
         let workspace = address(desc.workspace);
         let needed = plan.workspace_bytes();
         if desc.workspace_bytes < needed {
@@ -290,46 +293,6 @@ pub unsafe extern "C" fn kvc_device_attend(
     })
 }
 
-impl kvc_attend_desc {
-    /// The call with its pointers as device addresses.
-    fn device_args(&self) -> Result<AttendArgs> {
-        let (shape, kv) = (self.shape()?, self.kv()?);
-        let scoring = self.scoring_values()?;
-        scoring.check(shape.q_heads)?;
-        let (q, out) = self.rows(&shape)?;
-        let strides = |rows: &RowsView| [rows.token_stride, rows.head_stride];
-        Ok(AttendArgs {
-            q: address(self.q),
-            q_dtype: q.dtype,
-            q_strides: strides(&q),
-            out: address(self.out),
-            out_dtype: out.dtype,
-            out_strides: strides(&out),
-            lse: address(self.lse),
-            k: address(self.k),
-            k_strides: kv.k_strides,
-            v: address(self.v),
-            v_strides: kv.v_strides,
-            block_tokens: self.block_tokens,
-            num_blocks: self.num_blocks,
-            table: address(self.table),
-            table_stride: self.table_stride,
-            table_indptr: address(self.table_indptr),
-            seqs: self.seqs,
-            q_indptr: address(self.q_indptr),
-            kv_lens: address(self.kv_lens),
-            tail_mask: 0,
-            scale: scoring.scale,
-            causal: scoring.causal,
-            window: scoring.window,
-            softcap: scoring.softcap,
-            sinks: address(self.sinks),
-            slopes: address(self.alibi),
-            error_flag: address(self.bad_block),
-        })
-    }
-}
-
 /// Fills a kvc_device_append_options of `struct_size` bytes with its defaults.
 ///
 /// Threads: thread-safe.
@@ -349,7 +312,8 @@ pub unsafe extern "C" fn kvc_device_append_options_init(
 /// default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 /// bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
 /// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
-/// raise the error flag.
+/// raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
+/// `scales` itself is on the host, the addresses in it are the device's.
 ///
 /// Threads: thread-safe, where calls share no slots.
 ///
@@ -373,24 +337,31 @@ pub unsafe extern "C" fn kvc_device_append(
             // SAFETY: see above.
             unsafe { pointer::read(options) }?
         };
-        let mut params = append_params(&desc, &options)?;
+        // SAFETY: see above.
+        let (mut params, format, scales) = unsafe { append_params(&desc, &options) }?;
+        if !format.is_float() {
+            let mut params = append_token_params(params, format, &scales);
+            let Some(plan) = append_token_launch(&mut params)? else { return Ok(()) };
+            // SAFETY: see above.
+            return unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) };
+        }
         let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
         // SAFETY: see above.
         unsafe { launch(&*backend.0, &plan, &params, Stream::from_raw(stream)) }
     })
 }
 
-fn append_params(
+/// # Safety
+/// `desc.scales` must be as documented: a struct on the host.
+unsafe fn append_params(
     desc: &kvc_append_desc,
     options: &kvc_device_append_options,
-) -> Result<AppendParams> {
+) -> Result<(AppendParams, KvFormat, ScaleArgs)> {
     if !desc.rope.is_null() {
         return Err(Error::invalid("rope", "must be NULL on a device: options have the tables"));
     }
-    let args = desc.args()?;
-    if !args.kv.format.is_float() {
-        return Err(Error::Unsupported { what: "a quantised KV format by the device's kernels" });
-    }
+    // SAFETY: the caller's promise.
+    let args = unsafe { desc.args() }?;
     let v_in_k = args.shape.v_in_k;
     let rotates = options.rotary_dim != 0;
     let interleaved = match options.rope_style {
@@ -443,7 +414,8 @@ fn append_params(
     }
     let (k, v) = (args.kv.k_strides, args.kv.v_strides);
     let v_dim = if v_in_k { 0 } else { desc.v_dim };
-    Ok(AppendParams {
+    let scales = ScaleArgs::on_device(&args.kv.scales);
+    let params = AppendParams {
         k: In::at(address(desc.k_rows)),
         v: In::at(if v_in_k { 0 } else { address(desc.v_rows) }),
         q: In::at(if options.q_heads == 0 { 0 } else { address(options.q) }),
@@ -483,5 +455,6 @@ fn append_params(
         rope_interleaved: interleaved,
         row_dtype: args.k.dtype.id(),
         cache_dtype: args.kv.format.dtype().id(),
-    })
+    };
+    Ok((params, args.kv.format, scales))
 }

@@ -19,7 +19,11 @@ pub mod attend;
 #[cfg(feature = "std")]
 pub mod cache;
 #[cfg(feature = "std")]
+pub mod cache_scales;
+#[cfg(feature = "std")]
 pub mod device;
+#[cfg(feature = "std")]
+mod device_args;
 #[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]
@@ -36,6 +40,7 @@ pub mod prefetch;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
+pub mod scales;
 #[cfg(feature = "std")]
 pub mod seq;
 pub mod status;
@@ -47,6 +52,7 @@ pub mod step_device;
 pub mod tier;
 #[cfg(feature = "std")]
 pub mod tier_store;
+pub mod tile;
 
 mod handle;
 mod pointer;
@@ -57,6 +63,8 @@ pub use append::*;
 pub use attend::*;
 #[cfg(feature = "std")]
 pub use cache::*;
+#[cfg(feature = "std")]
+pub use cache_scales::*;
 #[cfg(feature = "std")]
 pub use device::*;
 #[cfg(feature = "std")]
@@ -75,6 +83,7 @@ pub use prefetch::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
+pub use scales::*;
 #[cfg(feature = "std")]
 pub use seq::*;
 pub use status::*;
@@ -86,3 +95,4 @@ pub use step_device::*;
 pub use tier::*;
 #[cfg(feature = "std")]
 pub use tier_store::*;
+pub use tile::*;

@@ -17,6 +17,12 @@ use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
 
+/// The address that a pointer into a device's memory is.
+#[cfg(feature = "std")]
+pub(super) fn address<T>(pointer: *const T) -> u64 {
+    pointer.expose_provenance() as u64
+}
+
 /// NULL and alignment of a pointer.
 fn check<T>(pointer: *const T, what: &'static str) -> Result<()> {
     if pointer.is_null() {

@@ -3,12 +3,16 @@
 //! All slots are checked before anything is written. Knows slots, not sequences.
 
 use core::slice;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 
 use super::Executor;
 use super::args::{KvView, RowsView, check_ptr};
+use super::kernels::Kernels;
+use super::level::CpuLevel;
 use super::rope::{MAX_ROPE_PAIRS, Rope};
+use super::scales::stride_bytes;
 use crate::attention::HeadShape;
 use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
@@ -48,7 +52,9 @@ unsafe impl Sync for AppendArgs<'_> {}
 ///
 /// # Errors
 /// `InvalidArgument`, `NullPointer`, `Misaligned`, `Overflow` for arguments outside their
-/// documented ranges, `BadBlock` for a slot outside the cache. Nothing has been written then.
+/// documented ranges, `BadBlock` for a slot outside the cache: nothing has been written then.
+/// `InvalidArgument` too where a row of a quantised format is not finite, or too large for its
+/// scale to be an f16: such rows are not written, all others are.
 ///
 /// # Safety
 /// `slots` (and the positions beside `rope`) must have `rows` readable entries; `k` and `v` must be
@@ -56,15 +62,42 @@ unsafe impl Sync for AppendArgs<'_> {}
 /// be distinct, and nobody else may touch those slots during the call.
 pub unsafe fn append(args: &AppendArgs<'_>, executor: &dyn Executor) -> Result<()> {
     // SAFETY: the caller's promise.
+    unsafe { append_at(args, CpuLevel::chosen()?, executor) }
+}
+
+/// The same at a given level; what is written does not depend on it.
+///
+/// # Errors
+/// As for [`append`], and `Unsupported` for a level that this CPU lacks.
+///
+/// # Safety
+/// As for [`append`].
+pub unsafe fn append_at(
+    args: &AppendArgs<'_>,
+    level: CpuLevel,
+    executor: &dyn Executor,
+) -> Result<()> {
+    if !level.is_available() {
+        return Err(Error::Unsupported { what: "the CPU level" });
+    }
+    // SAFETY: the caller's promise.
     unsafe { args.check() }?;
+    let kernels = Kernels::of(level, args.kv.format);
     let units = args.rows.div_ceil(UNIT_ROWS);
+    let refused = AtomicBool::new(false);
     executor.run(units as usize, &|_, unit| {
         let first = unit as u32 * UNIT_ROWS;
         for row in first..(first + UNIT_ROWS).min(args.rows) {
             // SAFETY: checked, and slots are distinct: no two units write the same memory.
-            unsafe { args.write_row(row) };
+            if !unsafe { args.write_row(row, &kernels) } {
+                // Relaxed: the end of the run orders it before the load.
+                refused.store(true, Ordering::Relaxed);
+            }
         }
     });
+    if refused.into_inner() {
+        return Err(Error::invalid("k, v", "must be finite and in the range of the format"));
+    }
     Ok(())
 }
 
@@ -73,7 +106,8 @@ impl AppendArgs<'_> {
     /// As for [`append`].
     unsafe fn check(&self) -> Result<()> {
         self.shape.check()?;
-        self.kv.check(&self.shape)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.kv.check(&self.shape) }?;
         if self.rows == 0 {
             return Ok(());
         }
@@ -98,56 +132,68 @@ impl AppendArgs<'_> {
         Ok(())
     }
 
+    /// Whether all of the row could be written.
+    ///
     /// # Safety
     /// As for [`append`], after the checks.
-    unsafe fn write_row(&self, row: u32) {
+    unsafe fn write_row(&self, row: u32, kernels: &Kernels) -> bool {
         // SAFETY: `row` is below `rows`; the checks hold every address to the caller's promise.
         unsafe {
             let slot = self.slots.add(row as usize).read();
             if slot < 0 {
-                return;
+                return true;
             }
             let mut buffer = [(0.0, 0.0); MAX_ROPE_PAIRS];
             let turn = self.rope.map(|(rope, positions)| {
                 (rope, rope.turn(positions.add(row as usize).read(), &mut buffer))
             });
-            let (k_dim, v_dim) = (self.shape.k_dim as usize, self.shape.v_dim as usize);
+            let mut written = true;
             for head in 0..self.shape.kv_heads {
-                let to = self.address(self.kv.k, self.kv.k_strides, slot, head);
-                self.write(&self.k, row, head, to, k_dim, turn);
+                written &= self.write(Side::Keys, row, head, slot, turn, kernels);
                 if !self.shape.v_in_k {
-                    let to = self.address(self.kv.v, self.kv.v_strides, slot, head);
-                    self.write(&self.v, row, head, to, v_dim, None);
+                    written &= self.write(Side::Values, row, head, slot, None, kernels);
                 }
             }
+            written
         }
     }
 
-    fn address(&self, base: *mut u8, strides: Strides, slot: i64, head: u32) -> *mut u8 {
+    /// Where strides of `unit` bytes lead.
+    fn address(&self, base: *mut u8, strides: Strides, unit: u32, slot: i64, head: u32) -> *mut u8 {
         let block_tokens = i64::from(self.kv.block_tokens);
-        let elements = slot / block_tokens * strides.block
+        let units = slot / block_tokens * strides.block
             + i64::from(head) * strides.head
             + slot % block_tokens * strides.token;
-        base.wrapping_offset((elements * i64::from(self.kv.format.dtype().bytes())) as isize)
+        base.wrapping_offset((units * i64::from(unit)) as isize)
     }
 
+    /// Whether the row of one head could be written.
+    ///
     /// # Safety
-    /// As for [`append`]; `to` has room for `dim` elements of the format.
+    /// As for [`append`], after the checks.
     unsafe fn write(
         &self,
-        rows: &RowsView,
+        side: Side,
         row: u32,
         head: u32,
-        to: *mut u8,
-        dim: usize,
+        slot: i64,
         turn: Option<(&Rope, &[(f32, f32)])>,
-    ) {
+        kernels: &Kernels,
+    ) -> bool {
+        let kv = &self.kv;
+        let (rows, base, strides, dim) = match side {
+            Side::Keys => (&self.k, kv.k, kv.k_strides, self.shape.k_dim as usize),
+            Side::Values => (&self.v, kv.v, kv.v_strides, self.shape.v_dim as usize),
+        };
         let from = rows.row(row, head).cast_const();
+        let to = self.address(base, strides, stride_bytes(kv.format), slot, head);
+        let quantised = !kv.format.is_float();
         let (source, target) = (rows.dtype, self.kv.format.dtype());
         // SAFETY: the caller's promise; rows are aligned to their elements.
         unsafe {
-            if source == target && turn.is_none() {
-                return to.copy_from_nonoverlapping(from, dim * target.bytes() as usize);
+            if source == target && turn.is_none() && !quantised {
+                to.copy_from_nonoverlapping(from, dim * target.bytes() as usize);
+                return true;
             }
             let mut wide = [0.0; MAX_HEAD_DIM as usize];
             let wide = &mut wide[..dim];
@@ -163,6 +209,9 @@ impl AppendArgs<'_> {
             if let Some((rope, turn)) = turn {
                 rope.rotate_head(wide, turn);
             }
+            if quantised {
+                return self.encode(side, wide, to, (slot, head), kernels);
+            }
             match target {
                 DType::F32 => {
                     slice::from_raw_parts_mut(to.cast::<f32>(), dim).copy_from_slice(wide)
@@ -175,5 +224,51 @@ impl AppendArgs<'_> {
                 }
             }
         }
+        true
     }
+
+    /// Encodes a row; whether it could be.
+    ///
+    /// # Safety
+    /// As for [`append`], after the checks; `codes` is where the row's codes go.
+    unsafe fn encode(
+        &self,
+        side: Side,
+        wide: &mut [f32],
+        codes: *mut u8,
+        (slot, head): (i64, u32),
+        kernels: &Kernels,
+    ) -> bool {
+        let (kv, view) = (&self.kv, &self.kv.scales);
+        // SAFETY: the caller's promise; head scales were checked.
+        let (codec, scales) = unsafe {
+            match side {
+                Side::Keys => (
+                    view.key_codec(kv.format, &self.shape, head),
+                    self.address(view.k, view.k_strides, 1, slot, head),
+                ),
+                Side::Values => (
+                    view.value_codec(kv.format, &self.shape, head),
+                    self.address(view.v, view.v_strides, 1, slot, head),
+                ),
+            }
+        };
+        let Ok(codec) = codec else { return false };
+        // SAFETY: the caller's promise; the level was checked.
+        unsafe {
+            let codes = slice::from_raw_parts_mut(codes, codec.code_bytes());
+            let scales = match codec.scale_bytes() {
+                0 => &mut [],
+                bytes => slice::from_raw_parts_mut(scales, bytes),
+            };
+            (kernels.encode)(&codec, wide, codes, scales)
+        }
+    }
+}
+
+/// Keys or values.
+#[derive(Clone, Copy)]
+enum Side {
+    Keys,
+    Values,
 }

@@ -6,16 +6,19 @@
 
 use core::sync::atomic::AtomicU32;
 
+use super::scales::{ScaleView, stride_bytes};
 use crate::attention::{HeadShape, Scoring};
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
-use crate::layout::Strides;
+use crate::layout::{GroupLayout, Strides, check_quantized_dims};
 
 /// The K and V of one layer: `num_blocks` blocks of `block_tokens` rows for each KV head.
 ///
 /// Element `(block, head, token, channel)` of K lies at
 /// `k + block * strides.block + head * strides.head + token * strides.token + channel`, in
 /// elements of `format`; channels are contiguous. Native layout, NHD and HND are all of this form.
+/// Strides of a quantised format are in bytes, and a row is the `KvFormat::row_bytes` bytes of its
+/// codes; [`ScaleView`] says where its scales are.
 #[derive(Debug, Clone, Copy)]
 pub struct KvView {
     /// Keys.
@@ -24,14 +27,16 @@ pub struct KvView {
     pub v: *mut u8,
     /// How both are stored.
     pub format: KvFormat,
-    /// Strides of the keys, in elements.
+    /// Strides of the keys, in elements (bytes of codes).
     pub k_strides: Strides,
-    /// Strides of the values, in elements. Not read where values lie in keys.
+    /// Strides of the values, in elements (bytes of codes). Not read where values lie in keys.
     pub v_strides: Strides,
     /// Blocks that exist.
     pub num_blocks: u32,
     /// Tokens of a block: any number from 1.
     pub block_tokens: u32,
+    /// Scales of a quantised format; [`ScaleView::NONE`] for floats.
+    pub scales: ScaleView,
 }
 
 /// Which blocks hold each sequence. Entry `i` of a sequence is the block of its tokens
@@ -141,7 +146,7 @@ pub(crate) fn check_ptr(what: &'static str, ptr: *const u8, align_bytes: u32) ->
 }
 
 /// Largest byte distance `|stride| * count * bytes`, so that no address computation overflows.
-fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result<i64> {
+pub(super) fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result<i64> {
     stride
         .checked_abs()
         .and_then(|s| s.checked_mul(i64::from(count)))
@@ -150,18 +155,55 @@ fn check_span(what: &'static str, stride: i64, count: u32, bytes: u32) -> Result
         .ok_or(Error::Overflow { what })
 }
 
-/// The kernels of this module read and write rows of floats.
+/// The kernels of this module read and write rows: of floats, and of codes stored token by token.
 pub(crate) fn check_format(format: KvFormat) -> Result<()> {
-    if format.is_float() {
-        Ok(())
-    } else {
-        Err(Error::Unsupported { what: "a quantised KV format by the CPU kernels" })
+    match format.class() {
+        FormatClass::Float | FormatClass::Token => Ok(()),
+        FormatClass::Tile => Err(Error::Unsupported { what: "sealed tiles by the CPU kernels" }),
     }
 }
 
 impl KvView {
+    /// The K and V of `layer` in `num_blocks` blocks of `layout` from `memory` on, every head with
+    /// the scale 1.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a layer that the layout does not have.
+    pub fn native(
+        layout: &GroupLayout,
+        memory: *mut u8,
+        num_blocks: u32,
+        layer: u32,
+    ) -> Result<Self> {
+        let spec = layout.spec();
+        if layer >= spec.layers {
+            return Err(Error::invalid("layer", "is not in the group"));
+        }
+        // The offsets are below one block's bytes, which are there or are not read.
+        let at = |bytes: u64| memory.wrapping_add(bytes as usize);
+        Ok(Self {
+            k: at(layout.k_offset(layer)),
+            v: at(layout.v_offset(layer)),
+            format: spec.format,
+            k_strides: layout.k_strides(),
+            v_strides: layout.v_strides(),
+            num_blocks,
+            block_tokens: layout.block_tokens(),
+            scales: ScaleView {
+                k: at(layout.k_scale_offset(layer)),
+                v: at(layout.v_scale_offset(layer)),
+                k_strides: layout.k_scale_strides(),
+                v_strides: layout.v_scale_strides(),
+                ..ScaleView::NONE
+            },
+        })
+    }
+
     /// Checks pointers, sizes and strides for `shape`.
-    pub(crate) fn check(&self, shape: &HeadShape) -> Result<()> {
+    ///
+    /// # Safety
+    /// Head scales that are not NULL or misaligned must be readable.
+    pub(crate) unsafe fn check(&self, shape: &HeadShape) -> Result<()> {
         check_format(self.format)?;
         if self.block_tokens == 0 {
             return Err(Error::invalid("block_tokens", "must be at least 1"));
@@ -169,7 +211,7 @@ impl KvView {
         if self.num_blocks > i32::MAX as u32 {
             return Err(Error::invalid("num_blocks", "must fit in 31 bits"));
         }
-        let bytes = self.format.dtype().bytes();
+        let bytes = stride_bytes(self.format);
         let side = |what, ptr: *mut u8, strides: Strides| {
             if self.num_blocks != 0 {
                 check_ptr(what, ptr, bytes)?;
@@ -179,7 +221,15 @@ impl KvView {
             check_span("KV token stride", strides.token, self.block_tokens, bytes).map(|_| ())
         };
         side("k", self.k, self.k_strides)?;
-        if shape.v_in_k { Ok(()) } else { side("v", self.v, self.v_strides) }
+        if !shape.v_in_k {
+            side("v", self.v, self.v_strides)?;
+        }
+        if self.format.is_float() {
+            return Ok(());
+        }
+        check_quantized_dims(shape.k_dim, shape.v_dim, shape.v_in_k)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.scales.check(self, shape) }
     }
 }
 
@@ -243,12 +293,13 @@ impl AttendArgs<'_> {
     /// Checks all that can be checked without reading K, V and Q.
     ///
     /// # Safety
-    /// `q_indptr`, `kv_lens` and a CSR `indptr` must be readable to their documented lengths (or
-    /// NULL or misaligned, which is an error).
+    /// `q_indptr`, `kv_lens`, a CSR `indptr` and head scales must be readable to their documented
+    /// lengths (or NULL or misaligned, which is an error where they are needed).
     pub(crate) unsafe fn check(&self) -> Result<()> {
         self.shape.check()?;
         self.scoring.check(self.shape.q_heads)?;
-        self.kv.check(&self.shape)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.kv.check(&self.shape) }?;
         check_ptr("q_indptr", self.q_indptr.cast(), 4)?;
         if self.seqs == 0 {
             return Ok(());

@@ -10,6 +10,7 @@ use super::job::{Blocks, Coming, Job, States};
 use super::kernels::Kernels;
 use super::level::CpuLevel;
 use super::plan::{Cell, Cut, SeqCut, Start, Workspace};
+use super::scales::stride_bytes;
 use super::vector::prefetch;
 use crate::error::{Error, Result};
 use crate::layout::Strides;
@@ -27,14 +28,14 @@ use crate::layout::Strides;
 ///
 /// # Errors
 /// `InvalidArgument`, `NullPointer`, `Misaligned` or `Overflow` for arguments outside their
-/// documented ranges, `Unsupported` for a level this CPU lacks, `BufferTooSmall` with the bytes
+/// documented ranges, `Unsupported` for sealed tiles and for a level this CPU lacks, `BufferTooSmall` with the bytes
 /// needed. Nothing has been written then.
 ///
 /// # Safety
 /// `q_indptr`, `kv_lens` and the block tables must be readable to the lengths that `seqs` and
 /// `kv_lens` imply (a dense table has an entry for each block of a sequence's length); K, V and Q
 /// must be readable, and `out` and `lse` writable, at every row that sizes, strides and valid
-/// table entries lead to. Nobody may write the former or touch the latter during the call, rows of
+/// table entries lead to, and head scales to their length. Nobody may write the former or touch the latter during the call, rows of
 /// `out` must not overlap each other, and `out`, `lse` and `workspace` must not overlap anything
 /// else the call uses.
 pub unsafe fn attend(
@@ -48,8 +49,12 @@ pub unsafe fn attend(
     }
     // SAFETY: the caller's promise.
     unsafe { args.check() }?;
-    let call =
-        Call { args, cut: Cut::new(&args.shape), kernels: Kernels::of(level, args.kv.format) };
+    let call = Call {
+        args,
+        cut: Cut::new(&args.shape),
+        kernels: Kernels::of(level, args.kv.format),
+        v_rotated: args.kv.coding(&args.shape, 0).v_rotated,
+    };
     let mut totals = Start { units: 0, merges: 0, floats: 0 };
     for s in 0..args.seqs {
         // SAFETY: the caller's promise, and `s < seqs`.
@@ -106,6 +111,8 @@ struct Call<'a> {
     args: &'a AttendArgs<'a>,
     cut: Cut,
     kernels: Kernels,
+    /// Outputs are to be turned back.
+    v_rotated: bool,
 }
 
 impl Call<'_> {
@@ -218,10 +225,21 @@ impl Call<'_> {
     /// The blocks of a sequence for one KV head.
     fn blocks(&self, seq: &Sequence, kv_head: u32) -> Blocks<'_> {
         let kv = &self.args.kv;
-        let bytes = kv.format.dtype().bytes() as isize;
+        let bytes = stride_bytes(kv.format) as isize;
         let at = |base: *mut u8, strides: &Strides| {
             base.wrapping_offset(kv_head as isize * strides.head as isize * bytes).cast_const()
         };
+        let scales = &kv.scales;
+        let scale_at = |base: *mut u8, strides: &Strides| {
+            base.wrapping_offset(kv_head as isize * strides.head as isize).cast_const()
+        };
+        let (v_scales, v_scale_strides) = if self.args.shape.v_in_k {
+            (scales.k, &scales.k_strides)
+        } else {
+            (scales.v, &scales.v_strides)
+        };
+        let scale_bytes =
+            |strides: &Strides| [strides.block, strides.token].map(|bytes| bytes as isize);
         let (v, v_strides) =
             if self.args.shape.v_in_k { (kv.k, kv.k_strides) } else { (kv.v, kv.v_strides) };
         Blocks {
@@ -234,6 +252,10 @@ impl Call<'_> {
             k_token_bytes: kv.k_strides.token as isize * bytes,
             v_block_bytes: v_strides.block as isize * bytes,
             v_token_bytes: v_strides.token as isize * bytes,
+            k_scales: scale_at(scales.k, &scales.k_strides),
+            v_scales: scale_at(v_scales, v_scale_strides),
+            k_scale_bytes: scale_bytes(&scales.k_strides),
+            v_scale_bytes: scale_bytes(v_scale_strides),
             bad_block: self.args.bad_block,
         }
     }
@@ -251,7 +273,7 @@ impl Call<'_> {
         let (args, seq, cell) = (self.args, &place.seq, &place.cell);
         let q_bytes = args.q.dtype.bytes() as isize;
         let heads = cell.head as usize..(cell.head + cell.kv_heads * cell.heads) as usize;
-        let kv_bytes = args.kv.format.dtype().bytes() as isize;
+        let kv_bytes = stride_bytes(args.kv.format) as isize;
         let v_strides = if args.shape.v_in_k { &args.kv.k_strides } else { &args.kv.v_strides };
         let (from, to) = place.cut.split(place.split);
         let mut job = Job {
@@ -269,6 +291,9 @@ impl Call<'_> {
             blocks: self.blocks(seq, cell.kv_head),
             k_head_bytes: args.kv.k_strides.head as isize * kv_bytes,
             v_head_bytes: v_strides.head as isize * kv_bytes,
+            k_scale_head_bytes: args.kv.scales.k_strides.head as isize,
+            v_scale_head_bytes: args.kv.scales.v_strides.head as isize,
+            coding: args.kv.coding(&args.shape, cell.kv_head),
             kv_start: from,
             kv_end: to.min(seq.kv_len),
             coming: None,
@@ -333,8 +358,9 @@ impl Call<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             let out = args.out.row(token, head);
-            let lse =
-                (self.kernels.finish)(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
+            let finish =
+                if self.v_rotated { self.kernels.finish_rotated } else { self.kernels.finish };
+            let lse = finish(parts, sink, args.out.dtype, out, args.shape.v_dim as usize);
             if !args.lse.is_null() {
                 let row = token as usize * args.shape.q_heads as usize + head as usize;
                 args.lse.add(row).write(lse);

@@ -1,17 +1,16 @@
 //! The kernel for few query rows: one pass over K and V, bound by the memory they come from.
 //!
-//! A job covers several KV heads, because their rows lie side by side in a block. Keys go by in
-//! tiles: the dot products of all heads with their keys, the online softmax with the rows of all
-//! heads in the lanes, then the values of all heads weighted by the probabilities. So the memory is
-//! walked in its own order: of a block, the keys of every head and then the values.
+//! A job covers several KV heads, whose rows lie side by side in a block. Keys go by in tiles: dot
+//! products of all heads, the softmax with all rows in the lanes, weighted values. So memory is
+//! walked in its own order.
 
 mod softmax;
 mod walk;
 
 use core::ops::Range;
 
-use softmax::{adjust, soften};
-use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
+pub(super) use softmax::{adjust, soften};
+pub(super) use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
 use super::job::Job;
@@ -27,14 +26,25 @@ const PAD: usize = 32;
 /// Values a row that the softmax keeps.
 const ROW_VALUES: usize = 5;
 
+/// Keys or values that may be decoded at a time, each at most the longest row.
+pub(super) const ROOM_ROWS: usize = PIECE;
+/// f32 beside them, for the keys of a tile.
+pub(super) const ROOM_EXTRA: usize = 16 * TILE;
+
 /// Bytes of scratch that a job needs.
 pub(crate) const fn scratch_bytes(k_dim: usize, v_dim: usize) -> usize {
     let longest = if k_dim > v_dim { k_dim } else { v_dim };
-    (JOB_ROWS * (pad(k_dim) + pad(v_dim) + TILE + ROW_VALUES) + 2 * pad(longest)) * 4
+    let rows = JOB_ROWS * (area(k_dim) + area(v_dim) + TILE + ROW_VALUES);
+    (rows + (2 + ROOM_ROWS) * pad(longest) + ROOM_EXTRA) * 4
 }
 
-const fn pad(n: usize) -> usize {
+pub(super) const fn pad(n: usize) -> usize {
     n.next_multiple_of(PAD)
+}
+
+/// f32 that a row has in scratch at most: registers of bytes are filled.
+const fn area(n: usize) -> usize {
+    n.next_multiple_of(128)
 }
 
 /// The rows that `rows` query rows of a KV head take in a job: they are worked on four at a time.
@@ -62,100 +72,149 @@ pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
 
 /// The parts of a job's scratch.
 #[derive(Clone, Copy)]
-struct Scratch {
+pub(super) struct Scratch {
     /// `[row][k_pad]` prepared queries.
-    q: *mut u8,
+    pub q: *mut u8,
     /// Bytes of a prepared query.
-    q_bytes: usize,
+    pub q_bytes: usize,
     /// `[row][v_pad]` weighted values.
-    o: *mut f32,
-    v_pad: usize,
+    pub o: *mut f32,
+    pub v_pad: usize,
     /// `[key][lanes]` scores, then probabilities.
-    s: *mut f32,
+    pub s: *mut f32,
     /// Rows, in whole vectors.
-    lanes: usize,
+    pub lanes: usize,
     /// `[row]` largest score.
-    m: *mut f32,
+    pub m: *mut f32,
     /// `[row]` sum of probabilities.
-    l: *mut f32,
+    pub l: *mut f32,
     /// `[row]` factor of older sums.
-    grow: *mut f32,
+    pub grow: *mut f32,
     /// `[row]` ALiBi slope.
-    slope: *mut f32,
+    pub slope: *mut f32,
     /// `[row]` first key of the job less the query's position.
-    distance: *mut f32,
+    pub distance: *mut f32,
+    /// One row, as long as the longest.
+    pub row: *mut f32,
+    /// As many zeros.
+    pub zeros: *mut f32,
+    /// [`ROOM_ROWS`] such rows and [`ROOM_EXTRA`] more, for what is decoded.
+    pub room: *mut f32,
 }
 
-/// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
-#[inline(always)]
-unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
-    // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
-    unsafe {
-        let (rows, padded) = (job.rows(), padded_rows(job.rows()));
-        let (k_pad, v_pad) = (pad(job.k_dim), pad(job.v_dim));
-        let longest = pad(job.k_dim.max(job.v_dim));
-        let lanes = (job.kv_heads * padded).next_multiple_of(V::LANES);
-        let base = job.scratch.cast::<f32>();
-        let o = base.add(JOB_ROWS * k_pad);
-        let s = o.add(JOB_ROWS * v_pad);
-        let m = s.add(JOB_ROWS * TILE);
-        let row = m.add(JOB_ROWS * ROW_VALUES);
-        let zeros = row.add(longest);
-        let scratch = Scratch {
-            q: base.cast(),
-            q_bytes: k_pad * D::QUERY_BYTES,
-            o,
-            v_pad,
-            s,
-            lanes,
-            m,
-            l: m.add(JOB_ROWS),
-            grow: m.add(2 * JOB_ROWS),
-            slope: m.add(3 * JOB_ROWS),
-            distance: m.add(4 * JOB_ROWS),
-        };
-        core::ptr::write_bytes(o, 0, job.kv_heads * padded * v_pad);
-        core::ptr::write_bytes(s, 0, lanes * TILE);
-        core::ptr::write_bytes(m, 0, JOB_ROWS * ROW_VALUES);
-        core::ptr::write_bytes(row, 0, 2 * longest);
-        for r in 0..lanes {
-            m.add(r).write(f32::NEG_INFINITY);
-        }
-        for head in 0..job.kv_heads {
-            for r in 0..padded {
-                let at = head * padded + r;
-                if r < rows {
-                    widen_query::<V>(job, head, r, row);
+impl Scratch {
+    /// Lays out the scratch of a job whose heads take `padded` rows each; nothing is seen yet.
+    ///
+    /// # Safety
+    /// The job's scratch must have [`scratch_bytes`].
+    #[inline(always)]
+    pub unsafe fn new<V: Vector>(job: &Job<'_>, padded: usize, query_bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (k_pad, v_pad) = (pad(job.k_dim), pad(job.v_dim));
+            let longest = pad(job.k_dim.max(job.v_dim));
+            let lanes = (job.kv_heads * padded).next_multiple_of(V::LANES);
+            let base = job.scratch.cast::<f32>();
+            let o = base.add(JOB_ROWS * area(job.k_dim));
+            let s = o.add(JOB_ROWS * area(job.v_dim));
+            let m = s.add(JOB_ROWS * TILE);
+            let row = m.add(JOB_ROWS * ROW_VALUES);
+            let scratch = Scratch {
+                q: base.cast(),
+                q_bytes: k_pad * query_bytes,
+                o,
+                v_pad,
+                s,
+                lanes,
+                m,
+                l: m.add(JOB_ROWS),
+                grow: m.add(2 * JOB_ROWS),
+                slope: m.add(3 * JOB_ROWS),
+                distance: m.add(4 * JOB_ROWS),
+                row,
+                zeros: row.add(longest),
+                room: row.add(2 * longest),
+            };
+            core::ptr::write_bytes(o, 0, job.kv_heads * padded * v_pad);
+            core::ptr::write_bytes(s, 0, lanes * TILE);
+            core::ptr::write_bytes(m, 0, JOB_ROWS * ROW_VALUES);
+            core::ptr::write_bytes(row, 0, 2 * longest);
+            for r in 0..lanes {
+                m.add(r).write(f32::NEG_INFINITY);
+            }
+            for head in 0..job.kv_heads {
+                for r in 0..job.rows() {
+                    let at = head * padded + r;
                     let position = job.q_pos + (r / job.group) as i64;
                     scratch.distance.add(at).write((i64::from(job.kv_start) - position) as f32);
                     if let Some(slopes) = job.alibi {
                         scratch.slope.add(at).write(slopes[head * job.group + r % job.group]);
                     }
-                } else {
-                    core::ptr::write_bytes(row, 0, k_pad);
                 }
-                D::prepare(row, k_pad, scratch.q.add(at * scratch.q_bytes));
+            }
+            scratch
+        }
+    }
+
+    /// Writes the states of all rows; `o` has its channels in order.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    #[inline(always)]
+    pub unsafe fn put_states(&self, job: &Job<'_>, padded: usize) {
+        let rows = job.rows();
+        for head in 0..job.kv_heads {
+            for r in 0..rows {
+                let (from, to) = (head * padded + r, head * rows + r);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    job.states.m.add(to).write(self.m.add(from).read());
+                    job.states.l.add(to).write(self.l.add(from).read());
+                    let o = job.states.o.add(to * job.v_dim);
+                    o.copy_from_nonoverlapping(self.o.add(from * self.v_pad), job.v_dim);
+                }
             }
         }
-        let zeros = zeros.cast_const().cast::<u8>();
-        let mut walk = Walk {
-            job,
-            now: Tile::empty(zeros),
-            next: Tile::empty(zeros),
-            k_bytes: job.k_dim * S::BYTES,
-            v_bytes: job.v_dim * S::BYTES,
-        };
-        walk.now.fill(&job.blocks, job.kv_start, job.kv_end);
+    }
+
+    /// Query row `r` of a head in f32, zeros past the head's last row.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    #[inline(always)]
+    pub unsafe fn query<V: Vector>(&self, job: &Job<'_>, head: usize, r: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if r < job.rows() {
+                widen_query::<V>(job, head, r, self.row);
+            } else {
+                core::ptr::write_bytes(self.row, 0, pad(job.k_dim));
+            }
+        }
+        self.row
+    }
+}
+
+/// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
+#[inline(always)]
+unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let padded = padded_rows(job.rows());
+        let scratch = Scratch::new::<V>(job, padded, D::QUERY_BYTES);
+        let (o, v_pad) = (scratch.o, scratch.v_pad);
+        for head in 0..job.kv_heads {
+            for r in 0..padded {
+                let row = scratch.query::<V>(job, head, r);
+                let at = head * padded + r;
+                D::prepare(row, pad(job.k_dim), scratch.q.add(at * scratch.q_bytes));
+            }
+        }
+        let bytes = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
+        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, false);
         let mut at = job.kv_start;
         while at < job.kv_end {
-            let after = at + walk.now.keys as u32;
-            if after < job.kv_end {
-                walk.next.fill(&job.blocks, after, job.kv_end);
-            } else if let Some(coming) = &job.coming {
-                walk.next.fill(&coming.blocks, coming.kv_start, coming.kv_end);
-            } else {
-                walk.next.keys = 0;
-            }
+            let after = walk.look_ahead(at);
             scores::<V, S, D, R>(&walk, &scratch, padded);
             adjust::<V>(job, &scratch, &walk.now, at, padded);
             soften::<V>(&scratch, walk.now.keys);
@@ -172,15 +231,12 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
             at = after;
             core::mem::swap(&mut walk.now, &mut walk.next);
         }
-        for head in 0..job.kv_heads {
-            for r in 0..rows {
-                let (from, to) = (head * padded + r, head * rows + r);
-                job.states.m.add(to).write(m.add(from).read());
-                job.states.l.add(to).write(scratch.l.add(from).read());
-                let to = job.states.o.add(to * job.v_dim);
-                write_out::<V, S>(o.add(from * v_pad), to, job.v_dim);
+        if S::EVEN_ODD {
+            for r in 0..job.kv_heads * padded {
+                in_order::<V>(o.add(r * v_pad), scratch.row, job.v_dim);
             }
         }
+        scratch.put_states(job, padded);
     }
 }
 
@@ -211,25 +267,22 @@ unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut 
     }
 }
 
-/// Copies an accumulated row, undoing the order in which pairs of vectors are loaded.
+/// Brings an accumulated row from the order in which pairs of vectors are loaded into its own.
 #[inline(always)]
-unsafe fn write_out<V: Vector, S: Stored>(from: *const f32, to: *mut f32, dim: usize) {
-    // SAFETY: the caller's promise; `from` is padded to whole pairs of vectors.
+unsafe fn in_order<V: Vector>(row: *mut f32, buffer: *mut f32, dim: usize) {
+    // SAFETY: the caller's promise.
     unsafe {
-        if !S::EVEN_ODD {
-            return core::ptr::copy_nonoverlapping(from, to, dim);
-        }
+        core::ptr::copy_nonoverlapping(row, buffer, dim.next_multiple_of(2 * V::LANES));
         for pair in (0..dim).step_by(2 * V::LANES) {
             for i in 0..V::LANES.min((dim - pair) / 2) {
-                to.add(pair + 2 * i).write(from.add(pair + i).read());
-                to.add(pair + 2 * i + 1).write(from.add(pair + V::LANES + i).read());
+                row.add(pair + 2 * i).write(buffer.add(pair + i).read());
+                row.add(pair + 2 * i + 1).write(buffer.add(pair + V::LANES + i).read());
             }
         }
     }
 }
 
-/// Dot products of all rows with the keys of the tile at hand, four keys at a time, to
-/// `s[key][row]`.
+/// Dot products of all rows with the keys of the tile at hand, to `s[key][row]`.
 #[inline(always)]
 unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     walk: &Walk<'_, '_>,
@@ -278,7 +331,7 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
 
 /// Dot products of `R` rows with four keys, to `s[key][row]`.
 #[inline(always)]
-unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
+pub(super) unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
     k_dim: usize,
     q: *const u8,
     q_bytes: usize,
@@ -389,19 +442,19 @@ unsafe fn values<V: Vector, S: Stored, const R: usize>(
 
 /// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
 /// the weights `p[key * lanes + row]`, to `o[row * v_pad]`.
-struct Part<'a> {
-    tile: &'a Tile,
-    offset: isize,
-    p: *const f32,
-    lanes: usize,
-    o: *mut f32,
-    v_pad: usize,
+pub(super) struct Part<'a> {
+    pub tile: &'a Tile,
+    pub offset: isize,
+    pub p: *const f32,
+    pub lanes: usize,
+    pub o: *mut f32,
+    pub v_pad: usize,
 }
 
 /// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
 /// whole unless `P` is 1.
 #[inline(always)]
-unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
+pub(super) unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
     part: &Part<'_>,
     keys: Range<usize>,
     c: usize,

@@ -2,6 +2,7 @@
 
 use super::kernels::Kernels;
 use super::level::CpuLevel;
+use super::sealed::SealedKernels;
 use crate::dtype::KvFormat;
 
 impl Kernels {
@@ -17,6 +18,23 @@ impl Kernels {
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::kernels(format),
             _ => super::scalar::kernels(format),
+        }
+    }
+}
+
+impl SealedKernels {
+    /// The kernels for sealed tiles at `level`, which must be available.
+    pub fn of(level: CpuLevel) -> Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2 => super::x86_64::avx2::sealed(),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512 => super::x86_64::avx512::sealed(),
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Bf16 => super::x86_64::avx512::sealed_vnni(),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::Neon => super::aarch64::neon::sealed(),
+            _ => super::scalar::sealed(),
         }
     }
 }

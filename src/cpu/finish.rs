@@ -1,6 +1,8 @@
 //! From softmax states to an output row: merge, sink, division, conversion.
 
+use super::quant::{CodeVector, unrotate};
 use crate::dtype::{DType, Element, bf16, f16};
+use crate::layout::MAX_HEAD_DIM;
 
 /// The state of a row over one split of its keys.
 #[derive(Clone, Copy)]
@@ -68,6 +70,32 @@ pub(crate) unsafe fn finish_row(
         at += n;
     }
     if seen == none { none } else { top + libm::logf(l) }
+}
+
+/// The same where the states are those of rotated values: the row is turned back once it is whole.
+///
+/// # Safety
+/// As for [`finish_row`]; `v_dim` is a multiple of 16.
+#[inline(always)]
+pub(crate) unsafe fn finish_turned<V: CodeVector>(
+    parts: &[Part],
+    sink: Option<f32>,
+    dtype: DType,
+    out: *mut u8,
+    v_dim: usize,
+) -> f32 {
+    let mut row = [0.0f32; MAX_HEAD_DIM as usize];
+    // SAFETY: the caller's promise; the longest row fits.
+    unsafe {
+        let lse = finish_row(parts, sink, DType::F32, row.as_mut_ptr().cast(), v_dim);
+        unrotate::<V>(row.as_mut_ptr(), v_dim);
+        match dtype {
+            DType::F32 => write::<f32>(&row[..v_dim], out, 0),
+            DType::F16 => write::<f16>(&row[..v_dim], out, 0),
+            DType::Bf16 => write::<bf16>(&row[..v_dim], out, 0),
+        }
+        lse
+    }
 }
 
 /// Converts `row` and writes it from element `at` of `out` on.

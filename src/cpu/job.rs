@@ -8,6 +8,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use super::quant::Coding;
 use crate::dtype::DType;
 
 /// The blocks of one sequence, seen from one KV head. Addresses follow from `kv` and the table.
@@ -31,6 +32,14 @@ pub(crate) struct Blocks<'a> {
     pub v_block_bytes: isize,
     /// As said above.
     pub v_token_bytes: isize,
+    /// Where the scales of rows lie, in the same manner; not looked at for floats.
+    pub k_scales: *const u8,
+    /// As said above.
+    pub v_scales: *const u8,
+    /// As said above: `[block, token]` bytes.
+    pub k_scale_bytes: [isize; 2],
+    /// As said above.
+    pub v_scale_bytes: [isize; 2],
     /// Raised at a bad entry.
     pub bad_block: Option<&'a AtomicU32>,
 }
@@ -48,6 +57,20 @@ pub(crate) struct Segment {
 }
 
 impl Blocks<'_> {
+    /// The scales of the rows as if they were the rows.
+    #[inline(always)]
+    pub fn scales(&self) -> Self {
+        Self {
+            k: self.k_scales,
+            v: self.v_scales,
+            k_block_bytes: self.k_scale_bytes[0],
+            k_token_bytes: self.k_scale_bytes[1],
+            v_block_bytes: self.v_scale_bytes[0],
+            v_token_bytes: self.v_scale_bytes[1],
+            ..*self
+        }
+    }
+
     /// The tokens from `at` to the end of its block or to `end`, whichever is first.
     ///
     /// # Safety
@@ -127,6 +150,12 @@ pub(crate) struct Job<'a> {
     pub k_head_bytes: isize,
     /// Bytes from a KV head to the next in V.
     pub v_head_bytes: isize,
+    /// The same of the scales of keys.
+    pub k_scale_head_bytes: isize,
+    /// The same of the scales of values.
+    pub v_scale_head_bytes: isize,
+    /// What the codes of a quantised format are; not looked at for floats.
+    pub coding: Coding,
     /// First key of the job. A multiple of the split size, so the same for every batch.
     pub kv_start: u32,
     /// End of the keys: at most the sequence's length. Larger than `kv_start`.

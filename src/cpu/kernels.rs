@@ -6,6 +6,7 @@
 use super::finish::Part;
 use super::job::Job;
 use crate::dtype::DType;
+use crate::quant::RowCodec;
 
 /// A kernel: reads the job's K, V and Q and writes its states.
 ///
@@ -17,6 +18,9 @@ pub(crate) type Kernel = unsafe fn(&Job<'_>);
 /// [`finish_row`](super::finish::finish_row), compiled for a level.
 pub(crate) type Finish = unsafe fn(&[Part], Option<f32>, DType, *mut u8, usize) -> f32;
 
+/// [`encode`](super::quant::encode), compiled for a level.
+pub(crate) type Encode = unsafe fn(&RowCodec, &mut [f32], &mut [u8], &mut [u8]) -> bool;
+
 /// The kernels of one level and format.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
@@ -26,6 +30,10 @@ pub(crate) struct Kernels {
     pub tile: Kernel,
     /// Turns the states of a row into its output.
     pub finish: Finish,
+    /// The same where values are stored rotated.
+    pub finish_rotated: Finish,
+    /// Encodes a row of a quantised format.
+    pub encode: Encode,
 }
 
 /// Instantiates the generic kernels at one level: `instantiate!(vector, "features")` makes a
@@ -34,11 +42,13 @@ macro_rules! instantiate {
     ($name:ident, $vector:ty $(, $features:literal)?) => {
         /// The kernels of this level for `format`.
         pub(crate) fn $name(format: $crate::dtype::KvFormat) -> $crate::cpu::kernels::Kernels {
-            use $crate::cpu::finish::{Part, finish_row};
+            use $crate::cpu::finish::{Part, finish_row, finish_turned};
             use $crate::cpu::{
-                decode, dot::Widened, job::Job, kernels::Kernels, prefill, vector::Stored,
+                decode, dot::Widened, job::Job, kernels::{Kernel, Kernels}, prefill, quant,
+                vector::Stored,
             };
             use $crate::dtype::{DType, bf16, f16};
+            use $crate::quant::RowCodec;
 
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
@@ -61,17 +71,44 @@ macro_rules! instantiate {
                 // SAFETY: the caller's promise.
                 unsafe { finish_row(parts, sink, dtype, out, v_dim) }
             }
-            // Quantised formats have been refused: the caller's arguments are checked.
-            match format.dtype() {
-                DType::F32 => {
-                    Kernels { decode: decode_kernel::<f32>, tile: tile_kernel::<f32>, finish }
-                }
-                DType::F16 => {
-                    Kernels { decode: decode_kernel::<f16>, tile: tile_kernel::<f16>, finish }
-                }
-                DType::Bf16 => {
-                    Kernels { decode: decode_kernel::<bf16>, tile: tile_kernel::<bf16>, finish }
-                }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode_codes(job: &Job<'_>) {
+                // SAFETY: the caller's promise; the features are enabled here.
+                unsafe { quant::decode::<$vector>(job) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn tile_codes(job: &Job<'_>) {
+                // SAFETY: the caller's promise; the features are enabled here.
+                unsafe { prefill::tile_coded::<$vector>(job) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn finish_rotated(
+                parts: &[Part],
+                sink: Option<f32>,
+                dtype: DType,
+                out: *mut u8,
+                v_dim: usize,
+            ) -> f32 {
+                // SAFETY: the caller's promise.
+                unsafe { finish_turned::<$vector>(parts, sink, dtype, out, v_dim) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn encode(
+                codec: &RowCodec,
+                row: &mut [f32],
+                codes: &mut [u8],
+                scales: &mut [u8],
+            ) -> bool {
+                // SAFETY: the caller's promise.
+                unsafe { quant::encode::<$vector>(codec, row, codes, scales) }
+            }
+            let with = |decode: Kernel, tile: Kernel| Kernels { decode, tile, finish, finish_rotated, encode };
+            match (format.is_float(), format.dtype()) {
+                // Of quantised formats those with tiles have been refused.
+                (false, _) => with(decode_codes, tile_codes),
+                (true, DType::F32) => with(decode_kernel::<f32>, tile_kernel::<f32>),
+                (true, DType::F16) => with(decode_kernel::<f16>, tile_kernel::<f16>),
+                (true, DType::Bf16) => with(decode_kernel::<bf16>, tile_kernel::<bf16>),
             }
         }
     };

@@ -15,7 +15,8 @@ pub enum CpuLevel {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and DQ (and what `Avx2` needs).
     Avx512,
-    /// `Avx512` and the dot products of AVX512_BF16.
+    /// `Avx512` and the dot products of AVX512_BF16 and AVX512_VNNI (which every CPU with the first
+    /// has).
     Avx512Bf16,
     /// AArch64 with Advanced SIMD.
     Neon,
@@ -105,7 +106,7 @@ mod has {
         avx2() && cpu!("avx512f") && cpu!("avx512bw") && cpu!("avx512vl") && cpu!("avx512dq")
     }
     pub fn avx512_bf16() -> bool {
-        avx512() && cpu!("avx512bf16")
+        avx512() && cpu!("avx512bf16") && cpu!("avx512vnni")
     }
 }
 
@@ -124,7 +125,7 @@ mod has {
             ))
     }
     pub fn avx512_bf16() -> bool {
-        avx512() && cfg!(target_feature = "avx512bf16")
+        avx512() && cfg!(all(target_feature = "avx512bf16", target_feature = "avx512vnni"))
     }
 }
 

@@ -24,20 +24,24 @@ mod memory;
 mod name;
 mod plan;
 mod prefill;
+mod quant;
 mod rope;
 mod scalar;
+mod scales;
+mod sealed;
 #[cfg(feature = "std")]
 mod store;
 #[cfg(feature = "std")]
 mod threads;
 mod vector;
+mod words;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use append::{AppendArgs, append};
+pub use append::{AppendArgs, append, append_at};
 pub use args::{AttendArgs, BlockTables, KvView, RowsView};
 pub use attend::attend;
 pub use executor::{Executor, Serial};
@@ -45,6 +49,13 @@ pub use level::CpuLevel;
 pub use name::kernel_name;
 pub use plan::{AttendMaxima, attend_workspace_bytes};
 pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
+pub use scales::ScaleView;
+pub use sealed::{
+    RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView, attend_tiles,
+    attend_tiles_workspace_bytes, seal_tiles,
+};
+#[cfg(feature = "std")]
+pub(crate) use sealed::{RawRows, TileStore};
 #[cfg(feature = "std")]
 pub(crate) use store::{AttendBatch, KvStore};
 #[cfg(feature = "std")]

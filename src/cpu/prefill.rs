@@ -22,9 +22,11 @@ mod softmax;
 mod tests;
 
 use super::job::Job;
+use super::quant::{CodeVector, Coded};
 use super::vector::{PairDot, Stored, Vector};
 use crate::dtype::{DType, bf16};
-use operand::{Broadcast, Floats, Operand, Pairs, TILE_HEIGHT, multiply_add};
+use operand::{Broadcast, Pairs, TILE_HEIGHT, multiply_add};
+pub(super) use operand::{Floats, Operand};
 use scratch::{CHUNK_ROWS, Scratch, TILE_STEPS};
 
 /// The most query rows that a job of the tile kernel may have: as many as keep queries and
@@ -58,6 +60,22 @@ pub(crate) unsafe fn tile<V: Vector, S: Stored>(job: &Job<'_>) {
             run::<V, Floats<S>, 4>(job);
         } else {
             run::<V, Floats<S>, 2>(job);
+        }
+    }
+}
+
+/// The same over codes.
+///
+/// # Safety
+/// As for [`Kernel`](super::kernels::Kernel).
+#[inline(always)]
+pub(crate) unsafe fn tile_coded<V: CodeVector>(job: &Job<'_>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if V::MANY_REGISTERS {
+            run::<V, Coded<V>, 4>(job);
+        } else {
+            run::<V, Coded<V>, 2>(job);
         }
     }
 }

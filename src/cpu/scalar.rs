@@ -3,3 +3,4 @@
 use crate::cpu::vector::One;
 
 crate::cpu::kernels::instantiate!(kernels, One);
+crate::cpu::sealed::instantiate_sealed!(sealed, One, Plain);

@@ -8,6 +8,7 @@ use core::ptr;
 
 use super::args::{AttendArgs, BlockTables, KvView, RowsView};
 use super::memory::Memory;
+use super::scales::{check_scale, has_head_scales};
 use super::{AppendArgs, AttendMaxima, CpuLevel, Executor, Rope, attend_workspace_bytes};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::{Rows, RowsMut};
@@ -28,6 +29,47 @@ pub struct AttendBatch<'a> {
     pub indices: &'a [i32],
 }
 
+impl AttendBatch<'_> {
+    /// Checks the lengths against each other; the query heads, or `None` where there is no row.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for lengths that do not fit together.
+    pub(super) fn check(
+        &self,
+        layout: &GroupLayout,
+        q: Rows,
+        out: &RowsMut,
+        lse: Option<&[f32]>,
+    ) -> Result<Option<u32>> {
+        let seqs = self.kv_lens.len();
+        if self.q_indptr.len() != seqs + 1 || self.indptr.len() != seqs + 1 {
+            return Err(Error::invalid(
+                "q_indptr, indptr",
+                "must have one entry more than kv_lens",
+            ));
+        }
+        let rows = self.q_indptr[seqs];
+        let rows =
+            usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
+        if self.indptr[0] < 0 || self.indptr[seqs] as i64 > self.indices.len() as i64 {
+            return Err(Error::invalid("indptr", "must stay within indices"));
+        }
+        if rows == 0 {
+            return Ok(None);
+        }
+        let row = rows * layout.spec().k_dim as usize;
+        if q.elements() == 0 || !q.elements().is_multiple_of(row) || q.elements() / row > 1 << 16 {
+            return Err(Error::invalid("q", "must be [rows][q_heads][k_dim]"));
+        }
+        let q_heads = (q.elements() / row) as u32;
+        check_len("out", out.elements(), rows, q_heads, layout.spec().v_dim)?;
+        if lse.is_some_and(|lse| lse.len() != rows * q_heads as usize) {
+            return Err(Error::invalid("lse", "must be [rows][q_heads]"));
+        }
+        Ok(Some(q_heads))
+    }
+}
+
 /// `blocks` blocks of one layer group.
 #[derive(Debug)]
 pub struct KvStore {
@@ -35,6 +77,8 @@ pub struct KvStore {
     blocks: u32,
     level: CpuLevel,
     memory: Memory,
+    /// `[layers][kv_heads]` scales of keys and of values; empty while all are 1.
+    scales: [Vec<f32>; 2],
 }
 
 impl KvStore {
@@ -49,7 +93,13 @@ impl KvStore {
             return Err(Error::invalid("blocks", "must fit in 31 bits"));
         }
         let memory = Memory::zeroed(layout.pool_bytes(u64::from(blocks))?)?;
-        Ok(Self { layout, blocks, level: CpuLevel::chosen()?, memory })
+        Ok(Self {
+            layout,
+            blocks,
+            level: CpuLevel::chosen()?,
+            memory,
+            scales: [const { Vec::new() }; 2],
+        })
     }
 
     /// Where things lie in a block.
@@ -68,21 +118,56 @@ impl KvStore {
     /// # Errors
     /// `InvalidArgument` for a layer that the layout does not have.
     pub fn view(&self, layer: u32) -> Result<KvView> {
+        let mut view = KvView::native(&self.layout, self.memory.start(), self.blocks, layer)?;
+        let first = layer as usize * self.layout.spec().kv_heads as usize;
+        let of = |scales: &Vec<f32>| scales.get(first).map_or(ptr::null(), ptr::from_ref);
+        [view.scales.k_heads, view.scales.v_heads] = [of(&self.scales[0]), of(&self.scales[1])];
+        Ok(view)
+    }
+
+    /// Sets the scales that the keys and the values of a layer's heads share: `[kv_heads]` each, none
+    /// for values that lie in keys. What is stored already is misread from then on.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another layer or number, a format that has no such scales, and a scale
+    /// that is not positive and finite; `OutOfMemory`. Nothing changes then.
+    pub fn set_scales(&mut self, layer: u32, k: &[f32], v: &[f32]) -> Result<()> {
         let spec = self.layout.spec();
+        let heads = spec.kv_heads as usize;
         if layer >= spec.layers {
             return Err(Error::invalid("layer", "is not in the group"));
         }
-        // The offsets are below one block's bytes, which were allocated or are not read.
-        let at = |bytes: u64| self.memory.start().wrapping_add(bytes as usize);
-        Ok(KvView {
-            k: at(self.layout.k_offset(layer)),
-            v: at(self.layout.v_offset(layer)),
-            format: spec.format,
-            k_strides: self.layout.k_strides(),
-            v_strides: self.layout.v_strides(),
-            num_blocks: self.blocks,
-            block_tokens: self.layout.block_tokens(),
-        })
+        if !has_head_scales(spec.format) {
+            return Err(Error::invalid("scales", "only fp8 and nvfp4 have one a layer and head"));
+        }
+        let v_count = if spec.v_in_k { 0 } else { heads };
+        if k.len() != heads || v.len() != v_count {
+            return Err(Error::invalid(
+                "scales",
+                "must be one a KV head (none of latents' values)",
+            ));
+        }
+        k.iter().chain(v).try_for_each(|&scale| check_scale("scales", scale))?;
+        let count = spec.layers as usize * heads;
+        for (all, new) in self.scales.iter_mut().zip([k, v]) {
+            if all.is_empty() && !new.is_empty() {
+                let bytes = count as u64 * 4;
+                all.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { bytes })?;
+                all.resize(count, 1.0);
+            }
+        }
+        let first = layer as usize * heads;
+        for (all, new) in self.scales.iter_mut().zip([k, v]) {
+            if !new.is_empty() {
+                all[first..first + heads].copy_from_slice(new);
+            }
+        }
+        Ok(())
+    }
+
+    /// The scales of keys and of values, `[layers][kv_heads]`; empty while all are 1.
+    pub fn scales(&self) -> [&[f32]; 2] {
+        [&self.scales[0], &self.scales[1]]
     }
 
     /// Writes the rows of new tokens: row `i` goes to slot `slots[i]`
@@ -92,7 +177,8 @@ impl KvStore {
     ///
     /// # Errors
     /// `InvalidArgument` for lengths that do not fit together, `BadBlock` for a slot outside the
-    /// store. Nothing is written then.
+    /// store: nothing is written then. `InvalidArgument` too where a row of a quantised format is
+    /// not finite or out of range: it is left out, the others are written.
     pub fn append(
         &mut self,
         layer: u32,
@@ -148,32 +234,11 @@ impl KvStore {
         workspace: &mut Vec<u8>,
         executor: &dyn Executor,
     ) -> Result<()> {
-        let seqs = batch.kv_lens.len();
-        if batch.q_indptr.len() != seqs + 1 || batch.indptr.len() != seqs + 1 {
-            return Err(Error::invalid(
-                "q_indptr, indptr",
-                "must have one entry more than kv_lens",
-            ));
-        }
-        let rows = batch.q_indptr[seqs];
-        let rows =
-            usize::try_from(rows).map_err(|_| Error::invalid("q_indptr", "must not decrease"))?;
-        if batch.indptr[0] < 0 || batch.indptr[seqs] as i64 > batch.indices.len() as i64 {
-            return Err(Error::invalid("indptr", "must stay within indices"));
-        }
-        let spec = self.layout.spec();
-        let row = rows * spec.k_dim as usize;
-        if rows == 0 {
+        let Some(q_heads) = batch.check(&self.layout, q, &out, lse.as_deref())? else {
             return Ok(());
-        }
-        if q.elements() == 0 || !q.elements().is_multiple_of(row) || q.elements() / row > 1 << 16 {
-            return Err(Error::invalid("q", "must be [rows][q_heads][k_dim]"));
-        }
-        let shape = self.shape((q.elements() / row) as u32);
-        check_len("out", out.elements(), rows, shape.q_heads, shape.v_dim)?;
-        if lse.as_ref().is_some_and(|lse| lse.len() != rows * shape.q_heads as usize) {
-            return Err(Error::invalid("lse", "must be [rows][q_heads]"));
-        }
+        };
+        let (shape, seqs) = (self.shape(q_heads), batch.kv_lens.len());
+        let rows = batch.q_indptr[seqs];
         let bad_block = core::sync::atomic::AtomicU32::new(0);
         let args = AttendArgs {
             shape,
@@ -214,24 +279,7 @@ impl KvStore {
     /// # Errors
     /// `BadBlock`; `InvalidArgument` for more tokens than a block has.
     pub fn copy_tokens(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
-        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= self.blocks) {
-            return Err(Error::BadBlock { block: bad.0 });
-        }
-        if tokens > self.layout.block_tokens() {
-            return Err(Error::invalid("tokens", "must be at most block_tokens"));
-        }
-        let start = |id: BlockId| id.index() * self.layout.block_bytes() as usize;
-        let (from, to) = (start(src), start(dst));
-        for (offset, token_bytes) in self.layout.runs() {
-            let bytes = token_bytes as usize * tokens as usize;
-            // SAFETY: both blocks are in the memory, a run lies within a block, and `copy` allows
-            // them to be the same block.
-            unsafe {
-                let base = self.memory.start().add(offset as usize);
-                ptr::copy(base.add(from), base.add(to), bytes);
-            }
-        }
-        Ok(())
+        copy_rows(&mut self.memory, &self.layout, self.blocks, [src, dst], tokens)
     }
 
     /// Copies a block, all layers, to `to`.
@@ -278,7 +326,38 @@ impl KvStore {
     }
 }
 
-fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {
+/// Copies the first `tokens` tokens of a block, all layers, to another of the same `blocks`.
+///
+/// # Errors
+/// `BadBlock`; `InvalidArgument` for more tokens than a block has.
+pub(super) fn copy_rows(
+    memory: &mut Memory,
+    layout: &GroupLayout,
+    blocks: u32,
+    [src, dst]: [BlockId; 2],
+    tokens: u32,
+) -> Result<()> {
+    if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= blocks) {
+        return Err(Error::BadBlock { block: bad.0 });
+    }
+    if tokens > layout.block_tokens() {
+        return Err(Error::invalid("tokens", "must be at most block_tokens"));
+    }
+    let start = |id: BlockId| id.index() * layout.block_bytes() as usize;
+    let (from, to) = (start(src), start(dst));
+    for (offset, token_bytes) in layout.runs() {
+        let bytes = token_bytes as usize * tokens as usize;
+        // SAFETY: both blocks are in the memory, a run lies within a block, and `copy` allows
+        // them to be the same block.
+        unsafe {
+            let base = memory.start().add(offset as usize);
+            ptr::copy(base.add(from), base.add(to), bytes);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {
     let refused = Error::OutOfMemory { bytes };
     let size = usize::try_from(bytes).map_err(|_| refused)?;
     if workspace.len() < size {
@@ -288,7 +367,13 @@ fn grow(workspace: &mut Vec<u8>, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn check_len(what: &'static str, elements: usize, rows: usize, heads: u32, dim: u32) -> Result<()> {
+pub(super) fn check_len(
+    what: &'static str,
+    elements: usize,
+    rows: usize,
+    heads: u32,
+    dim: u32,
+) -> Result<()> {
     let expected =
         (rows as u64).checked_mul(u64::from(heads)).and_then(|n| n.checked_mul(u64::from(dim)));
     if expected == Some(elements as u64) {

@@ -159,6 +159,7 @@ impl DeviceStore {
             k_strides: view.k_strides,
             v: view.v,
             v_strides: view.v_strides,
+            scales: view.scales,
             block_tokens: self.layout().block_tokens(),
             num_blocks: self.blocks,
             table: at.indices,

@@ -155,6 +155,8 @@ pub(crate) unsafe fn launch_attend(
     unsafe {
         match params {
             AttendParams::Decode(params) => launch(backend, plan, params, stream),
+            AttendParams::DecodeToken(params) => launch(backend, plan, params, stream),
+            AttendParams::PrefillToken(params) => launch(backend, plan, params, stream),
             AttendParams::Prefill(params) => launch(backend, plan, params, stream),
             AttendParams::Mla(params) => launch(backend, plan, params, stream),
         }

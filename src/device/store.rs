@@ -18,9 +18,12 @@ use crate::cpu::{Rope, RopeStyle};
 use crate::dtype::{DType, Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
-use crate::kernels::append_launch;
 use crate::kernels::params::{AppendParams, In, Out};
+use crate::kernels::{ScaleArgs, append_launch, append_token_launch, append_token_params};
 use crate::layout::{GroupLayout, Strides};
+
+/// What kernels raise for new rows that their format cannot hold.
+const FLAG_ROW: u32 = 32;
 
 /// How a store works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +56,7 @@ pub(super) struct LayerView {
     pub v: u64,
     pub k_strides: Strides,
     pub v_strides: Strides,
+    pub scales: ScaleArgs,
 }
 
 impl DeviceStore {
@@ -117,7 +121,8 @@ impl DeviceStore {
     }
 
     /// Waits for everything that was enqueued, and answers what a kernel found wrong: `BadBlock` for
-    /// a block id or slot outside the store, which it did not follow.
+    /// a block id or slot outside the store, which it did not follow; `InvalidArgument` for new rows
+    /// that a quantised format cannot hold, which it did not write.
     ///
     /// # Errors
     /// See above; `DeviceFailed`.
@@ -128,6 +133,9 @@ impl DeviceStore {
             return Ok(());
         }
         self.flag.zero(self.options.stream)?;
+        if u32::from_ne_bytes(raised) == FLAG_ROW {
+            return Err(Error::invalid("k, v", "must be finite and in the range of the format"));
+        }
         Err(Error::BadBlock { block: u32::MAX })
     }
 
@@ -140,11 +148,20 @@ impl DeviceStore {
         if layer >= self.layout.spec().layers {
             return Err(Error::invalid("layer", "is not in the group"));
         }
+        let at = |offset: u64| self.memory.address() + offset;
         Ok(LayerView {
-            k: self.memory.address() + self.layout.k_offset(layer),
-            v: self.memory.address() + self.layout.v_offset(layer),
+            k: at(self.layout.k_offset(layer)),
+            v: at(self.layout.v_offset(layer)),
             k_strides: self.layout.k_strides(),
             v_strides: self.layout.v_strides(),
+            // Every head has the scale 1.
+            scales: ScaleArgs {
+                k: at(self.layout.k_scale_offset(layer)),
+                v: at(self.layout.v_scale_offset(layer)),
+                k_strides: self.layout.k_scale_strides(),
+                v_strides: self.layout.v_scale_strides(),
+                ..ScaleArgs::NONE
+            },
         })
     }
 
@@ -182,7 +199,8 @@ impl DeviceStore {
             })
         };
         // Whatever happened, nothing may still be reading the rows.
-        done.and(self.backend.sync(stream))
+        let waited = self.backend.sync(stream);
+        if self.layout.spec().format.is_float() { done.and(waited) } else { done.and(self.sync()) }
     }
 
     /// Enqueues the same for rows in device memory: `k` is `[rows][kv_heads][k_dim]`, `v`
@@ -253,6 +271,13 @@ impl DeviceStore {
             params.rope_positions = at.rows;
             (params.rope_first, params.rope_dim) = rope.channels();
             params.rope_interleaved = u32::from(rope.style() == RopeStyle::Interleaved);
+        }
+        let format = self.layout.spec().format;
+        if !format.is_float() {
+            let mut params = append_token_params(params, format, &view.scales);
+            let Some(plan) = append_token_launch(&mut params)? else { return Ok(()) };
+            // SAFETY: as below.
+            return unsafe { launch(&*self.backend, &plan, &params, self.options.stream) };
         }
         let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
         // SAFETY: rows were vouched for, and have the elements that the sizes say; tables and cache

@@ -17,6 +17,21 @@ const CHUNKS_PER_BLOCK: u32 = 512;
 /// `InvalidArgument` where a dimension of `params` is outside what its field documents.
 pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     let p = params;
+    check_append(p, 8)?;
+    if p.tokens == 0 {
+        return Ok(None);
+    }
+    let chunks = (p.q_heads + p.kv_heads) * (p.k_dim / 8) + p.kv_heads * (p.v_dim / 8);
+    p.tokens_per_block = (CHUNKS_PER_BLOCK / chunks).clamp(1, p.tokens);
+    let blocks = p.tokens.div_ceil(p.tokens_per_block);
+    if blocks > i32::MAX as u32 {
+        return Err(Error::Overflow { what: "blocks of an append" });
+    }
+    Ok(Some(Launch { kernel: &APPEND, grid: [blocks, 1, 1], shared_bytes: 0 }))
+}
+
+/// What an append kernel takes for granted; strides of the caches are multiples of `cache_chunk`.
+pub(super) fn check_append(p: &AppendParams, cache_chunk: i64) -> Result<()> {
     if p.k_dim == 0
         || !p.k_dim.is_multiple_of(8)
         || !p.v_dim.is_multiple_of(8)
@@ -45,26 +60,21 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
         return Err(Error::invalid("v, q", "must be given exactly where their sizes are not 0"));
     }
     let rows = [p.k_token, p.k_head, p.v_token, p.v_head, p.q_token, p.q_head];
-    let cache = [p.k_cache_block, p.k_cache_head, p.k_cache_token];
-    let values = [p.v_cache_block, p.v_cache_head, p.v_cache_token, p.q_out_token, p.q_out_head];
-    let strides = rows.iter().chain(&cache).chain(&values);
+    let rows = rows.into_iter().chain([p.q_out_token, p.q_out_head]);
+    let keys = [p.k_cache_block, p.k_cache_head, p.k_cache_token];
+    let values = [p.v_cache_block, p.v_cache_head, p.v_cache_token];
+    let mut cache = keys.into_iter().chain(values);
     let addresses = [p.k.0, p.v.0, p.q.0, p.q_out.0, p.k_cache.0, p.v_cache.0];
-    if strides.copied().any(|s| s % 8 != 0) || addresses.iter().any(|a| !a.is_multiple_of(16)) {
+    if rows.into_iter().any(|s| s % 8 != 0)
+        || cache.any(|s| s % cache_chunk != 0)
+        || addresses.iter().any(|a| !a.is_multiple_of(16))
+    {
         return Err(Error::invalid(
             "k, v, q, caches",
-            "rows must begin at multiples of 8 channels",
+            "rows must begin at multiples of 8 channels, of codes at multiples of 16 bytes",
         ));
     }
-    if p.tokens == 0 {
-        return Ok(None);
-    }
-    let chunks = (p.q_heads + p.kv_heads) * (p.k_dim / 8) + p.kv_heads * (p.v_dim / 8);
-    p.tokens_per_block = (CHUNKS_PER_BLOCK / chunks).clamp(1, p.tokens);
-    let blocks = p.tokens.div_ceil(p.tokens_per_block);
-    if blocks > i32::MAX as u32 {
-        return Err(Error::Overflow { what: "blocks of an append" });
-    }
-    Ok(Some(Launch { kernel: &APPEND, grid: [blocks, 1, 1], shared_bytes: 0 }))
+    Ok(())
 }
 
 #[cfg(test)]

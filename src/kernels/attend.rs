@@ -4,13 +4,18 @@
 //! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
 //! workspace it needs, and a captured graph stays right for other lengths.
 
+use super::attend_params::{decode_params, mla_params, prefill_params, token_scales};
 use super::decode::{DecodeBounds, DecodePlan, Pieces};
 use super::mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
-use super::params::{DecodeParams, DecodePlanParams, In, MlaParams, Out, PrefillParams};
+use super::params::{
+    DecodeParams, DecodePlanParams, DecodeTokenParams, In, MlaParams, Out, PrefillParams,
+    PrefillTokenParams,
+};
 use super::prefill::{PrefillBounds, prefill_info, prefill_launch};
+use super::prefill_token::prefill_token_launch;
 use super::{Kernel, Launch};
 use crate::attention::HeadShape;
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
 use crate::layout::Strides;
 
@@ -37,6 +42,39 @@ pub struct AttendBounds {
     pub multiprocessor_shared_bytes: u32,
 }
 
+/// Where the scales of quantised rows lie; strides in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct ScaleArgs {
+    /// Scales of the keys of block 0, head 0, token 0, as `KvFormat::row_scale_bytes` has them; 0
+    /// where the format has none.
+    pub k: u64,
+    /// Those of the values.
+    pub v: u64,
+    /// Strides of the former.
+    pub k_strides: Strides,
+    /// Strides of the latter.
+    pub v_strides: Strides,
+    /// `[kv_heads]` scales of all keys of a head, f32, in device memory; 0 for 1.
+    pub k_heads: u64,
+    /// The same of values.
+    pub v_heads: u64,
+    /// Keys are rotated where the format leaves that open.
+    pub k_rotated: bool,
+}
+
+impl ScaleArgs {
+    /// Of rows of floats.
+    pub const NONE: ScaleArgs = ScaleArgs {
+        k: 0,
+        v: 0,
+        k_strides: Strides { block: 0, head: 0, token: 0 },
+        v_strides: Strides { block: 0, head: 0, token: 0 },
+        k_heads: 0,
+        v_heads: 0,
+        k_rotated: true,
+    };
+}
+
 /// One call: device addresses, strides in elements, and how scores are made.
 #[derive(Debug, Clone, Copy)]
 pub struct AttendArgs {
@@ -60,8 +98,10 @@ pub struct AttendArgs {
     pub k_strides: Strides,
     /// Values, likewise; not read where they lie in keys.
     pub v: u64,
-    /// Strides of the values.
+    /// Strides of the values; of quantised rows in bytes, as those of the keys.
     pub v_strides: Strides,
+    /// Scales of quantised rows.
+    pub scales: ScaleArgs,
     /// Tokens of a block.
     pub block_tokens: u32,
     /// Blocks that exist.
@@ -164,8 +204,12 @@ pub enum AttendPlan {
 pub enum AttendParams {
     /// Of paged decode.
     Decode(DecodeParams),
+    /// Of paged decode over rows of codes.
+    DecodeToken(DecodeTokenParams),
     /// Of chunked prefill.
     Prefill(PrefillParams),
+    /// Of chunked prefill over rows of codes.
+    PrefillToken(PrefillTokenParams),
     /// Of latent attention.
     Mla(MlaParams),
 }
@@ -182,10 +226,8 @@ impl AttendPlan {
     pub fn new(bounds: &AttendBounds) -> Result<Self> {
         let b = bounds;
         b.shape.check()?;
-        if !b.format.is_float() {
-            return Err(Error::Unsupported {
-                what: "a quantised KV format by the device's kernels",
-            });
+        if b.format.class() == FormatClass::Tile {
+            return Err(Error::Unsupported { what: "sealed tiles in a cache on a device" });
         }
         if b.shape.v_in_k {
             return Self::latent(b);
@@ -195,7 +237,7 @@ impl AttendPlan {
         }
         if b.q_len > MAX_DECODE_TOKENS {
             let bounds = PrefillBounds {
-                cache: b.format.dtype(),
+                format: b.format,
                 head_dim: b.shape.k_dim,
                 q_heads: b.shape.q_heads,
                 kv_heads: b.shape.kv_heads,
@@ -206,8 +248,10 @@ impl AttendPlan {
             return Ok(AttendPlan::Prefill(bounds));
         }
         DecodePlan::new(DecodeBounds {
-            cache: b.format.dtype(),
+            format: b.format,
             head_dim: b.shape.k_dim,
+            // Sealed tiles have been refused.
+            tile_tokens: 0,
             q_heads: b.shape.q_heads,
             kv_heads: b.shape.kv_heads,
             q_len: b.q_len,
@@ -221,6 +265,9 @@ impl AttendPlan {
     }
 
     fn latent(b: &AttendBounds) -> Result<Self> {
+        if !b.format.is_float() {
+            return Err(Error::Unsupported { what: "quantised latents on a device" });
+        }
         if (b.shape.k_dim, b.shape.v_dim) != (MLA_DIM, MLA_VALUES) {
             return Err(Error::Unsupported { what: "latents other than 576 and 512 on a device" });
         }
@@ -288,6 +335,12 @@ impl AttendPlan {
     ) -> Result<(Launch, AttendParams)> {
         self.check(args)?;
         match self {
+            AttendPlan::Decode(plan) if !plan.format().is_float() => {
+                let scales = token_scales(plan.format(), &args.scales);
+                let mut params = DecodeTokenParams { call: decode_params(args), ..scales };
+                let launch = plan.decode_token_launch(workspace, &mut params)?;
+                Ok((launch, AttendParams::DecodeToken(params)))
+            }
             AttendPlan::Decode(plan) => {
                 let mut params = decode_params(args);
                 let launch = plan.decode_launch(workspace, &mut params)?;
@@ -296,6 +349,26 @@ impl AttendPlan {
             AttendPlan::Prefill(bounds) => {
                 // Fewer sequences make a smaller grid, which a captured graph keeps.
                 let bounds = PrefillBounds { batch: args.seqs, ..*bounds };
+                if !bounds.format.is_float() {
+                    let s = token_scales(bounds.format, &args.scales);
+                    let mut params = PrefillTokenParams {
+                        call: prefill_params(args),
+                        k_scales: s.k_scales,
+                        v_scales: s.v_scales,
+                        k_heads: s.k_heads,
+                        v_heads: s.v_heads,
+                        k_scale_block: s.k_scale_block,
+                        k_scale_head: s.k_scale_head,
+                        k_scale_token: s.k_scale_token,
+                        v_scale_block: s.v_scale_block,
+                        v_scale_head: s.v_scale_head,
+                        v_scale_token: s.v_scale_token,
+                        k_rotated: s.k_rotated,
+                        v_rotated: s.v_rotated,
+                    };
+                    let launch = prefill_token_launch(&bounds, &mut params)?;
+                    return Ok((launch, AttendParams::PrefillToken(params)));
+                }
                 let mut params = prefill_params(args);
                 let launch = prefill_launch(&bounds, &mut params)?;
                 Ok((launch, AttendParams::Prefill(params)))
@@ -345,112 +418,5 @@ impl AttendPlan {
             AttendPlan::Prefill(bounds) => Ok(prefill_info(bounds)?.kernel),
             AttendPlan::Mla(plan) => Ok(plan.kernel()),
         }
-    }
-}
-
-fn decode_params(args: &AttendArgs) -> DecodeParams {
-    let a = args;
-    DecodeParams {
-        q: In::at(a.q),
-        k: In::at(a.k),
-        v: In::at(a.v),
-        out: Out::at(a.out),
-        lse: Out::at(a.lse),
-        q_indptr: In::at(a.q_indptr),
-        tail_mask: In::at(a.tail_mask),
-        table: In::at(a.table),
-        table_indptr: In::at(a.table_indptr),
-        seq_lens: In::at(a.kv_lens),
-        sinks: In::at(a.sinks),
-        slopes: In::at(a.slopes),
-        error_flag: Out::at(a.error_flag),
-        q_row: a.q_strides[0],
-        q_head: a.q_strides[1],
-        out_row: a.out_strides[0],
-        out_head: a.out_strides[1],
-        k_block: a.k_strides.block,
-        k_head: a.k_strides.head,
-        k_token: a.k_strides.token,
-        v_block: a.v_strides.block,
-        v_head: a.v_strides.head,
-        v_token: a.v_strides.token,
-        table_stride: a.table_stride,
-        causal: u32::from(a.causal),
-        block_tokens: a.block_tokens,
-        num_blocks: a.num_blocks,
-        window: a.window.unwrap_or(0),
-        q_dtype: a.q_dtype.id(),
-        out_dtype: a.out_dtype.id(),
-        scale: a.scale,
-        softcap: a.softcap.unwrap_or(0.0),
-        ..DecodeParams::default()
-    }
-}
-
-fn prefill_params(args: &AttendArgs) -> PrefillParams {
-    let a = args;
-    PrefillParams {
-        q: In::at(a.q),
-        k: In::at(a.k),
-        v: In::at(a.v),
-        out: Out::at(a.out),
-        lse: Out::at(a.lse),
-        q_indptr: In::at(a.q_indptr),
-        table: In::at(a.table),
-        table_indptr: In::at(a.table_indptr),
-        seq_lens: In::at(a.kv_lens),
-        sinks: In::at(a.sinks),
-        slopes: In::at(a.slopes),
-        error_flag: Out::at(a.error_flag),
-        q_row: a.q_strides[0],
-        q_head: a.q_strides[1],
-        out_row: a.out_strides[0],
-        out_head: a.out_strides[1],
-        k_block: a.k_strides.block,
-        k_head: a.k_strides.head,
-        k_token: a.k_strides.token,
-        v_block: a.v_strides.block,
-        v_head: a.v_strides.head,
-        v_token: a.v_strides.token,
-        table_stride: a.table_stride,
-        causal: u32::from(a.causal),
-        block_tokens: a.block_tokens,
-        num_blocks: a.num_blocks,
-        window: a.window.unwrap_or(0),
-        q_dtype: a.q_dtype.id(),
-        out_dtype: a.out_dtype.id(),
-        scale: a.scale,
-        softcap: a.softcap.unwrap_or(0.0),
-        ..PrefillParams::default()
-    }
-}
-
-fn mla_params(args: &AttendArgs) -> MlaParams {
-    let a = args;
-    MlaParams {
-        q: In::at(a.q),
-        k: In::at(a.k),
-        out: Out::at(a.out),
-        lse: Out::at(a.lse),
-        q_indptr: In::at(a.q_indptr),
-        table: In::at(a.table),
-        table_indptr: In::at(a.table_indptr),
-        seq_lens: In::at(a.kv_lens),
-        error_flag: Out::at(a.error_flag),
-        q_row: a.q_strides[0],
-        q_head: a.q_strides[1],
-        out_row: a.out_strides[0],
-        out_head: a.out_strides[1],
-        k_block: a.k_strides.block,
-        k_token: a.k_strides.token,
-        table_stride: a.table_stride,
-        causal: u32::from(a.causal),
-        block_tokens: a.block_tokens,
-        num_blocks: a.num_blocks,
-        window: a.window.unwrap_or(0),
-        q_dtype: a.q_dtype.id(),
-        out_dtype: a.out_dtype.id(),
-        scale: a.scale,
-        ..MlaParams::default()
     }
 }

@@ -2,12 +2,15 @@
 //!
 //! The host knows only maxima: it sizes the workspace and the grids (split.rs), and a kernel cuts
 //! the contexts into pieces from the lengths that stand on the device. So nothing is read back, and
-//! a captured graph can be replayed with other lengths.
+//! a captured graph can be replayed with other lengths. What is particular to rows of codes is in
+//! decode_token.rs.
 
+use super::decode_tile::{tile_kernel, tile_residence};
+use super::decode_token::{token_kernel, token_residence};
 use super::params::{DecodeParams, DecodePlanParams, In, Out};
 use super::split::{Split, SplitBounds};
 use super::{Kernel, Launch};
-use crate::dtype::DType;
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
 
 kernels! {
@@ -26,25 +29,27 @@ kernels! {
     BF16_D256 = "kvc_decode_bf16_d256", "kvc_decode_params", THREADS;
 }
 
-/// The decode kernel for a cache of this type and head dimension.
+/// The decode kernel for a cache of this format and head dimension.
 ///
 /// # Errors
 /// `Unsupported` where the library has no instance.
-pub fn decode_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
-    match (cache, head_dim) {
-        (DType::F16, 64) => Ok(&F16_D64),
-        (DType::F16, 80) => Ok(&F16_D80),
-        (DType::F16, 96) => Ok(&F16_D96),
-        (DType::F16, 128) => Ok(&F16_D128),
-        (DType::F16, 192) => Ok(&F16_D192),
-        (DType::F16, 256) => Ok(&F16_D256),
-        (DType::Bf16, 64) => Ok(&BF16_D64),
-        (DType::Bf16, 80) => Ok(&BF16_D80),
-        (DType::Bf16, 96) => Ok(&BF16_D96),
-        (DType::Bf16, 128) => Ok(&BF16_D128),
-        (DType::Bf16, 192) => Ok(&BF16_D192),
-        (DType::Bf16, 256) => Ok(&BF16_D256),
-        _ => Err(Error::Unsupported { what: "decode with this cache type and head_dim" }),
+pub fn decode_kernel(format: KvFormat, head_dim: u32) -> Result<&'static Kernel> {
+    match (format, head_dim) {
+        (KvFormat::F16, 64) => Ok(&F16_D64),
+        (KvFormat::F16, 80) => Ok(&F16_D80),
+        (KvFormat::F16, 96) => Ok(&F16_D96),
+        (KvFormat::F16, 128) => Ok(&F16_D128),
+        (KvFormat::F16, 192) => Ok(&F16_D192),
+        (KvFormat::F16, 256) => Ok(&F16_D256),
+        (KvFormat::Bf16, 64) => Ok(&BF16_D64),
+        (KvFormat::Bf16, 80) => Ok(&BF16_D80),
+        (KvFormat::Bf16, 96) => Ok(&BF16_D96),
+        (KvFormat::Bf16, 128) => Ok(&BF16_D128),
+        (KvFormat::Bf16, 192) => Ok(&BF16_D192),
+        (KvFormat::Bf16, 256) => Ok(&BF16_D256),
+        _ => token_kernel(format, head_dim)
+            .or_else(|| tile_kernel(format, head_dim))
+            .ok_or(Error::Unsupported { what: "decode with this KV format and head_dim" }),
     }
 }
 
@@ -59,44 +64,52 @@ fn blocks_by_registers(head_dim: u32) -> u32 {
 }
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 128;
 /// Query columns of a unit: the columns of the matrix instruction.
-const COLUMNS: u32 = 8;
+pub(super) const COLUMNS: u32 = 8;
 /// Tokens that a block works on at a time.
-const TILE_TOKENS: u32 = 64;
+pub(super) const TILE_TOKENS: u32 = 64;
 /// The most stages of a pipeline.
 const MAX_STAGES: u32 = 3;
 /// Shared memory behind the stages: two barriers of 8 bytes for each.
 const BARRIER_BYTES: u32 = 64;
 /// What the device keeps of a multiprocessor's shared memory for each block.
-const RESERVED_BYTES: u32 = 1024;
+pub(super) const RESERVED_BYTES: u32 = 1024;
 /// Tokens of a run, which a bulk copy brings.
 const RUN_TOKENS: u32 = 8;
+/// Bytes that rows of codes begin at multiples of.
+pub(super) const CHUNK_BYTES: i64 = 16;
+/// The same for rows of 16-bit elements.
+pub(super) const CHUNK_ELEMENTS: i64 = 8;
 /// The most query tokens of a sequence.
 const MAX_Q_LEN: u32 = 8;
 
 /// The stages of a block's pipeline, and how many such blocks a multiprocessor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Residence {
-    stages: u32,
-    blocks: u32,
-    shared_bytes: u32,
+pub(super) struct Residence {
+    pub stages: u32,
+    pub blocks: u32,
+    pub shared_bytes: u32,
+    /// Where a kernel over codes has its queries; 0 for others.
+    pub query_at: u32,
 }
 
 impl Residence {
     /// The one with the most tiles under way, then the most blocks; `None` where not even one
     /// stage fits.
     fn best(head_dim: u32, multiprocessor_shared_bytes: u32) -> Option<Self> {
-        let with = |stages| {
+        let with = |stages: u32| {
             // K and V, rows of eight elements more than they hold.
             let shared_bytes = stages * 2 * TILE_TOKENS * (head_dim + 8) * 2 + BARRIER_BYTES;
             let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
-            Self { stages, blocks: fit.min(blocks_by_registers(head_dim)), shared_bytes }
+            let blocks = fit.min(blocks_by_registers(head_dim));
+            Self { stages, blocks, shared_bytes, query_at: 0 }
         };
-        (1..=MAX_STAGES)
-            .map(with)
-            .filter(|r| r.blocks > 0)
-            .max_by_key(|r| (r.blocks * (r.stages - 1), r.blocks))
+        Self::most_under_way((1..=MAX_STAGES).map(with))
+    }
+
+    pub(super) fn most_under_way(all: impl Iterator<Item = Self>) -> Option<Self> {
+        all.filter(|r| r.blocks > 0).max_by_key(|r| (r.blocks * (r.stages - 1), r.blocks))
     }
 }
 
@@ -117,10 +130,12 @@ pub enum Pieces {
 /// The largest call that a workspace must serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeBounds {
-    /// Type of the cache.
-    pub cache: DType,
+    /// How the cache stores K and V.
+    pub format: KvFormat,
     /// Channels of a head.
     pub head_dim: u32,
+    /// Tokens of a sealed tile, 64 or 128; of no meaning for other formats.
+    pub tile_tokens: u32,
     /// Query heads, a multiple of `kv_heads`.
     pub q_heads: u32,
     /// KV heads.
@@ -143,9 +158,9 @@ pub struct DecodeBounds {
 /// Launches and workspace of paged decode within some bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodePlan {
-    bounds: DecodeBounds,
+    pub(super) bounds: DecodeBounds,
     units: u32,
-    stages: u32,
+    pub(super) residence: Residence,
     launch: Launch,
     split: Split,
 }
@@ -158,7 +173,7 @@ impl DecodePlan {
     /// no kernel, `Overflow` where the workspace would not fit in the kernel's 32-bit counts.
     pub fn new(bounds: DecodeBounds) -> Result<Self> {
         let b = bounds;
-        let kernel = decode_kernel(b.cache, b.head_dim)?;
+        let kernel = decode_kernel(b.format, b.head_dim)?;
         if b.kv_heads == 0
             || b.q_heads == 0
             || !b.q_heads.is_multiple_of(b.kv_heads)
@@ -173,7 +188,21 @@ impl DecodePlan {
             return Err(Error::invalid("multiprocessors", "must be at least 1"));
         }
         let units = b.kv_heads * (b.q_heads / b.kv_heads * b.q_len).div_ceil(COLUMNS);
-        let residence = Residence::best(b.head_dim, b.multiprocessor_shared_bytes)
+        let residence = match b.format.class() {
+            FormatClass::Float => Residence::best(b.head_dim, b.multiprocessor_shared_bytes),
+            FormatClass::Token => {
+                token_residence(b.format, b.head_dim, b.multiprocessor_shared_bytes)
+            }
+            // The kernel's strips are of 64 tokens.
+            FormatClass::Tile if ![64, 128].contains(&b.tile_tokens) => {
+                return Err(Error::Unsupported { what: "tiles but of 64 or 128 on a device" });
+            }
+            FormatClass::Tile => {
+                let (dim, tokens) = (b.head_dim, b.tile_tokens);
+                tile_residence(b.format, dim, tokens, b.multiprocessor_shared_bytes)
+            }
+        };
+        let residence = residence
             .ok_or(Error::Unsupported { what: "decode with this little shared memory" })?;
         let grid = b.multiprocessors.min(1 << 16) * residence.blocks;
         let split = Split::new(SplitBounds {
@@ -187,7 +216,7 @@ impl DecodePlan {
             grid,
         })?;
         let launch = Launch { kernel, grid: [grid, 1, 1], shared_bytes: residence.shared_bytes };
-        Ok(Self { bounds, units, stages: residence.stages, launch, split })
+        Ok(Self { bounds, units, residence, launch, split })
     }
 
     /// The launch of any decode call within the bounds, apart from the planning kernel that comes
@@ -227,9 +256,21 @@ impl DecodePlan {
     /// multiple of 16 bytes in `k` and `v` or of 4 bytes in `q` and `out`, types that are not
     /// those of `src/dtype`, a scale or soft-cap that is not finite, no block_tokens.
     pub fn decode_launch(&self, workspace: u64, params: &mut DecodeParams) -> Result<Launch> {
+        if !self.bounds.format.is_float() {
+            return Err(Error::InvalidState { why: "the plan is for rows of codes" });
+        }
+        self.fill(workspace, params, CHUNK_ELEMENTS)?;
         let p = params;
+        let row = i64::from(self.bounds.head_dim);
+        let runs = p.block_tokens.is_multiple_of(RUN_TOKENS);
+        p.bulk = u32::from(runs && p.k_token == row && p.v_token == row);
+        Ok(self.launch)
+    }
+
+    /// What every kernel of the family takes from the plan; `chunk` units of strides are 16 bytes.
+    pub(super) fn fill(&self, workspace: u64, p: &mut DecodeParams, chunk: i64) -> Result<()> {
         let at = self.split.addresses(workspace)?;
-        check_call(p)?;
+        check_call(p, chunk)?;
         p.items = at.items;
         p.item_count = at.item_count;
         p.tickets = at.tickets;
@@ -239,16 +280,18 @@ impl DecodePlan {
         p.q_len = self.bounds.q_len;
         p.q_heads = self.bounds.q_heads;
         p.kv_heads = self.bounds.kv_heads;
-        p.stages = self.stages;
-        let row = i64::from(self.bounds.head_dim);
-        let runs = p.block_tokens.is_multiple_of(RUN_TOKENS);
-        p.bulk = u32::from(runs && p.k_token == row && p.v_token == row);
-        Ok(self.launch)
+        p.stages = self.residence.stages;
+        Ok(())
+    }
+
+    /// The format of the cache.
+    pub fn format(&self) -> KvFormat {
+        self.bounds.format
     }
 }
 
 /// What the kernel takes for granted of a call.
-fn check_call(p: &DecodeParams) -> Result<()> {
+fn check_call(p: &DecodeParams, chunk: i64) -> Result<()> {
     let null = [p.q.0, p.k.0, p.v.0, p.out.0, p.table.0, p.seq_lens.0].contains(&0);
     if null {
         return Err(Error::invalid("q, k, v, out, table, seq_lens", "must not be null"));
@@ -260,7 +303,7 @@ fn check_call(p: &DecodeParams) -> Result<()> {
         return Err(Error::invalid("scale, softcap", "must be finite, the soft-cap not negative"));
     }
     let strides = [p.k_block, p.k_head, p.k_token, p.v_block, p.v_head, p.v_token];
-    if strides.iter().any(|s| s % 8 != 0) || !(p.k.0 | p.v.0).is_multiple_of(16) {
+    if strides.iter().any(|s| s % chunk != 0) || !(p.k.0 | p.v.0).is_multiple_of(16) {
         return Err(Error::invalid("k, v", "rows must begin at multiples of 16 bytes"));
     }
     for (dtype, at, strides, what) in [
@@ -285,8 +328,9 @@ mod tests {
 
     fn sound() -> DecodeBounds {
         DecodeBounds {
-            cache: DType::Bf16,
+            format: KvFormat::Bf16,
             head_dim: 128,
+            tile_tokens: 64,
             q_heads: 32,
             kv_heads: 8,
             q_len: 1,
@@ -430,7 +474,7 @@ mod tests {
     fn bounds_outside_the_ranges_are_refused() {
         for bad in [
             DecodeBounds { head_dim: 72, ..sound() },
-            DecodeBounds { cache: DType::F32, ..sound() },
+            DecodeBounds { format: KvFormat::F32, ..sound() },
             DecodeBounds { q_heads: 12, ..sound() },
             DecodeBounds { kv_heads: 0, ..sound() },
             DecodeBounds { q_len: 0, ..sound() },

@@ -34,18 +34,23 @@ fn kvc_params_h() -> String {
          #pragma once\n#include <stdint.h>\n\n",
     );
     structure::<AppendParams>(&mut out);
+    structure::<AppendTokenParams>(&mut out);
     structure::<CascadeSegment>(&mut out);
     structure::<CascadeSplitParams>(&mut out);
     structure::<CopyParams>(&mut out);
     structure::<DecodeItem>(&mut out);
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
+    structure::<DecodeTileParams>(&mut out);
+    structure::<DecodeTokenParams>(&mut out);
     structure::<LookupPatch>(&mut out);
     structure::<LookupPatchParams>(&mut out);
     structure::<LookupParams>(&mut out);
     structure::<MergeParams>(&mut out);
     structure::<PrefillParams>(&mut out);
+    structure::<PrefillTokenParams>(&mut out);
     structure::<MlaParams>(&mut out);
+    structure::<SealParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");
     for kernel in kernels() {

@@ -15,11 +15,15 @@ macro_rules! kernels {
 }
 
 mod append;
+mod append_token;
 mod attend;
+mod attend_params;
 mod cascade;
 mod cascade_choice;
 mod copy;
 mod decode;
+mod decode_tile;
+mod decode_token;
 #[cfg(all(test, feature = "std"))]
 mod header;
 pub mod image;
@@ -28,10 +32,13 @@ mod merge;
 mod mla;
 pub mod params;
 mod prefill;
+mod prefill_token;
+mod seal;
 mod split;
 
 pub use append::append_launch;
-pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan};
+pub use append_token::{append_token_launch, append_token_params};
+pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan, ScaleArgs};
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
 pub use cascade_choice::{
     CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
@@ -42,6 +49,8 @@ pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
+pub use prefill_token::prefill_token_launch;
+pub use seal::seal_launch;
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,13 +78,18 @@ pub struct Launch {
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
     let families = [
         append::KERNELS,
+        append_token::KERNELS,
         cascade::KERNELS,
         copy::KERNELS,
         decode::KERNELS,
+        decode_tile::KERNELS,
+        decode_token::KERNELS,
         lookup::KERNELS,
         merge::KERNELS,
         mla::KERNELS,
         prefill::KERNELS,
+        prefill_token::KERNELS,
+        seal::KERNELS,
     ];
     families.into_iter().flatten().copied()
 }

@@ -8,8 +8,9 @@
 //! the result is the same bits in any batch.
 
 use super::params::PrefillParams;
+use super::prefill_token::token_kernel;
 use super::{Kernel, Launch};
-use crate::dtype::DType;
+use crate::dtype::{DType, KvFormat};
 use crate::error::{Error, Result};
 
 kernels! {
@@ -32,25 +33,26 @@ const THREADS: u32 = 128;
 /// Keys of a tile.
 const KEYS: u32 = 64;
 
-/// The prefill kernel for a cache of this type and head dimension.
+/// The prefill kernel for a cache of this format and head dimension.
 ///
 /// # Errors
 /// `Unsupported` where the library has no instance.
-pub fn prefill_kernel(cache: DType, head_dim: u32) -> Result<&'static Kernel> {
-    match (cache, head_dim) {
-        (DType::F16, 64) => Ok(&F16_D64),
-        (DType::F16, 80) => Ok(&F16_D80),
-        (DType::F16, 96) => Ok(&F16_D96),
-        (DType::F16, 128) => Ok(&F16_D128),
-        (DType::F16, 192) => Ok(&F16_D192),
-        (DType::F16, 256) => Ok(&F16_D256),
-        (DType::Bf16, 64) => Ok(&BF16_D64),
-        (DType::Bf16, 80) => Ok(&BF16_D80),
-        (DType::Bf16, 96) => Ok(&BF16_D96),
-        (DType::Bf16, 128) => Ok(&BF16_D128),
-        (DType::Bf16, 192) => Ok(&BF16_D192),
-        (DType::Bf16, 256) => Ok(&BF16_D256),
-        _ => Err(Error::Unsupported { what: "prefill with this cache type and head_dim" }),
+pub fn prefill_kernel(format: KvFormat, head_dim: u32) -> Result<&'static Kernel> {
+    match (format, head_dim) {
+        (KvFormat::F16, 64) => Ok(&F16_D64),
+        (KvFormat::F16, 80) => Ok(&F16_D80),
+        (KvFormat::F16, 96) => Ok(&F16_D96),
+        (KvFormat::F16, 128) => Ok(&F16_D128),
+        (KvFormat::F16, 192) => Ok(&F16_D192),
+        (KvFormat::F16, 256) => Ok(&F16_D256),
+        (KvFormat::Bf16, 64) => Ok(&BF16_D64),
+        (KvFormat::Bf16, 80) => Ok(&BF16_D80),
+        (KvFormat::Bf16, 96) => Ok(&BF16_D96),
+        (KvFormat::Bf16, 128) => Ok(&BF16_D128),
+        (KvFormat::Bf16, 192) => Ok(&BF16_D192),
+        (KvFormat::Bf16, 256) => Ok(&BF16_D256),
+        _ => token_kernel(format, head_dim)
+            .ok_or(Error::Unsupported { what: "prefill with this KV format and head_dim" }),
     }
 }
 
@@ -62,8 +64,8 @@ fn tile_rows(head_dim: u32) -> u32 {
 /// The largest call that a launch must serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrefillBounds {
-    /// Type of the cache.
-    pub cache: DType,
+    /// How the cache stores K and V.
+    pub format: KvFormat,
     /// Channels of a head.
     pub head_dim: u32,
     /// Query heads, a multiple of `kv_heads`.
@@ -84,7 +86,7 @@ pub struct PrefillBounds {
 /// kernel, `Overflow` where there would be more than 2^30 rows or 2^31 - 1 blocks.
 pub fn prefill_info(bounds: &PrefillBounds) -> Result<Launch> {
     let b = bounds;
-    let kernel = prefill_kernel(b.cache, b.head_dim)?;
+    let kernel = prefill_kernel(b.format, b.head_dim)?;
     if b.kv_heads == 0
         || b.q_heads == 0
         || !b.q_heads.is_multiple_of(b.kv_heads)
@@ -115,6 +117,18 @@ pub fn prefill_info(bounds: &PrefillBounds) -> Result<Launch> {
 /// `InvalidArgument` for no block size, an unknown type, a scale or soft-cap that is not finite, a
 /// negative soft-cap, or rows that do not begin at multiples of 16 bytes.
 pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Result<Launch> {
+    if !bounds.format.is_float() {
+        return Err(Error::InvalidState { why: "the bounds are for rows of codes" });
+    }
+    prefill_launch_with(bounds, params, 16 / i64::from(bounds.format.dtype().bytes()))
+}
+
+/// The same for any rows; `chunk` units of their strides are 16 bytes.
+pub(super) fn prefill_launch_with(
+    bounds: &PrefillBounds,
+    params: &mut PrefillParams,
+    chunk: i64,
+) -> Result<Launch> {
     let launch = prefill_info(bounds)?;
     let p = params;
     if p.block_tokens == 0 {
@@ -123,13 +137,12 @@ pub fn prefill_launch(bounds: &PrefillBounds, params: &mut PrefillParams) -> Res
     let q_dtype = DType::from_id(p.q_dtype)?;
     let out_dtype = DType::from_id(p.out_dtype)?;
     let rows = [
-        ("k", bounds.cache, p.k.0, [p.k_block, p.k_head, p.k_token]),
-        ("v", bounds.cache, p.v.0, [p.v_block, p.v_head, p.v_token]),
-        ("q", q_dtype, p.q.0, [p.q_row, p.q_head, 0]),
-        ("out", out_dtype, p.out.0, [p.out_row, p.out_head, 0]),
+        ("k", chunk, p.k.0, [p.k_block, p.k_head, p.k_token]),
+        ("v", chunk, p.v.0, [p.v_block, p.v_head, p.v_token]),
+        ("q", i64::from(16 / q_dtype.bytes()), p.q.0, [p.q_row, p.q_head, 0]),
+        ("out", i64::from(16 / out_dtype.bytes()), p.out.0, [p.out_row, p.out_head, 0]),
     ];
-    for (what, dtype, address, strides) in rows {
-        let chunk = i64::from(16 / dtype.bytes());
+    for (what, chunk, address, strides) in rows {
         if !address.is_multiple_of(16) || strides.iter().any(|stride| stride % chunk != 0) {
             return Err(Error::invalid(what, "rows must begin at multiples of 16 bytes"));
         }
@@ -169,7 +182,7 @@ mod tests {
 
     fn sound() -> PrefillBounds {
         PrefillBounds {
-            cache: DType::F16,
+            format: KvFormat::F16,
             head_dim: 64,
             q_heads: 4,
             kv_heads: 2,
@@ -196,7 +209,7 @@ mod tests {
     fn bounds_outside_the_ranges_are_refused() {
         for bad in [
             PrefillBounds { head_dim: 72, ..sound() },
-            PrefillBounds { cache: DType::F32, ..sound() },
+            PrefillBounds { format: KvFormat::F32, ..sound() },
             PrefillBounds { q_heads: 5, ..sound() },
             PrefillBounds { q_heads: 0, ..sound() },
             PrefillBounds { q_heads: 1 << 17, ..sound() },

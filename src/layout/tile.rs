@@ -162,7 +162,7 @@ fn nth(range: &Range<usize>, count: usize, index: usize) -> Range<usize> {
 }
 
 /// What every quantised format asks of head dimensions.
-pub(super) fn check_quantized_dims(k_dim: u32, v_dim: u32, v_in_k: bool) -> Result<()> {
+pub(crate) fn check_quantized_dims(k_dim: u32, v_dim: u32, v_in_k: bool) -> Result<()> {
     let ok =
         |dim: u32, max: u32| dim != 0 && dim.is_multiple_of(KvFormat::CHANNEL_GROUP) && dim <= max;
     let max = if v_in_k { MAX_HEAD_DIM } else { MAX_SPLIT_HEAD_DIM };

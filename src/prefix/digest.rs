@@ -75,6 +75,19 @@ impl Digest {
         Some(Digest(hash.finalize().into()))
     }
 
+    /// What stands before the first block where K and V are not stored as they were given: `before`
+    /// (that of the namespace), and `storage`, all that says what the stored bytes mean.
+    pub fn of_storage(before: Option<&Digest>, storage: &[u8]) -> Digest {
+        let mut hash = Sha256::new();
+        hash.update(b"kvcache storage 1");
+        hash.update([u8::from(before.is_some())]);
+        if let Some(Digest(bytes)) = before {
+            hash.update(bytes);
+        }
+        hash.update(storage);
+        Digest(hash.finalize().into())
+    }
+
     /// The 64 bits that KV events carry: the last eight bytes, big-endian.
     pub fn short(&self) -> u64 {
         let mut last = [0; 8];
@@ -129,9 +142,16 @@ mod tests {
         let spaces = [1, 2, u64::MAX].map(Namespace);
         let mut seeds: Vec<_> = keys.iter().map(|keys| Digest::of_keys(keys).unwrap()).collect();
         seeds.extend(spaces.iter().map(|&space| Digest::of_namespace(space).unwrap()));
+        let stored: Vec<_> =
+            seeds.iter().map(|seed| Digest::of_storage(Some(seed), b"x")).collect();
+        let plain = [b"x".as_slice(), b"y"].map(|bytes| Digest::of_storage(None, bytes));
         seeds.sort();
         seeds.dedup();
         assert_eq!(seeds.len(), keys.len() + spaces.len());
+        seeds.extend(stored.iter().chain(&plain));
+        seeds.sort();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 2 * (keys.len() + spaces.len()) + plain.len());
         assert_eq!(Digest::of_namespace(Namespace(0)), None);
         assert_eq!(Digest::of_keys(&Keys::default()), None);
     }

@@ -50,11 +50,15 @@ fn transform(row: &mut [f32]) {
         }
         half *= 2;
     }
-    // 1 / sqrt(n): a power of two, or one times 1 / sqrt(2).
+    let scale = hadamard_scale(n);
+    row.iter_mut().for_each(|x| *x *= scale);
+}
+
+/// `1 / sqrt(n)` for a block of `n`: a power of two, or one times `1 / sqrt(2)`.
+pub(crate) fn hadamard_scale(n: usize) -> f32 {
     let log = n.trailing_zeros();
     let root = f32::from_bits((127 - log / 2) << 23);
-    let scale = if log.is_multiple_of(2) { root } else { core::f32::consts::FRAC_1_SQRT_2 * root };
-    row.iter_mut().for_each(|x| *x *= scale);
+    if log.is_multiple_of(2) { root } else { core::f32::consts::FRAC_1_SQRT_2 * root }
 }
 
 /// Rotates a row in place. Channels past the 576th repeat the signs of the first.

@@ -26,13 +26,17 @@ mod tile;
 pub mod transcode;
 
 pub use crc::crc32c;
+pub(crate) use hadamard::hadamard_scale;
 pub use hadamard::{SIGNS, hadamard_block, rotate, tree_sum, unrotate};
 pub use minifloat::{
     e2m1_from_f32, e2m1_to_f32, e4m3_from_f32, e4m3_to_f32, e5m2_from_f32, e5m2_to_f32,
 };
+pub(crate) use pack::value_step;
 pub use row::RowCodec;
+pub(crate) use seal::Keys;
 pub use seal::seal;
 pub use tile::Tile;
+pub(crate) use tile::{HEADER_CRC, HEADER_FORMAT, HEADER_UNITS, header_dims, header_identity};
 
 use half::f16;
 
@@ -56,7 +60,7 @@ pub enum Refusal {
 }
 
 /// The smallest f16 that is not below `x`: at least 0 and finite, or `None`.
-fn f16_up(x: f32) -> Option<f16> {
+pub(crate) fn f16_up(x: f32) -> Option<f16> {
     let near = f16::from_f32(x);
     // Not negative, so the next value up has the next bits.
     let up = if near.to_f32() < x { f16::from_bits(near.to_bits() + 1) } else { near };
@@ -64,7 +68,7 @@ fn f16_up(x: f32) -> Option<f16> {
 }
 
 /// The largest f16 that is not above `x`, finite, or `None`.
-fn f16_down(x: f32) -> Option<f16> {
+pub(crate) fn f16_down(x: f32) -> Option<f16> {
     if x < 0.0 {
         return f16_up(-x).map(|up| -up);
     }

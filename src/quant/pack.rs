@@ -65,7 +65,7 @@ pub(super) fn unpack(bits: u32, at: usize, main: &[u8], plane: &[u8]) -> u8 {
 }
 
 /// The step of a uniform code for unit variance that loses least, for values: bits 4, 3 and 2.
-pub(super) const fn value_step(bits: u32) -> f32 {
+pub(crate) const fn value_step(bits: u32) -> f32 {
     match bits {
         4 => 0.3352,
         3 => 0.5860,

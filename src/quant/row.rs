@@ -111,6 +111,26 @@ impl RowCodec {
         self.rotated
     }
 
+    /// The format.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Channels of a row.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Channels of a row's first part: all, but for latents.
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// What all rows of the layer and head share; 1 without.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Bytes of a row's codes, padding included.
     pub fn code_bytes(&self) -> usize {
         self.format.row_bytes(self.dim as u32) as usize
@@ -189,7 +209,8 @@ impl RowCodec {
                 let (low, high) = min_max(x.iter().copied());
                 // Which zero a minimum of both is must not reach the bits.
                 let m = f16_down(low + 0.0)?;
-                Some((f16_up((high - m.to_f32()) / 15.0)?, m))
+                // Nor which one a maximum is: less a minimum of 0 it may be -0.
+                Some((f16_up((high - m.to_f32()) / 15.0 + 0.0)?, m))
             }
             _ => Some((f16::ZERO, f16::ZERO)),
         }

@@ -42,7 +42,7 @@ use crate::layout::tile::TileLayout;
 
 /// The affine code of one key channel.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Channel {
+pub(crate) struct Channel {
     /// The element of code 0.
     pub base: f32,
     /// From a code's element to the next.
@@ -81,10 +81,14 @@ pub fn seal(layout: &TileLayout, k: &[f32], v: &[f32], record: &mut [u8]) -> Res
 
     // Everything that can refuse comes before the first byte is written.
     let mut keys = Keys::new(layout);
+    let mut ranges = [(0.0, 0.0); MAX_HEAD_DIM as usize];
+    for (at, range) in ranges.iter_mut().enumerate().take(k_dim) {
+        *range = min_max(k.chunks_exact(k_dim).map(|row| row[at]));
+    }
     let mut v_codes = vec![0; v.len()];
     let mut v_scales = [f16::ZERO; 128];
     let fits = layout.k_parts().into_iter().enumerate().all(|(part, channels)| {
-        channels.is_empty() || keys.measure(part, channels, k, k_dim).is_some()
+        channels.is_empty() || keys.measure(part, channels, &ranges).is_some()
     }) && (0..v.len().checked_div(v_dim).unwrap_or(0)).all(|token| {
         let row = token * v_dim..(token + 1) * v_dim;
         let scale = value_row(layout.format().v_bits(), &v[row.clone()], &mut v_codes[row]);
@@ -125,16 +129,23 @@ fn pack_at(
 }
 
 /// What is stored of the key channels.
-struct Keys {
+pub(crate) struct Keys {
     bits: u32,
-    units: [(f16, f16); 2],
-    steps: [u8; MAX_HEAD_DIM as usize],
-    mids: [i8; MAX_HEAD_DIM as usize],
-    channels: [Channel; MAX_HEAD_DIM as usize],
+    /// S and Z of each part.
+    pub units: [(f16, f16); 2],
+    /// The step of each channel, in units.
+    pub steps: [u8; MAX_HEAD_DIM as usize],
+    /// The middle of each channel, in units.
+    pub mids: [i8; MAX_HEAD_DIM as usize],
+    /// The codes of each channel.
+    pub channels: [Channel; MAX_HEAD_DIM as usize],
 }
 
+/// The least and the largest element of each key channel.
+pub(crate) type Ranges = [(f32, f32); MAX_HEAD_DIM as usize];
+
 impl Keys {
-    fn new(layout: &TileLayout) -> Self {
+    pub fn new(layout: &TileLayout) -> Self {
         Self {
             bits: layout.format().k_bits(),
             units: [(f16::ZERO, f16::ZERO); 2],
@@ -145,19 +156,15 @@ impl Keys {
     }
 
     /// Finds units, steps and middles of the channels of one part; `None` where a unit is past f16.
-    fn measure(
+    pub fn measure(
         &mut self,
         part: usize,
         channels: core::ops::Range<usize>,
-        k: &[f32],
-        k_dim: usize,
+        ranges: &Ranges,
     ) -> Option<()> {
         let n = ((1u32 << self.bits) - 1) as f32;
-        let range_of = |at: usize| min_max(k.chunks_exact(k_dim).map(|row| row[at]));
-        let mut ranges = [(0.0f32, 0.0f32); MAX_HEAD_DIM as usize];
         let mut farthest = 0.0f32;
         for at in channels.clone() {
-            ranges[at] = range_of(at);
             farthest = farthest.max(middle(ranges[at]).abs());
         }
         let mid_unit = f16_up(farthest / 127.0)?;
@@ -176,7 +183,8 @@ impl Keys {
             steps[at] = 2.0 * half / n;
             widest = widest.max(steps[at]);
         }
-        let unit = f16_up(widest / 255.0)?;
+        // Which zero the largest of zeros is must not reach the bits.
+        let unit = f16_up(widest / 255.0 + 0.0)?;
         self.units[part] = (unit, mid_unit);
         for at in channels {
             let (unit, mid_unit) = (unit.to_f32(), mid_unit.to_f32());

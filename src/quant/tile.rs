@@ -19,10 +19,11 @@ use crate::error::{Error, Result};
 use crate::layout::tile::TileLayout;
 
 /// Offset of the units in the header.
-pub(super) const HEADER_UNITS: usize = 0;
+pub(crate) const HEADER_UNITS: usize = 0;
 /// Offset of the format id in the header.
-pub(super) const HEADER_FORMAT: usize = 8;
-const HEADER_CRC: usize = 12;
+pub(crate) const HEADER_FORMAT: usize = 8;
+/// Offset of the checksum in the header.
+pub(crate) const HEADER_CRC: usize = 12;
 
 /// A record that has been checked.
 #[derive(Debug, Clone, Copy)]
@@ -32,24 +33,30 @@ pub struct Tile<'a> {
 }
 
 /// What the header says of a layout, its units and checksum apart.
-fn identity(layout: &TileLayout) -> [u8; 4] {
+pub(crate) fn header_identity(layout: &TileLayout) -> [u8; 4] {
     let id = (layout.format().id() as u16).to_le_bytes();
     [id[0], id[1], layout.shape().tokens.ilog2() as u8, 0]
 }
 
-fn checksum(layout: &TileLayout, record: &[u8]) -> u32 {
+/// What the checksum covers before the record itself.
+pub(crate) fn header_dims(layout: &TileLayout) -> [u8; 8] {
     let shape = layout.shape();
     let mut dims = [0; 8];
     dims[0..2].copy_from_slice(&(shape.k_dim as u16).to_le_bytes());
     dims[2..4].copy_from_slice(&(shape.v_dim as u16).to_le_bytes());
     dims[4] = u8::from(shape.v_in_k);
-    crc32c(crc32c(0, &dims), &record[..layout.header.start + HEADER_CRC])
+    dims
+}
+
+fn checksum(layout: &TileLayout, record: &[u8]) -> u32 {
+    let before = crc32c(0, &header_dims(layout));
+    crc32c(before, &record[..layout.header.start + HEADER_CRC])
 }
 
 /// Completes the header of a record whose units and arrays are written.
 pub(super) fn seal_header(layout: &TileLayout, record: &mut [u8]) {
     let header = layout.header.start;
-    record[header + HEADER_FORMAT..header + HEADER_CRC].copy_from_slice(&identity(layout));
+    record[header + HEADER_FORMAT..header + HEADER_CRC].copy_from_slice(&header_identity(layout));
     let crc = checksum(layout, record).to_le_bytes();
     record[header + HEADER_CRC..layout.header.end].copy_from_slice(&crc);
 }
@@ -64,7 +71,7 @@ impl<'a> Tile<'a> {
             return Err(Error::invalid("record", "must have the bytes of the layout"));
         }
         let header = &record[layout.header.clone()];
-        if header[HEADER_FORMAT..HEADER_CRC] != identity(layout) {
+        if header[HEADER_FORMAT..HEADER_CRC] != header_identity(layout) {
             return Err(Error::invalid("record", "is of another format or tile size, or damaged"));
         }
         let stored = header[HEADER_CRC..].iter().rev().fold(0, |crc, &b| crc << 8 | u32::from(b));

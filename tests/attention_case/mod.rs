@@ -7,16 +7,18 @@ use kvcache::attention::{
     HeadShape, PagedKv, ReferenceOutput, Scoring, merge_states, reference_attention,
 };
 use kvcache::cpu::{
-    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RowsView, attend,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RowsView, ScaleView, attend,
     attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, Rows, bf16, f16};
 use kvcache::layout::Strides;
 
+mod coded;
 #[cfg(any(feature = "emulate", feature = "cuda"))]
 mod on_device;
 #[path = "../random/mod.rs"]
 mod random;
+use coded::Coded;
 pub use random::Rng;
 
 /// Elements of a run-time type.
@@ -103,6 +105,11 @@ pub enum Tables {
     Csr,
 }
 
+/// The formats that are stored token by token.
+#[allow(dead_code)]
+pub const TOKEN_FORMATS: [KvFormat; 5] =
+    [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
+
 /// What is computed; the inputs follow from the seed.
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -121,6 +128,10 @@ pub struct Case {
     pub sinks: bool,
     pub alibi: bool,
     pub scale: Option<f32>,
+    /// Keys of INT8_T are rotated.
+    pub k_rotated: bool,
+    /// Heads of FP8 and NVFP4 have scales other than 1.
+    pub head_scales: bool,
     pub seed: u64,
 }
 
@@ -141,6 +152,8 @@ impl Default for Case {
             sinks: false,
             alibi: false,
             scale: None,
+            k_rotated: true,
+            head_scales: true,
             seed: 1,
         }
     }
@@ -178,8 +191,23 @@ impl Case {
             sinks: any(rng),
             alibi: any(rng),
             scale: any(rng).then(|| rng.normal()),
+            k_rotated: true,
+            head_scales: true,
             seed: round as u64,
         }
+    }
+
+    /// The same in a format that is stored token by token.
+    #[allow(dead_code)]
+    pub fn random_coded(rng: &mut Rng, round: usize) -> Case {
+        let mut case = Case::random(rng, round);
+        case.format = rng.pick(&TOKEN_FORMATS);
+        let shape = &mut case.shape;
+        let whole = |dim: u32| dim.next_multiple_of(16);
+        (shape.k_dim, shape.v_dim) = (whole(shape.k_dim), whole(shape.v_dim));
+        case.k_rotated = rng.below(2) == 0;
+        case.head_scales = rng.below(2) == 0;
+        case
     }
 
     /// Draws the inputs and computes the reference.
@@ -200,12 +228,15 @@ impl Case {
         }
         let (k_dim, v_dim) = (i64::from(shape.k_dim), i64::from(shape.v_dim));
         let bt = bt as i64;
+        let is_coded = !self.format.is_float();
         let strides = |dim: i64, block: i64| match self.layout {
+            // What codes decode to is kept in one order, whatever theirs.
+            _ if is_coded => Strides { block, head: dim, token: heads * dim },
             Layout::Nhd => Strides { block, head: dim, token: heads * dim },
             _ => Strides { block, head: bt * dim, token: dim },
         };
         // Native: K and V of a block in one run; else a tensor each.
-        let together = matches!(self.layout, Layout::Native) && !shape.v_in_k;
+        let together = matches!(self.layout, Layout::Native) && !shape.v_in_k && !is_coded;
         let (k_block, v_block) = (heads * bt * k_dim, heads * bt * v_dim);
         let block = k_block + v_block;
         let (k_strides, v_strides) = if together {
@@ -215,13 +246,19 @@ impl Case {
         } else {
             (strides(k_dim, k_block), strides(v_dim, v_block))
         };
-        let dtype = self.format.dtype();
+        let dtype = if is_coded { DType::F32 } else { self.format.dtype() };
         let elements = |block: i64| num_blocks * block as usize;
         let k_elements = if together { elements(block) } else { elements(k_block) };
         let v_elements = if together || shape.v_in_k { 0 } else { elements(v_block) };
         let mut random = || rng.normal();
-        let k = Buffer::filled(dtype, k_elements, &mut random);
-        let v = Buffer::filled(dtype, v_elements, &mut random);
+        let mut k = Buffer::filled(dtype, k_elements, &mut random);
+        let mut v = Buffer::filled(dtype, v_elements, &mut random);
+        let coded = match (&mut k, &mut v) {
+            (Buffer::F32(k), Buffer::F32(v)) if is_coded => {
+                Some(Coded::new(self, num_blocks, k, v, &mut random))
+            }
+            _ => None,
+        };
         let mut q_indptr = vec![0];
         for l in &self.lengths {
             q_indptr.push(q_indptr[q_indptr.len() - 1] + l.0 as i32);
@@ -233,6 +270,7 @@ impl Case {
         let alibi = (0..heads).map(|_| random().abs() * 0.1).collect();
         let mut instance = Instance {
             case: self.clone(),
+            coded,
             k,
             v,
             together,
@@ -255,6 +293,8 @@ impl Case {
 /// A case with its inputs and the right answer.
 pub struct Instance {
     case: Case,
+    /// K and V as they are stored, where that is codes.
+    coded: Option<Coded>,
     k: Buffer,
     v: Buffer,
     /// V lies in the memory of K.
@@ -322,6 +362,23 @@ impl Instance {
         }
     }
 
+    fn view(&self, v: *mut u8) -> KvView {
+        let case = &self.case;
+        match &self.coded {
+            Some(coded) => coded.view(case, self.num_blocks),
+            None => KvView {
+                k: self.k.ptr(),
+                v,
+                format: case.format,
+                k_strides: self.k_strides,
+                v_strides: self.v_strides,
+                num_blocks: self.num_blocks as u32,
+                block_tokens: case.block_tokens,
+                scales: ScaleView::NONE,
+            },
+        }
+    }
+
     /// Runs the sequences `seqs` and returns out and LSE of their tokens, and the flag.
     fn call(
         &self,
@@ -372,15 +429,7 @@ impl Instance {
         let args = AttendArgs {
             shape: *shape,
             scoring,
-            kv: KvView {
-                k: self.k.ptr(),
-                v,
-                format: case.format,
-                k_strides: self.k_strides,
-                v_strides: self.v_strides,
-                num_blocks: self.num_blocks as u32,
-                block_tokens: case.block_tokens,
-            },
+            kv: self.view(v),
             tables,
             seqs: seqs.len() as u32,
             q_indptr: q_indptr.as_ptr(),
@@ -403,6 +452,41 @@ impl Instance {
         (out, lse, flag.load(Ordering::Relaxed) != 0)
     }
 
+    /// That a call whose view `change` spoils is refused, and nothing is written. The scales it gets
+    /// live as long as the call.
+    #[allow(dead_code)]
+    pub fn refuses(&self, change: impl FnOnce(&mut KvView, &mut [f32])) {
+        let case = &self.case;
+        let mut scales = vec![1.0; case.shape.kv_heads as usize];
+        let mut kv = self.view(self.v.ptr());
+        change(&mut kv, &mut scales);
+        let tokens = self.q_indptr[case.lengths.len()] as usize;
+        let heads = case.shape.q_heads;
+        let elements = tokens * (heads * case.shape.v_dim) as usize;
+        let out = Buffer::filled(DType::F32, elements, || 7.0);
+        let widest = self.tables.iter().map(Vec::len).max().unwrap_or(0).max(1);
+        let table = vec![0; widest * case.lengths.len()];
+        let kv_lens: Vec<i32> = case.lengths.iter().map(|l| l.1 as i32).collect();
+        let args = AttendArgs {
+            shape: case.shape,
+            scoring: self.scoring(),
+            kv,
+            tables: BlockTables::Dense { table: table.as_ptr(), stride: widest as i64 },
+            seqs: kv_lens.len() as u32,
+            q_indptr: self.q_indptr.as_ptr(),
+            kv_lens: kv_lens.as_ptr(),
+            q: RowsView::contiguous(self.q.ptr(), case.q_dtype, heads, case.shape.k_dim),
+            out: RowsView::contiguous(out.ptr(), DType::F32, heads, case.shape.v_dim),
+            lse: std::ptr::null_mut(),
+            bad_block: None,
+        };
+        let mut workspace = vec![0; 64 << 20];
+        // SAFETY: all buffers live here; what is wrong with the view is found before it is followed.
+        let result = unsafe { attend(&args, CpuLevel::Scalar, &Threads(1), &mut workspace) };
+        assert!(result.is_err(), "{:?}", args.kv);
+        assert!((0..elements).all(|i| out.get(i) == 7.0));
+    }
+
     /// Runs at `level` and compares with the reference; returns whether a bad block was reported.
     pub fn check(&self, level: CpuLevel) -> bool {
         let (out, lse, flag) = self.call(level, 1, 0..self.tables.len(), self.scoring(), None);
@@ -416,7 +500,17 @@ impl Instance {
         let pairs = level == CpuLevel::Avx512Bf16
             && (self.case.format, self.case.q_dtype) == (KvFormat::Bf16, DType::Bf16);
         let tolerance = if pairs { 4.25 * 2f64.powi(-8) } else { 4e-5 };
-        self.compare(level.name(), &self.want, tolerance, out, lse);
+        let tolerance = tolerance + if self.coded.is_some() { 4e-5 } else { 0.0 };
+        // Where codes are multiplied as integers, queries are rounded to 16 bits (their largest
+        // channel, which `normal` keeps below 5, being 32639) and weights to 15.
+        let integers = level == CpuLevel::Avx512Bf16
+            && matches!(self.case.format, KvFormat::Int8T | KvFormat::Int4T);
+        let scale = f64::from(self.scoring().scale).abs();
+        let deviation =
+            scale * 5.0 / 32639.0 / 12f64.sqrt() * f64::from(self.case.shape.k_dim).sqrt();
+        let score = if integers { 8.0 * deviation } else { 0.0 };
+        let weight = if integers { 4.25 / 32767.0 } else { 0.0 };
+        self.compare(level.name(), &self.want, tolerance + score + weight, score, out, lse);
     }
 
     fn compare(
@@ -424,6 +518,7 @@ impl Instance {
         what: &str,
         want: &ReferenceOutput,
         tolerance: f64,
+        lse_tolerance: f64,
         out: impl Fn(usize) -> f32,
         lse: &[f32],
     ) {
@@ -447,7 +542,8 @@ impl Instance {
         }
         for (i, (&got, &want)) in lse.iter().zip(&want.lse).enumerate() {
             let same = f64::from(got) == want;
-            if !same && !((f64::from(got) - want).abs() <= 2e-5 * (1.0 + want.abs())) {
+            let bound = 2e-5 * (1.0 + want.abs()) + lse_tolerance;
+            if !same && !((f64::from(got) - want).abs() <= bound) {
                 panic!("{what}: LSE of row {i}: {got}, want {want}\n{:?}", self.case);
             }
         }

@@ -1,11 +1,13 @@
 //! One decode call in the emulator: its inputs, what the reference in f64 makes of them, and the
 //! launches. The cases are in the test files.
+#![allow(dead_code)]
 
+pub use crate::device::codes::{Coded, Codes};
 use crate::device::{self, Rng, Values};
 use kvcache::attention::{
     HeadShape, KvSource, PagedKv, ReferenceOutput, Scoring, reference_attention,
 };
-use kvcache::dtype::{DType, Rows};
+use kvcache::dtype::{DType, KvFormat, Rows};
 use kvcache::emu::{Buffer, Fibers, Options, Schedule, launch};
 use kvcache::kernels::params::{DecodeParams, In, Out};
 use kvcache::kernels::{DecodeBounds, DecodePlan, Pieces};
@@ -25,6 +27,8 @@ pub enum Tail {
 #[derive(Debug, Clone)]
 pub struct Case {
     pub cache: DType,
+    /// K and V as rows of codes; products are then of f16.
+    pub codes: Option<Codes>,
     pub rows: DType,
     pub head_dim: usize,
     pub q_heads: usize,
@@ -60,6 +64,7 @@ impl Default for Case {
     fn default() -> Self {
         Case {
             cache: DType::F16,
+            codes: None,
             rows: DType::F16,
             head_dim: 64,
             q_heads: 8,
@@ -134,6 +139,7 @@ pub struct Call {
     pub case: Case,
     pub k: Values,
     pub v: Values,
+    pub coded: Option<Coded>,
     pub q: Values,
     pub strides: Strides,
     pub tables: Vec<Vec<i32>>,
@@ -194,9 +200,15 @@ impl Call {
         }
         let sinks = (0..case.q_heads).map(|_| 2.0 * rng.normal()).collect();
         let slopes = (0..case.q_heads).map(|_| 0.1 * rng.normal().abs()).collect();
+        let coded = case.codes.map(|how| {
+            let head = |row: usize| if case.nhd { row % heads } else { row / bt % heads };
+            Coded::new(how, d, heads, head, &mut k, &mut v)
+        });
+        let stored = if coded.is_some() { DType::F32 } else { case.cache };
         Call {
-            k: Values::new(case.cache, &k),
-            v: Values::new(case.cache, &v),
+            k: Values::new(stored, &k),
+            v: Values::new(stored, &v),
+            coded,
             q: Values::new(case.rows, &q),
             strides,
             tables,
@@ -226,7 +238,8 @@ impl Call {
         let narrow = |values: &Values| values.values.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let (k, v) = (narrow(&self.k), narrow(&self.v));
         // The matrix instruction takes queries of the cache's type.
-        let q = narrow(&Values::new(case.cache, &narrow(&self.q)));
+        let q = narrow(&self.q);
+        let q = if case.codes.is_some() { q } else { narrow(&Values::new(case.cache, &q)) };
         let kv = PagedKv {
             k: Rows::F32(&k),
             v: Rows::F32(&v),
@@ -281,8 +294,13 @@ impl Call {
         let options = Options { schedule: case.schedule, fibers: case.fibers };
         let q_len = case.lengths.iter().map(|l| l.0).max().unwrap();
         let plan = DecodePlan::new(DecodeBounds {
-            cache: case.cache,
+            format: match (case.codes, case.cache) {
+                (Some(codes), _) => codes.format,
+                (None, DType::F16) => KvFormat::F16,
+                (None, _) => KvFormat::Bf16,
+            },
             head_dim: case.head_dim as u32,
+            tile_tokens: case.block_tokens as u32,
             q_heads: case.q_heads as u32,
             kv_heads: case.kv_heads as u32,
             q_len: q_len as u32,
@@ -362,7 +380,11 @@ impl Call {
                 Out::at(flag.address()),
             )
             .unwrap();
-        let second = plan.decode_launch(workspace.address(), &mut params).unwrap();
+        let mut token_params = self.coded.as_ref().map(|coded| coded.decode(params));
+        let second = match &mut token_params {
+            Some(params) => plan.decode_token_launch(workspace.address(), params).unwrap(),
+            None => plan.decode_launch(workspace.address(), &mut params).unwrap(),
+        };
         assert_eq!(second, plan.kernel());
         if case.chunks {
             params.bulk = 0;
@@ -373,7 +395,11 @@ impl Call {
             launch(kernel.name, first.grid, kernel.threads, shared, &plan_params, options).unwrap();
             let (kernel, shared) = (second.kernel, second.shared_bytes);
             for _ in 0..layers {
-                launch(kernel.name, second.grid, kernel.threads, shared, &params, options).unwrap();
+                let (name, threads) = (kernel.name, kernel.threads);
+                match &token_params {
+                    Some(p) => launch(name, second.grid, threads, shared, p, options).unwrap(),
+                    None => launch(name, second.grid, threads, shared, &params, options).unwrap(),
+                }
             }
         }
         Got { out, lse, flag: flag.read::<u32>()[0] }
@@ -386,11 +412,15 @@ pub fn check(case: Case) -> u32 {
     let call = Call::new(case);
     let (got, want) = (call.run(1), call.reference());
     // Weights are rounded to the cache's type before the product with V, each by half a step.
-    let tolerance = 2.0 * device::epsilon(call.case.cache);
+    // Beside codes, rotated queries and weights times scales are rounded to f16 too.
+    let coded = call.case.codes.is_some();
+    let largest = call.v.values.iter().filter(|x| !x.is_nan()).fold(1.0f64, |a, x| a.max(x.abs()));
+    let tolerance = if coded { largest * 0.8e-3 } else { 2.0 * device::epsilon(call.case.cache) };
+    let lse_tolerance = if coded { 1e-3 } else { 2e-5 };
     got.out.must_be(&want.out, tolerance, &what);
     for (i, (&got, &want)) in got.lse.read::<f32>().iter().zip(&want.lse).enumerate() {
         let got = f64::from(got);
-        let good = got == want || (got - want).abs() <= 2e-5 * want.abs().max(1.0);
+        let good = got == want || (got - want).abs() <= lse_tolerance * want.abs().max(1.0);
         assert!(good, "{what} LSE [{i}]: {got}, not {want}");
     }
     got.flag

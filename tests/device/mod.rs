@@ -8,6 +8,7 @@ use kvcache::emu::Buffer;
 mod random;
 pub use random::Rng;
 
+pub mod codes;
 pub mod paged;
 
 /// The step of a type near 1: its rounding error is half of it.

@@ -6,11 +6,14 @@ use kvcache::dtype::{DType, Rows};
 use kvcache::emu::{Buffer, Options};
 use kvcache::layout::Strides;
 
+use super::codes::{Coded, Codes};
 use super::{Rng, Values, epsilon};
 
 #[derive(Debug, Clone)]
 pub struct Case {
     pub cache: DType,
+    /// K and V as rows of codes; products are then of f16.
+    pub codes: Option<Codes>,
     pub q_dtype: DType,
     pub out_dtype: DType,
     pub head_dim: usize,
@@ -37,6 +40,7 @@ impl Default for Case {
     fn default() -> Self {
         Case {
             cache: DType::F16,
+            codes: None,
             q_dtype: DType::F16,
             out_dtype: DType::F16,
             head_dim: 64,
@@ -65,6 +69,7 @@ pub struct Paged {
     pub case: Case,
     pub k: Values,
     pub v: Values,
+    pub coded: Option<Coded>,
     pub q: Values,
     pub strides: Strides,
     pub tables: Vec<Vec<i32>>,
@@ -136,9 +141,15 @@ impl Paged {
             }
             indptr.push(flat.len() as i32);
         }
+        let coded = case.codes.map(|how| {
+            let head = |row: usize| if case.nhd { row % heads } else { row / bt % heads };
+            Coded::new(how, d, heads, head, &mut k, &mut v)
+        });
+        let stored = if coded.is_some() { DType::F32 } else { case.cache };
         Paged {
-            k: Values::new(case.cache, &k),
-            v: Values::new(case.cache, &v),
+            k: Values::new(stored, &k),
+            v: Values::new(stored, &v),
+            coded,
             q: Values::new(case.q_dtype, &q),
             strides,
             tables,
@@ -207,7 +218,9 @@ impl Paged {
         let longest = self.case.lengths.iter().map(|l| l.1).max().unwrap() as f64;
         let subnormal =
             if self.case.cache == DType::F16 { longest * f64::powi(2.0, -25) } else { 0.0 };
-        largest * (epsilon(self.case.cache) / 2.0 + subnormal + 2e-5)
+        // Codes times scales are rounded to f16, and so are rotated queries.
+        let codes = if self.case.codes.is_some() { 8e-4 } else { 0.0 };
+        largest * (epsilon(self.case.cache) / 2.0 + subnormal + 2e-5 + codes)
     }
 
     /// Fails where outputs or LSE are not those of the reference.
@@ -215,11 +228,12 @@ impl Paged {
         let want = self.reference();
         let what = format!("{:?}", self.case);
         out.must_be(&want.out, self.tolerance(), &what);
+        let tolerance = if self.case.codes.is_some() { 1.5e-3 } else { 2e-5 };
         let lse = lse.read::<f32>();
         assert_eq!(lse.len(), want.lse.len(), "{what}");
         for (i, (&got, &want)) in lse.iter().zip(&want.lse).enumerate() {
             let got = f64::from(got);
-            let good = got == want || (got - want).abs() <= 2e-5 * want.abs().max(1.0);
+            let good = got == want || (got - want).abs() <= tolerance * want.abs().max(1.0);
             assert!(good, "{what} LSE [{i}]: {got}, not {want}");
         }
     }

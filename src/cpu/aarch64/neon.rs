@@ -2,7 +2,9 @@
 
 use core::arch::aarch64::*;
 
+use crate::cpu::quant::CodeVector;
 use crate::cpu::vector::Vector;
+use crate::cpu::words::Words;
 
 /// Four f32 lanes.
 #[derive(Clone, Copy)]
@@ -163,4 +165,116 @@ unsafe impl Vector for F32x4 {
     }
 }
 
+// SAFETY: Advanced SIMD is part of every target this file is compiled for.
+#[allow(clippy::undocumented_unsafe_blocks)] // a few intrinsics each: the callers' promise
+unsafe impl Words for F32x4 {
+    type Word = uint32x4_t;
+
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> uint32x4_t {
+        unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn splat_word(word: u32) -> uint32x4_t {
+        unsafe { vdupq_n_u32(word) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
+        unsafe { vandq_u32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: uint32x4_t, b: uint32x4_t) -> uint32x4_t {
+        unsafe { vorrq_u32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shl(a: uint32x4_t, n: u32) -> uint32x4_t {
+        unsafe { vshlq_u32(a, vdupq_n_s32(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shr(a: uint32x4_t, n: u32) -> uint32x4_t {
+        unsafe { vshlq_u32(a, vdupq_n_s32(-(n as i32))) }
+    }
+    #[inline(always)]
+    unsafe fn xor_high_bits(a: uint32x4_t) -> uint32x4_t {
+        unsafe { veorq_u32(a, vdupq_n_u32(0x8080_8080)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes<const SMALL: bool>(
+        acc: uint32x4_t,
+        codes: uint32x4_t,
+        by: uint32x4_t,
+    ) -> uint32x4_t {
+        unsafe {
+            let (codes, by) = (vreinterpretq_u8_u32(codes), vreinterpretq_s8_u32(by));
+            let acc = vreinterpretq_s32_u32(acc);
+            let sum = if SMALL {
+                // 127 * 128 fits in 16 bits, two of them in 17: pairs widen as they are added.
+                let codes = vreinterpretq_s8_u8(codes);
+                let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(by)));
+                let high = vpaddlq_s16(vmull_high_s8(codes, by));
+                vpaddq_s32(low, high)
+            } else {
+                let c0 = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(codes)));
+                let c1 = vreinterpretq_s16_u16(vmovl_high_u8(codes));
+                let (w0, w1) = (vmovl_s8(vget_low_s8(by)), vmovl_high_s8(by));
+                let low = vpaddq_s32(
+                    vmull_s16(vget_low_s16(c0), vget_low_s16(w0)),
+                    vmull_high_s16(c0, w0),
+                );
+                let high = vpaddq_s32(
+                    vmull_s16(vget_low_s16(c1), vget_low_s16(w1)),
+                    vmull_high_s16(c1, w1),
+                );
+                vpaddq_s32(low, high)
+            };
+            vreinterpretq_u32_s32(vaddq_s32(acc, sum))
+        }
+    }
+    #[inline(always)]
+    unsafe fn words_to_f32(words: uint32x4_t) -> Self {
+        Self(unsafe { vcvtq_f32_s32(vreinterpretq_s32_u32(words)) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        unsafe {
+            let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
+            Self(vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes)))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self {
+        unsafe {
+            let bytes = vcreate_s8(u64::from(p.cast::<u32>().read_unaligned()));
+            Self(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes)))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8) {
+        unsafe {
+            let halves = vmovn_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(self.0)));
+            let bytes = vmovn_u16(vcombine_u16(halves, halves));
+            p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_u8(bytes)));
+        }
+    }
+    #[inline(always)]
+    unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
+        unsafe { vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vld1q_u8(pattern.as_ptr()))) }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl CodeVector for F32x4 {
+    #[inline(always)]
+    unsafe fn swap<const HALF: usize>(self) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe {
+            match HALF {
+                1 => vrev64q_f32(self.0),
+                _ => vextq_f32::<2>(self.0, self.0),
+            }
+        })
+    }
+}
+
 crate::cpu::kernels::instantiate!(kernels, F32x4, "neon");
+crate::cpu::sealed::instantiate_sealed!(sealed, F32x4, Plain, "neon");

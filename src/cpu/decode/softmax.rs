@@ -10,7 +10,7 @@ use crate::cpu::vector::Vector;
 
 /// Turns dot products into scores: scale, soft-cap, ALiBi; -inf for what a row must not see.
 #[inline(always)]
-pub(super) unsafe fn adjust<V: Vector>(
+pub(in crate::cpu) unsafe fn adjust<V: Vector>(
     job: &Job<'_>,
     scratch: &Scratch,
     tile: &Tile,
@@ -72,7 +72,7 @@ pub(super) unsafe fn adjust<V: Vector>(
 /// Turns scores into probabilities relative to the new maxima, in place; brings `m` and `l` up to
 /// date and leaves in `grow` what older sums must be multiplied with.
 #[inline(always)]
-pub(super) unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
+pub(in crate::cpu) unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let lanes = scratch.lanes;

@@ -8,35 +8,37 @@ use crate::cpu::job::{Blocks, Job};
 use crate::cpu::vector::prefetch;
 
 /// The most keys of a tile.
-pub(super) const TILE: usize = 64;
+pub(in crate::cpu) const TILE: usize = 64;
 /// Keys of a piece, the unit in which prefetching runs ahead.
-pub(super) const PIECE: usize = 16;
+pub(in crate::cpu) const PIECE: usize = 16;
 /// How far the second hint runs ahead, about; the first runs twice as far.
 const NEAR_BYTES: usize = 8 << 10;
 
 /// Pieces of rows of `bytes` between use and the second hint, and the first.
 #[inline(always)]
-pub(super) fn distances(bytes: usize) -> (usize, usize) {
+pub(in crate::cpu) fn distances(bytes: usize) -> (usize, usize) {
     let near = (NEAR_BYTES / (PIECE * bytes)).max(1);
     (near, 2 * near)
 }
 
 /// Row addresses of one tile in the first KV head of the job.
-pub(super) struct Tile {
-    pub(super) k: [*const u8; TILE],
-    pub(super) v: [*const u8; TILE],
+pub(in crate::cpu) struct Tile {
+    pub(in crate::cpu) k: [*const u8; TILE],
+    pub(in crate::cpu) v: [*const u8; TILE],
     /// Keys in the tile.
-    pub(super) keys: usize,
+    pub(in crate::cpu) keys: usize,
     /// Some of them lie in bad blocks; those have the address of `zeros`.
-    pub(super) bad: bool,
+    pub(in crate::cpu) bad: bool,
     /// As long as the longest row.
-    pub(super) zeros: *const u8,
+    pub(in crate::cpu) zeros: *const u8,
+    /// Spans small blocks: for kernels whose work a tile costs more than a jump in memory.
+    pub(in crate::cpu) long: bool,
 }
 
 impl Tile {
     #[inline(always)]
-    pub(super) fn empty(zeros: *const u8) -> Self {
-        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros }
+    pub(in crate::cpu) fn empty(zeros: *const u8) -> Self {
+        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros, long: false }
     }
 
     /// Looks up the keys from `at` to the end of their tile, and none from `end`. The rest of the
@@ -45,9 +47,10 @@ impl Tile {
     /// # Safety
     /// As for [`Blocks::segment`].
     #[inline(always)]
-    pub(super) unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
+    pub(in crate::cpu) unsafe fn fill(&mut self, blocks: &Blocks<'_>, at: u32, end: u32) {
         // A tile is a block or an even part of one, so that it is one run of memory.
         let whole = match blocks.block_tokens {
+            16 | 32 if self.long => 64,
             16 | 32 => blocks.block_tokens,
             tokens if tokens % 64 == 0 => 64,
             _ => 32,
@@ -81,14 +84,14 @@ impl Tile {
 
     /// A row of a head `offset` bytes from the first; zeros stay zeros.
     #[inline(always)]
-    pub(super) fn row(&self, first: *const u8, offset: isize) -> *const u8 {
+    pub(in crate::cpu) fn row(&self, first: *const u8, offset: isize) -> *const u8 {
         if first == self.zeros { first } else { first.wrapping_offset(offset) }
     }
 }
 
 /// The piece that is to be prefetched: rows of one head.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead<'a> {
+pub(in crate::cpu) struct Ahead<'a> {
     rows: &'a [*const u8],
     offset: isize,
     bytes: usize,
@@ -107,7 +110,7 @@ impl Ahead<'_> {
 
     /// Prefetches row `i` of the piece, if it has that many.
     #[inline(always)]
-    pub(super) fn fetch(&self, i: usize) {
+    pub(in crate::cpu) fn fetch(&self, i: usize) {
         if let Some(row) = self.rows.get(i) {
             let mut line = row.wrapping_offset(self.offset);
             let mut left = self.bytes;
@@ -130,34 +133,76 @@ impl Ahead<'_> {
 
 /// Which rows of a tile.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Side {
+pub(in crate::cpu) enum Side {
     Keys,
     Values,
 }
 
 /// The tile at hand and the next, as a sequence of pieces: of each tile the keys of every head,
 /// then the values.
-pub(super) struct Walk<'a, 'b> {
-    pub(super) job: &'a Job<'b>,
-    pub(super) now: Tile,
-    pub(super) next: Tile,
+pub(in crate::cpu) struct Walk<'a, 'b> {
+    pub(in crate::cpu) job: &'a Job<'b>,
+    pub(in crate::cpu) now: Tile,
+    pub(in crate::cpu) next: Tile,
     /// Bytes of a key.
-    pub(super) k_bytes: usize,
+    pub(in crate::cpu) k_bytes: usize,
     /// Bytes of a value.
-    pub(super) v_bytes: usize,
+    pub(in crate::cpu) v_bytes: usize,
+}
+
+impl<'a, 'b> Walk<'a, 'b> {
+    /// At the first tile of a job whose keys and values have `bytes` bytes each.
+    ///
+    /// # Safety
+    /// As for [`Tile::fill`].
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn new(
+        job: &'a Job<'b>,
+        zeros: *const u8,
+        (k_bytes, v_bytes): (usize, usize),
+        long: bool,
+    ) -> Self {
+        let tile = || Tile { long, ..Tile::empty(zeros) };
+        let (now, next) = (tile(), tile());
+        let mut walk = Walk { job, now, next, k_bytes, v_bytes };
+        // SAFETY: the caller's promise.
+        unsafe { walk.now.fill(&job.blocks, job.kv_start, job.kv_end) };
+        walk
+    }
+
+    /// Looks up the tile after the one at hand, which starts at key `at`; where that starts.
+    ///
+    /// # Safety
+    /// As for [`Tile::fill`].
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn look_ahead(&mut self, at: u32) -> u32 {
+        let job = self.job;
+        let after = at + self.now.keys as u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if after < job.kv_end {
+                self.next.fill(&job.blocks, after, job.kv_end);
+            } else if let Some(coming) = &job.coming {
+                self.next.fill(&coming.blocks, coming.kv_start, coming.kv_end);
+            } else {
+                self.next.keys = 0;
+            }
+        }
+        after
+    }
 }
 
 impl Walk<'_, '_> {
     /// Pieces of `tile` of one head.
     #[inline(always)]
-    pub(super) fn pieces(tile: &Tile) -> usize {
+    pub(in crate::cpu) fn pieces(tile: &Tile) -> usize {
         tile.keys.div_ceil(PIECE)
     }
 
     /// The piece `piece` pieces from the first of a head on one side of the tile at hand. Walks
     /// there by steps: it is a few pieces away, and divisions take longer.
     #[inline(always)]
-    pub(super) fn ahead(&self, side: Side, head: usize, piece: usize) -> Ahead<'_> {
+    pub(in crate::cpu) fn ahead(&self, side: Side, head: usize, piece: usize) -> Ahead<'_> {
         let job = self.job;
         let (mut side, mut head, mut piece) = (side, head, piece);
         let (mut tile, mut pieces, mut last) = (&self.now, Self::pieces(&self.now), false);
@@ -190,7 +235,7 @@ impl Walk<'_, '_> {
 
 /// Hints that go out while a piece of keys or of values is worked on: those for two pieces ahead of
 /// it, at the pace of the work.
-pub(super) struct Hints<'a> {
+pub(in crate::cpu) struct Hints<'a> {
     near: Ahead<'a>,
     far: Ahead<'a>,
     /// The next lines, where both pieces are runs of memory.
@@ -204,7 +249,7 @@ pub(super) struct Hints<'a> {
 
 impl<'a> Hints<'a> {
     /// No hints.
-    pub(super) const NONE: Hints<'static> = Hints {
+    pub(in crate::cpu) const NONE: Hints<'static> = Hints {
         near: Ahead::NONE,
         far: Ahead::NONE,
         lines: None,
@@ -216,7 +261,7 @@ impl<'a> Hints<'a> {
     /// For the piece `piece` of a head, whose rows take `pace` steps each; `even` where the steps
     /// are all alike.
     #[inline(always)]
-    pub(super) fn new(
+    pub(in crate::cpu) fn new(
         walk: &'a Walk<'_, '_>,
         side: Side,
         head: usize,
@@ -236,7 +281,7 @@ impl<'a> Hints<'a> {
 
     /// Goes one step on, which takes `lines` lines or some part of a row.
     #[inline(always)]
-    pub(super) fn step(&mut self, lines: usize) {
+    pub(in crate::cpu) fn step(&mut self, lines: usize) {
         if let Some([near, far]) = &mut self.lines {
             for _ in 0..lines {
                 prefetch(*near);
@@ -253,9 +298,20 @@ impl<'a> Hints<'a> {
         }
     }
 
+    /// Goes some rows on that are `lines` whole lines in a run of memory.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    #[inline(always)]
+    pub(in crate::cpu) fn advance(&mut self, rows: usize, lines: usize) {
+        if self.lines.is_some() {
+            self.step(lines);
+        } else {
+            self.rows(rows);
+        }
+    }
+
     /// Goes `rows` rows on at once, where the pieces are not runs of memory.
     #[inline(always)]
-    pub(super) fn rows(&mut self, rows: usize) {
+    pub(in crate::cpu) fn rows(&mut self, rows: usize) {
         if self.lines.is_none() {
             for _ in 0..rows {
                 self.near.fetch(self.row);

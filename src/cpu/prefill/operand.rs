@@ -6,6 +6,8 @@
 
 use core::marker::PhantomData;
 
+use super::super::job::Job;
+use super::super::quant::RowCode;
 use super::super::vector::{PairDot, Stored, Vector};
 use crate::dtype::{DType, bf16, f16};
 
@@ -16,13 +18,15 @@ pub(super) const TILE_HEIGHT: usize = 6;
 ///
 /// # Safety
 /// As for [`Vector`]; pointers to steps are valid for `LANES` steps unless said otherwise.
-pub(super) unsafe trait Operand<V: Vector> {
+pub(in crate::cpu) unsafe trait Operand<V: Vector> {
     /// `LANES` steps.
     type Steps: Copy;
     /// Elements of one step.
     const PER_STEP: usize;
     /// Bytes of a stored element of K or V.
     const STORED_BYTES: usize;
+    /// Whether rows are codes with scales.
+    const CODED: bool = false;
 
     /// Reads `LANES` steps.
     unsafe fn load(p: *const u32) -> Self::Steps;
@@ -31,10 +35,13 @@ pub(super) unsafe trait Operand<V: Vector> {
     /// `sum + a * b`, lane by lane.
     unsafe fn multiply(a: Self::Steps, b: Self::Steps, sum: V) -> V;
     /// Writes `dim` elements of the K or V row `row` as steps to `to`, and zeros up to a multiple
-    /// of 16 elements.
-    unsafe fn stage(row: *const u8, dim: usize, to: *mut u32);
+    /// of 16 elements. The scales and what they mean are those of the row, where it is codes.
+    unsafe fn stage(row: *const u8, scales: (*const u8, &RowCode), dim: usize, to: *mut u32);
     /// The same for a query row of `dtype`.
     unsafe fn stage_query(dtype: DType, row: *const u8, dim: usize, to: *mut u32);
+    /// Rotates a staged query row where the job's keys are rotated.
+    #[inline(always)]
+    unsafe fn turn_query(_job: &Job<'_>, _row: *mut u32) {}
     /// From `PER_STEP` staged rows, `stride` steps apart, the elements `c .. c + LANES` as steps
     /// across the rows.
     unsafe fn across(rows: *const u32, stride: usize, c: usize, to: *mut u32);
@@ -49,7 +56,7 @@ pub(super) unsafe trait Operand<V: Vector> {
 }
 
 /// f32 values; K and V are widened from `S`.
-pub(super) struct Floats<S>(PhantomData<S>);
+pub(in crate::cpu) struct Floats<S>(PhantomData<S>);
 
 /// Widens `dim` elements of `T` into `to`, then zeros up to a multiple of 16.
 ///
@@ -97,7 +104,7 @@ unsafe impl<V: Vector, S: Stored> Operand<V> for Floats<S> {
         unsafe { a.fma(b, sum) }
     }
     #[inline(always)]
-    unsafe fn stage(row: *const u8, dim: usize, to: *mut u32) {
+    unsafe fn stage(row: *const u8, _: (*const u8, &RowCode), dim: usize, to: *mut u32) {
         // SAFETY: the caller's promise.
         unsafe { widen::<V, S>(row, dim, to) }
     }
@@ -123,6 +130,28 @@ unsafe impl<V: Vector, S: Stored> Operand<V> for Floats<S> {
         unsafe {
             low.store(to.cast());
             high.store(to.add(V::LANES).cast());
+        }
+    }
+}
+
+/// Copies `dim` bf16 as pairs, then zeros up to a multiple of 16.
+///
+/// # Safety
+/// As for [`Operand::stage`]; `dim` is even.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // used where the machine has such products
+#[inline(always)]
+unsafe fn stage_pairs<V: PairDot>(row: *const u8, dim: usize, to: *mut u32) {
+    // SAFETY: the caller's promise; `dim` is even.
+    unsafe {
+        let (row, to) = (row.cast::<u16>(), to.cast::<u16>());
+        let mut c = 0;
+        while c + 2 * V::LANES <= dim {
+            V::store_pairs(V::load_pairs(row.add(c)), to.add(c));
+            c += 2 * V::LANES;
+        }
+        if c < dim {
+            let rest = V::load_pairs_part(row.add(c), dim - c);
+            V::store_pairs(rest, to.add(c));
         }
     }
 }
@@ -154,25 +183,14 @@ unsafe impl<V: PairDot> Operand<V> for Pairs {
         unsafe { sum.dot_pairs(a, b) }
     }
     #[inline(always)]
-    unsafe fn stage(row: *const u8, dim: usize, to: *mut u32) {
+    unsafe fn stage(row: *const u8, _: (*const u8, &RowCode), dim: usize, to: *mut u32) {
         // SAFETY: the caller's promise; `dim` is even.
-        unsafe {
-            let (row, to) = (row.cast::<u16>(), to.cast::<u16>());
-            let mut c = 0;
-            while c + 2 * V::LANES <= dim {
-                V::store_pairs(V::load_pairs(row.add(c)), to.add(c));
-                c += 2 * V::LANES;
-            }
-            if c < dim {
-                let rest = V::load_pairs_part(row.add(c), dim - c);
-                V::store_pairs(rest, to.add(c));
-            }
-        }
+        unsafe { stage_pairs::<V>(row, dim, to) }
     }
     #[inline(always)]
     unsafe fn stage_query(_dtype: DType, row: *const u8, dim: usize, to: *mut u32) {
         // SAFETY: the caller's promise; the kernel is only run with bf16 queries.
-        unsafe { <Self as Operand<V>>::stage(row, dim, to) }
+        unsafe { stage_pairs::<V>(row, dim, to) }
     }
     #[inline(always)]
     unsafe fn across(rows: *const u32, stride: usize, c: usize, to: *mut u32) {

@@ -30,6 +30,7 @@ pub(super) unsafe fn queries<V: Vector, O: Operand<V>>(job: &Job<'_>, s: &Scratc
                 let coming = (row + QUERIES_AHEAD).min(job.rows() - 1);
                 lines(job.q_row(coming), job.k_dim * job.q_dtype.bytes() as usize);
                 O::stage_query(job.q_dtype, job.q_row(row), job.k_dim, s.stage);
+                O::turn_query(job, s.stage);
                 for step in 0..steps {
                     to.add(step * TILE_HEIGHT).write(s.stage.add(step).read());
                 }
@@ -69,6 +70,8 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
         let last = ((to - start) as usize).next_multiple_of(unit).min(s.tile_tokens);
         let mut any_bad = false;
         let (k_stride, v_stride) = (s.k_stage_stride, s.v_stage_stride);
+        let scale_blocks = job.blocks.scales();
+        let (k_code, v_code) = (job.coding.keys(0), job.coding.values(0));
         let mut column = first;
         while column < last {
             ahead::<V, O>(job, start + (column + STAGED) as u32, limit);
@@ -92,13 +95,18 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
                     any_bad = true;
                     absent(s, i, segment.tokens);
                 } else {
+                    let scales = if O::CODED { scale_blocks.segment(token, end) } else { segment };
                     for j in 0..segment.tokens {
-                        let k = segment.k.wrapping_offset(j as isize * job.blocks.k_token_bytes);
-                        O::stage(k, job.k_dim, s.stage.add((i + j) * k_stride));
+                        let nth = j as isize;
+                        let k = segment.k.wrapping_offset(nth * job.blocks.k_token_bytes);
+                        let scale = scales.k.wrapping_offset(nth * scale_blocks.k_token_bytes);
+                        let to = s.stage.add((i + j) * k_stride);
+                        O::stage(k, (scale, &k_code), job.k_dim, to);
                         if !job.v_in_k {
-                            let v =
-                                segment.v.wrapping_offset(j as isize * job.blocks.v_token_bytes);
-                            O::stage(v, job.v_dim, s.v_stage.add((i + j) * v_stride));
+                            let v = segment.v.wrapping_offset(nth * job.blocks.v_token_bytes);
+                            let scale = scales.v.wrapping_offset(nth * scale_blocks.v_token_bytes);
+                            let to = s.v_stage.add((i + j) * v_stride);
+                            O::stage(v, (scale, &v_code), job.v_dim, to);
                         }
                     }
                 }

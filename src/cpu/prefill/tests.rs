@@ -8,6 +8,7 @@ use super::{scratch_bytes, tile_rows};
 use crate::cpu::CpuLevel;
 use crate::cpu::job::{Blocks, Job, States};
 use crate::cpu::kernels::Kernels;
+use crate::cpu::quant::Coding;
 use crate::dtype::{DType, KvFormat, bf16, f16};
 
 /// A cheap generator of numbers in -1..1.
@@ -141,6 +142,16 @@ impl Data {
                 kv_heads: 1,
                 k_head_bytes: 0,
                 v_head_bytes: 0,
+                k_scale_head_bytes: 0,
+                v_scale_head_bytes: 0,
+                coding: Coding {
+                    format: case.format,
+                    k_first: case.k_dim,
+                    k_rotated: false,
+                    v_rotated: false,
+                    k_heads: core::ptr::null(),
+                    v_heads: core::ptr::null(),
+                },
                 group: case.group,
                 tokens,
                 k_dim: case.k_dim,
@@ -161,6 +172,10 @@ impl Data {
                     k_token_bytes: k_row as isize,
                     v_block_bytes: (v_row * case.block_tokens) as isize,
                     v_token_bytes: v_row as isize,
+                    k_scales: core::ptr::null(),
+                    v_scales: core::ptr::null(),
+                    k_scale_bytes: [0; 2],
+                    v_scale_bytes: [0; 2],
                     bad_block: Some(&flag),
                 },
                 kv_start: 0,

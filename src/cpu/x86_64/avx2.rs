@@ -3,10 +3,11 @@
 use core::arch::x86_64::*;
 
 use crate::cpu::vector::Vector;
+use crate::cpu::words::Words;
 
 /// Eight f32 lanes.
 #[derive(Clone, Copy)]
-pub(crate) struct F32x8(__m256);
+pub(crate) struct F32x8(pub(super) __m256);
 
 /// A mask of the lanes below `n`.
 #[inline(always)]
@@ -184,4 +185,85 @@ unsafe impl Vector for F32x8 {
     }
 }
 
+// SAFETY: only called where AVX2, FMA and F16C are enabled; SSE4.2 comes before AVX2.
+#[allow(clippy::undocumented_unsafe_blocks)] // a few intrinsics each: the callers' promise
+unsafe impl Words for F32x8 {
+    type Word = __m256i;
+
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> __m256i {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_word(word: u32) -> __m256i {
+        unsafe { _mm256_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shl(a: __m256i, n: u32) -> __m256i {
+        unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shr(a: __m256i, n: u32) -> __m256i {
+        unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn xor_high_bits(a: __m256i) -> __m256i {
+        unsafe { _mm256_xor_si256(a, _mm256_set1_epi8(-128)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes<const SMALL: bool>(acc: __m256i, codes: __m256i, by: __m256i) -> __m256i {
+        unsafe {
+            if SMALL {
+                let pairs = _mm256_maddubs_epi16(codes, by);
+                return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            }
+            // Products of 8-bit codes would saturate: even bytes, then odd ones.
+            let even = _mm256_madd_epi16(
+                _mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(by)),
+            );
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), _mm256_srai_epi16::<8>(by));
+            _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn words_to_f32(words: __m256i) -> Self {
+        Self(unsafe { _mm256_cvtepi32_ps(words) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        Self(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self {
+        Self(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8) {
+        unsafe {
+            let low = _mm256_and_si256(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(0xff));
+            let (a, b) = (_mm256_castsi256_si128(low), _mm256_extracti128_si256::<1>(low));
+            let words = _mm_packus_epi32(a, b);
+            _mm_storel_epi64(p.cast(), _mm_packus_epi16(words, words));
+        }
+    }
+    #[inline(always)]
+    unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
+        unsafe { super::permute16(from, pattern, to) }
+    }
+    #[inline(always)]
+    unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
+        unsafe { super::crc32c(before, p, bytes) }
+    }
+}
+
 crate::cpu::kernels::instantiate!(kernels, F32x8, "avx2,fma,f16c");
+crate::cpu::sealed::instantiate_sealed!(sealed, F32x8, Plain, "avx2,fma,f16c,sse4.2");

@@ -2,12 +2,14 @@
 
 use core::arch::x86_64::*;
 
+use super::vnni;
 use crate::cpu::decode;
 use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
 use crate::cpu::prefill;
 use crate::cpu::vector::{PairDot, Vector};
+use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, bf16};
 
 /// Sixteen f32 lanes.
@@ -239,6 +241,106 @@ unsafe impl PairDot for F32x16 {
     }
 }
 
+// SAFETY: only called where AVX-512 F, BW, VL, DQ are enabled.
+#[allow(clippy::undocumented_unsafe_blocks)] // a few intrinsics each: the callers' promise
+unsafe impl Words for F32x16 {
+    type Word = __m512i;
+
+    #[inline(always)]
+    unsafe fn load_words(p: *const u32) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_word(word: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(word as i32) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shl(a: __m512i, n: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shr(a: __m512i, n: u32) -> __m512i {
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn xor_high_bits(a: __m512i) -> __m512i {
+        unsafe { _mm512_xor_si512(a, _mm512_set1_epi8(-128)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bytes<const SMALL: bool>(acc: __m512i, codes: __m512i, by: __m512i) -> __m512i {
+        unsafe {
+            if SMALL {
+                let pairs = _mm512_maddubs_epi16(codes, by);
+                return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+            }
+            // Products of 8-bit codes would saturate: even bytes, then odd ones.
+            let even = _mm512_madd_epi16(
+                _mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
+                _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(by)),
+            );
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(codes), _mm512_srai_epi16::<8>(by));
+            _mm512_add_epi32(acc, _mm512_add_epi32(even, odd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn words_to_f32(words: __m512i) -> Self {
+        Self(unsafe { _mm512_cvtepi32_ps(words) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self {
+        Self(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))) }
+    }
+    #[inline(always)]
+    unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
+        unsafe { super::permute16(from, pattern, to) }
+    }
+    #[inline(always)]
+    unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
+        unsafe { super::crc32c(before, p, bytes) }
+    }
+}
+
+/// Byte products by AVX512_VNNI.
+struct Vnni;
+
+// SAFETY: only called where AVX512_VNNI is enabled too.
+unsafe impl ByteDot<F32x16> for Vnni {
+    #[inline(always)]
+    unsafe fn dot<const SMALL: bool>(acc: __m512i, codes: __m512i, by: __m512i) -> __m512i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_dpbusd_epi32(acc, codes, by) }
+    }
+}
+
+crate::cpu::sealed::instantiate_sealed!(
+    sealed,
+    F32x16,
+    Plain,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,sse4.2"
+);
+crate::cpu::sealed::instantiate_sealed!(
+    sealed_vnni,
+    F32x16,
+    Vnni,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,sse4.2"
+);
+
 crate::cpu::kernels::instantiate!(
     kernels,
     F32x16,
@@ -272,7 +374,19 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
             }
         }
     }
+    /// [`vnni::decode`] with the level's instructions.
+    ///
+    /// # Safety
+    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"
+    )]
+    unsafe fn decode_integers(job: &Job<'_>) {
+        // SAFETY: the caller's promise; the features are enabled here.
+        unsafe { vnni::decode(job) }
+    }
     match format {
+        KvFormat::Int8T | KvFormat::Int4T => Kernels { decode: decode_integers, ..kernels(format) },
         KvFormat::Bf16 => Kernels { decode: decode_pairs, tile, ..kernels(format) },
         _ => kernels(format),
     }

@@ -121,19 +121,29 @@ macro_rules! device_struct {
 
 // After the macro that they use.
 mod append;
+mod append_token;
 mod cascade;
 mod copy;
 mod decode;
+mod decode_tile;
+mod decode_token;
 mod lookup;
 mod merge;
 mod mla;
 mod prefill;
+mod prefill_token;
+mod seal;
 
 pub use append::AppendParams;
+pub use append_token::AppendTokenParams;
 pub use cascade::{CascadeSegment, CascadeSplitParams};
 pub use copy::CopyParams;
 pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
+pub use decode_tile::DecodeTileParams;
+pub use decode_token::DecodeTokenParams;
 pub use lookup::{LookupParams, LookupPatch, LookupPatchParams};
 pub use merge::MergeParams;
 pub use mla::MlaParams;
 pub use prefill::PrefillParams;
+pub use prefill_token::PrefillTokenParams;
+pub use seal::SealParams;

@@ -1,0 +1,419 @@
+//! Quantised K and V: decode in every format beside bf16 of the same shape (attend.rs), append to
+//! rows of codes, sealing of tiles. 32/8 heads of 128 channels; bytes count codes and scales.
+
+use kvcache::attention::HeadShape;
+use kvcache::device::DeviceMemory;
+use kvcache::dtype::{DType, FormatClass, KvFormat};
+use kvcache::error::{Error, Result};
+use kvcache::kernels::params::{AppendParams, DecodeParams, DecodeTileParams, In, Out, SealParams};
+use kvcache::kernels::{
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, DecodeBounds, DecodePlan, Pieces,
+    ScaleArgs, append_token_launch, append_token_params, seal_launch,
+};
+use kvcache::layout::{GroupLayout, GroupSpec, Strides};
+use serde_json::json;
+
+use crate::Line;
+use crate::attend::gcd;
+use crate::gpu::Gpu;
+
+const DIM: u32 = 128;
+const Q_HEADS: u32 = 32;
+const KV_HEADS: u32 = 8;
+const K: u64 = 1 << 10;
+
+/// Formats stored token by token, then sealed tiles.
+fn formats(class: FormatClass) -> impl Iterator<Item = KvFormat> {
+    KvFormat::ALL.iter().copied().filter(move |format| format.class() == class)
+}
+
+pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()> {
+    for format in formats(FormatClass::Token) {
+        for (batch, context) in [(1, 4 * K), (1, 32 * K), (8, 16 * K), (64, 4 * K), (64, 16 * K)] {
+            decode_rows(gpu, filter, report, format, batch, context)?;
+        }
+        for (tokens, context) in [(2 * K, 2 * K), (512, 16 * K)] {
+            prefill_rows(gpu, filter, report, format, tokens, context)?;
+        }
+        for tokens in [64, 4096, 8192] {
+            append_rows(gpu, filter, report, format, tokens)?;
+        }
+    }
+    for format in formats(FormatClass::Tile) {
+        for (batch, context) in [(1, 4 * K), (1, 32 * K), (8, 16 * K), (64, 4 * K), (64, 16 * K)] {
+            decode_tiles(gpu, filter, report, format, batch, context)?;
+        }
+    }
+    Ok(())
+}
+
+/// The layout of one layer.
+fn layout(format: KvFormat, block_tokens: u32) -> Result<GroupLayout> {
+    GroupLayout::new(GroupSpec::uniform(1, KV_HEADS, DIM, format), block_tokens)
+}
+
+/// A dense table of `batch` sequences over blocks in an order as scattered as a pool's.
+fn table(gpu: &Gpu, batch: u64, width: u64) -> Result<DeviceMemory> {
+    let blocks = batch * width;
+    let stride = (0..).map(|i| blocks / 2 + 1 + i).find(|s| gcd(*s, blocks) == 1).unwrap_or(1);
+    gpu.put((0..blocks).map(|i| ((i * stride % blocks) as i32).to_ne_bytes()))
+}
+
+fn head_shape() -> HeadShape {
+    HeadShape { q_heads: Q_HEADS, kv_heads: KV_HEADS, k_dim: DIM, v_dim: DIM, v_in_k: false }
+}
+
+fn decode_rows(
+    gpu: &Gpu,
+    filter: &str,
+    report: &mut impl FnMut(Line),
+    format: KvFormat,
+    batch: u64,
+    context: u64,
+) -> Result<()> {
+    let name = format!("decode {} 32/8 batch {batch} context {context}", format.name());
+    attend_rows(gpu, filter, report, format, name, batch, 1, context)
+}
+
+fn prefill_rows(
+    gpu: &Gpu,
+    filter: &str,
+    report: &mut impl FnMut(Line),
+    format: KvFormat,
+    tokens: u64,
+    context: u64,
+) -> Result<()> {
+    let name = format!("prefill {} 32/8 new {tokens} context {context}", format.name());
+    attend_rows(gpu, filter, report, format, name, 1, tokens, context)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn attend_rows(
+    gpu: &Gpu,
+    filter: &str,
+    report: &mut impl FnMut(Line),
+    format: KvFormat,
+    name: String,
+    batch: u64,
+    q_len: u64,
+    context: u64,
+) -> Result<()> {
+    const BLOCK: u32 = 16;
+    if !name.contains(filter) {
+        return Ok(());
+    }
+    let layout = layout(format, BLOCK)?;
+    let width = context.div_ceil(u64::from(BLOCK));
+    let kv_bytes = layout.pool_bytes(batch * width)?;
+    let row = u64::from(Q_HEADS * DIM);
+    let q_bytes = batch * q_len * row * 2;
+    let moved = kv_bytes + 2 * q_bytes;
+    let sets = gpu.sets(moved)?;
+    if sets as u64 * moved > gpu.room()? {
+        println!("{name:<52} does not fit");
+        return Ok(());
+    }
+    let plan = AttendPlan::new(&AttendBounds {
+        shape: head_shape(),
+        format,
+        seqs: batch as u32,
+        q_len: q_len as u32,
+        q_tokens: (batch * q_len) as u32,
+        kv_len: context as u32,
+        pieces: Pieces::Balanced,
+        multiprocessors: gpu.backend.multiprocessors(),
+        multiprocessor_shared_bytes: gpu.backend.multiprocessor_shared_bytes(),
+    })?;
+    let buffers = (0..sets)
+        .map(|_| Ok([gpu.random(kv_bytes)?, gpu.random(q_bytes)?, gpu.random(q_bytes)?]))
+        .collect::<Result<Vec<_>>>()?;
+    let table = table(gpu, batch, width)?;
+    let kv_lens = gpu.put((0..batch).map(|_| (context as i32).to_ne_bytes()))?;
+    let q_indptr = gpu.put((0..=batch).map(|s| ((s * q_len) as i32).to_ne_bytes()))?;
+    let workspace = DeviceMemory::new(&gpu.backend, plan.workspace_bytes())?;
+    let args = |[kv, q, out]: &[DeviceMemory; 3]| AttendArgs {
+        q: q.address(),
+        q_dtype: DType::Bf16,
+        q_strides: [row as i64, DIM.into()],
+        out: out.address(),
+        out_dtype: DType::Bf16,
+        out_strides: [row as i64, DIM.into()],
+        lse: 0,
+        k: kv.address() + layout.k_offset(0),
+        k_strides: layout.k_strides(),
+        v: kv.address() + layout.v_offset(0),
+        v_strides: layout.v_strides(),
+        scales: ScaleArgs {
+            k: kv.address() + layout.k_scale_offset(0),
+            v: kv.address() + layout.v_scale_offset(0),
+            k_strides: layout.k_scale_strides(),
+            v_strides: layout.v_scale_strides(),
+            ..ScaleArgs::NONE
+        },
+        block_tokens: BLOCK,
+        num_blocks: (batch * width) as u32,
+        table: table.address(),
+        table_stride: width as i64,
+        table_indptr: 0,
+        seqs: batch as u32,
+        q_indptr: q_indptr.address(),
+        kv_lens: kv_lens.address(),
+        tail_mask: 0,
+        scale: 1.0 / (DIM as f32).sqrt(),
+        causal: true,
+        window: None,
+        softcap: None,
+        sinks: 0,
+        slopes: 0,
+        error_flag: 0,
+    };
+    if let Some((launch, params)) = plan.plan_launch(workspace.address(), &args(&buffers[0]))? {
+        gpu.enqueue(&launch, &params)?;
+    }
+    let sample = gpu.time(sets, |i| {
+        let (launch, params) = plan.attend_launch(workspace.address(), &args(&buffers[i]))?;
+        match &params {
+            AttendParams::DecodeToken(params) => gpu.enqueue(&launch, params),
+            AttendParams::PrefillToken(params) => gpu.enqueue(&launch, params),
+            _ => Err(Error::InvalidState { why: "a plan for codes made another launch" }),
+        }
+    })?;
+    let products = batch * (q_len * context - q_len * (q_len - 1) / 2);
+    let flops = if q_len > 1 { 4 * row * products } else { 0 };
+    let shape = json!({
+        "op": if q_len > 1 { "prefill" } else { "decode" }, "dtype": format.name(), "q_heads": Q_HEADS,
+        "kv_heads": KV_HEADS, "dim": DIM, "batch": batch, "tokens": q_len, "context": context,
+        "block_tokens": BLOCK,
+    });
+    let bytes = moved + batch * width * 4 + batch * 4;
+    report(Line { name, shape, bytes, flops, sample });
+    Ok(())
+}
+
+fn append_rows(
+    gpu: &Gpu,
+    filter: &str,
+    report: &mut impl FnMut(Line),
+    format: KvFormat,
+    tokens: u64,
+) -> Result<()> {
+    const BLOCK: u32 = 16;
+    let name = format!("append {} {KV_HEADS} heads {tokens} tokens", format.name());
+    if !name.contains(filter) {
+        return Ok(());
+    }
+    let layout = layout(format, BLOCK)?;
+    let blocks = tokens.div_ceil(u64::from(BLOCK));
+    let (row, cache) = (u64::from(KV_HEADS * DIM), layout.pool_bytes(blocks)?);
+    let moved = 2 * tokens * row * 2 + cache;
+    let sets = gpu.sets(moved)?;
+    let buffers = (0..sets)
+        .map(|_| {
+            let rows = || gpu.random(tokens * row * 2);
+            Ok([rows()?, rows()?, gpu.random(cache)?])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let slots = gpu.put((0..tokens).map(|t| (t as i64).to_ne_bytes()))?;
+    let sample = gpu.time(sets, |i| {
+        let [k, v, kv] = &buffers[i];
+        let (k_strides, v_strides) = (layout.k_strides(), layout.v_strides());
+        let call = AppendParams {
+            k: In::at(k.address()),
+            v: In::at(v.address()),
+            k_cache: Out::at(kv.address() + layout.k_offset(0)),
+            v_cache: Out::at(kv.address() + layout.v_offset(0)),
+            slots: In::at(slots.address()),
+            k_token: row as i64,
+            k_head: DIM.into(),
+            v_token: row as i64,
+            v_head: DIM.into(),
+            k_cache_block: k_strides.block,
+            k_cache_head: k_strides.head,
+            k_cache_token: k_strides.token,
+            v_cache_block: v_strides.block,
+            v_cache_head: v_strides.head,
+            v_cache_token: v_strides.token,
+            tokens: tokens as u32,
+            kv_heads: KV_HEADS,
+            k_dim: DIM,
+            v_dim: DIM,
+            block_tokens: BLOCK,
+            num_blocks: blocks as u32,
+            row_dtype: DType::Bf16.id(),
+            ..AppendParams::default()
+        };
+        let scales = ScaleArgs {
+            k: kv.address() + layout.k_scale_offset(0),
+            v: kv.address() + layout.v_scale_offset(0),
+            k_strides: layout.k_scale_strides(),
+            v_strides: layout.v_scale_strides(),
+            ..ScaleArgs::NONE
+        };
+        let mut params = append_token_params(call, format, &scales);
+        match append_token_launch(&mut params)? {
+            Some(launch) => gpu.enqueue(&launch, &params),
+            None => Ok(()),
+        }
+    })?;
+    let shape = json!({
+        "op": "append", "dtype": format.name(), "kv_heads": KV_HEADS, "dim": DIM, "tokens": tokens,
+    });
+    report(Line { name, shape, bytes: moved + tokens * 8, flops: 0, sample });
+    Ok(())
+}
+
+/// Decode of one token over tiles that the sealing kernel has sealed, which is timed too; the last
+/// tile is raw.
+fn decode_tiles(
+    gpu: &Gpu,
+    filter: &str,
+    report: &mut impl FnMut(Line),
+    format: KvFormat,
+    batch: u64,
+    context: u64,
+) -> Result<()> {
+    const TOKENS: u32 = 64;
+    let name = format!("decode {} 32/8 batch {batch} context {context}", format.name());
+    if !name.contains(filter) {
+        return Ok(());
+    }
+    let layout = layout(format, TOKENS)?;
+    let tile = layout.tile().ok_or(Error::InvalidState { why: "a tile format without tiles" })?;
+    let width = context.div_ceil(u64::from(TOKENS));
+    let kv_bytes = layout.pool_bytes(batch * width)?;
+    let raw = Strides {
+        block: i64::from(2 * KV_HEADS * TOKENS * DIM),
+        head: i64::from(TOKENS * DIM),
+        token: DIM.into(),
+    };
+    let (raw_bytes, v_at) = (batch * raw.block as u64 * 2, u64::from(KV_HEADS * TOKENS * DIM) * 2);
+    let row = u64::from(Q_HEADS * DIM);
+    let q_bytes = batch * row * 2;
+    let moved = kv_bytes + 2 * q_bytes;
+    let sets = gpu.sets(moved)?;
+    if sets as u64 * (moved + raw_bytes) > gpu.room()? {
+        println!("{name:<52} does not fit");
+        return Ok(());
+    }
+    let buffers = (0..sets)
+        .map(|_| {
+            let kv = DeviceMemory::new(&gpu.backend, kv_bytes)?;
+            Ok([kv, gpu.random(raw_bytes)?, gpu.random(q_bytes)?, gpu.random(q_bytes)?])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    // Every record is sealed of one of the raw slots.
+    let count = batch * width;
+    let list = gpu.put(
+        (0..count).flat_map(|i| [((i % batch) as i32).to_ne_bytes(), (i as i32).to_ne_bytes()]),
+    )?;
+    let refused = gpu.put((0..count).map(|_| 0u32.to_ne_bytes()))?;
+    let seal = |[kv, rows, ..]: &[DeviceMemory; 4]| {
+        let mut params = SealParams {
+            k: In::at(rows.address()),
+            v: In::at(rows.address() + v_at),
+            records: Out::at(kv.address()),
+            list: In::at(list.address()),
+            refused: Out::at(refused.address()),
+            k_block: raw.block,
+            k_head: raw.head,
+            k_token: raw.token,
+            v_block: raw.block,
+            v_head: raw.head,
+            v_token: raw.token,
+            record_block: layout.block_bytes() as i64,
+            record_head: tile.bytes() as i64,
+            staging_blocks: batch as u32,
+            num_blocks: count as u32,
+            kv_heads: KV_HEADS,
+            ..SealParams::default()
+        };
+        match seal_launch(&tile, count as u32, &mut params)? {
+            Some(launch) => gpu.enqueue(&launch, &params),
+            None => Ok(()),
+        }
+    };
+    buffers.iter().try_for_each(seal)?;
+    let plan = DecodePlan::new(DecodeBounds {
+        format,
+        head_dim: DIM,
+        tile_tokens: TOKENS,
+        q_heads: Q_HEADS,
+        kv_heads: KV_HEADS,
+        q_len: 1,
+        batch: batch as u32,
+        max_tokens: context as u32,
+        pieces: Pieces::Balanced,
+        multiprocessors: gpu.backend.multiprocessors(),
+        multiprocessor_shared_bytes: gpu.backend.multiprocessor_shared_bytes(),
+    })?;
+    let table = table(gpu, batch, width)?;
+    let kv_lens = gpu.put((0..batch).map(|_| (context as i32).to_ne_bytes()))?;
+    let raw_indptr = gpu.put((0..=batch).map(|s| (s as i32).to_ne_bytes()))?;
+    let raw_blocks = gpu.put(
+        (0..batch).flat_map(|s| [((width - 1) as i32).to_ne_bytes(), (s as i32).to_ne_bytes()]),
+    )?;
+    let workspace = DeviceMemory::new(&gpu.backend, plan.workspace_bytes())?;
+    let (launch, params) = plan.plan_launch(
+        workspace.address(),
+        In::at(kv_lens.address()),
+        batch as u32,
+        None,
+        Out::NULL,
+    )?;
+    gpu.enqueue(&launch, &params)?;
+    let sample = gpu.time(sets, |i| {
+        let [kv, rows, q, out] = &buffers[i];
+        let mut params = DecodeTileParams {
+            call: DecodeParams {
+                q: In::at(q.address()),
+                k: In::at(rows.address()),
+                v: In::at(rows.address() + v_at),
+                out: Out::at(out.address()),
+                table: In::at(table.address()),
+                seq_lens: In::at(kv_lens.address()),
+                q_row: row as i64,
+                q_head: DIM.into(),
+                out_row: row as i64,
+                out_head: DIM.into(),
+                k_block: raw.block,
+                k_head: raw.head,
+                k_token: raw.token,
+                v_block: raw.block,
+                v_head: raw.head,
+                v_token: raw.token,
+                table_stride: width as i64,
+                causal: 1,
+                block_tokens: TOKENS,
+                num_blocks: count as u32,
+                q_dtype: DType::Bf16.id(),
+                out_dtype: DType::Bf16.id(),
+                scale: 1.0 / (DIM as f32).sqrt(),
+                ..DecodeParams::default()
+            },
+            records: In::at(kv.address()),
+            raw_indptr: In::at(raw_indptr.address()),
+            raw_blocks: In::at(raw_blocks.address()),
+            record_block: layout.block_bytes() as i64,
+            record_head: tile.bytes() as i64,
+            staging_blocks: batch as u32,
+            ..DecodeTileParams::default()
+        };
+        let launch = plan.decode_tile_launch(workspace.address(), &mut params)?;
+        gpu.enqueue(&launch, &params)
+    })?;
+    let shape = json!({
+        "op": "decode", "dtype": format.name(), "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM,
+        "batch": batch, "context": context, "tile_tokens": TOKENS,
+    });
+    // The last tile of each sequence is read raw and not from its record.
+    let bytes = moved - layout.pool_bytes(batch)? + raw_bytes + count * 4;
+    report(Line { name, shape, bytes, flops: 0, sample });
+    if batch == 8 {
+        let sample = gpu.time(sets, |i| seal(&buffers[i]))?;
+        let name = format!("seal {} {KV_HEADS} heads {count} tiles", format.name());
+        let shape = json!({ "op": "seal", "dtype": format.name(), "tiles": count, "dim": DIM });
+        // Raw rows come from few slots, so from the cache; what counts is what is written.
+        report(Line { name, shape, bytes: kv_bytes, flops: 0, sample });
+    }
+    Ok(())
+}

@@ -1,0 +1,91 @@
+"""The KV cache of a language model as a library: paging, exact prefix reuse, paged attention.
+
+The nouns are those of the C header:
+
+| here | header |
+|---|---|
+| `Cache`, `Sequence`, `Step`, `Batch`, `Scoring` | `kvc_cache_*`, `kvc_seq_*`, `kvc_step_*` |
+| `Pool`, `Prefix` | `kvc_pool_*`, `kvc_prefix_*` |
+| `attend`, `append`, `merge_states`, `Rope` | `kvc_attend*`, `kvc_append*`, `kvc_rope_*` |
+| `GroupSpec`, `plan` | `kvc_group_spec`, `kvc_plan_*` |
+| `Device` | `kvc_device_*` |
+| `Events`, `Metrics` | `kvc_events_*`, `kvc_metrics_*` |
+| `errors` | `kvc_status` |
+
+Arrays are torch tensors, NumPy arrays, or anything with the buffer protocol or DLPack, taken without a
+copy. Calls release the interpreter's lock. `kvcache.transformers` puts Hugging Face models on a cache.
+"""
+
+from . import errors
+from .cache import Cache, CacheCounts, Sequence
+from .device import Device, DeviceFacts, DeviceMemory
+from .errors import Error, OutOfBlocks
+from .events import Event, Events, EventsCounts
+from .info import _require, abi_version, build_info, version
+from .kernels import append, attend, kernel_name, merge_states, workspace_size
+from .layout import GroupSpec, Plan, PlanGroup, plan
+from .metrics import Histogram, Metrics
+from .pool import Pool, PoolCounts
+from .prefix import (
+    Answer,
+    Commit,
+    Hit,
+    Inserted,
+    Position,
+    Prefix,
+    PrefixCounts,
+    Query,
+    Ran,
+    Retention,
+)
+from .rope import Rope
+from .step import Batch, Scoring, Step, Work
+
+_require()
+__version__ = version()
+
+__all__ = [
+    "Answer",
+    "Batch",
+    "Cache",
+    "CacheCounts",
+    "Commit",
+    "Device",
+    "DeviceFacts",
+    "DeviceMemory",
+    "Error",
+    "Event",
+    "Events",
+    "EventsCounts",
+    "GroupSpec",
+    "Histogram",
+    "Hit",
+    "Inserted",
+    "Metrics",
+    "OutOfBlocks",
+    "Plan",
+    "PlanGroup",
+    "Pool",
+    "PoolCounts",
+    "Position",
+    "Prefix",
+    "PrefixCounts",
+    "Query",
+    "Ran",
+    "Retention",
+    "Rope",
+    "Scoring",
+    "Sequence",
+    "Step",
+    "Work",
+    "abi_version",
+    "append",
+    "attend",
+    "build_info",
+    "errors",
+    "kernel_name",
+    "merge_states",
+    "plan",
+    "version",
+    "workspace_size",
+]

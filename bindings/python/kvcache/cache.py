@@ -1,0 +1,243 @@
+"""The whole cache and its sequences.
+
+A `Cache` has block pools, a prefix index, storage of K and V and kernels; calls on it are
+thread-safe. A `Sequence` is a number inside it. Steps are in `step`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import _structs, names
+from ._native import ffi, lib
+from .arrays import tokens as token_ids
+from .errors import check
+from .layout import GroupSpec, groups_array
+from .prefix import Retention, retention_array
+
+if TYPE_CHECKING:
+    from .events import Event, Events
+    from .metrics import Metrics
+    from .step import Step
+
+
+class CacheCounts(NamedTuple):
+    """What a cache holds now, and what happened since it was created. Block counts are of the first
+    layer group: `blocks` = `free_blocks` + `cached_blocks` + `referenced_blocks`."""
+
+    blocks: int
+    free_blocks: int
+    cached_blocks: int
+    referenced_blocks: int
+    sequences: int
+    sequence_tokens: int
+    waste_tokens: int
+    block_bytes: int
+    pool_bytes: int
+    looked_up_tokens: int
+    hit_tokens: int
+    evicted_blocks: int
+    copied_blocks: int
+    merged_blocks: int
+
+
+class Cache:
+    """A KV cache for one model: `groups` are its layer groups, `blocks` the size of each group's pool.
+
+    `device` is "cpu" or "cuda"; there `stream` is the CUstream (an integer, as
+    `torch.cuda.current_stream().cuda_stream`) that everything is enqueued on, and None stands for
+    torch's current stream where torch is loaded, else for the default stream. `threads` 0 is one a
+    core.
+    """
+
+    def __init__(
+        self,
+        groups: GroupSpec | Iterable[GroupSpec],
+        *,
+        blocks: int = 1024,
+        block_tokens: int = 16,
+        max_seqs: int = 256,
+        threads: int = 0,
+        prefix_reuse: bool = True,
+        device: str = "cpu",
+        device_ordinal: int = 0,
+        stream: int | None = None,
+        deterministic: bool = False,
+        eviction: str = "lru",
+    ) -> None:
+        self.groups = (groups,) if isinstance(groups, GroupSpec) else tuple(groups)
+        self.device, self.device_ordinal, self.block_tokens = device, device_ordinal, block_tokens
+        if stream is None and device == "cuda":
+            from .device import current_stream
+
+            stream = current_stream(device_ordinal)
+        self.stream = stream or 0
+        options = _structs.options(
+            "kvc_cache_options",
+            block_tokens=block_tokens,
+            blocks=blocks,
+            max_seqs=max_seqs,
+            threads=threads,
+            prefix_reuse=int(prefix_reuse),
+            device=names.number(names.DEVICES, device, "device"),
+            device_ordinal=device_ordinal,
+            stream=ffi.cast("void *", self.stream),
+            deterministic=int(deterministic),
+            eviction=names.number(names.EVICTIONS, eviction, "eviction"),
+        )
+        specs = groups_array(self.groups)
+        out = ffi.new("kvc_cache **")
+        check(lib.kvc_cache_create(options, specs, len(specs), out))
+        self._handle = out[0]
+        self._end = weakref.finalize(self, lib.kvc_cache_destroy, out[0])
+
+    def close(self) -> None:
+        """Ends the cache with all its sequences and gives its memory back; again does nothing.
+        `InvalidState` while another thread is inside it."""
+        if self._end.alive:
+            check(lib.kvc_cache_destroy(self._handle))
+            self._end.detach()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def start(self, prompt: Any, *, name_space: int = 0) -> Sequence:
+        """Starts a sequence with what the prefix index has of `prompt`: its `cached_tokens`, fewer
+        than the prompt has. Feed the rest to a step. `name_space` separates what may share prefixes
+        from what may not (tenant, adapter)."""
+        ids, n = token_ids(prompt, "prompt")
+        seq, cached = ffi.new("kvc_seq *"), ffi.new("uint32_t *")
+        check(lib.kvc_seq_start(self._handle, ids, n, _structs.uint(name_space, "name_space", 64), seq, cached))
+        return Sequence(self, seq[0], cached[0])
+
+    def step(self, work: Any) -> Step:
+        """A new step, begun with `work`: see `Step.begin`. In a `with` it commits at the end, and
+        cancels where an exception comes out."""
+        from .step import Step
+
+        return Step().begin(self, work)
+
+    def sync(self) -> None:
+        """Waits for everything that is enqueued on the device; on the CPU there is nothing."""
+        check(lib.kvc_cache_sync(self._handle))
+
+    def advance(self, now_ms: int) -> None:
+        """Sets the time of the prefix index, in ms, for priorities that end and uses that come."""
+        check(lib.kvc_cache_advance(self._handle, now_ms))
+
+    def clear_prefix(self) -> None:
+        """Drops everything from the prefix index that no sequence uses."""
+        check(lib.kvc_cache_clear_prefix(self._handle))
+
+    def audit(self) -> None:
+        """Checks that pools, tables and index agree; what does not hold is a bug in the library."""
+        check(lib.kvc_cache_audit(self._handle))
+
+    def stats(self) -> CacheCounts:
+        """What the cache holds and has done."""
+        return _structs.counts(self._handle, lib.kvc_cache_stats, "kvc_cache_counts", CacheCounts)
+
+    def metrics(self) -> Metrics:
+        """Everything that the cache counts and times."""
+        from .metrics import read
+
+        return read(self._handle)
+
+    def metrics_text(self) -> str:
+        """The same as Prometheus reads it."""
+        from .metrics import text
+
+        return text(self._handle)
+
+    def watch(self, every: int) -> None:
+        """Keeps the times of every `every`-th block for the histograms; 0 for none."""
+        check(lib.kvc_metrics_watch(self._handle, every))
+
+    def set_time(self, now_ms: int) -> None:
+        """Sets the clock of the metrics, in ms; the system's is not read from now on."""
+        check(lib.kvc_metrics_set_time(self._handle, now_ms))
+
+    def describe(self, name_space: int, *, salt: str | None = None, lora: str | None = None) -> None:
+        """Says what a name space is in the server's words, before anything is cached in it, so that
+        its digests are the same in every process that says the same."""
+        words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (salt, lora)]
+        check(lib.kvc_events_describe(self._handle, name_space, *words))
+
+    def events(self, callback: Callable[[Event], None] | None = None, **options: Any) -> Events:
+        """Publishes what becomes cached and what ceases to be: see `Events`."""
+        from .events import Events
+
+        return Events(self, callback, **options)
+
+
+class Sequence:
+    """A sequence of a cache. It lives until `release`, the end of a `with`, or of its cache."""
+
+    __slots__ = ("cache", "id", "cached_tokens")
+
+    def __init__(self, cache: Cache, id: int, cached_tokens: int = 0) -> None:
+        self.cache, self.id, self.cached_tokens = cache, id, cached_tokens
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.id})"
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same tokens, sharing every block."""
+        out = ffi.new("kvc_seq *")
+        check(lib.kvc_seq_fork(self.cache._handle, self.id, out))
+        return Sequence(self.cache, out[0], self.cached_tokens)
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets the tokens from position `tokens` on (rejected speculation)."""
+        check(lib.kvc_seq_truncate(self.cache._handle, self.id, _structs.uint(tokens, "tokens")))
+
+    def release(self) -> None:
+        """Ends the sequence. Its full blocks stay in the prefix index until they are evicted."""
+        check(lib.kvc_seq_release(self.cache._handle, self.id))
+
+    def prioritize(self, ranges: Iterable[Retention]) -> None:
+        """Gives priorities to the sequence's full blocks in the prefix index."""
+        array, n = retention_array(ranges)
+        check(lib.kvc_seq_prioritize(self.cache._handle, self.id, array, n))
+
+    def hint(self, hint: str, *, from_block: int = 0, when_ms: int = 0) -> None:
+        """Says what is known of the next use of what it holds: see `Prefix.hint`. Before `release`."""
+        number = names.number(names.HINTS, hint, "hint")
+        check(lib.kvc_seq_hint(self.cache._handle, self.id, from_block, number, when_ms))
+
+    def tokens(self) -> list[int]:
+        """The tokens whose K and V it holds."""
+        return self._listed("uint32_t[]", lambda *out: lib.kvc_seq_tokens(self.cache._handle, self.id, *out))
+
+    def blocks(self, group: int = 0) -> list[int]:
+        """The blocks that hold it in a layer group, in order."""
+        return self._listed("int32_t[]", lambda *out: lib.kvc_seq_blocks(self.cache._handle, self.id, group, *out))
+
+    def __len__(self) -> int:
+        n = ffi.new("uint64_t *")
+        check(lib.kvc_seq_tokens(self.cache._handle, self.id, ffi.NULL, 0, n))
+        return n[0]
+
+    def _listed(self, kind: str, read: Any) -> list[int]:
+        n = ffi.new("uint64_t *")
+        check(read(ffi.NULL, 0, n))
+        while True:
+            room = n[0]
+            out = ffi.new(kind, max(room, 1))
+            status = read(out, room, n)
+            # Another thread may have made it longer meanwhile.
+            if status != lib.KVC_ERR_BUFFER_TOO_SMALL:
+                check(status)
+                return ffi.unpack(out, n[0])
+            check(read(ffi.NULL, 0, n))

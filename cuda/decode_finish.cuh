@@ -1,0 +1,104 @@
+// How the sums of a decode unit's four warps become output rows: merged in shared memory, rotated
+// back where values are stored rotated, and written, or stored as a partial result that the last
+// block to arrive merges with the others (split.cuh). It knows nothing of how they were made.
+#pragma once
+#include "decode_unit.cuh"
+#include "hadamard.cuh"
+
+namespace kvc {
+
+constexpr uint32_t kDecodeWarps = 4, kDecodeThreads = 128;
+
+KVC_DEVICE float max_over_tokens(float x) {
+    x = max_f32(x, shfl_xor(kFullMask, x, 4));
+    x = max_f32(x, shfl_xor(kFullMask, x, 8));
+    return max_f32(x, shfl_xor(kFullMask, x, 16));
+}
+KVC_DEVICE float sum_over_tokens(float x) {
+    x += shfl_xor(kFullMask, x, 4);
+    x += shfl_xor(kFullMask, x, 8);
+    return x + shfl_xor(kFullMask, x, 16);
+}
+
+// The warps' states side by side, from the beginning of shared memory: channels of a column
+// together, columns four words apart.
+template <int HeadDim> struct WarpSums {
+    static constexpr uint32_t kColumnWords = HeadDim + 4;
+    float *states, *tops, *sums;
+
+    KVC_DEVICE WarpSums()
+        : states(KVC_SMEM(float)), tops(states + kDecodeWarps * kColumns * kColumnWords),
+          sums(tops + kDecodeWarps * kColumns) {}
+};
+
+// Puts a warp's sums there. Lane 4g+t has columns 2t and 2t+1: `value(i, half, c, channel)` gives
+// row g + 8 half of its i-th matrix for column 2t + c, and the channel that this is. Barriers before
+// and after are the caller's, and `finish_unit`'s.
+template <int HeadDim, typename Value>
+KVC_DEVICE void put_warp_sums(const float (&m)[2], const float (&l)[2], Value value) {
+    const WarpSums<HeadDim> to;
+    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+KVC_UNROLL
+    for (int c = 0; c < 2; ++c) {
+        const float sum = sum_over_tokens(l[c]);
+        const uint32_t at = warp_id() * kColumns + 2 * t + c;
+        if (g == 0) {
+            to.tops[at] = m[c];
+            to.sums[at] = sum;
+        }
+KVC_UNROLL
+        for (int i = 0; i < HeadDim / 16; ++i)
+            for (int half = 0; half < 2; ++half) {
+                uint32_t channel;
+                const float x = value(i, half, c, channel);
+                to.states[at * to.kColumnWords + channel] = x;
+            }
+    }
+}
+
+// Merges what the warps have put there, and writes or stores it. `rotated`, of values, for head
+// dimensions of at most 128.
+template <int HeadDim>
+KVC_DEVICE void finish_unit(const kvc_decode_params &p, const kvc_decode_item &item, uint32_t unit,
+                            const Unit &u, bool rotated) {
+    const WarpSums<HeadDim> from;
+    sync_threads();
+    constexpr uint32_t kQuads = HeadDim / 4;
+    const Partials<kColumns, HeadDim> partials = {p.partial, p.max_slots, p.units};
+    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
+        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+        const Column column = find_column(p, u, c);
+        if (!column.exists && !rotated) continue;
+        Quad quad = {-infinity(), 0.0f, {}};
+        for (uint32_t w = 0; w < kDecodeWarps; ++w)
+            quad.top = max_f32(quad.top, from.tops[w * kColumns + c]);
+        for (uint32_t w = 0; w < kDecodeWarps; ++w) {
+            const uint32_t at = w * kColumns + c;
+            const float factor = weight(from.tops[at], quad.top);
+            quad.sum += from.sums[at] * factor;
+            for (int j = 0; j < 4; ++j)
+                quad.o[j] += from.states[at * from.kColumnWords + channel + j] * factor;
+        }
+        // All lanes take part: a warp has whole columns, and works on as many as every other.
+        if constexpr (kQuads <= 32)
+            if (rotated) unrotate_quads<HeadDim>(quad.o, channel);
+        if (!column.exists) continue;
+        if (item.pieces == 1)
+            write_row(p, column, channel, quad);
+        else
+            store_partial(partials, item.first_slot + item.piece, unit, c, channel, quad);
+    }
+    if (item.pieces == 1) return;
+
+    uint32_t *ticket = p.tickets + static_cast<int64_t>(item.ticket) * p.units + unit;
+    if (!last_to_arrive(ticket, item.pieces, KVC_SMEM(uint32_t))) return;
+    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
+        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+        const Column column = find_column(p, u, c);
+        if (column.exists)
+            write_row(p, column, channel,
+                      merge_partials(partials, item.first_slot, item.pieces, unit, c, channel));
+    }
+}
+
+} // namespace kvc

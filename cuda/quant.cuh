@@ -1,0 +1,184 @@
+// Dequantisation in registers: a word of codes becomes pairs of f16 for the matrix instruction.
+//
+// Element `element(i, e)` of a word is half `e` of pair `i`. A code `x` comes out as `x` times
+// 1 / kFactor, exactly, but for biased forms, which add `bias(i)`: what that adds to a dot product
+// is the query's to know, and saves an instruction a pair. `rows` takes 16 bits of codes of each of
+// two rows, as a transposed matrix load gives them: pair `i` is then the `i`-th code of both.
+//
+// The formats are those of src/quant; scales are no concern of this file. e4m3 is converted by
+// hardware from sm_89 on, and below by moving its bits under the exponent of f16.
+#pragma once
+#include "num.cuh"
+
+namespace kvc {
+
+KVC_DEVICE constexpr uint32_t twice(uint32_t half) { return half << 16 | half; }
+
+// Bytes in the upper halves of f16: e5m2 is just that.
+struct E5m2 {
+    static constexpr int kBits = 8, kPairs = 2;
+    static constexpr float kFactor = 1.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w, 0, 0x1404);
+        out[1] = permute(w, 0, 0x3424);
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w, 0, 0x2404);
+        out[1] = permute(w, 0, 0x3414);
+    }
+};
+
+// e4m3 by its bits: 2^-8 of its value, subnormals included; NaN comes out as 480 * 2^-8.
+struct E4m3Bits {
+    static constexpr int kBits = 8, kPairs = 2;
+    static constexpr float kFactor = 256.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
+    KVC_DEVICE static uint32_t move(uint32_t upper) {
+        return (upper >> 1 & 0x3f803f80u) | (upper & 0x80008000u);
+    }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
+        E5m2::unpack(w, out);
+        for (uint32_t &pair : out) pair = move(pair);
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
+        E5m2::rows(w, out);
+        for (uint32_t &pair : out) pair = move(pair);
+    }
+};
+
+#if !defined(KVC_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+struct E4m3 {
+    static constexpr int kBits = 8, kPairs = 2;
+    static constexpr float kFactor = 1.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = f16x2_from_e4m3(w);
+        out[1] = f16x2_from_e4m3(w >> 16);
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
+        unpack(permute(w, 0, 0x3120), out);
+    }
+};
+#else
+using E4m3 = E4m3Bits;
+#endif
+
+// Bytes 0 to 255 of which kZero stands for 0: as the last bits of 1024.
+template <bool Signed> struct Bytes {
+    static constexpr int kBits = 8, kPairs = 2;
+    static constexpr float kFactor = 1.0f;
+    static constexpr uint32_t kFlip = Signed ? 0x80808080u : 0;
+    static constexpr uint32_t kMagic = 0x64646464u, kZero = twice(Signed ? 0x6480 : 0x6400);
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
+    KVC_DEVICE static constexpr uint32_t bias(uint32_t) { return kZero; }
+    KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ kFlip, kMagic, 0x4140);
+        out[1] = permute(w ^ kFlip, kMagic, 0x4342);
+    }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
+        biased(w, out);
+        for (uint32_t &pair : out) pair = sub_f16x2(pair, kZero);
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
+        unpack(permute(w, 0, 0x3120), out);
+    }
+};
+using Int8 = Bytes<true>;
+
+// Codes 0 to 15 in the order [0, 2, 4, 6, 1, 3, 5, 7].
+struct Nibbles {
+    static constexpr int kBits = 4, kPairs = 4;
+    static constexpr float kFactor = 1.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
+    // The exponent under which the nibble's last bit counts 1.
+    KVC_DEVICE static constexpr uint32_t bias(uint32_t i) { return twice(i % 2 == 0 ? 0x6400 : 0x5400); }
+    KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[4]) {
+        const uint32_t upper = w >> 8;
+        out[0] = (w & 0x000f000fu) | bias(0);
+        out[1] = (w & 0x00f000f0u) | bias(1);
+        out[2] = (upper & 0x000f000fu) | bias(2);
+        out[3] = (upper & 0x00f000f0u) | bias(3);
+    }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
+        biased(w, out);
+        for (uint32_t i = 0; i < 4; ++i) out[i] = sub_f16x2(out[i], bias(i));
+    }
+    // The channel that code `i` of a row's 16 bits stands for, which are the `half`-th of a word.
+    KVC_DEVICE static constexpr uint32_t row_element(uint32_t half, uint32_t i) { return 2 * i + half; }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
+};
+
+// The same codes less kLess. What all codes have in common would meet every rounding of a weight, and
+// come together in one channel where values are rotated back.
+struct NibblesLess8 : Nibbles {
+    static constexpr float kLess = 8.0f;
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
+        biased(w, out);
+        for (uint32_t i = 0; i < 4; ++i)
+            out[i] = sub_f16x2(out[i], twice(i % 2 == 0 ? 0x6408 : 0x5480));
+    }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
+};
+
+// e2m1 in order; 2^-14 of its value.
+struct E2m1 {
+    static constexpr int kBits = 4, kPairs = 4;
+    static constexpr float kFactor = 16384.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 4 * e; }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t top = w << (12 - 4 * i);
+            out[i] = (top >> 3 & 0x0e000e00u) | (top & 0x80008000u);
+        }
+    }
+    KVC_DEVICE static constexpr uint32_t row_element(uint32_t half, uint32_t i) { return 4 * half + i; }
+    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
+};
+
+// Codes 0 to 3 in order: pair `i` is elements `i` and `i + 8` of 16.
+struct Twos {
+    static constexpr int kBits = 2, kPairs = 8;
+    static constexpr float kFactor = 1.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 8 * e; }
+    KVC_DEVICE static constexpr uint32_t bias(uint32_t i) {
+        return twice(0x6400 - (i < 5 ? i : i - 5) * 0x800);
+    }
+    KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[8]) {
+        const uint32_t upper = w >> 10;
+        for (uint32_t i = 0; i < 8; ++i) {
+            const uint32_t at = i < 5 ? i : i - 5;
+            out[i] = ((i < 5 ? w : upper) & twice(3u << 2 * at)) | bias(i);
+        }
+    }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[8]) {
+        biased(w, out);
+        for (uint32_t i = 0; i < 8; ++i) out[i] = sub_f16x2(out[i], bias(i));
+    }
+};
+
+// Whether codes have bits in a plane beside them.
+template <typename Codes> constexpr bool kHasPlane = false;
+
+// Codes 0 to 7: two bits as above, and the third from the word of a plane, shifted so that the bits
+// of this word's pairs are the lowest of both halves.
+struct Threes {
+    static constexpr int kBits = 2, kPairs = 8;
+    static constexpr float kFactor = 1.0f;
+    KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 8 * e; }
+    KVC_DEVICE static constexpr uint32_t bias(uint32_t) { return twice(0x6400); }
+    KVC_DEVICE static void biased(uint32_t w, uint32_t thirds, uint32_t (&out)[8]) {
+        for (uint32_t i = 0; i < 8; ++i) {
+            const uint32_t third = i < 2 ? thirds << (2 - i) : thirds >> (i - 2);
+            out[i] = (w >> 2 * i & 0x00030003u) | (third & 0x00040004u) | bias(i);
+        }
+    }
+    KVC_DEVICE static void unpack(uint32_t w, uint32_t thirds, uint32_t (&out)[8]) {
+        biased(w, thirds, out);
+        for (uint32_t i = 0; i < 8; ++i) out[i] = sub_f16x2(out[i], bias(i));
+    }
+};
+
+template <> inline constexpr bool kHasPlane<Threes> = true;
+
+} // namespace kvc

@@ -1,0 +1,130 @@
+// The queries of a decode unit as kernels over codes want them: rotated where keys are stored
+// rotated, scaled by a power of two so that they use the range of f16, and rounded to it, a row of
+// shared memory for each column. The factor that undoes the scaling goes to the scores.
+#pragma once
+#include "decode_unit.cuh"
+#include "hadamard.cuh"
+
+namespace kvc {
+
+// The power of two that brings `x` into [1, 2); 1 for what has none.
+KVC_DEVICE uint32_t exponent_of(float x) {
+    const uint32_t field = as_bits(x) >> 23 & 0xff;
+    return field == 0 || field == 255 ? 127 : field < 253 ? field : 253;
+}
+
+template <int HeadDim> struct QueryRows {
+    static constexpr uint32_t kRow = HeadDim + 8; // halves, so that rows begin on other banks
+    static constexpr uint32_t kBytes = kColumns * (kRow * 2 + 8);
+    uint16_t *rows;
+    float *factors; // of each column
+    float *sums;    // of each column's rounded elements
+
+    KVC_DEVICE explicit QueryRows(unsigned char *at)
+        : rows(reinterpret_cast<uint16_t *>(at)),
+          factors(reinterpret_cast<float *>(at + kColumns * kRow * 2)), sums(factors + kColumns) {}
+
+    // The greatest of, or the sum over, the lanes that share a row.
+    template <typename F> KVC_DEVICE static float over_row(float x, F join) {
+KVC_UNROLL
+        for (uint32_t by = 1; by < HeadDim / 4 && by < 32; by *= 2)
+            x = join(x, shfl_xor(kFullMask, x, by));
+        return x;
+    }
+
+    // All threads of the block call it, between barriers.
+    KVC_DEVICE void fill(const kvc_decode_params &p, const Unit &u, bool rotated) const {
+        constexpr uint32_t kQuads = HeadDim / 4;
+        static_assert(32 % kQuads == 0, "a row lies within a warp");
+        for (uint32_t i = thread_x(); i < kColumns * kQuads; i += 128) {
+            const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+            const Column column = find_column(p, u, c);
+            float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (column.exists) {
+                const int64_t at = column.row * p.q_row + column.head * p.q_head + channel;
+                for (int j = 0; j < 4; ++j) x[j] = load_element(p.q, at + j, p.q_dtype);
+            }
+            if (rotated) rotate_quads<HeadDim>(x, channel);
+            float top = 0.0f;
+            for (int j = 0; j < 4; ++j) top = max_f32(top, as_float(as_bits(x[j]) & 0x7fffffffu));
+            top = over_row(top, [](float a, float b) { return max_f32(a, b); });
+            const uint32_t exponent = exponent_of(top);
+            const float down = as_float((254 - exponent) << 23);
+            const uint32_t low = pack_f16(x[0] * down, x[1] * down);
+            const uint32_t high = pack_f16(x[2] * down, x[3] * down);
+            float sum = 0.0f;
+            for (int j = 0; j < 2; ++j)
+                sum += widen_f16(static_cast<uint16_t>(low >> 16 * j)) +
+                       widen_f16(static_cast<uint16_t>(high >> 16 * j));
+            sum = over_row(sum, [](float a, float b) { return a + b; });
+            uint32_t *to = reinterpret_cast<uint32_t *>(rows + c * kRow + channel);
+            to[0] = low;
+            to[1] = high;
+            if (channel == 0) {
+                factors[c] = as_float(exponent << 23);
+                sums[c] = sum;
+            }
+        }
+    }
+
+    // The elements of channels `first + low` and `first + high` of a column.
+    template <uint32_t Low, uint32_t High>
+    KVC_DEVICE uint32_t pair(uint32_t column, uint32_t first) const {
+        const uint16_t *row = rows + column * kRow + first;
+        if constexpr (Low % 2 == 0 && High == Low + 1)
+            return *reinterpret_cast<const uint32_t *>(row + Low);
+        return row[Low] | static_cast<uint32_t>(row[High]) << 16;
+    }
+};
+
+// How lane `t` of four takes its words of a row of codes, the same in every row, so that the four
+// have all words between them: in runs of up to four words, which is one load.
+template <typename Codes, int HeadDim> struct RowWords {
+    static constexpr uint32_t kBytes = HeadDim * Codes::kBits / 8; // of a row
+    static constexpr uint32_t kWords = kBytes / 16;                // of a lane
+    static constexpr uint32_t kRun = kWords < 4 ? kWords : 4, kRuns = kWords / kRun;
+    static constexpr uint32_t kPerWord = 32 / Codes::kBits;
+    static_assert(kBytes % 16 == 0 && kWords % kRun == 0, "whole runs");
+
+    // The word of the row that is this lane's `w`-th of run `j`.
+    KVC_DEVICE static constexpr uint32_t word(uint32_t t, uint32_t j, uint32_t w) {
+        return (j * 4 + t) * kRun + w;
+    }
+
+    // The queries of a column for the pairs of this lane's `n`-th word: step s of a word multiplies
+    // its pairs 2s and 2s + 1.
+    KVC_DEVICE static void query(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t t,
+                                 uint32_t n, uint32_t (&q)[Codes::kPairs]) {
+        pairs(rows, column, word(t, n / kRun, n % kRun) * kPerWord, q, Index<0>());
+    }
+    // The matrix fragments of all words in order.
+    KVC_DEVICE static void queries(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t t,
+                                   uint32_t (&q)[HeadDim / 16][2]) {
+KVC_UNROLL
+        for (uint32_t n = 0; n < kWords; ++n) {
+            uint32_t own[Codes::kPairs];
+            query(rows, column, t, n, own);
+KVC_UNROLL
+            for (uint32_t i = 0; i < Codes::kPairs; ++i) {
+                const uint32_t at = n * Codes::kPairs + i;
+                q[at / 2][at % 2] = own[i];
+            }
+        }
+    }
+
+  private:
+    template <uint32_t I> struct Index {};
+    template <uint32_t I>
+    KVC_DEVICE static void pairs(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t first,
+                                 uint32_t (&q)[Codes::kPairs], Index<I>) {
+        q[I] = rows.template pair<Codes::element(I, 0), Codes::element(I, 1)>(column, first);
+        if constexpr (I + 1 < Codes::kPairs) pairs(rows, column, first, q, Index<I + 1>());
+    }
+};
+
+// `N` words, 1, 2 or 4, from shared memory.
+template <uint32_t N> struct alignas(4 * N) WordRun {
+    uint32_t word[N];
+};
+
+} // namespace kvc

@@ -1,0 +1,77 @@
+//! How an append to rows of codes is launched: a warp for one or two rows at a time.
+
+use super::append::check_append;
+use super::decode_token::{Scales, check_scales};
+use super::params::{AppendParams, AppendTokenParams, In, Out};
+use super::{Launch, ScaleArgs};
+use crate::dtype::{FormatClass, KvFormat};
+use crate::error::{Error, Result};
+
+kernels! {
+    D64 = "kvc_append_token_d64", "kvc_append_token_params", 256;
+    D128 = "kvc_append_token_d128", "kvc_append_token_params", 256;
+}
+
+/// The parameters of an append of floats, for rows of codes.
+pub fn append_token_params(
+    call: AppendParams,
+    format: KvFormat,
+    scales: &ScaleArgs,
+) -> AppendTokenParams {
+    let (s, int4) = (scales, format == KvFormat::Int4T);
+    AppendTokenParams {
+        call,
+        k_scales: Out::at(s.k),
+        v_scales: Out::at(s.v),
+        k_heads: In::at(s.k_heads),
+        v_heads: In::at(s.v_heads),
+        k_scale_block: s.k_strides.block,
+        k_scale_head: s.k_strides.head,
+        k_scale_token: s.k_strides.token,
+        v_scale_block: s.v_strides.block,
+        v_scale_head: s.v_strides.head,
+        v_scale_token: s.v_strides.token,
+        format: format.id(),
+        k_rotated: u32::from(int4 || (format == KvFormat::Int8T && s.k_rotated)),
+    }
+}
+
+/// Rows that a block should have before it takes another token.
+const ROWS_PER_BLOCK: u32 = 32;
+
+/// Fills `tokens_per_block` and gives the launch; `None` where there is nothing to do.
+///
+/// # Errors
+/// `InvalidArgument` where a dimension of `params` is outside what its field documents;
+/// `Unsupported` where there is no kernel for the format and head dimension.
+pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Launch>> {
+    let p = params;
+    let format = KvFormat::from_id(p.format)?;
+    let kernel = match (format.class(), p.call.k_dim) {
+        (FormatClass::Token, 64) if p.call.v_dim == 64 => &D64,
+        (FormatClass::Token, 128) if p.call.v_dim == 128 => &D128,
+        _ => return Err(Error::Unsupported { what: "append of this KV format and head_dim" }),
+    };
+    check_append(&p.call, 16)?;
+    check_scales(
+        format,
+        &Scales {
+            addresses: [p.k_scales.0, p.v_scales.0],
+            strides: [
+                [p.k_scale_block, p.k_scale_head, p.k_scale_token],
+                [p.v_scale_block, p.v_scale_head, p.v_scale_token],
+            ],
+            heads: [p.k_heads.0, p.v_heads.0],
+        },
+    )?;
+    if p.call.tokens == 0 {
+        return Ok(None);
+    }
+    let rows = (2 * p.call.kv_heads).min(ROWS_PER_BLOCK);
+    p.call.tokens_per_block = (ROWS_PER_BLOCK / rows).clamp(1, p.call.tokens);
+    let blocks = p.call.tokens.div_ceil(p.call.tokens_per_block);
+    if blocks > i32::MAX as u32 {
+        return Err(Error::Overflow { what: "blocks of an append" });
+    }
+    Ok(Some(Launch { kernel, grid: [blocks, 1, 1], shared_bytes: 0 }))
+}

@@ -1,0 +1,132 @@
+//! The parameters of whichever kernel attends, from the one form that all calls have.
+
+use super::attend::{AttendArgs, ScaleArgs};
+use super::params::{DecodeParams, DecodeTokenParams, In, MlaParams, Out, PrefillParams};
+use crate::dtype::KvFormat;
+
+/// What a call over rows of codes has beside the call itself.
+pub(super) fn token_scales(format: KvFormat, scales: &ScaleArgs) -> DecodeTokenParams {
+    let (s, int4) = (scales, format == KvFormat::Int4T);
+    DecodeTokenParams {
+        k_scales: In::at(s.k),
+        v_scales: In::at(s.v),
+        k_heads: In::at(s.k_heads),
+        v_heads: In::at(s.v_heads),
+        k_scale_block: s.k_strides.block,
+        k_scale_head: s.k_strides.head,
+        k_scale_token: s.k_strides.token,
+        v_scale_block: s.v_strides.block,
+        v_scale_head: s.v_strides.head,
+        v_scale_token: s.v_strides.token,
+        k_rotated: u32::from(int4 || (format == KvFormat::Int8T && s.k_rotated)),
+        v_rotated: u32::from(int4),
+        ..DecodeTokenParams::default()
+    }
+}
+
+pub(super) fn decode_params(args: &AttendArgs) -> DecodeParams {
+    let a = args;
+    DecodeParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        v: In::at(a.v),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        tail_mask: In::at(a.tail_mask),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        sinks: In::at(a.sinks),
+        slopes: In::at(a.slopes),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_head: a.k_strides.head,
+        k_token: a.k_strides.token,
+        v_block: a.v_strides.block,
+        v_head: a.v_strides.head,
+        v_token: a.v_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        softcap: a.softcap.unwrap_or(0.0),
+        ..DecodeParams::default()
+    }
+}
+
+pub(super) fn prefill_params(args: &AttendArgs) -> PrefillParams {
+    let a = args;
+    PrefillParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        v: In::at(a.v),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        sinks: In::at(a.sinks),
+        slopes: In::at(a.slopes),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_head: a.k_strides.head,
+        k_token: a.k_strides.token,
+        v_block: a.v_strides.block,
+        v_head: a.v_strides.head,
+        v_token: a.v_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        softcap: a.softcap.unwrap_or(0.0),
+        ..PrefillParams::default()
+    }
+}
+
+pub(super) fn mla_params(args: &AttendArgs) -> MlaParams {
+    let a = args;
+    MlaParams {
+        q: In::at(a.q),
+        k: In::at(a.k),
+        out: Out::at(a.out),
+        lse: Out::at(a.lse),
+        q_indptr: In::at(a.q_indptr),
+        table: In::at(a.table),
+        table_indptr: In::at(a.table_indptr),
+        seq_lens: In::at(a.kv_lens),
+        error_flag: Out::at(a.error_flag),
+        q_row: a.q_strides[0],
+        q_head: a.q_strides[1],
+        out_row: a.out_strides[0],
+        out_head: a.out_strides[1],
+        k_block: a.k_strides.block,
+        k_token: a.k_strides.token,
+        table_stride: a.table_stride,
+        causal: u32::from(a.causal),
+        block_tokens: a.block_tokens,
+        num_blocks: a.num_blocks,
+        window: a.window.unwrap_or(0),
+        q_dtype: a.q_dtype.id(),
+        out_dtype: a.out_dtype.id(),
+        scale: a.scale,
+        ..MlaParams::default()
+    }
+}

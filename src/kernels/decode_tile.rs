@@ -1,0 +1,192 @@
+//! Paged decode over sealed tiles: which kernel, how much shared memory, and what a call says of the
+//! record. Work is cut as for any decode (decode.rs).
+
+use super::decode::{COLUMNS, DecodePlan, RESERVED_BYTES, Residence, THREADS};
+use super::params::DecodeTileParams;
+use super::{Kernel, Launch, decode};
+use crate::dtype::{FormatClass, KvFormat};
+use crate::error::{Error, Result};
+use crate::layout::tile::{TileLayout, TileShape};
+
+kernels! {
+    KT8V8_D64 = "kvc_decode_kt8v8_d64", "kvc_decode_tile_params", THREADS;
+    KT8V8_D128 = "kvc_decode_kt8v8_d128", "kvc_decode_tile_params", THREADS;
+    KT4V4_D64 = "kvc_decode_kt4v4_d64", "kvc_decode_tile_params", THREADS;
+    KT4V4_D128 = "kvc_decode_kt4v4_d128", "kvc_decode_tile_params", THREADS;
+    KT3V3_D64 = "kvc_decode_kt3v3_d64", "kvc_decode_tile_params", THREADS;
+    KT3V3_D128 = "kvc_decode_kt3v3_d128", "kvc_decode_tile_params", THREADS;
+    KT4V2_D64 = "kvc_decode_kt4v2_d64", "kvc_decode_tile_params", THREADS;
+    KT4V2_D128 = "kvc_decode_kt4v2_d128", "kvc_decode_tile_params", THREADS;
+    KT2V2_D64 = "kvc_decode_kt2v2_d64", "kvc_decode_tile_params", THREADS;
+    KT2V2_D128 = "kvc_decode_kt2v2_d128", "kvc_decode_tile_params", THREADS;
+}
+
+/// The kernel for a format and head dimension; `None` where there is no instance.
+pub(super) fn tile_kernel(format: KvFormat, head_dim: u32) -> Option<&'static Kernel> {
+    match (format, head_dim) {
+        (KvFormat::Kt8v8, 64) => Some(&KT8V8_D64),
+        (KvFormat::Kt8v8, 128) => Some(&KT8V8_D128),
+        (KvFormat::Kt4v4, 64) => Some(&KT4V4_D64),
+        (KvFormat::Kt4v4, 128) => Some(&KT4V4_D128),
+        (KvFormat::Kt3v3, 64) => Some(&KT3V3_D64),
+        (KvFormat::Kt3v3, 128) => Some(&KT3V3_D128),
+        (KvFormat::Kt4v2, 64) => Some(&KT4V2_D64),
+        (KvFormat::Kt4v2, 128) => Some(&KT4V2_D128),
+        (KvFormat::Kt2v2, 64) => Some(&KT2V2_D64),
+        (KvFormat::Kt2v2, 128) => Some(&KT2V2_D128),
+        _ => None,
+    }
+}
+
+/// Blocks of a multiprocessor that the sources ask the compiler for.
+fn blocks_by_registers(format: KvFormat, head_dim: u32) -> u32 {
+    match (format, head_dim) {
+        (KvFormat::Kt8v8 | KvFormat::Kt4v4, 128) => 2,
+        _ => 3,
+    }
+}
+/// The most stages of a warp's ring.
+const MAX_STAGES: u32 = 3;
+/// Warps of a block.
+const WARPS: u32 = THREADS / 32;
+/// Raw tokens that a warp copies at a time.
+const STRIP_TOKENS: u32 = 16;
+/// Bytes of the barriers: one a warp and stage.
+const BARRIER_BYTES: u32 = WARPS * MAX_STAGES * 8;
+
+/// The layout of a record of the shape that decode has.
+fn record(format: KvFormat, head_dim: u32, tile_tokens: u32) -> Result<TileLayout> {
+    let (k_dim, v_dim) = (head_dim, head_dim);
+    TileLayout::new(format, TileShape { k_dim, v_dim, v_in_k: false, tokens: tile_tokens })
+}
+
+/// Stages and blocks of a multiprocessor for tiles of this many tokens: rings of records, in their
+/// place before and afterwards raw rows and the warps' sums, and behind them queries and barriers.
+pub(super) fn tile_residence(
+    format: KvFormat,
+    head_dim: u32,
+    tile_tokens: u32,
+    multiprocessor_shared_bytes: u32,
+) -> Option<Residence> {
+    let bytes = record(format, head_dim, tile_tokens).ok()?.bytes() as u32;
+    let sums = WARPS * COLUMNS * (head_dim + 4 + 2) * 4;
+    let raw = WARPS * STRIP_TOKENS * 2 * (head_dim + 8) * 2;
+    let queries = COLUMNS * ((head_dim + 8) * 2 + 8);
+    let most = blocks_by_registers(format, head_dim);
+    let all = (1..=MAX_STAGES).map(|stages: u32| {
+        let query_at = (WARPS * stages * bytes).max(sums).max(raw).next_multiple_of(16);
+        let shared_bytes = query_at + queries + BARRIER_BYTES;
+        let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
+        Residence { stages, blocks: fit.min(most), shared_bytes, query_at }
+    });
+    Residence::most_under_way(all)
+}
+
+impl DecodePlan {
+    /// [`decode_launch`](Self::decode_launch) for sealed tiles. Fills also what the layout of the
+    /// record determines.
+    ///
+    /// # Errors
+    /// As there; `InvalidArgument` for a call that is not causal, records that do not begin at
+    /// multiples of 16 bytes, or tiles that the plan is not for; `NullPointer`.
+    pub fn decode_tile_launch(
+        &self,
+        workspace: u64,
+        params: &mut DecodeTileParams,
+    ) -> Result<Launch> {
+        let b = self.bounds;
+        if b.format.class() != FormatClass::Tile {
+            return Err(Error::InvalidState { why: "the plan is not for sealed tiles" });
+        }
+        let p = params;
+        let layout = record(b.format, b.head_dim, b.tile_tokens)?;
+        if p.call.block_tokens != b.tile_tokens {
+            return Err(Error::invalid("block_tokens", "must be the tokens of the plan's tiles"));
+        }
+        if p.call.causal != 1 {
+            return Err(Error::invalid("causal", "must be set for sealed tiles"));
+        }
+        if [p.records.0, p.raw_indptr.0, p.raw_blocks.0].contains(&0) {
+            return Err(Error::NullPointer { what: "records, raw tables" });
+        }
+        let strides = [p.record_block, p.record_head];
+        if !p.records.0.is_multiple_of(16) || strides.iter().any(|s| s % 16 != 0) {
+            return Err(Error::invalid("records", "must begin at multiples of 16 bytes"));
+        }
+        let scratch = [
+            p.scratch_k_block,
+            p.scratch_k_head,
+            p.scratch_k_token,
+            p.scratch_v_block,
+            p.scratch_v_head,
+            p.scratch_v_token,
+        ];
+        let aligned = (p.scratch_k.0 | p.scratch_v.0).is_multiple_of(16);
+        if !aligned || scratch.iter().any(|s| s % decode::CHUNK_ELEMENTS != 0) {
+            return Err(Error::invalid("scratch", "rows must begin at multiples of 16 bytes"));
+        }
+        if p.scratch_blocks != 0 && [p.scratch_k.0, p.scratch_v.0].contains(&0) {
+            return Err(Error::NullPointer { what: "scratch" });
+        }
+        if p.staging_blocks.checked_add(p.scratch_blocks).is_none_or(|n| n > i32::MAX as u32) {
+            return Err(Error::invalid("staging_blocks, scratch_blocks", "must fit in 31 bits"));
+        }
+        self.fill(workspace, &mut p.call, decode::CHUNK_ELEMENTS)?;
+        p.call.bulk = 1;
+        p.tile_tokens = b.tile_tokens;
+        p.identity = b.format.id() | b.tile_tokens.ilog2() << 16;
+        p.record_bytes = layout.bytes() as u32;
+        p.k_plane_at = layout.k_plane.start as u32;
+        p.v_codes_at = layout.v_codes.start as u32;
+        p.v_plane_at = layout.v_plane.start as u32;
+        p.k_steps_at = layout.k_steps.start as u32;
+        p.k_mids_at = layout.k_mids.start as u32;
+        p.v_scales_at = layout.v_scales.start as u32;
+        p.header_at = layout.header.start as u32;
+        p.v_rotated = u32::from(b.format.v_bits() < 8);
+        p.query_at = self.residence.query_at;
+        p.barriers_at = self.residence.shared_bytes - BARRIER_BYTES;
+        Ok(self.kernel())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::SM90_SHARED_BYTES;
+
+    #[test]
+    fn every_instance_has_room_for_its_records() {
+        for kernel in KERNELS {
+            let (name, dim) = kernel.name.rsplit_once("_d").unwrap();
+            let format = KvFormat::from_name(name.strip_prefix("kvc_decode_").unwrap()).unwrap();
+            let head_dim = dim.parse().unwrap();
+            assert_eq!(tile_kernel(format, head_dim), Some(*kernel));
+            for tokens in [64, 128] {
+                for shared in [SM90_SHARED_BYTES, 164 * 1024] {
+                    let r = tile_residence(format, head_dim, tokens, shared).unwrap();
+                    assert!(r.blocks >= 1 && r.shared_bytes <= shared, "{kernel:?} {r:?}");
+                }
+            }
+        }
+        let best = |format| tile_residence(format, 128, 64, SM90_SHARED_BYTES).unwrap();
+        assert_eq!((best(KvFormat::Kt4v4).stages, best(KvFormat::Kt4v4).blocks), (3, 2));
+        assert_eq!((best(KvFormat::Kt2v2).stages, best(KvFormat::Kt2v2).blocks), (3, 3));
+    }
+
+    /// The sources say how many blocks a multiprocessor shall hold, and so does this file.
+    #[test]
+    fn the_sources_ask_for_as_many_blocks() {
+        for (dim, source) in [
+            (64, include_str!("../../cuda/decode_tile_d64.cu")),
+            (128, include_str!("../../cuda/decode_tile_d128.cu")),
+        ] {
+            for format in KvFormat::ALL.iter().filter(|f| f.class() == FormatClass::Tile) {
+                let blocks = blocks_by_registers(*format, dim);
+                let start = alloc::format!("KVC_DECODE_TILE({}, ", format.name());
+                let end = alloc::format!(", {dim}, {blocks})");
+                assert!(source.lines().any(|l| l.starts_with(&start) && l.ends_with(&end)));
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Paged decode over rows of codes: which kernel, how much shared memory, and what a call says of
+//! scales. Work is cut as for any decode (decode.rs).
+
+use super::Launch;
+use super::decode::{COLUMNS, DecodePlan, RESERVED_BYTES, Residence, THREADS, TILE_TOKENS};
+use super::params::DecodeTokenParams;
+use super::{Kernel, decode};
+use crate::dtype::{FormatClass, KvFormat};
+use crate::error::{Error, Result};
+
+kernels! {
+    E4M3_D64 = "kvc_decode_fp8_e4m3_d64", "kvc_decode_token_params", THREADS;
+    E4M3_D128 = "kvc_decode_fp8_e4m3_d128", "kvc_decode_token_params", THREADS;
+    E5M2_D64 = "kvc_decode_fp8_e5m2_d64", "kvc_decode_token_params", THREADS;
+    E5M2_D128 = "kvc_decode_fp8_e5m2_d128", "kvc_decode_token_params", THREADS;
+    INT8_D64 = "kvc_decode_int8_t_d64", "kvc_decode_token_params", THREADS;
+    INT8_D128 = "kvc_decode_int8_t_d128", "kvc_decode_token_params", THREADS;
+    INT4_D64 = "kvc_decode_int4_t_d64", "kvc_decode_token_params", THREADS;
+    INT4_D128 = "kvc_decode_int4_t_d128", "kvc_decode_token_params", THREADS;
+    NVFP4_D64 = "kvc_decode_nvfp4_d64", "kvc_decode_token_params", THREADS;
+    NVFP4_D128 = "kvc_decode_nvfp4_d128", "kvc_decode_token_params", THREADS;
+}
+
+/// The kernel for a format and head dimension; `None` where there is no instance.
+pub(super) fn token_kernel(format: KvFormat, head_dim: u32) -> Option<&'static Kernel> {
+    match (format, head_dim) {
+        (KvFormat::Fp8E4m3, 64) => Some(&E4M3_D64),
+        (KvFormat::Fp8E4m3, 128) => Some(&E4M3_D128),
+        (KvFormat::Fp8E5m2, 64) => Some(&E5M2_D64),
+        (KvFormat::Fp8E5m2, 128) => Some(&E5M2_D128),
+        (KvFormat::Int8T, 64) => Some(&INT8_D64),
+        (KvFormat::Int8T, 128) => Some(&INT8_D128),
+        (KvFormat::Int4T, 64) => Some(&INT4_D64),
+        (KvFormat::Int4T, 128) => Some(&INT4_D128),
+        (KvFormat::Nvfp4, 64) => Some(&NVFP4_D64),
+        (KvFormat::Nvfp4, 128) => Some(&NVFP4_D128),
+        _ => None,
+    }
+}
+
+/// Blocks of a multiprocessor that the sources ask the compiler for.
+const BLOCKS: u32 = 4;
+/// Bytes of shared memory for the scales of a row.
+const SCALE_SLOT: u32 = 8;
+/// The most stages of the pipeline.
+const MAX_STAGES: u32 = 4;
+
+/// Stages and blocks of a multiprocessor: at least two stages, the warps' sums in their place
+/// afterwards, and the queries behind them.
+pub(super) fn token_residence(
+    format: KvFormat,
+    head_dim: u32,
+    multiprocessor_shared_bytes: u32,
+) -> Option<Residence> {
+    let row = format.row_bytes(head_dim) as u32;
+    let slot = if format.row_scale_bytes(head_dim, 1) == 0 { 0 } else { SCALE_SLOT };
+    let sums = THREADS / 32 * COLUMNS * (head_dim + 4 + 2) * 4;
+    let queries = COLUMNS * ((head_dim + 8) * 2 + 8);
+    Residence::most_under_way((2..=MAX_STAGES).map(|stages: u32| {
+        let query_at = (stages * 2 * TILE_TOKENS * (row + slot)).max(sums).next_multiple_of(16);
+        let shared_bytes = query_at + queries;
+        let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
+        Residence { stages, blocks: fit.min(BLOCKS), shared_bytes, query_at }
+    }))
+}
+
+impl DecodePlan {
+    /// [`decode_launch`](Self::decode_launch) for rows of codes.
+    ///
+    /// # Errors
+    /// As there, and for scales that are misaligned or not given.
+    pub fn decode_token_launch(
+        &self,
+        workspace: u64,
+        params: &mut DecodeTokenParams,
+    ) -> Result<Launch> {
+        let format = self.bounds.format;
+        if format.class() != FormatClass::Token {
+            return Err(Error::InvalidState { why: "the plan is not for rows of codes" });
+        }
+        let p = &*params;
+        check_scales(
+            format,
+            &Scales {
+                addresses: [p.k_scales.0, p.v_scales.0],
+                strides: [
+                    [p.k_scale_block, p.k_scale_head, p.k_scale_token],
+                    [p.v_scale_block, p.v_scale_head, p.v_scale_token],
+                ],
+                heads: [p.k_heads.0, p.v_heads.0],
+            },
+        )?;
+        self.fill(workspace, &mut params.call, decode::CHUNK_BYTES)?;
+        params.query_at = self.residence.query_at;
+        Ok(self.kernel())
+    }
+}
+
+/// What a call says of scales: of keys, then of values.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scales {
+    /// Those of block 0, head 0, token 0.
+    pub addresses: [u64; 2],
+    /// Bytes from a block, head and token to the next.
+    pub strides: [[i64; 3]; 2],
+    /// Those of whole heads, or 0.
+    pub heads: [u64; 2],
+}
+
+/// What every kernel over rows of codes takes for granted of scales.
+pub(super) fn check_scales(format: KvFormat, scales: &Scales) -> Result<()> {
+    if format.row_scale_bytes(16, 1) != 0 && scales.addresses.contains(&0) {
+        return Err(Error::NullPointer { what: "scales" });
+    }
+    let halves = matches!(format, KvFormat::Int8T | KvFormat::Int4T);
+    let odd = scales.addresses.iter().any(|a| a % 2 != 0)
+        || scales.strides.iter().flatten().any(|s| s % 2 != 0);
+    if halves && odd {
+        return Err(Error::invalid("scales", "must be aligned to 2 bytes"));
+    }
+    if scales.heads.iter().any(|a| a % 4 != 0) {
+        return Err(Error::invalid("head scales", "must be aligned to 4 bytes"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::SM90_SHARED_BYTES;
+
+    #[test]
+    fn every_instance_has_room_for_its_pipeline() {
+        for kernel in KERNELS {
+            let (name, dim) = kernel.name.rsplit_once("_d").unwrap();
+            let format = KvFormat::from_name(name.strip_prefix("kvc_decode_").unwrap()).unwrap();
+            let head_dim = dim.parse().unwrap();
+            assert_eq!(token_kernel(format, head_dim), Some(*kernel));
+            for shared in [SM90_SHARED_BYTES, 164 * 1024, 100 * 1024] {
+                let r = token_residence(format, head_dim, shared).unwrap();
+                assert!(r.stages >= 2 && r.blocks >= 1 && r.shared_bytes <= shared, "{r:?}");
+            }
+        }
+        let best = |format, head_dim| {
+            token_residence(format, head_dim, SM90_SHARED_BYTES).map(|r| (r.stages, r.blocks))
+        };
+        assert_eq!(best(KvFormat::Fp8E4m3, 128), Some((4, 3)));
+        assert_eq!(best(KvFormat::Int4T, 128), Some((4, 4)));
+        assert_eq!(token_residence(KvFormat::Int8T, 128, 16 * 1024), None);
+    }
+
+    /// The sources say how many blocks a multiprocessor shall hold, and so does this file.
+    #[test]
+    fn the_sources_ask_for_as_many_blocks() {
+        for (dim, source) in [
+            (64, include_str!("../../cuda/decode_token_d64.cu")),
+            (128, include_str!("../../cuda/decode_token_d128.cu")),
+        ] {
+            let lines: alloc::vec::Vec<_> =
+                source.lines().filter(|l| l.starts_with("KVC_DECODE_TOKEN(")).collect();
+            let ending = alloc::format!(", {dim}, {BLOCKS})");
+            assert_eq!(lines.len(), 5);
+            assert!(lines.iter().all(|line| line.ends_with(&ending)), "{source}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The keys and values of a call as rows of codes, and what they decode to.
+
+use kvcache::dtype::KvFormat;
+use kvcache::emu::Buffer;
+use kvcache::kernels::params::{
+    DecodeParams, DecodeTokenParams, In, PrefillParams, PrefillTokenParams,
+};
+use kvcache::quant::{RowCodec, Stored};
+
+/// How they are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Codes {
+    pub format: KvFormat,
+    /// Whether keys of INT8_T are rotated.
+    pub rotated: bool,
+    /// Whether the heads of FP8 and NVFP4 have scales other than 1.
+    pub heads: bool,
+}
+
+/// One side in device memory: rows in the order of the floats that they were.
+struct Side {
+    codes: Buffer,
+    scales: Buffer,
+    heads: Buffer,
+    row_bytes: usize,
+    scale_bytes: usize,
+}
+
+pub struct Coded {
+    how: Codes,
+    dim: usize,
+    k: Side,
+    v: Side,
+}
+
+impl Coded {
+    /// Encodes rows of `dim` floats and replaces them by what the codes say. Rows of NaN stay, and
+    /// have codes that no result must depend on. `head_of` is the KV head of a row.
+    pub fn new(
+        how: Codes,
+        dim: usize,
+        kv_heads: usize,
+        head_of: impl Fn(usize) -> usize,
+        k: &mut [f32],
+        v: &mut [f32],
+    ) -> Self {
+        let keys = RowCodec::key(how.format, dim as u32).unwrap();
+        let keys = match how.format {
+            KvFormat::Int8T => keys.with_rotation(how.rotated).unwrap(),
+            _ => keys,
+        };
+        let values = RowCodec::value(how.format, dim as u32).unwrap();
+        let side = |codec: RowCodec, rows: &mut [f32], factor: f32| {
+            let scale_of = |head: usize| if how.heads { factor * (1 + head) as f32 } else { 1.0 };
+            let (row_bytes, scale_bytes) = (codec.code_bytes(), codec.scale_bytes());
+            let count = rows.len() / dim;
+            let mut codes = vec![0x7e; count * row_bytes];
+            let mut scales = vec![0x7e; (count * scale_bytes).max(8)];
+            for (r, row) in rows.chunks_exact_mut(dim).enumerate() {
+                if row[0].is_nan() {
+                    continue;
+                }
+                let codec =
+                    if how.heads { codec.with_scale(scale_of(head_of(r))).unwrap() } else { codec };
+                let codes = &mut codes[r * row_bytes..(r + 1) * row_bytes];
+                let scales = &mut scales[r * scale_bytes..(r + 1) * scale_bytes];
+                assert_eq!(codec.encode(row, codes, scales).unwrap(), Stored::Encoded);
+                codec.decode(codes, scales, row).unwrap();
+            }
+            let heads: Vec<f32> = (0..kv_heads).map(scale_of).collect();
+            Side {
+                codes: Buffer::of(&codes).unwrap(),
+                scales: Buffer::of(&scales).unwrap(),
+                heads: Buffer::of(&heads).unwrap(),
+                row_bytes,
+                scale_bytes,
+            }
+        };
+        Coded { how, dim, k: side(keys, k, 0.25), v: side(values, v, 3.0) }
+    }
+
+    /// The call over the codes, from the one over floats.
+    pub fn decode(&self, call: DecodeParams) -> DecodeTokenParams {
+        let all = self.scales(
+            [call.k_block, call.k_head, call.k_token],
+            [call.v_block, call.v_head, call.v_token],
+        );
+        let ([k_block, k_head, k_token], [v_block, v_head, v_token]) = all.rows;
+        let (
+            [k_scale_block, k_scale_head, k_scale_token],
+            [v_scale_block, v_scale_head, v_scale_token],
+        ) = all.scales;
+        DecodeTokenParams {
+            k_scales: In::at(self.k.scales.address()),
+            v_scales: In::at(self.v.scales.address()),
+            k_heads: self.heads(&self.k),
+            v_heads: self.heads(&self.v),
+            k_scale_block,
+            k_scale_head,
+            k_scale_token,
+            v_scale_block,
+            v_scale_head,
+            v_scale_token,
+            k_rotated: all.k_rotated,
+            v_rotated: all.v_rotated,
+            call: DecodeParams {
+                k: In::at(self.k.codes.address()),
+                v: In::at(self.v.codes.address()),
+                k_block,
+                k_head,
+                k_token,
+                v_block,
+                v_head,
+                v_token,
+                ..call
+            },
+            ..DecodeTokenParams::default()
+        }
+    }
+
+    /// The same of chunked prefill.
+    pub fn prefill(&self, call: PrefillParams) -> PrefillTokenParams {
+        let all = self.scales(
+            [call.k_block, call.k_head, call.k_token],
+            [call.v_block, call.v_head, call.v_token],
+        );
+        let ([k_block, k_head, k_token], [v_block, v_head, v_token]) = all.rows;
+        let (
+            [k_scale_block, k_scale_head, k_scale_token],
+            [v_scale_block, v_scale_head, v_scale_token],
+        ) = all.scales;
+        PrefillTokenParams {
+            k_scales: In::at(self.k.scales.address()),
+            v_scales: In::at(self.v.scales.address()),
+            k_heads: self.heads(&self.k),
+            v_heads: self.heads(&self.v),
+            k_scale_block,
+            k_scale_head,
+            k_scale_token,
+            v_scale_block,
+            v_scale_head,
+            v_scale_token,
+            k_rotated: all.k_rotated,
+            v_rotated: all.v_rotated,
+            call: PrefillParams {
+                k: In::at(self.k.codes.address()),
+                v: In::at(self.v.codes.address()),
+                k_block,
+                k_head,
+                k_token,
+                v_block,
+                v_head,
+                v_token,
+                ..call
+            },
+        }
+    }
+
+    fn heads(&self, side: &Side) -> In<f32> {
+        In::at(if self.how.heads { side.heads.address() } else { 0 })
+    }
+
+    /// Strides of codes and of scales in bytes, from those of floats.
+    fn scales(&self, k: [i64; 3], v: [i64; 3]) -> Lie {
+        let to =
+            |strides: [i64; 3], bytes: usize| strides.map(|s| s / self.dim as i64 * bytes as i64);
+        let int4 = self.how.format == KvFormat::Int4T;
+        let int8 = self.how.format == KvFormat::Int8T && self.how.rotated;
+        Lie {
+            rows: (to(k, self.k.row_bytes), to(v, self.v.row_bytes)),
+            scales: (to(k, self.k.scale_bytes), to(v, self.v.scale_bytes)),
+            k_rotated: u32::from(int4 || int8),
+            v_rotated: u32::from(int4),
+        }
+    }
+}
+
+/// How codes and scales lie: of keys, then of values.
+struct Lie {
+    rows: ([i64; 3], [i64; 3]),
+    scales: ([i64; 3], [i64; 3]),
+    k_rotated: u32,
+    v_rotated: u32,
+}
