@@ -60,6 +60,9 @@ mod header {
         ("device_copy", "device: blocks copied, swapped and zeroed"),
         ("events", "events: what becomes cached and what ceases to be, as it happens"),
         ("metrics", "metrics: what a cache counts and times"),
+        ("tier_store", "tier: a store of the engine's own"),
+        ("tier", "tier: where blocks go that the device has no room for, and come back from"),
+        ("prefetch", "prefetch: a prompt's blocks on their way back"),
     ];
 
     const HEAD: &str = include_str!("src/capi/header.txt");

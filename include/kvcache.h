@@ -85,6 +85,9 @@ typedef int32_t kvc_status;
 // The device or its driver reported an error.
 #define KVC_ERR_DEVICE_FAILED -202
 
+// A tier's files or store failed; the cache works on without it.
+#define KVC_ERR_TIER_FAILED -203
+
 // The object is not in a state in which the call is allowed, or another call is using it.
 #define KVC_ERR_INVALID_STATE -300
 
@@ -2051,7 +2054,8 @@ kvc_status kvc_metrics_read(const kvc_cache *cache, kvc_metrics *out, uint64_t o
 
 // Writes the cache's metrics as Prometheus reads them (text format 0.0.4, vLLM's names with the
 // prefix "kvcache:") to `buf` as snprintf would, and the length of the whole text in bytes, the
-// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough.
+// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough,
+// and 16 KiB for a cache with tiers.
 //
 // Threads: thread-safe.
 kvc_status kvc_metrics_text(const kvc_cache *cache, char *buf, uint64_t len, uint64_t *out_len);
@@ -2068,6 +2072,261 @@ kvc_status kvc_metrics_watch(kvc_cache *cache, uint32_t every);
 //
 // Threads: thread-safe.
 kvc_status kvc_metrics_set_time(kvc_cache *cache, uint64_t now_ms);
+
+// ----------------------------------------------------------------------------------------------
+// tier: a store of the engine's own
+// ----------------------------------------------------------------------------------------------
+// Finds out which of `count` keys (32 bytes each) the store has: `found[i]` 1 or 0. 0 for success.
+typedef int32_t (*kvc_tier_exists_fn)(void *user,
+                                      const uint8_t *keys,
+                                      uint64_t count,
+                                      uint8_t *found);
+
+// An object that a store is given or asked for. The library verifies what it gets: a store that
+// gives something else costs a miss. This struct never grows.
+typedef struct {
+    // Its name: 32 bytes.
+    const uint8_t *key;
+    // Its bytes: to be read in a put, to be written in a get.
+    void *bytes;
+    // How many; all objects of a cache have the same length.
+    uint64_t length;
+} kvc_tier_object;
+
+// Puts or gets objects; writes an outcome for each: KVC_OK, KVC_ERR_TIER_FAILED, in a get
+// KVC_ERR_BAD_BLOCK for what the store does not have, in a put KVC_ERR_OUT_OF_MEMORY where it is
+// full. A get writes all bytes of an object whose outcome is KVC_OK.
+typedef void (*kvc_tier_move_fn)(void *user,
+                                 const kvc_tier_object *objects,
+                                 uint64_t count,
+                                 kvc_status *outcomes);
+
+// Removes objects by `count` keys of 32 bytes; what is not there is no failure.
+typedef void (*kvc_tier_remove_fn)(void *user, const uint8_t *keys, uint64_t count);
+
+// A store of the engine's own: functions that the tier's threads call, several at a time, and that
+// block until they are done. What they point to lives for the call.
+typedef struct {
+    // sizeof(kvc_tier_store); kvc_tier_store_init sets it.
+    uint32_t struct_size;
+    // 0.
+    uint32_t reserved;
+    // Handed to each function.
+    void *user;
+    // Which objects it has.
+    kvc_tier_exists_fn exists;
+    // Keeps objects.
+    kvc_tier_move_fn put;
+    // Gives objects.
+    kvc_tier_move_fn get;
+    // Forgets objects.
+    kvc_tier_remove_fn remove;
+} kvc_tier_store;
+
+// Fills a kvc_tier_store of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_store_init(kvc_tier_store *store, uint32_t struct_size);
+
+// ----------------------------------------------------------------------------------------------
+// tier: where blocks go that the device has no room for, and come back from
+// ----------------------------------------------------------------------------------------------
+// Tier: memory of the host.
+#define KVC_TIER_HOST 1
+
+// Tier: files on a local disk.
+#define KVC_TIER_DISK 2
+
+// Tier: the engine's own store.
+#define KVC_TIER_STORE 3
+
+// The part of a layer group that a cache holds. This struct never grows.
+typedef struct {
+    // The first of its layers, counted within the group of the whole model.
+    uint32_t first_layer;
+    // The first of its KV heads.
+    uint32_t first_head;
+} kvc_tier_slice;
+
+// The tiers of a cache.
+typedef struct {
+    // sizeof(kvc_tier_options); kvc_tier_options_init sets it.
+    uint32_t struct_size;
+    // Blocks of a lower priority (0 to 100, 35 where none was given) are not demoted. 30 by default.
+    uint32_t least_priority;
+    // What the model is called, at most 1024 bytes; changes whenever its weights do. Not NULL.
+    const char *model;
+    // Blocks of host memory that stay there after they were evicted from the device. 0 by default.
+    uint64_t host_blocks;
+    // Blocks of host memory for what is on its way, and is not kept. 64 by default.
+    uint64_t transit_blocks;
+    // A directory for the disk tier; NULL (the default) for none.
+    const char *disk_dir;
+    // The most bytes of the disk tier's objects. 64 GiB by default.
+    uint64_t disk_bytes;
+    // The engine's own store, below host and disk; NULL (the default) for none.
+    const kvc_tier_store *store;
+    // Where in the model the cache's layer groups lie, one for each; NULL (the default) for a cache
+    // of the whole model.
+    const kvc_tier_slice *slices;
+    // How many those are: the cache's layer groups, or 0 for NULL.
+    uint32_t slice_count;
+    // Blocks that fewer prompts have found are not demoted. 0 by default.
+    uint32_t least_uses;
+    // 1: blocks go to disk and store when they are committed, not only when they are evicted. 0 by
+    // default.
+    uint32_t on_commit;
+    // 1 (the default): the disk is read and written past the page cache, where it can be.
+    uint32_t direct;
+    // Threads that read, of each lower tier. 2 by default.
+    uint32_t readers;
+    // Demotions that may wait, of each lower tier; more are dropped. 256 by default.
+    uint32_t queued_blocks;
+    // Seconds that the engine takes to compute a token of a prompt. Loading that takes longer than
+    // computing is left; 0 (the default): not known, everything is loaded.
+    double prefill_seconds;
+} kvc_tier_options;
+
+// What a tier counted since kvc_tier_attach, in blocks where it says nothing else.
+typedef struct {
+    // KVC_TIER_*.
+    uint32_t kind;
+    // 1: the store failed, and is being left alone for a while.
+    uint32_t down;
+    // Demoted to it.
+    uint64_t stored;
+    // Bytes of those.
+    uint64_t stored_bytes;
+    // Demotions for which nothing was copied, since it had the block.
+    uint64_t present;
+    // Demotions dropped, since too many waited or the store was being left alone.
+    uint64_t dropped;
+    // Demotions that it had no room for.
+    uint64_t full;
+    // Loaded from it.
+    uint64_t loaded;
+    // Bytes of those.
+    uint64_t loaded_bytes;
+    // Asked for, and not there.
+    uint64_t missed;
+    // Damaged, or another block's; removed, and missed.
+    uint64_t bad;
+    // Calls of the store that failed.
+    uint64_t failures;
+    // Loads that somebody stopped waiting for.
+    uint64_t timeouts;
+    // Evicted from it.
+    uint64_t evicted;
+    // Waiting to be stored or loaded.
+    uint64_t queued;
+    // Held, where that is known.
+    uint64_t objects;
+    // Bytes held, where that is known.
+    uint64_t bytes;
+    // Seconds before the first byte of a load comes; 0 before the first load.
+    double load_latency;
+    // Bytes a second of loads; 0 before the first load.
+    double load_bandwidth;
+} kvc_tier_counts;
+
+// Fills a kvc_tier_options of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_options_init(kvc_tier_options *options, uint32_t struct_size);
+
+// Gives a cache tiers, before anything is cached in it (KVC_ERR_INVALID_STATE); it must reuse
+// prefixes. KVC_ERR_TIER_FAILED where the disk's directory cannot be used, KVC_ERR_INVALID_STATE
+// where another process uses it or it is of another version: the cache works on without tiers.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_attach(kvc_cache *cache, const kvc_tier_options *options);
+
+// Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
+// most `wait_ms` milliseconds, during which the cache is in use; writes 1 to `out_done` where all
+// is there, else 0. What waits in queues is written in any case, before the cache ends.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_flush(kvc_cache *cache, uint32_t wait_ms, uint32_t *out_done);
+
+// Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
+// host, then disk and store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
+//
+// Threads: thread-safe.
+kvc_status kvc_tier_stats(const kvc_cache *cache,
+                          uint32_t index,
+                          kvc_tier_counts *out,
+                          uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// prefetch: a prompt's blocks on their way back
+// ----------------------------------------------------------------------------------------------
+// Why so much is loaded: no tier has the next block.
+#define KVC_WHY_NOTHING_FOUND 1
+
+// Why so much is loaded: what prefill costs is not known, so all of it is.
+#define KVC_WHY_COST_UNKNOWN 2
+
+// Why so much is loaded: no load from this tier was timed yet, so all of it is.
+#define KVC_WHY_RATE_UNKNOWN 3
+
+// Why so much is loaded: loading is faster than computing.
+#define KVC_WHY_LOAD_IS_FASTER 4
+
+// Why so much is loaded: loading is faster up to here, and computing from here on.
+#define KVC_WHY_LOAD_IS_FASTER_AT_FIRST 5
+
+// Why so much is loaded: computing is faster.
+#define KVC_WHY_COMPUTE_IS_FASTER 6
+
+// A prompt whose blocks are on their way from lower tiers.
+typedef struct kvc_prefetch kvc_prefetch;
+
+// What tiers have of a prompt, and what was done about it. This struct never grows.
+typedef struct {
+    // Leading tokens on the device.
+    uint64_t device_tokens;
+    // Tokens after those that are in host memory.
+    uint64_t host_tokens;
+    // Blocks after those on the device that tiers have.
+    uint64_t found_blocks;
+    // Leading blocks of those that are worth loading.
+    uint64_t load_blocks;
+    // Seconds that loading those takes; 0 where it is not known.
+    double load_seconds;
+    // Seconds that computing the same takes; 0 where it is not known.
+    double compute_seconds;
+    // KVC_WHY_*.
+    uint32_t why;
+    // 0.
+    uint32_t reserved;
+} kvc_tier_decision;
+
+// Begins to load what lower tiers have of a prompt into host memory, from where kvc_seq_start takes
+// it; writes what was found and decided to `out_decision` where that is not NULL. Waits for
+// nothing. End it with kvc_prefetch_destroy.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefetch_create(kvc_cache *cache,
+                               const uint32_t *tokens,
+                               uint32_t token_count,
+                               uint64_t name_space,
+                               kvc_prefetch **out,
+                               kvc_tier_decision *out_decision);
+
+// Takes what has arrived for `cache`, after at most `wait_ms` milliseconds of waiting for the rest
+// (0: none), during which other threads may use the cache; writes 1 to `out_done` where nothing
+// more comes, else 0. The cache is the one that the prefetch was made for.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefetch_wait(kvc_cache *cache,
+                             kvc_prefetch *prefetch,
+                             uint32_t wait_ms,
+                             uint32_t *out_done);
+
+// Ends a prefetch; what has not arrived is given up. NULL is accepted.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefetch_destroy(kvc_prefetch *prefetch);
 
 #ifdef __cplusplus
 }  // extern "C"

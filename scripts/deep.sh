@@ -36,6 +36,9 @@ part_tsan() { scripts/tsan.sh; }
 
 part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 
+# A writer to the disk tier is killed 200 times.
+part_crashes() { KVCACHE_CRASHES=${KVCACHE_CRASHES:-200} cargo test --release --test tier_crash; }
+
 part_msrv() {
     local version
     version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -65,7 +68,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 tsan shuttle fuzz msrv cinstall benches gpu)
+parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -49,6 +49,8 @@ pub enum Status {
     NoDevice = -201,
     /// The device or its driver reported an error.
     DeviceFailed = -202,
+    /// A tier's files or store failed.
+    TierFailed = -203,
     /// The object is not in a state in which the call is allowed.
     InvalidState = -300,
     /// The library panicked; the object involved is poisoned.
@@ -153,6 +155,13 @@ pub enum Error {
         /// The driver's own text.
         why: &'static str,
     },
+    /// A tier's files or store failed. The cache works on without it.
+    TierFailed {
+        /// What failed.
+        what: &'static str,
+        /// The system's error number; 0 where there is none.
+        os_code: i32,
+    },
     /// The object does not allow the call now.
     InvalidState {
         /// Why not.
@@ -187,6 +196,7 @@ impl Error {
             Error::NoKernels { .. } => Status::NoKernels,
             Error::NoDevice { .. } => Status::NoDevice,
             Error::DeviceFailed { .. } => Status::DeviceFailed,
+            Error::TierFailed { .. } => Status::TierFailed,
             Error::InvalidState { .. } => Status::InvalidState,
             Error::Panic => Status::Panic,
             Error::Poisoned => Status::Poisoned,
@@ -220,6 +230,7 @@ impl Status {
             Status::NoKernels => "no kernels for this device in the build",
             Status::NoDevice => "no such device",
             Status::DeviceFailed => "the device reported an error",
+            Status::TierFailed => "a tier failed",
             Status::InvalidState => "not allowed in this state",
             Status::Panic => "internal error: a panic was caught",
             Status::Poisoned => "the object was poisoned by an earlier panic",
@@ -258,6 +269,11 @@ impl fmt::Display for Error {
             Error::NoKernels { what } => write!(f, "no kernels: {what}"),
             Error::NoDevice { why } => f.write_str(why),
             Error::DeviceFailed { call, why } => write!(f, "{call}: {why}"),
+            #[cfg(feature = "std")]
+            Error::TierFailed { what, os_code } if os_code != 0 => {
+                write!(f, "{what}: {}", std::io::Error::from_raw_os_error(os_code))
+            }
+            Error::TierFailed { what, .. } => write!(f, "{what} failed"),
             Error::Panic | Error::Poisoned => f.write_str(self.status().text()),
         }
     }

@@ -13,6 +13,7 @@
 //! tiles is `[layer][kv_head]` records with K and V in one ([`tile`]). All sizes are `u64` and
 //! every product is checked once, in [`GroupLayout::new`]; what it accepts cannot overflow later.
 
+pub mod slice;
 pub mod tile;
 
 use alloc::vec::Vec;

@@ -37,6 +37,8 @@ pub mod plan;
 pub mod pool;
 pub mod prefix;
 pub mod quant;
+#[cfg(feature = "std")]
+pub mod tier;
 
 pub use error::{Error, Result, Status};
 

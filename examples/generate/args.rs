@@ -6,6 +6,8 @@ use std::str::FromStr;
 use kvcache::device::Device;
 use kvcache::dtype::{FormatClass, KvFormat};
 
+use crate::tier::TierArg;
+
 pub const USAGE: &str = "\
 usage: cargo run --release --example generate -- [options]
   --prompt TEXT        a prompt after the system prompt; repeat for more (default: 8 built-in ones)
@@ -18,6 +20,8 @@ usage: cargo run --release --example generate -- [options]
                        --dtype is the same
   --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
                        cuda, emu the feature emulate; both want f16 or bf16)
+  --tier host:BLOCKS   keep evicted blocks in host memory, so many
+  --tier disk:DIR      keep blocks on disk: the next run finds them
   --threads N          threads (default: one a core)
   --temperature T      0 is greedy (default 0)
   --seed N             seed of the draw where the temperature is not 0 (default 0)
@@ -31,6 +35,7 @@ pub struct Args {
     pub block_tokens: u32,
     pub format: KvFormat,
     pub device: Device,
+    pub tier: Option<TierArg>,
     pub threads: u32,
     pub temperature: f32,
     pub seed: u64,
@@ -47,6 +52,7 @@ impl Args {
             block_tokens: 0,
             format: KvFormat::Bf16,
             device: Device::Cpu,
+            tier: None,
             threads: 0,
             temperature: 0.0,
             seed: 0,
@@ -62,6 +68,7 @@ impl Args {
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
                 "--kv-format" | "--dtype" => args.format = KvFormat::from_name(&value()?)?,
                 "--device" => args.device = Device::from_name(&value()?)?,
+                "--tier" => args.tier = Some(TierArg::parse(&value()?)?),
                 "--threads" => args.threads = number(&flag, &value()?)?,
                 "--temperature" => args.temperature = number(&flag, &value()?)?,
                 "--seed" => args.seed = number(&flag, &value()?)?,

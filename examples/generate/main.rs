@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `serve.rs` | the engine: continuous batching over one `KvCache` |
 //! | `model.rs` | the Llama model without attention |
+//! | `tier.rs` | `--tier`: blocks in host memory or on disk |
 //! | `check.rs` | `--check`: the same without a cache, in f64 |
 //! | `tokenizer.rs`, `sample.rs`, `args.rs`, `report.rs` | text to tokens, tokens from logits, command line, output |
 //! | `model/`, `train/` | the weights and their card, and the script that made them |
@@ -18,6 +19,7 @@ mod sample;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod tier;
 mod tokenizer;
 
 use std::error::Error;
@@ -108,6 +110,11 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         ..CacheOptions::default()
     };
     let mut cache = KvCache::new(&spec, &options)?;
+    let mut found = None;
+    if let Some(tier) = &args.tier {
+        let name = tier::model_name(&fs::read(folder.join("model.safetensors"))?);
+        found = tier::attach(&mut cache, tier, &name)?;
+    }
 
     let limits =
         serve::Limits { batch: args.batch, max_tokens: args.max_tokens, keep_logits: args.check };
@@ -118,6 +125,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |n| progress.at(n))?;
     progress.end();
     let served_time = clock.elapsed();
+    tier::flush(&mut cache);
     let checked = if args.check {
         let stored = check::Stored { format: args.format, block_tokens: args.block_tokens };
         Some(check::check(&model, stored, &prompts, &outputs, args.temperature == 0.0)?)
@@ -146,7 +154,8 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     if args.json {
         report.print_json()?
     } else {
-        report.print(&model, args)
+        report.print(&model, args);
+        tier::print(&cache, found);
     }
     Ok(checked.is_none_or(|check| check.passed()))
 }

@@ -14,6 +14,7 @@ use kvcache::ids::{Namespace, SeqId};
 
 use crate::model::{Attention, Model};
 use crate::sample::Sampler;
+use crate::tier;
 use crate::tokenizer::END;
 
 /// A finished sequence, in the order of the prompts.
@@ -97,6 +98,7 @@ pub fn serve(
         let admitted = (running.len() < limits.batch).then(|| waiting.pop_front()).flatten();
         if let Some(prompt) = admitted {
             let tokens = &prompts[prompt];
+            tier::load(cache, tokens)?;
             let started = cache.start(tokens, Namespace::default())?;
             let next = tokens[started.cached_tokens as usize..].to_vec();
             figures.prompt_tokens += tokens.len();

@@ -12,6 +12,7 @@ use crate::check;
 use crate::model::Model;
 use crate::sample::Sampler;
 use crate::serve::{self, Limits};
+use crate::tier::{self, TierArg};
 use crate::tokenizer::Tokenizer;
 
 fn folder() -> PathBuf {
@@ -68,4 +69,37 @@ fn the_cached_model_writes_what_pytorch_writes() {
     wrong[0].logits[7][5] += 0.01;
     let checked = check::check(&model, F32, &prompts, &wrong, true);
     assert!(!checked.unwrap().passed());
+}
+
+#[test]
+fn a_second_run_finds_the_prompt_on_disk_and_writes_the_same() {
+    let dir = std::env::temp_dir().join(format!("kvcache-generate-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    let arg = TierArg::parse(&format!("disk:{}", dir.display())).unwrap();
+    let (model, golden) = (Model::load(&folder()).unwrap(), golden());
+    let prompts = [ids(&golden["prompt"])];
+    let c = &model.config;
+    let group =
+        GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, KvFormat::F32);
+    let mut run = |arg: Option<&TierArg>| {
+        let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, ..Default::default() };
+        let spec = CacheSpec::uniform(16, group.clone());
+        let mut cache = KvCache::new(&spec, &options).unwrap();
+        let found = arg.map(|arg| tier::attach(&mut cache, arg, "m").unwrap().unwrap().objects);
+        let limits = Limits { batch: 1, max_tokens: 48, keep_logits: false };
+        let mut sampler = Sampler::new(0.0, 0);
+        let (outputs, figures) =
+            serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |_| {}).unwrap();
+        tier::flush(&mut cache);
+        (outputs[0].tokens.clone(), figures.prefill_tokens, found)
+    };
+    let plain = run(None);
+    let first = run(Some(&arg));
+    let second = run(Some(&arg));
+    let _ = fs::remove_dir_all(&dir);
+    assert_eq!((&first.0, first.1, first.2), (&plain.0, plain.1, Some(0)));
+    let whole = (prompts[0].len() - 1) / 16 * 16;
+    assert!(whole > 0 && second.2 >= Some(whole as u64 / 16));
+    assert_eq!((&second.0, second.1), (&plain.0, prompts[0].len() - whole));
+    assert!(TierArg::parse("disk:").is_err() && TierArg::parse("host:x").is_err());
 }

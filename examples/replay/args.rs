@@ -17,6 +17,11 @@ usage: cargo run --release --example replay -- TRACE [options]
   --lies FRACTION       of the hints, say the contrary in this fraction (default 0)
   --users N             sessions at a time, where the trace has sessions (default 64)
   --requests N          only the first N requests
+  --host-blocks N       a whole cache (LRU) with a host tier of N blocks, 0 for none, below its
+                        --capacity-blocks; with --plot, hit rate against the size of the host tier
+  --token-bytes N       K and V of a token of the model, for bytes moved (default 131072)
+  --prefill-us N        microseconds that it takes to compute a token (default 50)
+  --load-gbps N         10^9 bytes a second from the host (default 20)
   --plot FILE.svg       draw hit rate against capacity for every policy and for Belady's optimum
   --json                one JSON object
   --quiet               no progress bar
@@ -31,6 +36,10 @@ pub struct Args {
     pub lies: f64,
     pub users: usize,
     pub requests: Option<usize>,
+    pub host_blocks: Option<usize>,
+    pub token_bytes: f64,
+    pub prefill_us: f64,
+    pub load_gbps: f64,
     pub plot: Option<PathBuf>,
     pub json: bool,
     pub quiet: bool,
@@ -47,6 +56,10 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
         lies: 0.0,
         users: 64,
         requests: None,
+        host_blocks: None,
+        token_bytes: 131_072.0,
+        prefill_us: 50.0,
+        load_gbps: 20.0,
         plot: None,
         json: false,
         quiet: false,
@@ -64,6 +77,14 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
             }
             "--users" => args.users = number(&word, &value()?)? as usize,
             "--requests" => args.requests = Some(number(&word, &value()?)? as usize),
+            "--host-blocks" => {
+                let text = value()?;
+                let blocks = text.parse().map_err(|_| format!("--host-blocks: not `{text}`"))?;
+                args.host_blocks = Some(blocks);
+            }
+            "--token-bytes" => args.token_bytes = positive(&word, &value()?)?,
+            "--prefill-us" => args.prefill_us = positive(&word, &value()?)?,
+            "--load-gbps" => args.load_gbps = positive(&word, &value()?)?,
             "--plot" => args.plot = Some(value()?.into()),
             "--json" => args.json = true,
             "--quiet" => args.quiet = true,
@@ -81,4 +102,9 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
 fn number(flag: &str, text: &str) -> Result<u32, Box<dyn Error>> {
     let parsed = text.parse().ok().filter(|&n: &u32| n > 0);
     parsed.ok_or_else(|| format!("{flag}: `{text}` is not a count from 1 to 2^32 - 1").into())
+}
+
+fn positive(flag: &str, text: &str) -> Result<f64, Box<dyn Error>> {
+    let parsed = text.parse().ok().filter(|n: &f64| n.is_finite() && *n > 0.0);
+    parsed.ok_or_else(|| format!("{flag}: `{text}` is not a number above 0").into())
 }

@@ -15,6 +15,7 @@ mod plot;
 mod report;
 #[cfg(test)]
 mod tests;
+mod tiers;
 mod trace;
 
 use std::error::Error;
@@ -27,6 +28,7 @@ use cache::{Policy, Setup, replay};
 use optimum::Future;
 use plot::Line;
 use report::{Bounds, percent};
+use tiers::TierSetup;
 use trace::Trace;
 
 fn main() -> ExitCode {
@@ -60,6 +62,9 @@ fn run(args: &Args) -> Result<String, Box<dyn Error>> {
     let mut trace = Trace::open(&args.trace, args.users)?;
     if let Some(requests) = args.requests {
         trace.requests.truncate(requests);
+    }
+    if let Some(host_blocks) = args.host_blocks {
+        return run_tiers(args, &trace, host_blocks);
     }
     let parse_seconds = begin.elapsed().as_secs_f64();
     let block_tokens = args.block_tokens.unwrap_or(trace.block_tokens);
@@ -95,6 +100,54 @@ fn run(args: &Args) -> Result<String, Box<dyn Error>> {
         return Ok(format!("{value:#}\n"));
     }
     Ok(outcome.to_text(&bounds))
+}
+
+/// The replay with a host tier; with `--plot` from no host tier to one of `host_blocks`.
+fn run_tiers(args: &Args, trace: &Trace, host_blocks: usize) -> Result<String, Box<dyn Error>> {
+    let device_blocks = args.capacity_blocks.ok_or("--host-blocks needs --capacity-blocks")?;
+    if device_blocks < 2 {
+        return Err("--capacity-blocks: at least 2 with --host-blocks".into());
+    }
+    let setup = |host_blocks| TierSetup {
+        device_blocks,
+        host_blocks,
+        token_bytes: args.token_bytes,
+        prefill_seconds: args.prefill_us / 1e6,
+        bandwidth: args.load_gbps * 1e9,
+    };
+    let mut bar = Bar::new(args, trace.requests.len());
+    let mut serve = |host_blocks| {
+        let label = format!("host {host_blocks}");
+        tiers::replay(trace, &setup(host_blocks), &mut |done| bar.show(&label, done))
+    };
+    let Some(path) = &args.plot else {
+        let outcome = serve(host_blocks)?;
+        bar.clear();
+        return Ok(outcome.to_text(&setup(host_blocks), trace.block_tokens));
+    };
+    let sizes: Vec<usize> = (0..=5).rev().map(|halvings| host_blocks >> halvings).collect();
+    let alone = serve(0)?;
+    let (mut all, mut device) = (Vec::new(), Vec::new());
+    for &size in &sizes {
+        let outcome = serve(size)?;
+        all.push(percent(outcome.hits(), outcome.requested_blocks));
+        device.push(percent(outcome.device_hits, outcome.requested_blocks));
+    }
+    bar.clear();
+    let future = Future::of(trace);
+    let ideal = percent(future.ideal_hit_blocks, alone.requested_blocks);
+    let none = percent(alone.hits(), alone.requested_blocks);
+    let lines = [
+        Line { name: "device and host".into(), rates: all },
+        Line { name: "of it on device".into(), rates: device },
+        Line { name: "device alone".into(), rates: vec![none; sizes.len()] },
+        Line { name: "without bounds".into(), rates: vec![ideal; sizes.len()] },
+    ];
+    let title = format!("blocks hit, {device_blocks} on the device, against blocks of the host");
+    let sizes: Vec<u32> = sizes.iter().map(|&size| size as u32).collect();
+    let svg = plot::svg(&title, &sizes, &lines);
+    std::fs::write(path, svg).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(format!("{}\n", path.display()))
 }
 
 /// The plot: every policy at capacities from a 256th of the trace's blocks to all of them.

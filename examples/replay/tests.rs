@@ -9,6 +9,7 @@ use crate::expand::{Prompts, block};
 use crate::optimum::Future;
 use crate::plot::{Line, svg};
 use crate::report::Outcome;
+use crate::tiers::{self, TierOutcome, TierSetup};
 use crate::trace::{Ids, Trace};
 
 fn run(trace: &Trace, policy: Policy, capacity_blocks: u32) -> Outcome {
@@ -271,4 +272,30 @@ fn hints_close_a_third_of_the_gap_to_the_optimum() {
         let hits = run(&trace, policy, 131_072).hit_blocks;
         assert!((hits - lru) * 3 >= optimum - lru, "{lru} {hits} {optimum}");
     }
+}
+
+fn tiered(trace: &Trace, device_blocks: u32, host_blocks: usize) -> TierOutcome {
+    let (token_bytes, prefill_seconds, bandwidth) = (1e5, 5e-5, 2e10);
+    let setup = TierSetup { device_blocks, host_blocks, token_bytes, prefill_seconds, bandwidth };
+    tiers::replay(trace, &setup, &mut |_| {}).unwrap()
+}
+
+#[test]
+fn a_host_tier_gives_back_what_the_device_evicts() {
+    let trace = Trace::synthetic();
+    let needed = trace.requests.iter().map(|r| trace.blocks_of(r)).max().unwrap() as u32;
+    let alone = tiered(&trace, needed + 1, 0);
+    let with_host = tiered(&trace, needed + 1, 100_000);
+    assert!(alone.host_hits == 0 && with_host.host_hits > 0);
+    // Nothing that was computed once is computed again.
+    assert_eq!(with_host.hits(), Future::of(&trace).ideal_hit_blocks);
+    assert!(with_host.hits() > alone.hits());
+    assert!(with_host.kept > 0 && with_host.demoted > 0);
+}
+
+#[test]
+fn the_conversation_trace_reaches_its_rate_with_a_host_tier() {
+    let Some(trace) = real("mooncake_conversation_trace.jsonl") else { return };
+    let outcome = tiered(&trace, 10_000, 50_000);
+    assert!(outcome.hits() * 1000 >= outcome.requested_blocks * 353, "{outcome:?}");
 }

@@ -137,6 +137,22 @@ fn in_rust() -> Layout {
         }
         kvc_rope { struct_size, style, rotary_dim, first_channel, theta, scale, frequencies }
         kvc_scoring { struct_size, causal, window, scale, softcap, reserved, sinks, alibi }
+        kvc_tier_counts {
+            kind, down, stored, stored_bytes, present, dropped, full, loaded, loaded_bytes, missed,
+            bad, failures, timeouts, evicted, queued, objects, bytes, load_latency, load_bandwidth,
+        }
+        kvc_tier_decision {
+            device_tokens, host_tokens, found_blocks, load_blocks, load_seconds, compute_seconds,
+            why, reserved,
+        }
+        kvc_tier_object { key, bytes, length }
+        kvc_tier_options {
+            struct_size, least_priority, model, host_blocks, transit_blocks, disk_dir, disk_bytes,
+            store, slices, slice_count, least_uses, on_commit, direct, readers, queued_blocks,
+            prefill_seconds,
+        }
+        kvc_tier_slice { first_layer, first_head }
+        kvc_tier_store { struct_size, reserved, user, exists, put, get, remove }
         kvc_work { seq, token_count, tokens }
     }
 }

@@ -33,6 +33,14 @@ impl KvCache {
         self.hit = hit;
         let seq = self.keep(adopted, sequence)?;
         let cached = self.tokens(seq)?.len();
+        if self.tiers.is_some() {
+            // What came from a tier is on the device for everybody. Where memory for the index is
+            // refused, it is published with the next block that fills.
+            match self.publish(seq) {
+                Ok(()) | Err(Error::OutOfMemory { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         self.totals.looked_up_tokens += prompt.len() as u64;
         self.totals.hit_tokens += cached as u64;
         Ok(Started { seq, cached_tokens: cached as u32 })
@@ -58,9 +66,13 @@ impl KvCache {
             let blocks = blocks.map(|(n, &id)| if n < first { BlockId::NONE } else { id });
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
-        // Of a sealed tile nothing less than all can be taken.
-        let tail = if whole_blocks { 0 } else { self.copy_tail(&mut sequence.tables, hit)? };
-        let cached = &prompt[..hit.tokens + tail];
+        let more = match self.onboard(sequence, prompt, hit) {
+            // Of a sealed tile nothing less than all can be taken.
+            0 if whole_blocks => 0,
+            0 => self.copy_tail(&mut sequence.tables, hit)?,
+            loaded => loaded,
+        };
+        let cached = &prompt[..hit.tokens + more];
         reserve(&mut sequence.tokens, cached.len())?;
         sequence.tokens.extend_from_slice(cached);
         sequence.published = hit.at;
@@ -106,7 +118,7 @@ impl KvCache {
 
     /// Gives a finished sequence an id; what it holds is given back where that or what made it
     /// failed.
-    fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
+    pub(super) fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
         let made = made.and_then(|()| self.sequences.has_room());
         if let Err(error) = made {
             for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
@@ -220,7 +232,8 @@ impl KvCache {
         Ok(table.blocks())
     }
 
-    /// Drops everything from the prefix index that no sequence uses.
+    /// Drops everything from the prefix index that no sequence uses. Tiers keep their copies, for
+    /// prompts to find again.
     ///
     /// # Errors
     /// None in practice: a failure is a bug in the library.

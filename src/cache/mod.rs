@@ -26,11 +26,14 @@ mod stats;
 mod step;
 mod steps;
 mod store;
+mod tiers;
+mod transfer;
 mod windows;
 
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
+pub use tiers::{Demotion, LowerTier, Prefetch, Progress, TierOptions};
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -49,6 +52,7 @@ use crate::prefix::{Eviction, Hit, PrefixIndex};
 use outside::Outside;
 use sequence::Sequences;
 use store::Store;
+use tiers::Tiers;
 
 /// Sizes and policies of a cache.
 #[derive(Debug, Clone)]
@@ -143,6 +147,7 @@ pub struct KvCache {
     threads: Threads,
     totals: stats::Totals,
     outside: Outside,
+    tiers: Option<Box<Tiers>>,
     // Buffers that calls reuse.
     hit: Hit,
     ids: Vec<BlockId>,
@@ -286,6 +291,7 @@ impl KvCache {
             threads,
             totals: stats::Totals::default(),
             outside,
+            tiers: None,
             hit: Hit::default(),
             ids: Vec::new(),
             canonical: Vec::new(),
@@ -361,6 +367,9 @@ impl KvCache {
                     pool.uncache(id)?;
                 }
             }
+        }
+        if let Some(tiers) = &mut self.tiers {
+            tiers.evicted(&self.ids, &mut self.stores, why == Evicted::Capacity);
         }
         self.outside.evicted(&self.ids, why);
         Ok(())

@@ -81,8 +81,13 @@ impl Outside {
         }
     }
 
+    /// The digest of a block of the first group.
+    pub(super) fn digest_of(&self, id: BlockId) -> Option<Digest> {
+        self.digests.as_ref()?.of(0, id)
+    }
+
     /// What stands before the first block of a sequence.
-    fn seed(&self, space: Namespace) -> Option<Digest> {
+    pub(super) fn seed(&self, space: Namespace) -> Option<Digest> {
         let seed = match self.names.get(&space) {
             Some((seed, _)) => *seed,
             None => Digest::of_namespace(space),

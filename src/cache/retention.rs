@@ -25,7 +25,19 @@ impl KvCache {
     /// that is none, `OutOfMemory`.
     pub fn prioritize(&mut self, seq: SeqId, ranges: &[Retention]) -> Result<()> {
         let at = self.published(seq)?;
-        self.prefix.as_mut().map_or(Ok(()), |prefix| prefix.prioritize(at, ranges))
+        self.prefix.as_mut().map_or(Ok(()), |prefix| prefix.prioritize(at, ranges))?;
+        if let Some(tiers) = &mut self.tiers {
+            let block_tokens = self.spec.block_tokens as usize;
+            let table = &self.sequences.get(seq)?.tables[0];
+            for (n, &id) in table.blocks().iter().take(at.blocks()).enumerate() {
+                if let Some(range) =
+                    ranges.iter().find(|range| covers(range, n * block_tokens, block_tokens))
+                {
+                    tiers.prioritized(id, range.priority);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Says what is known of the next use of a sequence's committed full blocks, from `from_block`
@@ -64,4 +76,9 @@ impl KvCache {
             let _ = prefix.end_use(at);
         }
     }
+}
+
+/// Whether a range has a token of the block that begins at `first`.
+fn covers(range: &Retention, first: usize, block_tokens: usize) -> bool {
+    range.start < first + block_tokens && range.end.is_none_or(|end| end > first)
 }

@@ -303,7 +303,7 @@ impl KvCache {
     }
 
     /// Puts the full blocks of a sequence into the prefix index.
-    fn publish(&mut self, seq: SeqId) -> Result<()> {
+    pub(super) fn publish(&mut self, seq: SeqId) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         let block_tokens = self.spec.block_tokens as usize;
         let sealed = self.sequences.get(seq)?.sealed_blocks();
@@ -384,7 +384,11 @@ impl KvCache {
             };
             let ids = &self.ids[first * groups..(first + stored) * groups];
             let tokens = &sequence.tokens[..first * block_tokens];
-            self.outside.stored(&chain(before, first..first + stored, ids), tokens);
+            let chain = chain(before, first..first + stored, ids);
+            self.outside.stored(&chain, tokens);
+            if let Some(tiers) = &mut self.tiers {
+                tiers.stored(&chain, &self.outside, &mut self.stores);
+            }
         }
         Ok(())
     }

@@ -68,6 +68,24 @@ impl Store {
         }
     }
 
+    /// Copies a block, all layers, to host memory; waits for a device.
+    pub fn read_block(&mut self, id: BlockId, to: &mut [u8]) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.read_block(id, to),
+            Store::Tiles(store) => store.read_block(id, to),
+            Store::Device(store) => store.read_block(id, to),
+        }
+    }
+
+    /// Copies a block, all layers, from host memory.
+    pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.write_block(id, from),
+            Store::Tiles(store) => store.write_block(id, from),
+            Store::Device(store) => store.write_block(id, from),
+        }
+    }
+
     pub fn append(
         &mut self,
         step: &Step,

@@ -8,6 +8,7 @@ use super::pointer::{self, Plain};
 use super::status::{guard, kvc_status};
 use crate::error::Error;
 use crate::metrics::{BUCKETS_MS, Histogram};
+use crate::tier::write_prometheus;
 
 /// How often times fell into which bucket. The upper bounds, in milliseconds: 1, 2, 5, 10, 20, 50,
 /// 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000, 60000, 120000, 300000, 600000, 1200000,
@@ -121,7 +122,8 @@ pub unsafe extern "C" fn kvc_metrics_read(
 
 /// Writes the cache's metrics as Prometheus reads them (text format 0.0.4, vLLM's names with the
 /// prefix "kvcache:") to `buf` as snprintf would, and the length of the whole text in bytes, the
-/// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough.
+/// NUL not counted, to `out_len`. `buf` may be NULL with a `len` of 0; 8 KiB are enough,
+/// and 16 KiB for a cache with tiers.
 ///
 /// Threads: thread-safe.
 ///
@@ -137,13 +139,17 @@ pub unsafe extern "C" fn kvc_metrics_text(
     guard(|| {
         // SAFETY: the caller's promise.
         let out_len = unsafe { pointer::out(out_len, "out_len") }?;
-        let metrics = open(cache)?.lock()?.metrics();
+        let cache = open(cache)?;
+        let cache = cache.lock()?;
+        let (metrics, tiers) = (cache.metrics(), cache.tier_reports());
+        drop(cache);
         let room = if buf.is_null() { 0 } else { len };
         // SAFETY: the caller's promise.
         let bytes = unsafe { pointer::slice_out(buf.cast::<u8>(), room, "buf") }?;
         let mut text = Text { bytes, len: 0 };
         // Writing there cannot fail: what does not fit is counted.
         metrics.write_prometheus(&mut text).map_err(|_| Error::Panic)?;
+        write_prometheus(&tiers, &mut text).map_err(|_| Error::Panic)?;
         if let Some(last) = text.bytes.len().checked_sub(1) {
             text.bytes[text.len.min(last)] = 0;
         }

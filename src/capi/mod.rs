@@ -35,6 +35,8 @@ pub mod info;
 pub mod metrics;
 pub mod plan;
 pub mod pool;
+#[cfg(feature = "std")]
+pub mod prefetch;
 pub mod prefix;
 pub mod prefix_step;
 pub mod retention;
@@ -46,6 +48,10 @@ pub mod status;
 pub mod step;
 #[cfg(feature = "std")]
 pub mod step_device;
+#[cfg(feature = "std")]
+pub mod tier;
+#[cfg(feature = "std")]
+pub mod tier_store;
 pub mod tile;
 
 mod handle;
@@ -72,6 +78,8 @@ pub use info::*;
 pub use metrics::*;
 pub use plan::*;
 pub use pool::*;
+#[cfg(feature = "std")]
+pub use prefetch::*;
 pub use prefix::*;
 pub use prefix_step::*;
 pub use retention::*;
@@ -83,4 +91,8 @@ pub use status::*;
 pub use step::*;
 #[cfg(feature = "std")]
 pub use step_device::*;
+#[cfg(feature = "std")]
+pub use tier::*;
+#[cfg(feature = "std")]
+pub use tier_store::*;
 pub use tile::*;

@@ -47,6 +47,8 @@ pub const KVC_ERR_NO_KERNELS: kvc_status = -200;
 pub const KVC_ERR_NO_DEVICE: kvc_status = -201;
 /// The device or its driver reported an error.
 pub const KVC_ERR_DEVICE_FAILED: kvc_status = -202;
+/// A tier's files or store failed; the cache works on without it.
+pub const KVC_ERR_TIER_FAILED: kvc_status = -203;
 /// The object is not in a state in which the call is allowed, or another call is using it.
 pub const KVC_ERR_INVALID_STATE: kvc_status = -300;
 /// The library panicked; the object involved is poisoned.
@@ -55,7 +57,7 @@ pub const KVC_ERR_PANIC: kvc_status = -900;
 pub const KVC_ERR_POISONED: kvc_status = -901;
 
 /// Every code with its status: the one list that turns numbers into texts.
-const CODES: [(kvc_status, Status); 20] = [
+const CODES: [(kvc_status, Status); 21] = [
     (KVC_OK, Status::Ok),
     (KVC_ERR_INVALID_ARGUMENT, Status::InvalidArgument),
     (KVC_ERR_NULL_POINTER, Status::NullPointer),
@@ -73,6 +75,7 @@ const CODES: [(kvc_status, Status); 20] = [
     (KVC_ERR_NO_KERNELS, Status::NoKernels),
     (KVC_ERR_NO_DEVICE, Status::NoDevice),
     (KVC_ERR_DEVICE_FAILED, Status::DeviceFailed),
+    (KVC_ERR_TIER_FAILED, Status::TierFailed),
     (KVC_ERR_INVALID_STATE, Status::InvalidState),
     (KVC_ERR_PANIC, Status::Panic),
     (KVC_ERR_POISONED, Status::Poisoned),
@@ -99,6 +102,7 @@ const _: () = {
             Status::NoKernels => KVC_ERR_NO_KERNELS,
             Status::NoDevice => KVC_ERR_NO_DEVICE,
             Status::DeviceFailed => KVC_ERR_DEVICE_FAILED,
+            Status::TierFailed => KVC_ERR_TIER_FAILED,
             Status::InvalidState => KVC_ERR_INVALID_STATE,
             Status::Panic => KVC_ERR_PANIC,
             Status::Poisoned => KVC_ERR_POISONED,

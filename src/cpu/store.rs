@@ -296,6 +296,38 @@ impl KvStore {
         Ok(())
     }
 
+    /// Copies a block, all layers, to `to`.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `to` is not as long as a block.
+    pub fn read_block(&self, id: BlockId, to: &mut [u8]) -> Result<()> {
+        let at = self.block_at(id, to.len())?;
+        // SAFETY: the block is in the memory, `to` is as long, and elsewhere: it is borrowed.
+        unsafe { ptr::copy_nonoverlapping(self.memory.start().add(at), to.as_mut_ptr(), to.len()) }
+        Ok(())
+    }
+
+    /// Copies a block, all layers, from `from`.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block.
+    pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
+        let at = self.block_at(id, from.len())?;
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.memory.start().add(at), from.len()) }
+        Ok(())
+    }
+
+    fn block_at(&self, id: BlockId, bytes: usize) -> Result<usize> {
+        if id.0 >= self.blocks {
+            return Err(Error::BadBlock { block: id.0 });
+        }
+        if bytes as u64 != self.layout.block_bytes() {
+            return Err(Error::invalid("bytes", "must be as many as a block has"));
+        }
+        Ok(id.index() * bytes)
+    }
+
     fn shape(&self, q_heads: u32) -> HeadShape {
         let spec = self.layout.spec();
         HeadShape {

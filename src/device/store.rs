@@ -377,6 +377,34 @@ impl DeviceStore {
         self.memory.zero(self.options.stream)
     }
 
+    /// Copies a block, all layers, to host memory, after what is enqueued, and waits for it.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `to` is not as long as a block; `DeviceFailed`.
+    pub fn read_block(&self, id: BlockId, to: &mut [u8]) -> Result<()> {
+        let at = self.block_at(id, to.len())?;
+        self.memory.download(at, to, self.options.stream)
+    }
+
+    /// Copies a block, all layers, from host memory, and waits until that has been read.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block; `DeviceFailed`.
+    pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
+        let at = self.block_at(id, from.len())?;
+        self.memory.upload(at, from, self.options.stream)
+    }
+
+    fn block_at(&self, id: BlockId, bytes: usize) -> Result<u64> {
+        if id.0 >= self.blocks {
+            return Err(Error::BadBlock { block: id.0 });
+        }
+        if bytes as u64 != self.layout.block_bytes() {
+            return Err(Error::invalid("bytes", "must be as many as a block has"));
+        }
+        Ok(u64::from(id.0) * bytes as u64)
+    }
+
     /// Puts rows of host memory into scratch memory `n`.
     ///
     /// # Safety

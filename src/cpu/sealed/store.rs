@@ -308,7 +308,6 @@ impl TileStore {
     ///
     /// # Errors
     /// `BadBlock`; `InvalidArgument` where `to` is not as long as a block.
-    #[allow(dead_code)] // for tiers
     pub fn read_block(&self, id: BlockId, to: &mut [u8]) -> Result<()> {
         let at = self.block_at(id, to.len())?;
         // SAFETY: the block is in the memory, `to` is as long, and elsewhere: it is borrowed.
@@ -322,7 +321,6 @@ impl TileStore {
     /// # Errors
     /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block, or a record is damaged
     /// or another format's. Nothing changed then.
-    #[allow(dead_code)] // for tiers
     pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
         let at = self.block_at(id, from.len())?;
         for record in from.chunks_exact(self.tile.bytes()) {

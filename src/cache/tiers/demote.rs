@@ -1,0 +1,317 @@
+//! What goes down: the blocks that the device evicts or commits, as far as the options admit them.
+//! Inside a step; nothing here fails or waits.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+use super::{Demotion, LowerTier, TierOptions};
+use crate::cache::outside::Outside;
+use crate::cache::reserve;
+use crate::cache::store::Store;
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, TokenId};
+use crate::prefix::{Chain, DEFAULT_PRIORITY, Digest};
+use crate::tier::buffer::{Buffer, Buffers};
+use crate::tier::object::{HEAD_BYTES, Label, object_bytes};
+use crate::tier::{
+    Configuration, CopyState, Decision, HostBlock, HostTier, PrefillCost, Rate, Ticket, Tier,
+    TierCounters,
+};
+
+/// What is remembered of each cached block, by the id of its first group.
+#[derive(Debug, Clone, Default)]
+struct Note {
+    label: Option<Box<Label>>,
+    priority: u8,
+    uses: u32,
+}
+
+/// The tiers at work.
+#[derive(Debug)]
+pub(in crate::cache) struct Tiers {
+    pub config: Configuration,
+    pub host: HostTier,
+    /// Whether what the device evicts stays in the host; else it only passes through.
+    keeps: bool,
+    host_demotion: Demotion,
+    pub host_counters: TierCounters,
+    pub host_rate: Rate,
+    pub lower: Vec<(Tier, Demotion)>,
+    pub buffers: Arc<Buffers>,
+    pub cost: PrefillCost,
+    notes: Vec<Note>,
+    pub groups: usize,
+    /// Why the last start loaded as much as it did.
+    pub last: Option<Decision>,
+}
+
+/// The labels of the blocks of a prompt from some block on, computed as they are asked for.
+pub(super) struct Labels<'a> {
+    config: &'a Configuration,
+    keys: Option<Digest>,
+    parent: Option<Digest>,
+    tokens: core::slice::ChunksExact<'a, TokenId>,
+}
+
+impl Iterator for Labels<'_> {
+    type Item = Label;
+
+    fn next(&mut self) -> Option<Label> {
+        let tokens = self.tokens.next()?;
+        let parent = self.parent;
+        let block = Digest::of_block(parent.as_ref(), tokens);
+        self.parent = Some(block);
+        let key = self.config.key(&block);
+        Some(Label { key, block, parent, keys: self.keys, tokens: tokens.into() })
+    }
+}
+
+impl Tiers {
+    pub(super) fn new(
+        options: TierOptions,
+        config: Configuration,
+        groups: usize,
+        blocks: u32,
+    ) -> Result<Self> {
+        let bytes = object_bytes(config.payload_bytes())
+            .and_then(|bytes| usize::try_from(bytes).ok())
+            .ok_or(Error::Overflow { what: "object bytes" })?;
+        if options.transit_blocks == 0 {
+            return Err(Error::invalid("transit_blocks", "must be at least 1"));
+        }
+        let keeps = options.host_blocks > 0;
+        // Where nothing is kept, what comes from below still has to land somewhere.
+        let landing = options.transit_blocks.div_ceil(2);
+        let host = HostTier::new(if keeps { options.host_blocks } else { landing });
+        let limit = host
+            .capacity()
+            .checked_add(options.transit_blocks)
+            .ok_or(Error::Overflow { what: "host blocks" })?;
+        let buffers = Buffers::new(bytes, limit);
+        let mut notes = Vec::new();
+        reserve(&mut notes, blocks as usize)?;
+        notes.resize(blocks as usize, Note::default());
+        let mut lower = Vec::new();
+        for tier in options.lower {
+            let LowerTier { store, settings, demotion } = tier;
+            lower.push((Tier::new(store, config.clone(), buffers.clone(), settings)?, demotion));
+        }
+        Ok(Self {
+            config,
+            host,
+            keeps,
+            host_demotion: options.host_demotion,
+            host_counters: TierCounters::default(),
+            host_rate: Rate::new(),
+            lower,
+            buffers,
+            cost: options.prefill_cost,
+            notes,
+            groups,
+            last: None,
+        })
+    }
+
+    /// Entries were put into the index.
+    pub(in crate::cache) fn stored(
+        &mut self,
+        chain: &Chain,
+        outside: &Outside,
+        stores: &mut [Store],
+    ) {
+        let keys = outside.seed(chain.space);
+        let parent = match chain.above.first() {
+            // Without it nothing can be called by its name: it is not demoted.
+            Some(&above) => match outside.digest_of(above) {
+                None => return,
+                parent => parent,
+            },
+            None => keys,
+        };
+        let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
+        let labels = Labels { config: &self.config, keys, parent, tokens };
+        for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {
+            if let Some(note) = self.notes.get_mut(ids[0].index()) {
+                let label = Some(Box::new(label));
+                *note = Note { label, priority: DEFAULT_PRIORITY, uses: 0 };
+            }
+        }
+        if self.lower.iter().any(|(_, demotion)| demotion.on_commit) {
+            for ids in chain.blocks.chunks_exact(self.groups) {
+                self.write_through(ids, stores, |demotion| demotion.on_commit);
+            }
+        }
+    }
+
+    /// Cached entries were found by a lookup.
+    pub(in crate::cache) fn used(&mut self, entries: &[BlockId]) {
+        for ids in entries.chunks_exact(self.groups) {
+            if let Some(note) = self.notes.get_mut(ids[0].index()) {
+                note.uses = note.uses.saturating_add(1);
+            }
+        }
+    }
+
+    /// Entries were given a priority.
+    pub(in crate::cache) fn prioritized(&mut self, id: BlockId, priority: u8) {
+        if let Some(note) = self.notes.get_mut(id.index()) {
+            note.priority = priority;
+        }
+    }
+
+    /// Entries are about to leave the device; their blocks are as they were.
+    pub(in crate::cache) fn evicted(
+        &mut self,
+        entries: &[BlockId],
+        stores: &mut [Store],
+        demote: bool,
+    ) {
+        for ids in entries.chunks_exact(self.groups) {
+            if demote {
+                self.demote(ids, stores);
+            }
+            if let Some(note) = self.notes.get_mut(ids[0].index()) {
+                *note = Note::default();
+            }
+        }
+    }
+
+    fn demote(&mut self, ids: &[BlockId], stores: &mut [Store]) {
+        let Some(note) = self.notes.get(ids[0].index()) else { return };
+        let Some(label) = &note.label else { return };
+        if !(self.keeps && self.host_demotion.admits(note)) {
+            return self.write_through(ids, stores, |_| true);
+        }
+        if self.host.touch(&label.key) {
+            self.host_counters.present += 1;
+            return;
+        }
+        match self.capture(ids, stores) {
+            Some(block) => {
+                self.host_counters.stored += 1;
+                self.host_counters.stored_bytes += self.config.payload_bytes();
+                self.keep(block);
+            }
+            None => self.host_counters.dropped += 1,
+        }
+    }
+
+    /// Puts a block into the host tier; what goes for it goes further down.
+    pub(super) fn keep(&mut self, block: Arc<HostBlock>) {
+        if let Some(gone) = self.host.insert(block) {
+            self.host_counters.evicted += 1;
+            self.pass_down(gone);
+        }
+    }
+
+    /// A block that left the host goes to the first tier below that takes it or has it. What it was
+    /// worth on the device is not known any more: what got as far as the host may go on.
+    pub(super) fn pass_down(&self, block: Arc<HostBlock>) {
+        for (tier, demotion) in &self.lower {
+            if !demotion.on_commit && tier.state(&block.label.key) == CopyState::Absent {
+                tier.put(block);
+                return;
+            }
+        }
+    }
+
+    /// Copies a block of the device to the lower tiers that `wants` it, admit it and lack it.
+    pub(super) fn write_through(
+        &mut self,
+        ids: &[BlockId],
+        stores: &mut [Store],
+        wants: impl Fn(&Demotion) -> bool,
+    ) {
+        let mut captured = None;
+        for n in 0..self.lower.len() {
+            let Some(note) = self.notes.get(ids[0].index()) else { return };
+            let Some(label) = &note.label else { return };
+            let (tier, demotion) = &self.lower[n];
+            let key = label.key;
+            if !wants(demotion)
+                || !demotion.admits(note)
+                || tier.state(&key) != CopyState::Absent
+                || !tier.has_room()
+            {
+                continue;
+            }
+            if captured.is_none() {
+                captured = self.capture(ids, stores);
+            }
+            if let Some(block) = &captured {
+                self.lower[n].0.put(block.clone());
+            }
+        }
+    }
+
+    /// A copy of a block of the device in host memory; `None` where there is no room for one, or
+    /// not every group has the block.
+    fn capture(&mut self, ids: &[BlockId], stores: &mut [Store]) -> Option<Arc<HostBlock>> {
+        let label = (**self.notes.get(ids[0].index())?.label.as_ref()?).clone();
+        if ids.contains(&BlockId::NONE) {
+            return None;
+        }
+        let mut buffer = self.buffer()?;
+        let mut at = HEAD_BYTES;
+        for (store, &id) in stores.iter_mut().zip(ids) {
+            let end = at + store.layout().block_bytes() as usize;
+            store.read_block(id, buffer.get_mut(at..end)?).ok()?;
+            at = end;
+        }
+        Some(Arc::new(HostBlock { label, buffer }))
+    }
+
+    /// A buffer, if need be that of the block that the host has not used for longest.
+    fn buffer(&mut self) -> Option<Buffer> {
+        loop {
+            if let Ok(buffer) = self.buffers.take() {
+                return Some(buffer);
+            }
+            // What is on its way down still has its buffer: then others have to go for this one.
+            let gone = self.host.pop_oldest()?;
+            self.host_counters.evicted += 1;
+            drop(gone);
+        }
+    }
+
+    /// Blocks after the first `skip` of a prompt, by label.
+    pub(super) fn labels<'a>(
+        &'a self,
+        prompt: &'a [TokenId],
+        skip: usize,
+        above: Option<Digest>,
+        keys: Option<Digest>,
+    ) -> Labels<'a> {
+        let block_tokens = self.config.block_tokens() as usize;
+        // The last token is left to compute, since its logits are needed.
+        let whole = (prompt.len() - 1) / block_tokens * block_tokens;
+        let tokens = prompt[(skip * block_tokens).min(whole)..whole].chunks_exact(block_tokens);
+        let parent = if skip == 0 { keys } else { above };
+        // Without the digest of what comes before, nothing has a name.
+        let known = skip == 0 || above.is_some();
+        let tokens = if known { tokens } else { [].chunks_exact(block_tokens) };
+        Labels { config: &self.config, keys, parent, tokens }
+    }
+
+    pub(super) fn land(&mut self, ticket: &Ticket) {
+        for block in ticket.take().0 {
+            self.keep(block);
+        }
+    }
+}
+
+impl Tiers {
+    /// Waits until every lower tier takes another block.
+    pub(super) fn make_way(&self, limit: Duration) -> bool {
+        self.lower.iter().all(|(tier, _)| tier.has_room() || tier.flush(limit))
+            && (self.buffers.spare() > 0 || self.lower.iter().all(|(tier, _)| tier.flush(limit)))
+    }
+}
+
+impl Demotion {
+    fn admits(&self, note: &Note) -> bool {
+        note.priority >= self.least_priority && note.uses >= self.least_uses
+    }
+}

@@ -1,0 +1,310 @@
+//! What comes back: prompts are looked for below the device, and loaded as far as that is worth it.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::time::Duration;
+use std::time::Instant;
+
+use super::{Prefetch, Progress, TierOptions, Tiers};
+use crate::cache::KvCache;
+use crate::cache::sequence::Sequence;
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, Namespace, TokenId};
+use crate::layout::slice::Slice;
+use crate::prefix::Hit;
+use crate::tier::object::Label;
+use crate::tier::{
+    Configuration, Decision, Found, HostBlock, Rate, Ticket, TierKind, TierReport, Want, decide,
+};
+
+impl KvCache {
+    /// Gives the cache tiers. Blocks that are cached already take part from when they are next
+    /// committed or found.
+    ///
+    /// # Errors
+    /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
+    /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
+    pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
+        if self.tiers.is_some() {
+            return Err(Error::InvalidState { why: "the cache has tiers already" });
+        }
+        let Some(prefix) = &self.prefix else {
+            return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
+        };
+        if prefix.len_blocks() > 0 {
+            return Err(Error::InvalidState { why: "something is cached already" });
+        }
+        let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
+        let config = Configuration::new(&options.model, &self.spec, &slice)?;
+        let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
+        let tiers = Tiers::new(options, config, groups, blocks)?;
+        self.enable_digests()?;
+        self.tiers = Some(Box::new(tiers));
+        Ok(())
+    }
+
+    /// What the cache's blocks are: the configuration that its objects carry. `None` without tiers.
+    pub fn configuration(&self) -> Option<&Configuration> {
+        self.tiers.as_ref().map(|tiers| &tiers.config)
+    }
+
+    /// Why the last [`start`](Self::start) loaded as much from the host as it did.
+    pub fn last_decision(&self) -> Option<Decision> {
+        self.tiers.as_ref().and_then(|tiers| tiers.last)
+    }
+
+    /// What each tier counted, from the host down; empty without tiers.
+    pub fn tier_reports(&self) -> Vec<TierReport> {
+        let Some(tiers) = &self.tiers else { return Vec::new() };
+        let rate = |rate: Rate| rate.latency().zip(rate.bandwidth());
+        let mut counters = tiers.host_counters;
+        counters.objects = tiers.host.len() as u64;
+        counters.bytes = counters.objects * tiers.config.payload_bytes();
+        let host = TierReport { kind: TierKind::Host, counters, load_rate: rate(tiers.host_rate) };
+        let lower = tiers.lower.iter().map(|(tier, _)| TierReport {
+            kind: tier.kind(),
+            counters: tier.counters(),
+            load_rate: rate(tier.load_rate()),
+        });
+        core::iter::once(host).chain(lower).collect()
+    }
+
+    /// Begins to load what lower tiers have of a prompt, as far as loading is worth it, into host
+    /// memory, from where [`start`](Self::start) takes it. Waits for nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty prompt, `InvalidState` without tiers.
+    pub fn prefetch(&mut self, prompt: &[TokenId], space: Namespace) -> Result<Prefetch> {
+        if prompt.is_empty() {
+            return Err(Error::invalid("prompt", "must have at least one token"));
+        }
+        let (Some(tiers), Some(prefix)) = (&mut self.tiers, &self.prefix) else {
+            return Err(Error::InvalidState { why: "the cache has no tiers" });
+        };
+        prefix.lookup(space, prompt, prompt.len() - 1, &mut self.hit);
+        let block_tokens = self.spec.block_tokens as usize;
+        let device = self.hit.tokens / block_tokens;
+        let above = last_entry(&self.hit.blocks, self.pools.len());
+        let above = above.and_then(|id| self.outside.digest_of(id));
+        let keys = self.outside.seed(space);
+        // Runs of blocks in the same place: `None` for the host, else a lower tier.
+        let mut runs: Vec<(Option<usize>, Vec<Label>)> = Vec::new();
+        let room = tiers.host.capacity();
+        let mut recalled = Vec::new();
+        for label in tiers.labels(prompt, device, above, keys).take(room) {
+            let lower = &tiers.lower;
+            let place = if tiers.host.contains(&label.key) {
+                None
+            } else if let Some(block) = lower.iter().find_map(|(tier, _)| tier.recall(&label)) {
+                recalled.push(block);
+                None
+            } else {
+                match lower.iter().position(|(tier, _)| tier.may_have(&label.key)) {
+                    Some(tier) => Some(tier),
+                    None => break,
+                }
+            };
+            match runs.last_mut() {
+                Some((last, labels)) if *last == place => labels.push(label),
+                _ => runs.push((place, alloc::vec![label])),
+            }
+        }
+        recalled.into_iter().for_each(|block| tiers.keep(block));
+        let found: Vec<Found> = runs
+            .iter()
+            .map(|(place, labels)| Found {
+                blocks: labels.len(),
+                rate: place.map_or(tiers.host_rate, |tier| tiers.lower[tier].0.load_rate()),
+            })
+            .collect();
+        let (first, bytes) = (self.hit.tokens as u64, tiers.buffers.bytes() as u64);
+        let decision = decide(&found, first, block_tokens as u64, bytes, &tiers.cost);
+        let mut left = decision.blocks;
+        let (mut host_tokens, mut loads) = (0, Vec::new());
+        for (n, (place, mut labels)) in runs.into_iter().enumerate() {
+            labels.truncate(left);
+            left -= labels.len();
+            match place {
+                Some(_) if labels.is_empty() => {}
+                None => {
+                    // Not to go for what comes.
+                    for label in &labels {
+                        tiers.host.touch(&label.key);
+                    }
+                    host_tokens += if n == 0 { labels.len() * block_tokens } else { 0 };
+                }
+                Some(tier) => {
+                    let wants =
+                        labels.into_iter().enumerate().map(|(at, label)| Want { at, label });
+                    let wants: Vec<Want> = wants.collect();
+                    // Buffers that the host can spare for it.
+                    let lacking = wants.len().saturating_sub(tiers.buffers.spare());
+                    for _ in 0..lacking.min(tiers.host.len().saturating_sub(wants.len())) {
+                        if let Some(gone) = tiers.host.pop_oldest() {
+                            tiers.host_counters.evicted += 1;
+                            tiers.pass_down(gone);
+                        }
+                    }
+                    loads.push((tier, tiers.lower[tier].0.load(wants)));
+                }
+            }
+        }
+        Ok(Prefetch { device_tokens: self.hit.tokens, host_tokens, decision, loads })
+    }
+
+    /// Takes what has arrived; whether more is to come. Waits for nothing.
+    pub fn poll_prefetch(&mut self, prefetch: &mut Prefetch) -> Progress {
+        self.take_arrived(prefetch, |ticket| ticket.is_done())
+    }
+
+    /// Waits until all of it has arrived, at most for `limit`. What has not by then is given up:
+    /// counted, and computed like anything else that no tier has.
+    pub fn wait_prefetch(&mut self, prefetch: &mut Prefetch, limit: Duration) -> Progress {
+        let begin = Instant::now();
+        let progress = self
+            .take_arrived(prefetch, |ticket| ticket.wait(limit.saturating_sub(begin.elapsed())));
+        self.give_up(prefetch);
+        progress
+    }
+
+    fn take_arrived(
+        &mut self,
+        prefetch: &mut Prefetch,
+        done: impl Fn(&Ticket) -> bool,
+    ) -> Progress {
+        if let Some(tiers) = &mut self.tiers {
+            prefetch.loads.retain(|(_, ticket)| {
+                let done = done(ticket);
+                if done {
+                    tiers.land(ticket);
+                }
+                !done
+            });
+        }
+        if prefetch.loads.is_empty() { Progress::Done } else { Progress::Loading }
+    }
+
+    fn give_up(&mut self, prefetch: &mut Prefetch) {
+        let Some(tiers) = &mut self.tiers else { return };
+        for (tier, ticket) in prefetch.loads.drain(..) {
+            ticket.cancel();
+            if let Some((tier, _)) = tiers.lower.get(tier) {
+                tier.timed_out();
+            }
+            tiers.land(&ticket);
+        }
+    }
+
+    /// Copies everything that is cached, on the device and in the host, to the lower tiers that
+    /// admit it, and waits until they have it, at most for `limit`; whether they do. What a full
+    /// tier refuses is not waited for.
+    pub fn flush_tiers(&mut self, limit: Duration) -> bool {
+        let begin = Instant::now();
+        let (Some(tiers), Some(prefix)) = (&mut self.tiers, &self.prefix) else { return true };
+        let left = || limit.saturating_sub(begin.elapsed());
+        let mut entries: Vec<BlockId> = Vec::new();
+        prefix.for_each_chain(&mut |chain| entries.extend_from_slice(chain.blocks));
+        for ids in entries.chunks_exact(tiers.groups) {
+            if !tiers.make_way(left()) {
+                return false;
+            }
+            tiers.write_through(ids, &mut self.stores, |_| true);
+        }
+        let host: Vec<Arc<HostBlock>> = tiers.host.iter().cloned().collect();
+        for block in host {
+            if !tiers.make_way(left()) {
+                return false;
+            }
+            tiers.pass_down(block);
+        }
+        tiers.lower.iter().all(|(tier, _)| tier.flush(left()))
+    }
+
+    /// Loads the blocks after `hit` that the host has into new blocks at the end of `tables`; how
+    /// many tokens that are. What cannot be loaded is computed, so nothing here fails.
+    pub(in crate::cache) fn onboard(
+        &mut self,
+        sequence: &mut Sequence,
+        prompt: &[TokenId],
+        hit: &Hit,
+    ) -> usize {
+        let block_tokens = self.spec.block_tokens as usize;
+        let groups = self.pools.len();
+        let Some(tiers) = &mut self.tiers else { return 0 };
+        tiers.used(&hit.blocks);
+        let above = last_entry(&hit.blocks, groups).and_then(|id| self.outside.digest_of(id));
+        let keys = self.outside.seed(sequence.namespace);
+        let skip = hit.tokens / block_tokens;
+        let most = self.pools.iter().map(|pool| pool.free_blocks() + pool.cached_blocks()).min();
+        let mut found = Vec::new();
+        let labels: Vec<Label> = {
+            // Computed up to the first that is not there.
+            let host = &tiers.host;
+            let labels = tiers.labels(prompt, skip, above, keys);
+            labels.take_while(|label| host.contains(&label.key)).collect()
+        };
+        for label in labels.iter().take(most.unwrap_or(0) as usize) {
+            match tiers.host.get(label) {
+                Some(block) => found.push(block),
+                None => break,
+            }
+        }
+        let rate = tiers.host_rate;
+        let segments = [Found { blocks: found.len(), rate }];
+        let (first, bytes) = (hit.tokens as u64, tiers.config.payload_bytes());
+        let decision = decide(&segments, first, block_tokens as u64, bytes, &tiers.cost);
+        tiers.last = Some(decision);
+        found.truncate(decision.blocks);
+        if found.is_empty() {
+            return 0;
+        }
+        let tokens = found.len() * block_tokens;
+        let loaded = self.load_blocks(sequence, &found, hit.tokens);
+        if loaded.is_err() {
+            for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
+                // To what it was: nothing to allocate, so nothing to fail.
+                let _ = table.truncate(pool, hit.tokens, block_tokens);
+            }
+            return 0;
+        }
+        tokens
+    }
+
+    fn load_blocks(
+        &mut self,
+        sequence: &mut Sequence,
+        found: &[Arc<HostBlock>],
+        hit_tokens: usize,
+    ) -> Result<()> {
+        let block_tokens = self.spec.block_tokens as usize;
+        let blocks = found.len() as u32;
+        self.reserve(|_| blocks)?;
+        for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
+            table.extend(pool, found.len() * block_tokens, block_tokens)?;
+        }
+        let begin = Instant::now();
+        let first = hit_tokens / block_tokens;
+        for (n, block) in found.iter().enumerate() {
+            let mut at = 0;
+            for (table, store) in sequence.tables.iter().zip(&mut self.stores) {
+                let end = at + store.layout().block_bytes() as usize;
+                let id = table.blocks().get(first + n).copied().unwrap_or(BlockId::NONE);
+                store.write_block(id, &block.payload()[at..end])?;
+                at = end;
+            }
+        }
+        if let Some(tiers) = &mut self.tiers {
+            let bytes = u64::from(blocks) * tiers.config.payload_bytes();
+            tiers.host_rate.observe(bytes, begin.elapsed());
+            tiers.host_counters.loaded += u64::from(blocks);
+            tiers.host_counters.loaded_bytes += bytes;
+        }
+        Ok(())
+    }
+}
+
+/// The first group's id of the last of some entries.
+fn last_entry(entries: &[BlockId], groups: usize) -> Option<BlockId> {
+    entries.len().checked_sub(groups).and_then(|at| entries.get(at)).copied()
+}

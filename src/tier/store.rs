@@ -1,0 +1,67 @@
+//! What a lower tier must be able to do: keep objects by key. Disk and remote stores are this, and
+//! an engine's own store is this behind the C ABI's table of functions.
+//!
+//! Calls block; the tier's own threads make them ([`super::queue`]), several at a time. A store need
+//! not check what it gives back: every object is verified before it is used.
+
+use core::fmt;
+
+use super::ObjectKey;
+
+/// What became of one object of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Outcome {
+    /// Not tried.
+    #[default]
+    None,
+    /// Done: for a put, so that it survives what the store promises to survive.
+    Done,
+    /// The store has no such object.
+    Absent,
+    /// There is no room.
+    Full,
+    /// It failed; the store may work again later.
+    Failed,
+}
+
+/// An object to put: sealed, whole.
+#[derive(Debug, Clone, Copy)]
+pub struct Put<'a> {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Its bytes.
+    pub object: &'a [u8],
+}
+
+/// An object to get.
+#[derive(Debug)]
+pub struct Get<'a> {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Where its bytes go; objects of a tier are all of this length.
+    pub object: &'a mut [u8],
+}
+
+/// A store of objects. Calls may come from several threads at once.
+pub trait Store: fmt::Debug + Send + Sync {
+    /// Whether it has an object, where that is known without waiting; `None` where it has to ask.
+    fn knows(&self, key: &ObjectKey) -> Option<bool>;
+
+    /// Finds out which of the objects it has; false where that cannot be found out.
+    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool;
+
+    /// Puts objects; one outcome each.
+    fn put(&self, objects: &[Put], outcomes: &mut [Outcome]);
+
+    /// Gets objects; one outcome each. What an object holds that was not `Done` is of no
+    /// consequence.
+    fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]);
+
+    /// Removes objects; those it does not have are no failure.
+    fn remove(&self, keys: &[ObjectKey]);
+
+    /// Bytes and objects that it holds, where it knows.
+    fn used(&self) -> Option<(u64, u64)> {
+        None
+    }
+}
