@@ -4,9 +4,11 @@
 //! Lookups ask for prompts that are in the processor's caches, as one that was just tokenized is
 //! (64 in turn), and for prompts that are not (2,000 in turn). `hit`: all is cached; `half`: the
 //! first 2,048 tokens are; `miss`: nothing is. Each writes the block ids it found and the tail.
-//! Insertion and eviction are given per block that is new or goes; `insert` walks down from the root
-//! and compares what is there already, `insert below` resumes where the lookup of the prompt ended. `flat` is the same number of blocks without anything shared: 10,000 sequences
-//! of 10 blocks. `a block at a time`: 64 sequences that grow to 256 blocks together, each inserted
+//! `tenant` asks in a namespace of its own, which has something, for prompts that another has and
+//! for prompts that nobody has: both miss, and must take the same time. Insertion and eviction are
+//! given per block that is new or goes; `insert` walks down from the root and compares what is there
+//! already, `insert below` resumes where the lookup of the prompt ended. `flat` is the same number of
+//! blocks without anything shared: 10,000 sequences of 10 blocks. `a block at a time`: 64 sequences that grow to 256 blocks together, each inserted
 //! from its first token whenever it has a block more.
 
 use std::hint::black_box;
@@ -26,6 +28,8 @@ const SYSTEMS: usize = 40;
 const SHARED: usize = 247;
 const EACH: usize = 250;
 const SPACE: Namespace = Namespace(1);
+/// Of another tenant.
+const OTHER: Namespace = Namespace(2);
 
 struct Random(u64);
 
@@ -120,6 +124,9 @@ fn bench(c: &mut Criterion) {
     let ids: Vec<BlockId> = (0..200_000).map(BlockId).collect();
     let mut index = empty();
     build(&mut index, &tree, &ids);
+    for _ in 0..25 {
+        index.insert(OTHER, &random.tokens(4), &ids[..4], &mut Vec::new()).unwrap();
+    }
     index.audit().unwrap();
 
     let mut group = c.benchmark_group("prefix");
@@ -132,18 +139,20 @@ fn bench(c: &mut Criterion) {
     let half: Vec<_> = chosen(64).map(half).collect();
     let miss: Vec<_> = (0..64).map(|_| random.tokens(256)).collect();
     let mut hit = Hit::default();
-    let cases = [
-        ("hit", chosen(64).collect(), 4096),
-        ("hit, cold", chosen(2000).collect(), 4096),
-        ("half", half, 2048),
-        ("miss", miss, 0),
+    let cases: [(&str, Namespace, Vec<Vec<TokenId>>, usize); 6] = [
+        ("hit", SPACE, chosen(64).collect(), 4096),
+        ("hit, cold", SPACE, chosen(2000).collect(), 4096),
+        ("half", SPACE, half, 2048),
+        ("miss", SPACE, miss.clone(), 0),
+        ("tenant, another's prompt", OTHER, chosen(64).collect(), 0),
+        ("tenant, nobody's prompt", OTHER, miss, 0),
     ];
-    for (name, prompts, tokens) in cases {
+    for (name, space, prompts, tokens) in cases {
         let mut turn = 0;
         group.bench_function(name, |b| {
             b.iter(|| {
                 turn = (turn + 1) % prompts.len();
-                index.lookup(SPACE, black_box(&prompts[turn]), usize::MAX, &mut hit);
+                index.lookup(space, black_box(&prompts[turn]), usize::MAX, &mut hit);
                 assert_eq!(hit.tokens, tokens);
             });
         });

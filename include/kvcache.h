@@ -1175,8 +1175,12 @@ typedef struct {
     // Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
     // sequence, all that they can need unless tiles stay raw.
     uint32_t staging_blocks;
-    // 0.
-    uint32_t reserved;
+    // 1: zero the K and V of every block that becomes free, before anybody else can have it. 0 by
+    // default. KVC_ERR_UNSUPPORTED with sealed tiles.
+    uint32_t scrub;
+    // `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
+    // `blocks` in each. A group with a window needs few: kvc_plan says how many.
+    const uint32_t *group_blocks;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -1315,7 +1319,9 @@ kvc_status kvc_seq_start(kvc_cache *cache,
 // Threads: thread-safe.
 kvc_status kvc_seq_fork(kvc_cache *cache, kvc_seq seq, kvc_seq *out_seq);
 
-// Forgets the tokens of a sequence from position `tokens` on (rejected speculation).
+// Forgets the tokens of a sequence from position `tokens` on (rejected speculation). With a sliding
+// window, to lengths that the window has not left behind (KVC_ERR_INVALID_STATE for others): those
+// since the sequence's last kvc_step_begin, and as many more as its blocks allow.
 //
 // Threads: thread-safe.
 kvc_status kvc_seq_truncate(kvc_cache *cache, kvc_seq seq, uint32_t tokens);
@@ -1382,7 +1388,8 @@ typedef struct {
     uint32_t struct_size;
     // 1 (the default): a query sees no key after its own position.
     uint32_t causal;
-    // Keys that a query sees, its own included, counted back; 0 for the group's window.
+    // Keys that a query sees, its own included, counted back, no more than the group's window; 0 for
+    // that.
     uint32_t window;
     // Factor of the dot product; 0 for 1 / sqrt(k_dim).
     float scale;
@@ -2033,6 +2040,8 @@ typedef struct {
     kvc_histogram idle_before_evict;
     // From a use to the next, of watched blocks.
     kvc_histogram reuse_gap;
+    // Blocks of layer groups with a window that were given up alone; their entries stayed.
+    uint64_t evicted_window_blocks;
 } kvc_metrics;
 
 // Writes the cache's metrics to `out`, `out_bytes` (its sizeof) at most.

@@ -38,7 +38,8 @@ compare() {
         cat "$work/$1/abidiff.txt"
         exit 1
     fi
-    echo "$1: $(wc -l <"$work/$1/$1.txt") fields where they were; $(sed -n 's/^Functions changes summary: //p' "$work/$1/abidiff.txt")"
+    echo "$1: $(wc -l <"$work/$1/$1.txt") fields where they were;" \
+        "$(sed -n 's/^Functions changes summary: //p' "$work/$1/abidiff.txt")"
 }
 for folder in ffi-tests/snapshots/*/; do
     name=$(basename "$folder")

@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 # Ten thousand cases per property instead of the default.
 part_random() {
     PROPTEST_CASES=${PROPTEST_CASES:-10000} cargo test --release \
-        --test model_pool --test model_prefix --test cache
+        --test model_pool --test model_prefix --test model_eviction --test model_windows --test cache
 }
 
 # The cache's tests once for each level this CPU has (the conformance table visits them all itself).
@@ -29,6 +29,10 @@ part_levels() {
 part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
+
+part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
+
+part_tsan() { scripts/tsan.sh; }
 
 part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 
@@ -61,7 +65,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 fuzz msrv cinstall benches gpu)
+parts=(random levels features asan aarch64 tsan shuttle fuzz msrv cinstall benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -2,18 +2,21 @@
 # Everything that wants a GPU, on a machine that may have no Rust and no network.
 #
 #   scripts/gpu.sh pack DIR   here: builds tests, benchmark, example and libkvcache.so with their
-#                             kernels (the pinned nvcc), and puts them into DIR with what they need
-#   DIR/gpu.sh run            there: correctness, sanitizer, graphs, the served model, benchmark and
-#                             peers, in ten minutes at most; $OUT (default: DIR/out) gets gpu.json,
-#                             gpu.txt and a log for each part
+#                             kernels (the pinned nvcc), and puts them into DIR with what they need;
+#                             FLASHINFER=1 adds that peer, reduced to what it needs there
+#   DIR/gpu.sh run            there: correctness, graphs, the served model, benchmark, peers and
+#                             sanitizer; $OUT (default: DIR/out) gets gpu.json, gpu.txt and gpu.log,
+#                             written anew after each part
 #
-# `run NAME...` runs only those parts. Without a GPU it shows that everything starts, says so and
-# exits with 77 (KVCACHE_REQUIRE_GPU=1: fails). PyTorch and FlashInfer, where Python finds them, are
-# the peers; compute-sanitizer is looked for in PATH, CUDA_HOME and /usr/local/cuda.
+# `run NAME...` runs only those parts. All of it ends within $SECONDS_IN_ALL (540), whatever hangs:
+# a part gets at most what is left of that, and one that has less than a few seconds is skipped and
+# said to be. Without a GPU it shows that everything starts, says so and exits with 77
+# (KVCACHE_REQUIRE_GPU=1: fails). PyTorch and FlashInfer, where Python finds them, are the peers.
+# compute-sanitizer is looked for in PATH, CUDA_HOME and /usr/local/cuda.
 set -euo pipefail
 
-# What a pack may weigh.
-MOST_MIB=60
+# What a pack may weigh, FlashInfer (12 to 15 MiB) not counted: it travels with the sources.
+MOST_MIB=${MOST_MIB:-36}
 
 pack() {
     source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -58,6 +61,7 @@ PYTHON
     mib=$(du -sm "$dir" --exclude=out | cut -f1)
     echo "$dir: $mib MiB"
     [ "$mib" -le "$MOST_MIB" ] || { echo "more than $MOST_MIB MiB"; exit 1; }
+    [ "${FLASHINFER:-}" != 1 ] || python3 scripts/gpu/flashinfer.py "$dir/flashinfer.tar.xz"
 }
 
 # --- on the GPU machine: from here on nothing of the repository is needed
@@ -73,29 +77,43 @@ sanitizer() {
     return 1
 }
 
-# Every part takes its own time limit in seconds, since one that hangs must not take the rest along.
+# Runs a command for at most so many seconds, and no longer than the whole run may take.
+within() {
+    local most=$1 left=$((DEADLINE - $(date +%s)))
+    shift
+    if [ "$left" -lt 3 ]; then echo "skipped: $1 (no time is left)"; return 77; fi
+    timeout -k 5 $((most < left ? most : left)) "$@"
+}
+
 part_facts() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem \
         --format=csv
     cat "$HERE/VERSION"
-    timeout 60 "$HERE/bin/unit" cuda:: kernels::image --nocapture
+    within 60 "$HERE/bin/unit" cuda:: kernels::image --nocapture
 }
 
 part_conformance() {
-    timeout 120 "$HERE/bin/conformance_device"
-    timeout 60 "$HERE/bin/conformance_device_codes"
-    timeout 60 "$HERE/bin/cache" device
+    within 120 "$HERE/bin/conformance_device"
+    within 60 "$HERE/bin/conformance_device_codes"
+    within 60 "$HERE/bin/cache" device
 }
 
-part_graph() { timeout 60 "$HERE/bin/gpu" --nocapture --test-threads=1; }
+part_graph() { within 60 "$HERE/bin/gpu" --nocapture --test-threads=1; }
 
 part_sanitizer() {
-    local tool check
+    local tool check code=0
     tool=$(sanitizer) || { echo "skipped: no compute-sanitizer"; return 77; }
     for check in memcheck racecheck synccheck; do
         echo "$check"
-        timeout 60 "$tool" --tool "$check" --error-exitcode 1 "$HERE/bin/conformance_device" \
-            --test-threads=1 every_format_and_row_type appended_rows
+        within 60 "$tool" --tool "$check" --error-exitcode 1 "$HERE/bin/conformance_device" \
+            --test-threads=1 every_format_and_row_type appended_rows >"$WORK/sanitized" 2>&1 ||
+            code=$?
+        cat "$WORK/sanitized"
+        if grep -q 'Device not supported' "$WORK/sanitized"; then
+            echo "skipped: compute-sanitizer does not support this device"
+            return 77
+        fi
+        [ "$code" = 0 ] || return "$code"
     done
 }
 
@@ -103,22 +121,49 @@ part_generate() {
     local dtype
     for dtype in f16 bf16; do
         echo "generate --device cuda --check --dtype $dtype"
-        KVCACHE_MODEL_DIR=$HERE/model timeout 60 "$HERE/bin/generate" --device cuda --check \
+        KVCACHE_MODEL_DIR=$HERE/model within 60 "$HERE/bin/generate" --device cuda --check \
             --dtype "$dtype"
     done
 }
 
-part_bench() { OUT=$OUT timeout 240 "$HERE/bin/cuda" --bench; }
+part_bench() { OUT=$WORK within 180 "$HERE/bin/cuda" --bench; }
+
+# FlashInfer compiles its kernels when they are first used, for this GPU alone: begun at once, beside
+# everything else.
+start_peers() {
+    if [ -f "$HERE/flashinfer.tar.xz" ]; then
+        mkdir -p "$WORK/site"
+        tar -xJf "$HERE/flashinfer.tar.xz" -C "$WORK/site"
+        export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
+    fi
+    export KVCACHE_LIB=$HERE/bin/libkvcache.so FLASHINFER_NO_DOWNLOAD=1 PYTHONUNBUFFERED=1
+    export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$WORK}
+    if ! python3 -c 'import torch, flashinfer' 2>/dev/null; then return; fi
+    export FLASHINFER_READY=$WORK/ready
+    mkdir -p "$FLASHINFER_READY"
+    export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+    local left=$((DEADLINE - $(date +%s)))
+    compile() {
+        timeout "$left" nice python3 "$HERE/peers.py" --compile "$@" >>"$WORK/compile.out" 2>&1 &
+        COMPILERS+=($!)
+    }
+    compile "cuda cores" xqa
+    compile fa2 "prefill fa2"
+    compile fa3 "prefill fa3"
+}
 
 part_peers() {
     python3 -c 'import torch' 2>/dev/null || { echo "skipped: no PyTorch"; return 77; }
-    # FlashInfer compiles its kernels when they are first used.
-    KVCACHE_LIB=$HERE/bin/libkvcache.so FLASHINFER_NO_DOWNLOAD=1 \
-        FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$OUT} \
-        timeout 280 python3 "$HERE/peers.py" --seconds "${PEER_SECONDS:-240}" --json "$OUT/peers.json"
+    [ ! -f "$WORK/compile.out" ] || cat "$WORK/compile.out"
+    # The sanitizer comes after this and may have what is left.
+    local seconds=$((DEADLINE - $(date +%s) - 60))
+    [ "$seconds" -le "${PEER_SECONDS:-200}" ] || seconds=${PEER_SECONDS:-200}
+    within $((seconds + 30)) python3 "$HERE/peers.py" --seconds "$seconds" \
+        --json "$WORK/peers.json"
 }
 
-parts=(facts conformance graph sanitizer generate bench peers)
+# In the order of what would be missed most where time runs out.
+parts=(facts conformance graph generate bench peers sanitizer)
 
 # What can be seen without a GPU: every program starts and says what it lacks.
 without() {
@@ -146,49 +191,60 @@ run() {
     mkdir -p "$OUT"
     if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then without; fi
     export KVCACHE_REQUIRE_GPU=1
-    local name code start failed=() states=()
+    DEADLINE=$(($(date +%s) + ${SECONDS_IN_ALL:-540}))
+    WORK=$(mktemp -d)
+    export DEADLINE WORK
+    COMPILERS=()
+    trap 'kill "${COMPILERS[@]}" 2>/dev/null || true; rm -rf "$WORK"' EXIT
+    case " ${parts[*]} " in *" peers "*) start_peers ;; esac
+    local name code start failed=()
     for name in "${parts[@]}"; do
         printf '\n== %s\n' "$name"
         start=$SECONDS
         code=0
         # A process of its own: `set -e` does not hold inside a tested command.
-        "$HERE/gpu.sh" --part "$name" 2>&1 | tee "$OUT/$name.log" || code=${PIPESTATUS[0]}
+        "$HERE/gpu.sh" --part "$name" 2>&1 | tee "$WORK/$name.log" || code=${PIPESTATUS[0]}
         case $code in
-            0) states+=("$name passed $((SECONDS - start))") ;;
-            77) states+=("$name skipped $((SECONDS - start))") ;;
-            *) states+=("$name FAILED $((SECONDS - start))"); failed+=("$name") ;;
-        esac
+            0) echo "$name passed $((SECONDS - start))" ;;
+            77) echo "$name skipped $((SECONDS - start))" ;;
+            124 | 137) echo "$name OUT-OF-TIME $((SECONDS - start))"; failed+=("$name") ;;
+            *) echo "$name FAILED $((SECONDS - start))"; failed+=("$name") ;;
+        esac >>"$WORK/parts"
+        report
     done
     printf '\n'
-    printf '%s\n' "${states[@]}" | tee "$OUT/parts"
-    report
+    cat "$WORK/parts"
+    echo "$OUT/gpu.json $OUT/gpu.txt $OUT/gpu.log"
     [ ${#failed[@]} = 0 ]
 }
 
-# One JSON and one table of everything.
+# One JSON, one table and one log of everything so far.
 report() {
-    python3 - "$OUT" "$HERE/VERSION" <<'PYTHON'
+    python3 - "$WORK" "$OUT" "$HERE/VERSION" <<'PYTHON'
 import json, os, sys
-out = sys.argv[1]
+work, out, version = sys.argv[1:]
 def load(name):
-    path = os.path.join(out, name)
+    path = os.path.join(work, name)
     return json.load(open(path)) if os.path.exists(path) else None
 def text(name):
-    path = os.path.join(out, name + ".log")
-    return open(path, errors="replace").read() if os.path.exists(path) else ""
-states = [line.split() for line in open(os.path.join(out, "parts"))]
+    return open(os.path.join(work, name + ".log"), errors="replace").read()
+states = [line.split() for line in open(os.path.join(work, "parts"))]
 everything = dict(
-    version=open(sys.argv[2]).read().split("\n"),
+    version=open(version).read().split("\n"),
     parts={name: dict(state=state, seconds=int(seconds)) for name, state, seconds in states},
-    facts=text("facts"), kernels=load("kernels.json"), peers=load("peers.json"))
+    facts=text(states[0][0]) if states[0][0] == "facts" else None,
+    kernels=load("kernels.json"), peers=load("peers.json"))
 json.dump(everything, open(os.path.join(out, "gpu.json"), "w"), indent=1)
+ran = [name for name, _, _ in states]
 with open(os.path.join(out, "gpu.txt"), "w") as table:
     for name in ("facts", "bench", "peers", "generate"):
-        if text(name):
+        if name in ran:
             table.write(f"== {name}\n{text(name)}\n")
     table.writelines(" ".join(state) + " s\n" for state in states)
+with open(os.path.join(out, "gpu.log"), "w") as log:
+    for name in ran:
+        log.write(f"== {name}\n{text(name)[-1 << 20:]}\n")
 PYTHON
-    echo "$OUT/gpu.json $OUT/gpu.txt"
 }
 
 case ${1:-} in

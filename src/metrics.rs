@@ -46,17 +46,21 @@ pub enum Evicted {
     Capacity,
     /// The index was cleared.
     Cleared,
+    /// Its room was needed in a layer group with a window, which had left it behind: only that
+    /// group's block went, not the entry.
+    Window,
 }
 
 impl Evicted {
     /// Every reason, in the order of [`Counters::evicted_blocks`].
-    pub const ALL: [Evicted; 2] = [Evicted::Capacity, Evicted::Cleared];
+    pub const ALL: [Evicted; 3] = [Evicted::Capacity, Evicted::Cleared, Evicted::Window];
 
     /// The label of the metric.
     pub const fn name(self) -> &'static str {
         match self {
             Evicted::Capacity => "capacity",
             Evicted::Cleared => "cleared",
+            Evicted::Window => "window",
         }
     }
 }

@@ -28,17 +28,23 @@ struct Setup {
     format: KvFormat,
     dim: usize,
     tolerance: f64,
+    /// Of the two layer groups.
+    windows: [Option<u32>; 2],
+    /// Of the two layer groups, where they differ.
+    group_blocks: Vec<u32>,
 }
 
 impl Setup {
     fn cpu() -> Self {
-        Setup { backend: None, format: KvFormat::F32, dim: 16, tolerance: 1e-5 }
+        let (windows, group_blocks) = ([None; 2], Vec::new());
+        let (format, dim) = (KvFormat::F32, 16);
+        Setup { backend: None, format, dim, tolerance: 1e-5, windows, group_blocks }
     }
 
     /// Formats stored token by token. Where queries are multiplied as 16-bit integers, a score is off
     /// by at most 2 / 65278 * 64 / 8.
     fn coded(format: KvFormat) -> Self {
-        Setup { backend: None, format, dim: 64, tolerance: 1e-3 }
+        Setup { format, dim: 64, tolerance: 1e-3, ..Setup::cpu() }
     }
 
     /// What rows of all heads read as once they were stored.
@@ -65,7 +71,12 @@ impl Setup {
     /// and values are at most 1.
     fn device(backend: Arc<dyn Backend>) -> Self {
         let tolerance = 2f64.powi(-10);
-        Setup { backend: Some(backend), format: KvFormat::F16, dim: 64, tolerance }
+        let (format, dim) = (KvFormat::F16, 64);
+        Setup { backend: Some(backend), format, dim, tolerance, ..Setup::cpu() }
+    }
+
+    fn windowed(self, windows: [Option<u32>; 2], group_blocks: [u32; 2]) -> Self {
+        Setup { windows, group_blocks: group_blocks.to_vec(), ..self }
     }
 }
 
@@ -102,6 +113,7 @@ struct Harness {
     rng: Rng,
     /// Live sequences: id, namespace, tokens.
     live: Vec<(SeqId, u64, Vec<u32>)>,
+    refused_truncations: u32,
 }
 
 impl Harness {
@@ -112,7 +124,8 @@ impl Harness {
     fn with(setup: Setup, seed: u64, blocks: u32, prefix_reuse: bool) -> Self {
         let group = GroupSpec::uniform(LAYERS, KV_HEADS as u32, setup.dim as u32, setup.format);
         // Two groups, so that tables, pools and the index go through the general case.
-        let spec = CacheSpec { block_tokens: 16, groups: vec![group.clone(), group] };
+        let groups = setup.windows.map(|window| GroupSpec { window, ..group.clone() }).to_vec();
+        let spec = CacheSpec { block_tokens: 16, groups };
         let policies =
             [Eviction::Lru, Eviction::Lfu, Eviction::Fifo, Eviction::Slru, Eviction::S3Fifo];
         let eviction = policies[(seed >> 7) as usize % policies.len()];
@@ -122,6 +135,8 @@ impl Harness {
             threads: 1,
             prefix_reuse,
             eviction,
+            group_blocks: setup.group_blocks.clone(),
+            scrub: seed.is_multiple_of(2),
             ..CacheOptions::default()
         };
         let cache = match &setup.backend {
@@ -129,7 +144,7 @@ impl Harness {
             Some(backend) => KvCache::on(backend, &spec, &options),
         };
         let (cache, step) = (cache.unwrap(), Step::new());
-        Self { setup, cache, step, rng: Rng(seed), live: Vec::new() }
+        Self { setup, cache, step, rng: Rng(seed), live: Vec::new(), refused_truncations: 0 }
     }
 
     /// A prompt that likely shares a beginning with another: few tokens, few namespaces.
@@ -167,8 +182,10 @@ impl Harness {
             Ok(()) => {}
             Err(Error::OutOfBlocks { needed, missing }) => {
                 assert!(missing > 0 && missing <= needed);
-                assert_eq!(missing, needed - before.free_blocks - before.cached_blocks);
-                assert_eq!(self.cache.stats(), before);
+                if self.setup.windows == [None; 2] {
+                    assert_eq!(missing, needed - before.free_blocks - before.cached_blocks);
+                    assert_eq!(self.cache.stats(), before);
+                }
                 return;
             }
             Err(error) => panic!("{error}"),
@@ -218,6 +235,7 @@ impl Harness {
         let out_rows = out.as_mut_slice().into();
         self.cache.attend(&self.step, id, q.as_slice().into(), out_rows, &scoring, None).unwrap();
         let mut at = 0;
+        let window = self.setup.windows[id.group as usize].map_or(usize::MAX, |w| w as usize);
         for (namespace, tokens, held) in histories {
             let rows = |side| -> Vec<_> {
                 let row =
@@ -232,8 +250,8 @@ impl Harness {
                     check_row(
                         &q[row.clone()],
                         &out[row],
-                        &keys[..=position],
-                        &values[..=position],
+                        &keys[(position + 1).saturating_sub(window)..=position],
+                        &values[(position + 1).saturating_sub(window)..=position],
                         kv,
                         self.setup.tolerance,
                     );
@@ -271,8 +289,14 @@ impl Harness {
             7 if live > 0 => {
                 let at = self.rng.below(live);
                 let keep = self.rng.below(self.live[at].2.len() + 1);
-                self.cache.truncate(self.live[at].0, keep as u32).unwrap();
-                self.live[at].2.truncate(keep);
+                match self.cache.truncate(self.live[at].0, keep as u32) {
+                    Ok(()) => self.live[at].2.truncate(keep),
+                    Err(Error::InvalidState { .. }) => {
+                        assert_ne!(self.setup.windows, [None; 2]);
+                        self.refused_truncations += 1;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
             }
             8 if live > 0 => {
                 let at = self.rng.below(live);
@@ -373,11 +397,135 @@ fn random_life(setup: Setup, seed: u64) {
 }
 
 #[test]
+fn random_lives_with_windows_read_what_they_wrote() {
+    let (mut refused, mut hits, mut alone) = (0, 0, 0);
+    for seed in 0..24 {
+        // Wide and narrow windows, one beside full attention and two of different widths; pools in
+        // which the group with a window is the tight one, and others.
+        let windows = [
+            [None, Some(40)],
+            [Some(17), None],
+            [Some(24), Some(50)],
+            [Some(1), Some(16)],
+            [None, Some(1000)],
+        ][seed as usize % 5];
+        let blocks = [[40, 12], [14, 40], [30, 30]][seed as usize % 3];
+        let setup = Setup::cpu().windowed(windows, blocks);
+        let mut harness = Harness::with(setup, mix(1000 + seed), 0, true);
+        for _ in 0..120 {
+            harness.act();
+        }
+        let metrics = harness.cache.metrics();
+        alone += metrics.counters.evicted_blocks[2];
+        refused += harness.refused_truncations;
+        hits += metrics.hits_tokens;
+        for (seq, ..) in harness.live.drain(..) {
+            harness.cache.release(seq).unwrap();
+        }
+        harness.cache.clear_prefix().unwrap();
+        harness.cache.audit().unwrap();
+        assert_eq!(harness.cache.stats().free_blocks, blocks[0]);
+    }
+    assert!(refused > 0 && hits > 0 && alone > 0, "{refused} {hits} {alone}");
+}
+
+/// Runs tokens through a cache without writing or reading anything.
+fn feed(cache: &mut KvCache, seq: SeqId, tokens: &[u32]) -> Result<(), Error> {
+    let mut step = Step::new();
+    cache.begin(&mut step, &[Work { seq, tokens }])?;
+    cache.commit(&mut step)
+}
+
+#[test]
+fn a_window_holds_what_the_planner_says_and_shares_what_it_has() {
+    let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
+    let window = GroupSpec { window: Some(32), ..full.clone() };
+    let spec = CacheSpec { block_tokens: 16, groups: vec![full, window] };
+    // Three blocks are the most that a window of 32 touches; the fourth is being left.
+    let group_blocks = vec![80, 4];
+    let options = CacheOptions { group_blocks, max_seqs: 3, threads: 1, ..CacheOptions::default() };
+    let mut cache = KvCache::new(&spec, &options).unwrap();
+    let prompt: Vec<u32> = (0..640).collect();
+    let serve = |cache: &mut KvCache, prompt: &[u32]| -> u32 {
+        let started = cache.start(prompt, Namespace(0)).unwrap();
+        for chunk in prompt[started.cached_tokens as usize..].chunks(16) {
+            feed(cache, started.seq, chunk).unwrap();
+            cache.audit().unwrap();
+        }
+        let held = cache.blocks(started.seq, 1).unwrap().iter();
+        assert!(held.filter(|&&block| block != kvcache::ids::BlockId::NONE).count() <= 4);
+        cache.release(started.seq).unwrap();
+        started.cached_tokens
+    };
+    assert_eq!(serve(&mut cache, &prompt), 0);
+    // The end is there in both groups; all but the last token is a hit.
+    let longer: Vec<u32> = (0..641).collect();
+    assert_eq!(serve(&mut cache, &longer), 640);
+    // In the middle the window has nothing; who computes it anew makes it whole again.
+    let other: Vec<u32> = (0..320).chain([7000]).collect();
+    assert_eq!(serve(&mut cache, &other), 0);
+    assert_eq!(cache.stats().cached_blocks, 40, "entries of the other group were kept");
+    assert_eq!(serve(&mut cache, &other), 320);
+    // A wider window than the group's would see what is gone.
+    let seq = cache.start(&longer, Namespace(0)).unwrap().seq;
+    let mut step = Step::new();
+    cache.begin(&mut step, &[Work { seq, tokens: &[1] }]).unwrap();
+    let (q, mut out) = ([0f32; 8], [0f32; 8]);
+    let layer = LayerId { group: 1, layer: 0 };
+    let wide = Scoring { window: Some(33), ..Scoring::causal(8) };
+    let wide = cache.attend(&step, layer, q[..].into(), (&mut out[..]).into(), &wide, None);
+    assert!(matches!(wide, Err(Error::InvalidArgument { .. })));
+    cache.commit(&mut step).unwrap();
+    for bad in [vec![1], vec![1, 0], vec![1, 1, 1]] {
+        assert!(
+            KvCache::new(&spec, &CacheOptions { group_blocks: bad, ..options.clone() }).is_err()
+        );
+    }
+}
+
+/// What a new sequence sees in blocks that another has given back.
+fn remains(backend: Option<&Arc<dyn Backend>>, scrub: bool) -> f32 {
+    let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 64, KvFormat::F16));
+    let options = CacheOptions { blocks: 3, max_seqs: 2, threads: 1, scrub, ..Default::default() };
+    let mut cache = match backend {
+        None => KvCache::new(&spec, &options),
+        Some(backend) => KvCache::on(backend, &spec, &options),
+    }
+    .unwrap();
+    let layer = LayerId::uniform(0);
+    let (ones, mut out) = ([1f32; 40 * 64], [0f32; 40 * 64]);
+    let mut step = Step::new();
+    let seq = cache.start(&[1], Namespace(1)).unwrap().seq;
+    cache.begin(&mut step, &[Work { seq, tokens: &[5; 40] }]).unwrap();
+    cache.append(&step, layer, ones[..].into(), ones[..].into(), None).unwrap();
+    cache.commit(&mut step).unwrap();
+    cache.release(seq).unwrap();
+    // Another tenant, with no room but what the first had: two of its blocks are evicted for it.
+    let seq = cache.start(&[1], Namespace(2)).unwrap().seq;
+    cache.begin(&mut step, &[Work { seq, tokens: &[6; 40] }]).unwrap();
+    let scoring = Scoring::causal(64);
+    cache.attend(&step, layer, ones[..].into(), (&mut out[..]).into(), &scoring, None).unwrap();
+    cache.cancel(&mut step).unwrap();
+    out.iter().fold(0.0, |most, value| most.max(value.abs()))
+}
+
+#[test]
+fn what_is_freed_is_zeroed_where_asked_for() {
+    for backend in std::iter::once(None).chain(backends::all().iter().map(Some)) {
+        assert_eq!(remains(backend, true), 0.0);
+        assert_eq!(remains(backend, false), 1.0, "the test would see what remains");
+    }
+}
+
+#[test]
 fn random_lives_on_a_device_read_what_they_wrote() {
     for backend in backends::all() {
         let (mut copied, mut hits) = (0, 0);
         for seed in 0..3 {
-            let setup = Setup::device(backend.clone());
+            let mut setup = Setup::device(backend.clone());
+            if seed == 1 {
+                setup = setup.windowed([None, Some(40)], [120, 20]);
+            }
             let mut harness =
                 Harness::with(setup, mix(100 + seed), [30, 120, 14][seed as usize], true);
             for _ in 0..40 {

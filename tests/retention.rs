@@ -154,6 +154,26 @@ fn an_expectation_that_passed_or_was_met_is_forgotten() {
 }
 
 #[test]
+fn an_expectation_ends_however_far_the_time_goes() {
+    // In one jump, as where an engine sets its clock late, and in steps of days.
+    for steps in [1, 60] {
+        let mut index = Index::new();
+        let one = index.insert(1, 1);
+        let long = index.insert(2, 2);
+        index.0.hint(one, 0, Hint::ExpectedAt { ms: 50 }).unwrap();
+        // One that nothing brings up to date meanwhile: something hangs below it.
+        index.0.hint(long.first(1), 0, Hint::ExpectedAt { ms: 1 << 30 }).unwrap();
+        let far = 5u64 << 31;
+        for step in 1..=steps {
+            index.0.advance(far * step / steps).unwrap();
+            index.0.audit().unwrap();
+        }
+        index.insert(3, 1);
+        assert_eq!(index.evict(4), [21, 10, 20, 30], "{steps} steps");
+    }
+}
+
+#[test]
 fn what_a_session_shares_stays_as_it_was() {
     let mut index = Index::new();
     let mut tokens = vec![1; 64];

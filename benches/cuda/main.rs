@@ -8,11 +8,15 @@
 //! | `attend.rs` | decode and prefill over paged K and V |
 //! | `append.rs` | append, with and without rotation |
 //! | `codes.rs` | decode of quantised K and V in every format, append to them, sealing |
+//! | `copy.rs` | copy and zero of a GiB of blocks |
+//! | `lookup.rs` | lookups in a prefix index on the device |
 
 mod append;
 mod attend;
 mod codes;
+mod copy;
 mod gpu;
+mod lookup;
 
 use std::process::ExitCode;
 
@@ -95,6 +99,8 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     };
     attend::run(gpu, filter, &mut report)?;
     append::run(gpu, filter, &mut report)?;
+    copy::run(gpu, filter, &mut report)?;
+    lookup::run(gpu, filter, &mut report)?;
     codes::run(gpu, filter, &mut report)?;
 
     if let Some(folder) = std::env::var_os("OUT") {

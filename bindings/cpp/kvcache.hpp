@@ -424,6 +424,13 @@ inline result<plan_result> compute_plan(const kvc_plan_options &options,
 using attend_desc = detail::with_defaults<kvc_attend_desc, kvc_attend_desc_init>;
 using append_desc = detail::with_defaults<kvc_append_desc, kvc_append_desc_init>;
 
+// Where codes, scales and sealed tiles lie, for the two above and for seal().
+using scales = detail::with_defaults<kvc_scales, kvc_scales_init>;
+using tile_view = detail::with_defaults<kvc_tile_view, kvc_tile_view_init>;
+using seal_desc = detail::with_defaults<kvc_seal_desc, kvc_seal_desc_init>;
+using raw_block = kvc_raw_block;
+using seal_tile = kvc_seal_tile;
+
 // How keys and queries are rotated.
 struct rope : detail::with_defaults<kvc_rope, kvc_rope_init> {
     // Rotates `[position][heads][head_dim]` rows in place.
@@ -441,6 +448,15 @@ struct rope : detail::with_defaults<kvc_rope, kvc_rope_init> {
 
 inline result<void> attend(const kvc_attend_desc &desc) { return detail::done(kvc_attend(&desc)); }
 inline result<void> append(const kvc_append_desc &desc) { return detail::done(kvc_append(&desc)); }
+
+inline result<void> seal(const kvc_seal_desc &desc) { return detail::done(kvc_seal(&desc)); }
+
+// Bytes of one record.
+inline result<uint64_t> seal_record_size(const kvc_seal_desc &desc) {
+    uint64_t bytes = 0;
+    const auto code = kvc_seal_record_size(&desc, &bytes);
+    return detail::answer(code, bytes);
+}
 
 inline result<uint64_t> attend_workspace_size(const kvc_attend_desc &desc, uint32_t max_q_tokens,
                                               uint32_t max_kv_tokens) {
@@ -636,6 +652,14 @@ using cache_counts = kvc_cache_counts;
 using metrics = kvc_metrics;
 using histogram = kvc_histogram;
 
+// A layer of a layer group; the group is 0 in uniform models.
+struct layer {
+    constexpr layer(uint32_t layer_index, uint32_t group_index = 0) noexcept
+        : index(layer_index), group(group_index) {}
+    uint32_t index;
+    uint32_t group;
+};
+
 // A sequence of a cache. Going out of scope releases it; its full blocks stay cached.
 class sequence {
   public:
@@ -744,6 +768,16 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
         return detail::answer(code, out);
     }
 
+    // One a KV head, before anything is stored; no `v` for latents.
+    result<void> set_scales(layer at, span<const float> k, span<const float> v = {}) {
+        if (!v.empty() && v.size() != k.size()) {
+            return detail::done(KVC_ERR_INVALID_ARGUMENT, "k and v must have a scale a KV head");
+        }
+        return detail::done(kvc_cache_set_scales(get(), at.group, at.index, k.data(),
+                                                 v.empty() ? nullptr : v.data(),
+                                                 detail::count32(k.size())));
+    }
+
     // What a name space is in the server's words; NULL for none.
     result<void> describe(uint64_t name_space, const char *salt, const char *lora) {
         return detail::done(kvc_events_describe(get(), name_space, salt, lora));
@@ -777,14 +811,6 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
 // ----------------------------------------------------------------------------------------------
 using scoring = detail::with_defaults<kvc_scoring, kvc_scoring_init>;
 using work = kvc_work;
-
-// A layer of a layer group; the group is 0 in uniform models.
-struct layer {
-    constexpr layer(uint32_t layer_index, uint32_t group_index = 0) noexcept
-        : index(layer_index), group(group_index) {}
-    uint32_t index;
-    uint32_t group;
-};
 
 // Rows that are read: their address, and the type of their elements. Floats as they are, the others
 // by name.

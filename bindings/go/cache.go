@@ -32,6 +32,8 @@ type CacheOptions struct {
 	Stream        uintptr
 	Deterministic bool
 	Eviction      Eviction
+	// StagingBlocks are raw blocks of each group with sealed tiles, 0 for two a sequence.
+	StagingBlocks uint32
 }
 
 // CacheCounts are what a cache holds now and what happened since it was made. Block counts are of the
@@ -40,6 +42,9 @@ type CacheCounts struct {
 	Blocks, FreeBlocks, CachedBlocks, ReferencedBlocks, Sequences        uint32
 	SequenceTokens, WasteTokens, BlockBytes, PoolBytes                   uint64
 	LookedUpTokens, HitTokens, EvictedBlocks, CopiedBlocks, MergedBlocks uint64
+	// Raw blocks of sealed tiles, those in use, their bytes, and full tiles that cannot be sealed.
+	StagingBlocks, StagedBlocks  uint32
+	StagingBytes, UnsealedBlocks uint64
 }
 
 // NewCache makes a cache of 1 to 16 layer groups. options may be nil.
@@ -62,6 +67,7 @@ func NewCache(groups []GroupSpec, options *CacheOptions) (*Cache, error) {
 		set(&o.blocks, p.Blocks)
 		set(&o.max_seqs, p.MaxSeqs)
 		set(&o.threads, p.Threads)
+		set(&o.staging_blocks, p.StagingBlocks)
 		o.prefix_reuse, o.deterministic = flag(!p.NoPrefixReuse), flag(p.Deterministic)
 		o.device, o.device_ordinal = C.uint32_t(p.Device), C.uint32_t(p.DeviceOrdinal)
 		o.stream, o.eviction = address(p.Stream), C.uint32_t(p.Eviction)
@@ -113,6 +119,18 @@ func (c *Cache) Audit() error {
 	return try(func() C.kvc_status { return C.kvc_cache_audit(c.h) })
 }
 
+// SetScales sets the scales by which keys and values of a layer's heads are divided when they are stored
+// (fp8, nvfp4), one positive number a KV head each; v is nil for latents. Before anything is stored.
+func (c *Cache) SetScales(group, layer int, k, v []float32) error {
+	defer runtime.KeepAlive(c)
+	if group < 0 || group >= len(c.Groups) || len(k) != int(c.Groups[group].KVHeads) || (v != nil && len(v) != len(k)) {
+		return invalid("%d and %d scales for group %d: one a KV head", len(k), len(v), group)
+	}
+	return try(func() C.kvc_status {
+		return C.kvc_cache_set_scales(c.h, C.uint32_t(group), C.uint32_t(layer), (*C.float)(at(k)), (*C.float)(at(v)), C.uint32_t(len(k)))
+	})
+}
+
 // Stats are the cache's counts.
 func (c *Cache) Stats() (CacheCounts, error) {
 	defer runtime.KeepAlive(c)
@@ -125,7 +143,9 @@ func (c *Cache) Stats() (CacheCounts, error) {
 		BlockBytes: uint64(o.block_bytes), PoolBytes: uint64(o.pool_bytes),
 		LookedUpTokens: uint64(o.looked_up_tokens), HitTokens: uint64(o.hit_tokens),
 		EvictedBlocks: uint64(o.evicted_blocks), CopiedBlocks: uint64(o.copied_blocks),
-		MergedBlocks: uint64(o.merged_blocks),
+		MergedBlocks:  uint64(o.merged_blocks),
+		StagingBlocks: uint32(o.staging_blocks), StagedBlocks: uint32(o.staged_blocks),
+		StagingBytes: uint64(o.staging_bytes), UnsealedBlocks: uint64(o.unsealed_blocks),
 	}, err
 }
 

@@ -231,3 +231,12 @@ func TestMetrics(t *testing.T) {
 		t.Fatalf("%+v\n%s", m, text)
 	}
 }
+
+func TestScales(t *testing.T) {
+	c := must[*Cache](t)(NewCache([]GroupSpec{{Layers: 1, KVHeads: 2, KDim: 64, Format: FormatFP8E4M3}}, &CacheOptions{Blocks: 4}))
+	ok(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}))
+	refused(t, c.SetScales(0, 0, []float32{0.5}, nil), ErrInvalidArgument)
+	_, _, err := c.Start([]uint32{1}, 0)
+	ok(t, err)
+	refused(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}), ErrInvalidState)
+}

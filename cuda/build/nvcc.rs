@@ -7,8 +7,9 @@
 //! `KVCACHE_CUDA_ARCHS` is a list such as `80;90a;90-virtual`: machine code for each, or PTX with
 //! `-virtual`. `KVCACHE_FATBIN_DIR` names a folder with a ready `<name>.fatbin` for each source, and
 //! then nothing is compiled. `KVCACHE_CUDA_HEAD_DIMS` is a list such as `64;80;128`: of the sources
-//! whose name ends in a head dimension (`decode_d80.cu`) these are compiled. An image is compiled again only when its source, a header that it
-//! includes, the compiler or the options change.
+//! whose name ends in a head dimension (`decode_d80.cu`) these are compiled. Either may be `release`:
+//! every architecture since Ampere, every head dimension. An image is compiled again only when its
+//! source, a header that it includes, the compiler or the options change.
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
@@ -23,6 +24,10 @@ use super::sources::{in_parallel, kernels, read_all};
 
 /// Machine code for the two families that the kernels are written for, and PTX for what is newer.
 const DEFAULT_ARCHS: &str = "80;90a;90-virtual";
+
+/// What `KVCACHE_CUDA_ARCHS=release` stands for: machine code for every family since Ampere, PTX for
+/// what is newer.
+const RELEASE_ARCHS: &str = "80;86;89;90a;100a;120;90-virtual;120-virtual";
 
 /// The head dimensions of most models; the others are a list away.
 const DEFAULT_HEAD_DIMS: &str = "64;128;256";
@@ -73,6 +78,9 @@ fn sources(cuda: &Path) -> Vec<(String, PathBuf)> {
     let list = env::var("KVCACHE_CUDA_HEAD_DIMS").unwrap_or_else(|_| DEFAULT_HEAD_DIMS.to_owned());
     let wanted: Vec<&str> = list.split([';', ',', ' ']).filter(|dim| !dim.is_empty()).collect();
     let mut sources = kernels(cuda);
+    if list == "release" {
+        return sources;
+    }
     let dims: Vec<&str> = sources.iter().filter_map(|(name, _)| head_dim(name)).collect();
     if let Some(unknown) = wanted.iter().find(|dim| !dims.contains(dim)) {
         stop(&format!("KVCACHE_CUDA_HEAD_DIMS: there are no kernels for `{unknown}`"));
@@ -108,6 +116,7 @@ fn find_nvcc(cuda: &Path) -> Option<(PathBuf, String)> {
 /// nvcc's options for the architectures asked for, and their list as text.
 fn architectures() -> (Vec<String>, String) {
     let list = env::var("KVCACHE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
+    let list = if list == "release" { RELEASE_ARCHS } else { list.as_str() };
     let mut options = Vec::new();
     let mut names = Vec::new();
     for arch in list.split([';', ',', ' ']).filter(|arch| !arch.is_empty()) {

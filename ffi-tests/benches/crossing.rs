@@ -3,7 +3,8 @@
 //!
 //! `refs` reads one number and is almost nothing but the crossing (handle check, lock, status, panic
 //! guard); `allocate` takes and frees 16 blocks in two calls; `step` opens and cancels a step of one
-//! sequence, three calls. Without `--bench` each runs briefly and nothing is printed.
+//! sequence, three calls. Without `--bench` each runs briefly and nothing is printed. With
+//! `--prebuilt` the programs of an earlier run are measured, and no compiler runs beside them.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -72,6 +73,7 @@ fn from_program(program: &Path, calls: u32) -> [f64; 3] {
 
 fn main() {
     let measured = std::env::args().any(|word| word == "--bench");
+    let prebuilt = std::env::args().any(|word| word == "--prebuilt");
     let calls = if measured { 20_000 } else { 10 };
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("crossing");
     std::fs::create_dir_all(&dir).unwrap();
@@ -82,6 +84,10 @@ fn main() {
         let Some(_) = compiler(language == "C++") else { continue };
         for linked in ["shared", "static"] {
             let program = dir.join(format!("{source}-{linked}"));
+            if prebuilt {
+                programs.push((format!("{language}, {linked}"), program));
+                continue;
+            }
             let mut command = compiler(language == "C++").unwrap();
             command.args(["-O2", &format!("-std={standard}"), "-o"]).arg(&program);
             command.arg(Path::new(HERE).join("bench").join(source));

@@ -26,6 +26,9 @@ GROWING(kvc_device_attend_options)
 GROWING(kvc_device_append_options)
 GROWING(kvc_device_copy_desc)
 GROWING(kvc_events_options)
+GROWING(kvc_scales)
+GROWING(kvc_tile_view)
+GROWING(kvc_seal_desc)
 
 #define ENTRY(type) {#type, sizeof(type), init_##type}
 static const struct {
@@ -46,6 +49,9 @@ static const struct {
     ENTRY(kvc_device_append_options),
     ENTRY(kvc_device_copy_desc),
     ENTRY(kvc_events_options),
+    ENTRY(kvc_scales),
+    ENTRY(kvc_tile_view),
+    ENTRY(kvc_seal_desc),
 };
 
 // Whether `n` bytes at `at` are all `value`.
@@ -131,7 +137,8 @@ static void used(void) {
     OK(kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
     CHECK(result.token_bytes == 2 * 2 * 8 * 2);
     groups[1].later = 1;
-    FAILS(KVC_ERR_STRUCT_SIZE, "", kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
+    FAILS(KVC_ERR_STRUCT_SIZE, "",
+          kvc_plan_compute(&plan, &groups[0].known, 2, &result, sizeof result, NULL));
     groups[1].later = 0;
 
     OK(kvc_cache_options_init(&options.known, sizeof options));

@@ -52,7 +52,7 @@ fn in_rust() -> Layout {
         }
         kvc_cache_options {
             struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, device,
-            device_ordinal, stream, deterministic, eviction, staging_blocks, reserved,
+            device_ordinal, stream, deterministic, eviction, staging_blocks, scrub, group_blocks,
         }
         kvc_device_append_options {
             struct_size, rope_style, rotary_dim, first_channel, table_positions, q_heads, cosines,
@@ -87,7 +87,7 @@ fn in_rust() -> Layout {
             blocks, referenced_blocks, cached_blocks, sequences, queries_tokens, hits_tokens,
             evicted_capacity_blocks, evicted_cleared_blocks, out_of_blocks, missing_blocks,
             out_of_sequences, dropped_events, watched_every, reserved, lifetime, idle_before_evict,
-            reuse_gap,
+            reuse_gap, evicted_window_blocks,
         }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
@@ -191,7 +191,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 36);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 37);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

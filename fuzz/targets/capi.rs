@@ -80,7 +80,7 @@ impl Program<'_> {
     /// # Safety
     /// None: whatever the input says must be answered.
     unsafe fn call(&mut self) {
-        match self.input.below(26) {
+        match self.input.below(29) {
             0 => {
                 let mut made = null_mut();
                 // Up to what is created in an instant.
@@ -187,7 +187,98 @@ impl Program<'_> {
             23 => unsafe {
                 kvc_step_destroy(self.handle(STEP));
             },
+            24 => unsafe { self.steer_prefix() },
+            25 => unsafe { self.steer_cache() },
+            26 => unsafe { self.measure() },
             _ => unsafe { self.step() },
+        }
+    }
+
+    fn ranges(&mut self) -> ([kvc_retention; 2], u32) {
+        let ranges = [(); 2].map(|()| kvc_retention {
+            start: self.input.number(),
+            end: self.input.number(),
+            priority: self.input.number32(),
+            duration_ms: self.input.number32(),
+        });
+        (ranges, self.input.below(3) as u32)
+    }
+
+    /// What the engine says about what stays in an index.
+    unsafe fn steer_prefix(&mut self) {
+        let (prefix, at) = (self.handle(PREFIX), self.positions[self.input.below(4)]);
+        let number = self.input.number();
+        unsafe {
+            match self.input.below(6) {
+                0 => _ = kvc_prefix_advance(prefix, number),
+                1 => _ = kvc_prefix_touch(prefix, &at),
+                2 => _ = kvc_prefix_release(prefix, self.pins[self.input.below(4)]),
+                3 => {
+                    let (ranges, count) = self.ranges();
+                    kvc_prefix_prioritize(prefix, &at, ranges.as_ptr(), count);
+                }
+                4 => {
+                    let (from, hint) = (self.input.number(), self.input.below(5) as u32);
+                    kvc_prefix_hint(prefix, &at, from, hint, number);
+                }
+                _ => {
+                    let (mut options, mut made) = (std::mem::zeroed(), null_mut());
+                    let bytes = size_of_val(&options) as u32;
+                    assert_eq!(kvc_prefix_options_init(&mut options, bytes), KVC_OK);
+                    options.block_tokens = 1 + number as u32 % 8;
+                    options.capacity_blocks = 1 + self.input.below(64) as u32;
+                    options.eviction = self.input.below(6) as u32;
+                    if kvc_prefix_create_with(&options, &mut made) == KVC_OK {
+                        self.keep(PREFIX, made as usize);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same of a cache's sequences.
+    unsafe fn steer_cache(&mut self) {
+        let (cache, seq) = (self.handle(CACHE), self.seqs[self.input.below(8)]);
+        let number = self.input.number();
+        unsafe {
+            match self.input.below(3) {
+                0 => _ = kvc_cache_advance(cache, number),
+                1 => {
+                    let (ranges, count) = self.ranges();
+                    kvc_seq_prioritize(cache, seq, ranges.as_ptr(), count);
+                }
+                _ => {
+                    let (from, hint) = (self.input.number(), self.input.below(5) as u32);
+                    kvc_seq_hint(cache, seq, from, hint, number);
+                }
+            }
+        }
+    }
+
+    /// Metrics, and a name for a namespace.
+    unsafe fn measure(&mut self) {
+        let cache = self.handle(CACHE);
+        let number = self.input.number();
+        unsafe {
+            match self.input.below(5) {
+                0 => _ = kvc_metrics_watch(cache, number as u32),
+                1 => _ = kvc_metrics_set_time(cache, number),
+                2 => {
+                    let mut metrics: kvc_metrics = std::mem::zeroed();
+                    let bytes = number.min(size_of_val(&metrics) as u64);
+                    kvc_metrics_read(cache, &mut metrics, bytes);
+                }
+                3 => {
+                    let (mut text, mut length) = ([0u8; 300], 0);
+                    let room = number.min(text.len() as u64);
+                    kvc_metrics_text(cache, text.as_mut_ptr().cast(), room, &mut length);
+                }
+                _ => {
+                    let names = [c"".as_ptr(), c"tenant".as_ptr(), null()];
+                    let salt = names[self.input.below(3)];
+                    kvc_events_describe(cache, number % 3, salt, names[self.input.below(3)]);
+                }
+            }
         }
     }
 
@@ -258,6 +349,12 @@ impl Program<'_> {
             options.max_seqs = self.input.number32().min(64);
             options.threads = 1;
             options.prefix_reuse = self.input.below(3) as u32;
+            options.eviction = self.input.below(6) as u32;
+            options.scrub = self.input.below(3) as u32;
+            let own = [self.input.below(20) as u32, self.input.below(20) as u32];
+            if self.input.seldom() {
+                options.group_blocks = own.as_ptr();
+            }
             if self.input.seldom() {
                 options.block_tokens = self.input.number32();
             }
@@ -336,6 +433,8 @@ impl Program<'_> {
                 if kvc_cache_stats(handle, &mut c, bytes) == KVC_OK {
                     let all = c.free_blocks + c.cached_blocks + c.referenced_blocks;
                     assert_eq!(all, c.blocks);
+                    let handle = self.handles[CACHE][slot] as *const _;
+                    assert_eq!(kvc_cache_audit(handle), KVC_OK);
                 }
             }
         }

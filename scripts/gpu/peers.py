@@ -2,10 +2,13 @@
 
     KVCACHE_LIB=libkvcache.so python3 peers.py [--seconds N] [--json FILE] [FILTER]
     KVCACHE_LIB=libkvcache.so python3 peers.py --dry
+    KVCACHE_LIB=libkvcache.so FLASHINFER_READY=DIR python3 peers.py --compile BACKEND...
 
 Ours is called through the C ABI with PyTorch's pointers and stream. Peers: PyTorch's
 scaled_dot_product_attention on contiguous K and V, and FlashInfer where it can be imported, with
-the best of its back ends for each shape. Calls are captured in a CUDA graph over as many sets of
+the best of its back ends for each shape (CUDA cores, fa2, fa3 and XQA). They are compiled when they
+are first called, which takes minutes: `--compile` does it beside other work, and a back end that is
+not ready by then is named as missing and not waited for. Calls are captured in a CUDA graph over as many sets of
 buffers as exceed the level-2 cache, and timed by events. `--dry` needs neither a GPU nor PyTorch:
 it checks this file's structs against the library.
 """
@@ -222,6 +225,25 @@ class Peers:
                          causal=True, **types)
         return lambda i: wrapper.run(self.q[i], (self.k[i], self.v[i]))
 
+    def xqa(self):
+        """FlashInfer's copy of TensorRT-LLM's decode kernel, on the same pages. Its own factor of
+        the scores is 1 / sqrt(dim)."""
+        import flashinfer
+
+        torch, s = self.torch, self.shape
+        rows = (s["batch"], 1, s["q_heads"], DIM)
+        lens = self.lens.to(torch.uint32).reshape(s["batch"], 1)
+        workspace = torch.zeros(256 << 20, device="cuda", dtype=torch.uint8)
+        semaphores = torch.zeros(1 << 20, device="cuda", dtype=torch.uint32)
+        outs = [torch.empty(rows, device="cuda", dtype=torch.bfloat16) for _ in self.q]
+
+        def call(i):
+            flashinfer.xqa(self.q[i].reshape(rows), self.k[i], self.v[i], self.table, lens,
+                           outs[i], workspace, semaphores, s["kv_heads"], BLOCK, kv_layout="HND")
+            return outs[i]
+
+        return call
+
     def time(self, call):
         """Microseconds of a call, median of replays, and the last output."""
         torch = self.torch
@@ -247,6 +269,52 @@ class Peers:
         return sorted(times)[len(times) // 2], results[0]
 
 
+def backends(shape):
+    """FlashInfer's back ends for a shape: name -> how to make the call."""
+    if shape["tokens"] > 1:
+        return {f"prefill {b}": lambda peers, b=b: peers.flashinfer(backend=b)
+                for b in ("fa2", "fa3")}
+    tensor_cores = lambda b: lambda peers: peers.flashinfer(use_tensor_cores=True, backend=b)
+    return {
+        "cuda cores": lambda peers: peers.flashinfer(use_tensor_cores=False),
+        "xqa": lambda peers: peers.xqa(),
+        "fa2": tensor_cores("fa2"),
+        "fa3": tensor_cores("fa3"),
+    }
+
+
+def compiled(name):
+    """Whether a back end may be called without waiting for a compiler: `--compile` has left a file
+    in $FLASHINFER_READY for it, or nobody asked for such files."""
+    folder = os.environ.get("FLASHINFER_READY")
+    return folder is None or os.path.exists(os.path.join(folder, name.replace(" ", "-")))
+
+
+def compile_ahead(names):
+    """Has FlashInfer compile back ends by a small call of each."""
+    import torch
+    import flashinfer  # noqa: F401
+
+    library = Library()
+    device = library.open()
+    shapes = [dict(op=op, q_heads=q_heads, kv_heads=8, batch=1, context=64, tokens=tokens)
+              for op, q_heads, tokens in (("decode", 32, 1), ("decode", 64, 1), ("decode", 8, 1),
+                                          ("prefill", 32, 64))]
+    # A kernel is made for a group of heads in some of them: a name is ready when all groups are.
+    for name in names:
+        begin = time.monotonic()
+        try:
+            for shape in shapes:
+                if name in backends(shape):
+                    peers = Peers(torch, library, device, shape)
+                    backends(shape)[name](peers)(0)
+                    torch.cuda.synchronize()
+        except Exception as error:  # Said again, and reported, where it is timed.
+            print(f"{name}: {str(error).splitlines()[0][:200]}", flush=True)
+        open(os.path.join(os.environ["FLASHINFER_READY"], name.replace(" ", "-")), "w").close()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
 def measure(torch, library, device, shape, has_flashinfer):
     peers = Peers(torch, library, device, shape)
     result = dict(name=name_of(shape), shape=shape, kernel=peers.kernel, us={})
@@ -257,13 +325,12 @@ def measure(torch, library, device, shape, has_flashinfer):
     result["us"]["ours"], _ = peers.time(peers.ours)
     ours = peers.out[0].float()
     candidates = {"torch sdpa": peers.sdpa}
-    if has_flashinfer and shape["tokens"] == 1:
-        candidates["flashinfer cuda cores"] = lambda: peers.flashinfer(use_tensor_cores=False)
-        candidates["flashinfer fa2"] = lambda: peers.flashinfer(use_tensor_cores=True, backend="fa2")
-        candidates["flashinfer fa3"] = lambda: peers.flashinfer(use_tensor_cores=True, backend="fa3")
-    elif has_flashinfer:
-        for backend in ("fa2", "fa3"):
-            candidates[f"flashinfer {backend}"] = lambda b=backend: peers.flashinfer(backend=b)
+    if has_flashinfer:
+        for name, make in backends(shape).items():
+            if compiled(name):
+                candidates[f"flashinfer {name}"] = lambda make=make: make(peers)
+            else:
+                result.setdefault("failed", {})[f"flashinfer {name}"] = "not compiled yet"
     for name, make in candidates.items():
         try:
             us, out = peers.time(make())
@@ -286,12 +353,15 @@ def measure(torch, library, device, shape, has_flashinfer):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--compile", nargs="+", metavar="BACKEND")
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--json")
     parser.add_argument("filter", nargs="?", default="")
     args = parser.parse_args()
     if args.dry:
         return dry()
+    if args.compile:
+        return compile_ahead(args.compile)
     import torch
 
     try:

@@ -59,7 +59,9 @@ impl KvCache {
                 let table = &sequence.tables[group];
                 let same = table.tokens() == sequence.tokens.len();
                 must(same || sequence.in_step, "cache: a table is not as long as its sequence")?;
-                for id in table.blocks() {
+                let held = &table.blocks()[table.left_blocks()..];
+                must(!held.contains(&BlockId::NONE), "cache: a table lacks a block")?;
+                for id in held {
                     let known = seen.get_mut(id.index());
                     must(known.is_some(), "cache: a table has a block that is none")?;
                     known.into_iter().for_each(|seen| seen.tables += 1);
@@ -67,7 +69,8 @@ impl KvCache {
                 let published = table.blocks().iter().take(sequence.published.blocks());
                 let mut tokens = sequence.tokens.chunks_exact(block_tokens);
                 for id in published {
-                    let same = seen[id.index()].indexed == tokens.next();
+                    let tokens = tokens.next();
+                    let same = *id == BlockId::NONE || seen[id.index()].indexed == tokens;
                     must(same, "cache: the index has other tokens than a sequence that uses them")?;
                 }
             }

@@ -36,7 +36,8 @@ impl Digests {
         self.tables.get(group)?.get(block.index()).copied()
     }
 
-    /// Of an entry with these ids, one per group: that of any group that has a block.
+    /// Of an entry with these ids, one per group: that of any group that has a block. `None` where
+    /// none has.
     fn of_entry(&self, ids: &[BlockId]) -> Option<Digest> {
         (0..ids.len()).find_map(|group| self.of(group, ids[group]))
     }
@@ -50,8 +51,14 @@ impl Digests {
     }
 
     /// Computes those of a chain; `seed` stands before a sequence's first block in its namespace.
-    pub(super) fn fill(&mut self, chain: &Chain, seed: Option<Digest>) {
-        let mut parent = if chain.above.is_empty() { seed } else { self.of_entry(chain.above) };
+    /// `before` are the sequence's tokens before the chain: they are read where no group has the
+    /// last of their blocks any more.
+    pub(super) fn fill(&mut self, chain: &Chain, before: &[TokenId], seed: Option<Digest>) {
+        let known = if chain.above.is_empty() { None } else { self.of_entry(chain.above) };
+        let mut parent = known.or_else(|| {
+            let blocks = before.chunks_exact(self.block_tokens);
+            blocks.fold(seed, |parent, tokens| Some(Digest::of_block(parent.as_ref(), tokens)))
+        });
         for (ids, tokens) in self.entries(chain) {
             let digest = Digest::of_block(parent.as_ref(), tokens);
             for (id, table) in ids.iter().zip(&mut self.tables) {
@@ -63,18 +70,25 @@ impl Digests {
         }
     }
 
-    /// Queues a chain as stored in every group that has its blocks.
-    pub(super) fn tell_stored(&self, chain: &Chain, queue: &mut Locked) {
+    /// Queues a chain as stored in every group that has its blocks; `seed` is what stands before
+    /// the first block in its namespace. A block whose parent nobody has any more is left out: it
+    /// cannot be told where it hangs.
+    pub(super) fn tell_stored(&self, chain: &Chain, seed: Option<Digest>, queue: &mut Locked) {
         // Events name blocks only: what stands for a namespace is in the digests that follow it.
-        let first = self.of_entry(chain.above);
+        let start = chain.above.is_empty();
+        let first = if start { seed } else { self.of_entry(chain.above) };
         for group in 0..self.tables.len() {
             let place = (Medium::Gpu, group as u32, chain.space);
-            let mut parent = first;
-            for (ids, tokens) in self.entries(chain) {
-                if let Some(digest) = self.of(group, ids[group]) {
-                    queue.stored(place, parent, &[digest], tokens);
+            let (mut parent, mut known) = (first, start || first.is_some());
+            for (nth, (ids, tokens)) in self.entries(chain).enumerate() {
+                if let Some(digest) = self.of(group, ids[group]).filter(|_| known) {
+                    let named = if start && nth == 0 { None } else { parent };
+                    queue.stored(place, named, &[digest], tokens);
                 }
-                parent = self.of_entry(ids);
+                parent = self
+                    .of_entry(ids)
+                    .or_else(|| known.then(|| Digest::of_block(parent.as_ref(), tokens)));
+                known |= parent.is_some();
             }
         }
     }

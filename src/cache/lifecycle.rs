@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
 use crate::metrics::Evicted;
 use crate::pool::BlockTable;
-use crate::prefix::Hit;
+use crate::prefix::{Hit, first_visible_block};
 
 impl KvCache {
     /// Starts a sequence for `prompt`, holding whatever leading part of it the prefix index has in
@@ -51,7 +51,11 @@ impl KvCache {
         prefix.touch(hit.at)?;
         self.outside.used(&hit.blocks);
         for (group, table) in sequence.tables.iter_mut().enumerate() {
-            let blocks = hit.blocks.iter().skip(group).step_by(groups).copied();
+            // What a window does not reach is not held, though the index may have it.
+            let window = self.spec.groups[group].window.filter(|_| self.staging[group].is_none());
+            let first = window.map_or(0, |w| first_visible_block(hit.tokens, w, block_tokens));
+            let blocks = hit.blocks.iter().skip(group).step_by(groups).enumerate();
+            let blocks = blocks.map(|(n, &id)| if n < first { BlockId::NONE } else { id });
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
         // Of a sealed tile nothing less than all can be taken.
@@ -153,19 +157,23 @@ impl KvCache {
         self.keep(made, child)
     }
 
-    /// Forgets all tokens of a sequence from position `tokens` on (rejected speculation).
+    /// Forgets all tokens of a sequence from position `tokens` on (rejected speculation). With a
+    /// sliding window, to lengths that the window has not left behind: those since the sequence's
+    /// last `begin`, and as many more as its blocks allow.
     ///
     /// A format with sealed tiles takes any position in the last tile and, of the last step, in the
     /// one before it: their raw rows are there. Further back it takes multiples of `block_tokens`.
     ///
     /// # Errors
-    /// `StaleHandle`, `InvalidState` while a step holds the sequence, `InvalidArgument` past its
-    /// length, or within a tile that is sealed for good. Nothing changed then.
+    /// `StaleHandle`, `InvalidState` while a step holds the sequence or where a window has left
+    /// that length behind, `InvalidArgument` past its length, or within a tile that is sealed for
+    /// good. Nothing changed then.
     pub fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<()> {
         let sequence = self.sequences.get_idle(seq)?;
         if tokens as usize > sequence.tokens.len() {
             return Err(Error::invalid("tokens", "must be at most the sequence's length"));
         }
+        self.check_window(seq, tokens as usize)?;
         self.check_cut(seq, tokens as usize)?;
         self.cut_raw(seq, tokens as usize)?;
         let sequence = self.sequences.get_mut(seq)?;
@@ -175,7 +183,7 @@ impl KvCache {
         sequence.tokens.truncate(tokens as usize);
         let whole = (tokens / self.spec.block_tokens) as usize;
         sequence.published = sequence.published.first(whole);
-        Ok(())
+        self.scrub()
     }
 
     /// Ends a sequence. Its published blocks stay in the prefix index until they are evicted.
@@ -189,7 +197,8 @@ impl KvCache {
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.release_all(pool)?;
         }
-        release_raw(&mut sequence.raw, &mut self.staging)
+        release_raw(&mut sequence.raw, &mut self.staging)?;
+        self.scrub()
     }
 
     /// The tokens of a sequence whose K and V are in the cache.
@@ -216,7 +225,9 @@ impl KvCache {
     /// # Errors
     /// None in practice: a failure is a bug in the library.
     pub fn clear_prefix(&mut self) -> Result<()> {
-        let most = self.pools.iter().map(|pool| pool.cached_blocks()).max().unwrap_or(0);
-        self.evict(most, Evicted::Cleared)
+        let most = self.prefix.as_ref().map_or(0, |prefix| prefix.len_blocks() as u32);
+        self.evict(most, Evicted::Cleared)?;
+        self.forget_windows()?;
+        self.scrub()
     }
 }

@@ -26,6 +26,7 @@ mod stats;
 mod step;
 mod steps;
 mod store;
+mod windows;
 
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
@@ -40,7 +41,7 @@ use crate::cpu::{KvStore, Threads, TileStore};
 use crate::device::{self, Backend, Device, DeviceStore, StoreOptions, Stream};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
-use crate::layout::{CacheSpec, STAGING_BLOCKS};
+use crate::layout::{CacheSpec, GroupLayout, STAGING_BLOCKS};
 use crate::metrics::Evicted;
 use crate::pool::BlockPool;
 use crate::prefix::{Eviction, Hit, PrefixIndex};
@@ -54,6 +55,9 @@ use store::Store;
 pub struct CacheOptions {
     /// Blocks of each layer group.
     pub blocks: u32,
+    /// Blocks of each layer group where they differ, one number a group; empty where not. A group
+    /// with a sliding window needs few: see [`plan`](crate::plan).
+    pub group_blocks: Vec<u32>,
     /// Sequences that may live at once: 1 to 65,536.
     pub max_seqs: u32,
     /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence (and no
@@ -72,12 +76,15 @@ pub struct CacheOptions {
     pub deterministic: bool,
     /// Which cached blocks go first.
     pub eviction: Eviction,
+    /// Zero the K and V of every block that becomes free, before anybody else can have it.
+    pub scrub: bool,
 }
 
 impl Default for CacheOptions {
     fn default() -> Self {
         Self {
             blocks: 1024,
+            group_blocks: Vec::new(),
             max_seqs: 256,
             staging_blocks: 0,
             threads: 0,
@@ -86,6 +93,7 @@ impl Default for CacheOptions {
             stream: Stream::DEFAULT,
             deterministic: false,
             eviction: Eviction::Lru,
+            scrub: false,
         }
     }
 }
@@ -130,6 +138,7 @@ pub struct KvCache {
     /// Raw tiles of open steps that could not be sealed and did not fit into scratch for longer.
     rescued: Vec<staging::Rescued>,
     prefix: Option<PrefixIndex>,
+    scrub: bool,
     sequences: Sequences,
     threads: Threads,
     totals: stats::Totals,
@@ -184,21 +193,45 @@ impl KvCache {
         backend: Option<Arc<dyn Backend>>,
     ) -> Result<Self> {
         let layouts = spec.layouts()?;
-        if options.blocks == 0 {
+        let own = &options.group_blocks;
+        if !own.is_empty() && own.len() != layouts.len() {
+            return Err(Error::invalid("group_blocks", "must be one number a layer group"));
+        }
+        let blocks_of = |group: usize| own.get(group).copied().unwrap_or(options.blocks);
+        if (0..layouts.len()).any(|group| blocks_of(group) == 0) {
             return Err(Error::invalid("blocks", "must be at least 1"));
         }
         let sequences = Sequences::new(options.max_seqs)?;
         // Storage first: it is by far the largest, so what cannot be had fails before the rest.
-        for layout in &layouts {
-            layout.pool_bytes(options.blocks.into())?;
+        for (group, layout) in layouts.iter().enumerate() {
+            layout.pool_bytes(blocks_of(group).into())?;
         }
-        let pools =
-            layouts.iter().map(|_| BlockPool::new(options.blocks)).collect::<Result<Vec<_>>>()?;
+        let sealed = |layout: &GroupLayout| layout.staging_block_bytes() != 0;
+        if options.scrub && layouts.iter().any(sealed) {
+            return Err(Error::Unsupported { what: "scrubbing of sealed tiles" });
+        }
+        // Tiles are kept whole, and so are the tables of their sequences.
+        let windows: Vec<_> =
+            layouts.iter().map(|layout| layout.spec().window.filter(|_| !sealed(layout))).collect();
+        let windowed = options.prefix_reuse && windows.iter().any(|window| window.is_some());
+        let pool = |group: usize| {
+            let mut pool = BlockPool::new(blocks_of(group))?;
+            if options.prefix_reuse && windows[group].is_some() {
+                pool.order_cached()?;
+            }
+            Ok(pool)
+        };
+        let pools = (0..layouts.len()).map(pool).collect::<Result<Vec<_>>>()?;
         let prefix = if options.prefix_reuse {
             let groups = layouts.len();
             let block_tokens = spec.block_tokens as usize;
-            let (blocks, eviction) = (options.blocks, options.eviction);
-            Some(PrefixIndex::with_eviction(block_tokens, groups, blocks, eviction)?)
+            let blocks = (0..groups).map(blocks_of).max().unwrap_or(1);
+            let mut prefix =
+                PrefixIndex::with_eviction(block_tokens, groups, blocks, options.eviction)?;
+            if windowed {
+                prefix.set_windows(&windows)?;
+            }
+            Some(prefix)
         } else {
             None
         };
@@ -217,18 +250,22 @@ impl KvCache {
         let outside = Outside::new(pools.len());
         let stores = layouts
             .into_iter()
-            .map(|layout| match &backend {
+            .enumerate()
+            .map(|(group, layout)| match &backend {
                 None if layout.staging_block_bytes() != 0 => {
-                    let store = TileStore::new(layout, options.blocks, raw)?;
+                    let store = TileStore::new(layout, blocks_of(group), raw)?;
                     Ok(Store::Tiles(Box::new(store)))
                 }
-                None => KvStore::new(layout, options.blocks).map(Store::Cpu),
+                None => KvStore::new(layout, blocks_of(group)).map(Store::Cpu),
                 Some(backend) => {
                     let how = StoreOptions {
                         stream: options.stream,
                         deterministic: options.deterministic,
                     };
-                    let store = DeviceStore::new(backend, layout, options.blocks, how)?;
+                    let mut store = DeviceStore::new(backend, layout, blocks_of(group), how)?;
+                    if options.scrub {
+                        store.zero_all()?;
+                    }
                     Ok(Store::Device(Box::new(store)))
                 }
             })
@@ -244,6 +281,7 @@ impl KvCache {
             staging,
             rescued: Vec::new(),
             prefix,
+            scrub: options.scrub,
             sequences,
             threads,
             totals: stats::Totals::default(),
@@ -275,10 +313,29 @@ impl KvCache {
                 self.outside.refused(&error);
                 return Err(error);
             }
-            evict = evict.max(lacking);
+            if self.window(group).is_none() {
+                evict = evict.max(lacking);
+            }
         }
         if evict > 0 {
             self.evict(evict, Evicted::Capacity)?;
+        }
+        for group in 0..self.pools.len() {
+            if self.window(group).is_some() {
+                self.reserve_windowed(group, needed(group))?;
+            }
+        }
+        self.scrub()
+    }
+
+    /// Zeroes what became free, if that is asked for: before anything is allocated, and at the end
+    /// of each call that frees.
+    fn scrub(&mut self) -> Result<()> {
+        if self.scrub {
+            for (store, pool) in self.stores.iter_mut().zip(&mut self.pools) {
+                pool.dirty_blocks().try_for_each(|block| store.zero(block))?;
+                pool.mark_clean();
+            }
         }
         Ok(())
     }

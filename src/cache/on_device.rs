@@ -53,8 +53,7 @@ impl KvCache {
         lse: Option<DeviceRowsMut>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
-        let window = scoring.window.or(self.stores[group].layout().spec().window);
-        let scoring = Scoring { window, ..*scoring };
+        let scoring = self.scoring(group, scoring)?;
         let store = self.stores[group].device()?;
         store.attend_device(layer.layer, &step.device, group, q, out, lse, &scoring)
     }

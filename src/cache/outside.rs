@@ -12,8 +12,8 @@ use std::time::Instant;
 use super::digests::Digests;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
-use crate::events::{AttentionKind, Locked, Name, Queue, QueueStats, Shape};
-use crate::ids::{BlockId, Namespace};
+use crate::events::{AttentionKind, Locked, Medium, Name, Queue, QueueStats, Shape};
+use crate::ids::{BlockId, Namespace, TokenId};
 use crate::layout::GroupSpec;
 use crate::metrics::{CacheMetrics, Counters, Evicted, Histogram, Watch};
 use crate::prefix::{Chain, Digest, Keys, PrefixIndex};
@@ -64,13 +64,13 @@ impl Outside {
         }
     }
 
-    /// Entries were put into the index.
-    pub(super) fn stored(&mut self, chain: &Chain) {
+    /// Blocks were put into the index; `before` are the sequence's tokens before them.
+    pub(super) fn stored(&mut self, chain: &Chain, before: &[TokenId]) {
         let seed = self.seed(chain.space);
         if let Some(digests) = &mut self.digests {
-            digests.fill(chain, seed);
+            digests.fill(chain, before, seed);
             if let Some(queue) = &self.queue {
-                digests.tell_stored(chain, &mut queue.lock());
+                digests.tell_stored(chain, seed, &mut queue.lock());
             }
         }
         if let Some(watch) = &mut self.watch {
@@ -121,6 +121,19 @@ impl Outside {
         }
     }
 
+    /// A block of one group was taken out of its entry.
+    pub(super) fn forgotten(&mut self, group: usize, block: BlockId, why: Evicted) {
+        self.counters.evicted_blocks[why as usize] += 1;
+        if let (Some(digests), Some(queue)) = (&self.digests, &self.queue)
+            && let Some(digest) = digests.of(group, block)
+        {
+            queue.lock().removed(Medium::Gpu, group as u32, digest);
+        }
+        if let (0, Some(watch)) = (group, &mut self.watch) {
+            watch.evicted(block, self.now_ms);
+        }
+    }
+
     /// A call failed for want of something.
     pub(super) fn refused(&mut self, error: &Error) {
         match error {
@@ -146,7 +159,9 @@ impl Outside {
     fn tell_all(&self, prefix: Option<&PrefixIndex>, queue: &mut Locked) {
         queue.restart();
         if let (Some(prefix), Some(digests)) = (prefix, &self.digests) {
-            prefix.for_each_chain(&mut |chain| digests.tell_stored(&chain, queue));
+            prefix.for_each_chain(&mut |chain| {
+                digests.tell_stored(&chain, self.seed(chain.space), queue);
+            });
         }
     }
 }
@@ -182,7 +197,7 @@ impl KvCache {
             let mut digests = Digests::new(self.spec.block_tokens, groups, blocks)?;
             if let Some(prefix) = &self.prefix {
                 prefix.for_each_chain(&mut |chain| {
-                    digests.fill(&chain, self.outside.seed(chain.space));
+                    digests.fill(&chain, &[], self.outside.seed(chain.space));
                 });
             }
             self.outside.digests = Some(digests);

@@ -39,17 +39,19 @@ impl KvCache {
     }
 
     /// The end of what a sequence has in the prefix index. A position goes stale where blocks after
-    /// it were evicted; the blocks of a live sequence never are, and so are found again.
+    /// it were evicted; the blocks of a live sequence never are, and so are found again, but for
+    /// those that it does not use any more where every layer group has a window.
     fn published(&mut self, seq: SeqId) -> Result<Position> {
         let sequence = self.sequences.get_idle(seq)?;
         let Some(prefix) = self.prefix.as_ref() else { return Ok(Position::default()) };
         if !prefix.is_cached(sequence.published) {
             let whole = sequence.published.blocks() * self.spec.block_tokens as usize;
-            prefix.lookup(sequence.namespace, &sequence.tokens, whole, &mut self.hit);
-            if self.hit.at.blocks() < sequence.published.blocks() {
+            let at = prefix.end_of(sequence.namespace, &sequence.tokens[..whole]);
+            let all = self.spec.groups.iter().all(|group| group.window.is_some());
+            if at.blocks() < sequence.published.blocks() && !all {
                 return Err(Error::InvalidState { why: "a published block is not in the index" });
             }
-            sequence.published = self.hit.at;
+            sequence.published = at;
         }
         Ok(sequence.published)
     }

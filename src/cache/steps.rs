@@ -7,12 +7,14 @@ use crate::attention::Scoring;
 use crate::cpu::Rope;
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
-use crate::ids::SeqId;
+use crate::ids::{BlockId, SeqId};
+use crate::metrics::Evicted;
 use crate::prefix::{Chain, Position};
 
 impl KvCache {
     /// Opens a step: reserves blocks for the new tokens of every sequence, copying a shared last
-    /// block before it is written. All or nothing.
+    /// block before it is written. All or nothing, but for the blocks that sliding windows have left
+    /// behind, which are given up first.
     ///
     /// # Errors
     /// `InvalidState` if the step is open already or a sequence is in another one;
@@ -26,8 +28,12 @@ impl KvCache {
         self.outside.tick();
         self.outside.resync(self.prefix.as_ref());
         step.clear();
-        let mut planned = self.check_staging(work).and_then(|()| self.reserve_for(work));
-        planned = planned.and_then(|()| self.reserve_step(step, work));
+        let mut planned = self.check_staging(work);
+        planned =
+            planned.and_then(|()| work.iter().try_for_each(|item| self.leave_behind(item.seq)));
+        planned = planned
+            .and_then(|()| self.reserve_for(work))
+            .and_then(|()| self.reserve_step(step, work));
         for item in work {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
@@ -220,7 +226,7 @@ impl KvCache {
     /// Attention of the step's query rows over everything their sequences hold in one layer, the
     /// step's own tokens included. `q` is `[rows][q_heads][k_dim]`, `out` `[rows][q_heads][v_dim]`,
     /// `lse` (natural logarithm) `[rows][q_heads]`. A group's window applies where `scoring` has
-    /// none of its own. On a device the rows are copied there and back, and the call waits for them.
+    /// none of its own, which is no wider. On a device the rows are copied there and back, and the call waits for them.
     ///
     /// # Errors
     /// As for [`append`](Self::append).
@@ -234,8 +240,7 @@ impl KvCache {
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
-        let window = scoring.window.or(self.stores[group].layout().spec().window);
-        let scoring = Scoring { window, ..*scoring };
+        let scoring = self.scoring(group, scoring)?;
         let crew = Crew { threads: &self.threads, workspace: &mut self.workspace };
         self.stores[group].attend(step, layer, q, out, lse, &scoring, crew)
     }
@@ -272,7 +277,7 @@ impl KvCache {
             }
         }
         step.clear();
-        Ok(())
+        self.scrub()
     }
 
     /// Closes the step without its tokens: the sequences are as before `begin`, and the blocks that
@@ -286,7 +291,7 @@ impl KvCache {
             self.abandon(seq)?;
         }
         step.clear();
-        Ok(())
+        self.scrub()
     }
 
     fn close(&mut self, step: &mut Step) -> Result<()> {
@@ -304,9 +309,17 @@ impl KvCache {
         let sealed = self.sequences.get(seq)?.sealed_blocks();
         let sequence = self.sequences.get_mut(seq)?;
         let whole = (sequence.tokens.len() / block_tokens).min(sealed);
-        if whole <= sequence.published.blocks() {
+        let fresh = whole.saturating_sub(sequence.published.blocks());
+        if fresh == 0 {
             return Ok(());
         }
+        // Entries can outlast their blocks where every group has a window.
+        let lacking = fresh.saturating_sub(prefix.free_blocks());
+        if lacking > 0 {
+            self.evict(lacking as u32, Evicted::Capacity)?;
+        }
+        let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
+        let sequence = self.sequences.get_mut(seq)?;
         let groups = self.pools.len();
         self.ids.clear();
         reserve(&mut self.ids, whole * groups)?;
@@ -325,34 +338,53 @@ impl KvCache {
                 result => break result?,
             }
         };
-        for block in sequence.published.blocks()..inserted.at.blocks() {
+        let (present, stored) = (inserted.present, inserted.stored);
+        let first = above.blocks() + present;
+        // Up to here the index has taken ids for entries that lacked them.
+        let mut refilled = 0;
+        for block in above.blocks()..inserted.at.blocks() {
             for (group, table) in sequence.tables.iter_mut().enumerate() {
-                let pool = &mut self.pools[group];
-                let own = table.blocks()[block];
-                let given = block - above.blocks();
-                if given >= inserted.present {
+                let (pool, own) = (&mut self.pools[group], table.blocks()[block]);
+                let place = (block - above.blocks()) * groups + group;
+                if own == BlockId::NONE {
+                    continue;
+                }
+                let known = if block < first { self.canonical[place] } else { own };
+                let news = known == own && !pool.is_cached(own);
+                if news {
                     pool.cache(own)?;
-                } else if self.canonical[given * groups + group] != own {
-                    table.replace(pool, block, self.canonical[given * groups + group])?;
+                    refilled = if block < first { block + 1 } else { refilled };
+                } else if known != own && known != BlockId::NONE {
+                    table.replace(pool, block, known)?;
                     self.totals.merged_blocks += 1;
+                }
+                if block < first && !news {
+                    self.ids[block * groups + group] = BlockId::NONE;
                 }
             }
         }
         sequence.published = inserted.at;
-        let (present, stored) = (inserted.present, inserted.stored);
+        let chain = |above, blocks: core::ops::Range<usize>, ids| Chain {
+            space: sequence.namespace,
+            above,
+            tokens: &sequence.tokens[blocks.start * block_tokens..blocks.end * block_tokens],
+            blocks: ids,
+        };
+        if refilled > 0 {
+            self.ids[..above.blocks() * groups].fill(BlockId::NONE);
+            let ids = &self.ids[..refilled * groups];
+            self.outside.stored(&chain(&[], 0..refilled, ids), &[]);
+        }
         if stored > 0 {
-            let first = above.blocks() + present;
-            self.outside.stored(&Chain {
-                space: sequence.namespace,
-                // The last of those that were there already.
-                above: match (present, first) {
-                    (0, 0) => &[],
-                    (0, _) => &self.ids[(first - 1) * groups..first * groups],
-                    _ => &self.canonical[(present - 1) * groups..],
-                },
-                tokens: &sequence.tokens[first * block_tokens..(first + stored) * block_tokens],
-                blocks: &self.ids[first * groups..(first + stored) * groups],
-            });
+            // The last of those that were there already.
+            let before = match (present, first) {
+                (0, 0) => &[],
+                (0, _) => &self.ids[(first - 1) * groups..first * groups],
+                _ => &self.canonical[(present - 1) * groups..],
+            };
+            let ids = &self.ids[first * groups..(first + stored) * groups];
+            let tokens = &sequence.tokens[..first * block_tokens];
+            self.outside.stored(&chain(before, first..first + stored, ids), tokens);
         }
         Ok(())
     }

@@ -90,6 +90,14 @@ impl Store {
         }
     }
 
+    pub fn zero(&mut self, block: BlockId) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.zero(block),
+            Store::Tiles(_) => Err(Error::Unsupported { what: "scrubbing of sealed tiles" }),
+            Store::Device(store) => store.zero(block),
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
     pub fn attend(
         &mut self,

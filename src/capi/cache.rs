@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use alloc::vec::Vec;
 use core::ffi::c_void;
 
 use super::device::{KVC_DEVICE_CPU, named};
@@ -71,8 +72,12 @@ pub struct kvc_cache_options {
     /// Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
     /// sequence, all that they can need unless tiles stay raw.
     pub staging_blocks: u32,
-    /// 0.
-    pub reserved: u32,
+    /// 1: zero the K and V of every block that becomes free, before anybody else can have it. 0 by
+    /// default. KVC_ERR_UNSUPPORTED with sealed tiles.
+    pub scrub: u32,
+    /// `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
+    /// `blocks` in each. A group with a window needs few: kvc_plan says how many.
+    pub group_blocks: *const u32,
 }
 
 // SAFETY: integers, a pointer.
@@ -96,7 +101,8 @@ unsafe impl Sized32 for kvc_cache_options {
             deterministic: 0,
             eviction: KVC_EVICTION_LRU,
             staging_blocks: 0,
-            reserved: 0,
+            scrub: 0,
+            group_blocks: core::ptr::null(),
         }
     }
 }
@@ -194,11 +200,20 @@ pub unsafe extern "C" fn kvc_cache_create(
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
-        if options.reserved != 0 {
-            return Err(Error::invalid("reserved", "must be 0"));
+        let mut group_blocks = Vec::new();
+        if !options.group_blocks.is_null() {
+            // SAFETY: the caller's promise.
+            let given = unsafe {
+                pointer::slice(options.group_blocks, group_count.into(), "group_blocks")
+            }?;
+            let bytes = size_of_val(given) as u64;
+            let refused = Error::OutOfMemory { bytes };
+            group_blocks.try_reserve_exact(given.len()).map_err(|_| refused)?;
+            group_blocks.extend_from_slice(given);
         }
         let options = CacheOptions {
             blocks: options.blocks,
+            group_blocks,
             max_seqs: options.max_seqs,
             staging_blocks: options.staging_blocks,
             threads: options.threads,
@@ -208,6 +223,7 @@ pub unsafe extern "C" fn kvc_cache_create(
             stream: unsafe { Stream::from_raw(options.stream) },
             deterministic: flag(options.deterministic, "deterministic")?,
             eviction: eviction(options.eviction)?,
+            scrub: flag(options.scrub, "scrub")?,
         };
         let cache = KvCache::new(&spec, &options)?;
         out.write(handle::publish(Locked(Mutex::new(cache)))?);

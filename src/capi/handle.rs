@@ -10,11 +10,14 @@
 //! a handle is live when it agrees with its slot's word above the low bits. Borrows are marked, so
 //! that two calls on a per-handle noun at once, or a destroy during a call, is an error instead of a
 //! race. Shared borrows are counted in shards, so that threads that share an object do not share a
-//! cache line: whoever borrows counts first and looks at the word then, whoever borrows alone marks
-//! the word first and looks at the counts then, and all of it is sequentially consistent, so that of
-//! two at least one sees the other. Nothing here locks, and this file knows no noun.
+//! cache line; `gate` has the protocol. Nothing here locks, and this file knows no noun.
 //!
 //! A generation returns after 2^32 reuses of one slot (2^16 on 32-bit machines).
+
+mod gate;
+mod sync {
+    pub(super) use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+}
 
 use alloc::alloc::alloc;
 use alloc::boxed::Box;
@@ -162,33 +165,17 @@ fn refused<T: Noun>(seen: usize, live: usize) -> Error {
 /// Counts a shared borrow: the slot, and where it is counted.
 fn enter_shared<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, &'static AtomicU32)> {
     let (index, live) = slot_of::<T>(handle)?;
-    let slot = &SLOTS[index];
-    // A stale handle does not even count: the slot may be another's now.
-    let seen = slot.word.load(Ordering::Relaxed);
-    if seen != live {
-        return Err(refused::<T>(seen, live));
-    }
-    let count = &SHARED[index][own_shard()].0;
-    count.fetch_add(1, Ordering::SeqCst);
-    let seen = slot.word.load(Ordering::SeqCst);
-    if seen != live {
-        count.fetch_sub(1, Ordering::Release);
-        return Err(refused::<T>(seen, live));
-    }
+    let (slot, count) = (&SLOTS[index], &SHARED[index][own_shard()].0);
+    gate::enter_shared(&slot.word, count, live).map_err(|seen| refused::<T>(seen, live))?;
     Ok((slot, count))
 }
 
 /// Marks an exclusive borrow.
 fn enter_exclusive<T: Noun>(handle: *const T::Handle) -> Result<&'static Slot> {
     let (index, live) = slot_of::<T>(handle)?;
-    let slot = &SLOTS[index];
-    let mark = live | EXCLUSIVE;
-    let marked = slot.word.compare_exchange(live, mark, Ordering::SeqCst, Ordering::Relaxed);
-    marked.map_err(|seen| refused::<T>(seen, live))?;
-    if SHARED[index].iter().any(|count| count.0.load(Ordering::SeqCst) != 0) {
-        slot.word.store(live, Ordering::SeqCst);
-        return Err(refused::<T>(mark, live));
-    }
+    let (slot, counts) = (&SLOTS[index], SHARED[index].iter().map(|count| &count.0));
+    gate::enter_exclusive(&slot.word, counts, live, EXCLUSIVE)
+        .map_err(|seen| refused::<T>(seen, live))?;
     Ok(slot)
 }
 
@@ -232,8 +219,8 @@ impl<T> Drop for Borrow<T> {
             self.slot.poisoned.store(true, Ordering::Relaxed);
         }
         match self.count {
-            Some(count) => _ = count.fetch_sub(1, Ordering::Release),
-            None => _ = self.slot.word.fetch_sub(EXCLUSIVE, Ordering::SeqCst),
+            Some(count) => gate::leave_shared(count),
+            None => gate::leave_exclusive(&self.slot.word, EXCLUSIVE),
         }
     }
 }

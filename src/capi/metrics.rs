@@ -67,6 +67,8 @@ pub struct kvc_metrics {
     pub idle_before_evict: kvc_histogram,
     /// From a use to the next, of watched blocks.
     pub reuse_gap: kvc_histogram,
+    /// Blocks of layer groups with a window that were given up alone; their entries stayed.
+    pub evicted_window_blocks: u64,
 }
 
 // SAFETY: integers.
@@ -74,7 +76,7 @@ unsafe impl Plain for kvc_metrics {}
 
 /// Size of [`kvc_metrics`] in ABI 0.1.
 const METRICS_FIRST_BYTES: usize = 640;
-const _: () = assert!(size_of::<kvc_metrics>() == METRICS_FIRST_BYTES);
+const _: () = assert!(size_of::<kvc_metrics>() == METRICS_FIRST_BYTES + 8);
 
 /// Writes the cache's metrics to `out`, `out_bytes` (its sizeof) at most.
 ///
@@ -90,7 +92,8 @@ pub unsafe extern "C" fn kvc_metrics_read(
 ) -> kvc_status {
     guard(|| {
         let metrics = open(cache)?.lock()?.metrics();
-        let [evicted_capacity_blocks, evicted_cleared_blocks] = metrics.counters.evicted_blocks;
+        let [evicted_capacity_blocks, evicted_cleared_blocks, evicted_window_blocks] =
+            metrics.counters.evicted_blocks;
         let values = kvc_metrics {
             blocks: metrics.blocks,
             referenced_blocks: metrics.referenced_blocks,
@@ -109,6 +112,7 @@ pub unsafe extern "C" fn kvc_metrics_read(
             lifetime: metrics.lifetime.into(),
             idle_before_evict: metrics.idle_before_evict.into(),
             reuse_gap: metrics.reuse_gap.into(),
+            evicted_window_blocks,
         };
         // SAFETY: the caller's promise.
         unsafe { pointer::write(out, out_bytes, values, "out", METRICS_FIRST_BYTES) }

@@ -69,7 +69,9 @@ pub unsafe extern "C" fn kvc_seq_fork(
     })
 }
 
-/// Forgets the tokens of a sequence from position `tokens` on (rejected speculation).
+/// Forgets the tokens of a sequence from position `tokens` on (rejected speculation). With a sliding
+/// window, to lengths that the window has not left behind (KVC_ERR_INVALID_STATE for others): those
+/// since the sequence's last kvc_step_begin, and as many more as its blocks allow.
 ///
 /// Threads: thread-safe.
 ///

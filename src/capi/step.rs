@@ -60,7 +60,8 @@ pub struct kvc_scoring {
     pub struct_size: u32,
     /// 1 (the default): a query sees no key after its own position.
     pub causal: u32,
-    /// Keys that a query sees, its own included, counted back; 0 for the group's window.
+    /// Keys that a query sees, its own included, counted back, no more than the group's window; 0 for
+    /// that.
     pub window: u32,
     /// Factor of the dot product; 0 for 1 / sqrt(k_dim).
     pub scale: f32,

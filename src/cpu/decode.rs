@@ -5,11 +5,14 @@
 //! walked in its own order.
 
 mod softmax;
+mod values;
 mod walk;
 
-use core::ops::Range;
-
 pub(super) use softmax::{adjust, soften};
+#[cfg(target_arch = "x86_64")]
+pub(super) use values::InPairs;
+pub(super) use values::{OneByOne, Part, Weigh, add_values};
+use values::{in_order, values};
 pub(super) use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
@@ -58,14 +61,14 @@ pub(crate) const fn padded_rows(rows: usize) -> usize {
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
 #[inline(always)]
-pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>>(job: &Job<'_>) {
+pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         match job.rows() {
             0 => {}
-            1 => stream::<V, S, D, 1>(job),
-            2 => stream::<V, S, D, 2>(job),
-            _ => stream::<V, S, D, 4>(job),
+            1 => stream::<V, S, D, W, 1>(job),
+            2 => stream::<V, S, D, W, 2>(job),
+            _ => stream::<V, S, D, W, 4>(job),
         }
     }
 }
@@ -80,7 +83,7 @@ pub(super) struct Scratch {
     /// `[row][v_pad]` weighted values.
     pub o: *mut f32,
     pub v_pad: usize,
-    /// `[key][lanes]` scores, then probabilities.
+    /// `[key][lanes]` scores, then weights as [`Weigh`] has them.
     pub s: *mut f32,
     /// Rows, in whole vectors.
     pub lanes: usize,
@@ -197,7 +200,7 @@ impl Scratch {
 
 /// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
 #[inline(always)]
-unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'_>) {
+unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         let padded = padded_rows(job.rows());
@@ -217,7 +220,7 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
             let after = walk.look_ahead(at);
             scores::<V, S, D, R>(&walk, &scratch, padded);
             adjust::<V>(job, &scratch, &walk.now, at, padded);
-            soften::<V>(&scratch, walk.now.keys);
+            soften::<V, W>(&scratch, walk.now.keys);
             for r in 0..job.kv_heads * padded {
                 let grow = scratch.grow.add(r).read();
                 if grow != 1.0 {
@@ -227,13 +230,13 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(job: &Job<'
                     }
                 }
             }
-            values::<V, S, R>(&walk, &scratch, padded);
+            values::<V, W, R>(&walk, &scratch, padded);
             at = after;
             core::mem::swap(&mut walk.now, &mut walk.next);
         }
-        if S::EVEN_ODD {
+        if !W::IN_ORDER {
             for r in 0..job.kv_heads * padded {
-                in_order::<V>(o.add(r * v_pad), scratch.row, job.v_dim);
+                in_order::<V, W>(o.add(r * v_pad), scratch.row, job.v_dim);
             }
         }
         scratch.put_states(job, padded);
@@ -263,21 +266,6 @@ unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut 
                 DType::Bf16 => V::load_bf16_part(from.cast::<u16>().add(whole), n),
             };
             x.store(to.add(whole));
-        }
-    }
-}
-
-/// Brings an accumulated row from the order in which pairs of vectors are loaded into its own.
-#[inline(always)]
-unsafe fn in_order<V: Vector>(row: *mut f32, buffer: *mut f32, dim: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        core::ptr::copy_nonoverlapping(row, buffer, dim.next_multiple_of(2 * V::LANES));
-        for pair in (0..dim).step_by(2 * V::LANES) {
-            for i in 0..V::LANES.min((dim - pair) / 2) {
-                row.add(pair + 2 * i).write(buffer.add(pair + i).read());
-                row.add(pair + 2 * i + 1).write(buffer.add(pair + V::LANES + i).read());
-            }
         }
     }
 }
@@ -386,114 +374,6 @@ pub(super) unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usiz
                 for j in 0..4 {
                     s.add(j * lanes + r).write(sums[j]);
                 }
-            }
-        }
-    }
-}
-
-/// Adds the values of the tile at hand, weighted by the probabilities, to `o`.
-#[inline(always)]
-unsafe fn values<V: Vector, S: Stored, const R: usize>(
-    walk: &Walk<'_, '_>,
-    scratch: &Scratch,
-    padded: usize,
-) {
-    let (job, now) = (walk.job, &walk.now);
-    let step = 4 * V::LANES;
-    let passes = (job.v_dim / step).max(1);
-    let even = job.v_dim.is_multiple_of(step) && step * S::BYTES >= 64;
-    for head in 0..job.kv_heads {
-        let offset = head as isize * job.v_head_bytes;
-        // A piece at a time, so that the hints keep to the pieces too.
-        for from in (0..now.keys).step_by(PIECE) {
-            let keys = from..now.keys.min(from + PIECE);
-            for r in (head * padded..(head + 1) * padded).step_by(R) {
-                let mut hints = if r == head * padded && !job.v_in_k {
-                    Hints::new(walk, Side::Values, head, from / PIECE, passes, even)
-                } else {
-                    Hints::NONE
-                };
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
-                    let part = Part {
-                        tile: now,
-                        offset,
-                        p,
-                        lanes: scratch.lanes,
-                        o,
-                        v_pad: scratch.v_pad,
-                    };
-                    let mut c = 0;
-                    while c + step <= job.v_dim {
-                        add_values::<V, S, R, 2>(&part, keys.clone(), c, step, &mut hints);
-                        c += step;
-                    }
-                    while c < job.v_dim {
-                        let n = (job.v_dim - c).min(2 * V::LANES);
-                        add_values::<V, S, R, 1>(&part, keys.clone(), c, n, &mut hints);
-                        c += n;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
-/// the weights `p[key * lanes + row]`, to `o[row * v_pad]`.
-pub(super) struct Part<'a> {
-    pub tile: &'a Tile,
-    pub offset: isize,
-    pub p: *const f32,
-    pub lanes: usize,
-    pub o: *mut f32,
-    pub v_pad: usize,
-}
-
-/// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
-/// whole unless `P` is 1.
-#[inline(always)]
-pub(super) unsafe fn add_values<V: Vector, S: Stored, const R: usize, const P: usize>(
-    part: &Part<'_>,
-    keys: Range<usize>,
-    c: usize,
-    n: usize,
-    hints: &mut Hints<'_>,
-) {
-    let Part { tile, offset, p, lanes, o, v_pad } = *part;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut acc = [[[V::splat(0.0); 2]; P]; R];
-        for r in 0..R {
-            for j in 0..P {
-                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
-                acc[r][j] = [V::load(o), V::load(o.add(V::LANES))];
-            }
-        }
-        for t in keys {
-            hints.step(P * 2 * V::LANES * S::BYTES / 64);
-            let row = tile.row(tile.v[t], offset).add(c * S::BYTES);
-            let mut v = [[V::splat(0.0); 2]; P];
-            for j in 0..P {
-                let row = row.add(j * 2 * V::LANES * S::BYTES);
-                v[j] =
-                    if P > 1 || n == 2 * V::LANES { S::load2(row) } else { S::load2_part(row, n) };
-            }
-            for r in 0..R {
-                let p = V::splat(p.add(t * lanes + r).read());
-                for j in 0..P {
-                    for i in 0..2 {
-                        acc[r][j][i] = p.fma(v[j][i], acc[r][j][i]);
-                    }
-                }
-            }
-        }
-        for r in 0..R {
-            for j in 0..P {
-                let o = o.add(r * v_pad + c + j * 2 * V::LANES);
-                acc[r][j][0].store(o);
-                acc[r][j][1].store(o.add(V::LANES));
             }
         }
     }

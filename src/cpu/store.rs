@@ -282,6 +282,20 @@ impl KvStore {
         copy_rows(&mut self.memory, &self.layout, self.blocks, [src, dst], tokens)
     }
 
+    /// Zeroes a block.
+    ///
+    /// # Errors
+    /// `BadBlock`.
+    pub fn zero(&mut self, block: BlockId) -> Result<()> {
+        if block.0 >= self.blocks {
+            return Err(Error::BadBlock { block: block.0 });
+        }
+        let bytes = self.layout.block_bytes() as usize;
+        // SAFETY: the block is in the memory.
+        unsafe { self.memory.start().add(block.index() * bytes).write_bytes(0, bytes) };
+        Ok(())
+    }
+
     fn shape(&self, q_heads: u32) -> HeadShape {
         let spec = self.layout.spec();
         HeadShape {

@@ -90,15 +90,39 @@ pub(crate) unsafe trait Vector: Copy {
 /// Hints that the cache line at `p` will be read soon. Any address is allowed.
 #[inline(always)]
 pub(crate) fn prefetch(p: *const u8) {
+    hint::<true>(p);
+}
+
+/// Hints that the cache line at `p` will be read, but not so soon that it should take the place of
+/// others in the first-level cache: it goes to the second. Any address is allowed.
+#[inline(always)]
+pub(crate) fn prefetch_far(p: *const u8) {
+    hint::<false>(p);
+}
+
+#[inline(always)]
+fn hint<const SOON: bool>(p: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: a prefetch of any address is harmless, and SSE is part of x86-64.
-    unsafe {
-        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(p.cast())
-    };
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch of any address is harmless, and SSE is part of x86-64.
+        unsafe {
+            if SOON {
+                _mm_prefetch::<_MM_HINT_T0>(p.cast())
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(p.cast())
+            }
+        }
+    }
     #[cfg(all(target_arch = "aarch64", not(miri)))]
     // SAFETY: a prefetch of any address is harmless.
     unsafe {
-        core::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        use core::arch::asm;
+        if SOON {
+            asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        } else {
+            asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly))
+        }
     };
     #[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
     let _ = p;
@@ -322,4 +346,10 @@ pub(crate) unsafe trait PairDot: Vector {
     unsafe fn round_pairs(low: Self, high: Self) -> Self::Pairs;
     /// Reads `LANES` bf16 at each pointer: lane `i` holds `even[i]` (low half) and `odd[i]`.
     unsafe fn zip(even: *const u16, odd: *const u16) -> Self::Pairs;
+    /// `even` and `odd`, rounded as by [`round_pairs`](Self::round_pairs): lane `i` holds `even[i]`
+    /// and `odd[i]`.
+    unsafe fn pair_up(even: Self, odd: Self) -> Self::Pairs;
+    /// Pairs of `(even[i], odd[i])` for each element `i`: of each eight elements the first four in
+    /// the first vector, the others in the second.
+    unsafe fn interleave(even: Self::Pairs, odd: Self::Pairs) -> [Self::Pairs; 2];
 }

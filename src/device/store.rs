@@ -355,6 +355,28 @@ impl DeviceStore {
         unsafe { self.backend.copy(at(src), at(dst), bytes, self.options.stream) }
     }
 
+    /// Enqueues zeroing a block.
+    ///
+    /// # Errors
+    /// `BadBlock`, `DeviceFailed`.
+    pub fn zero(&mut self, block: BlockId) -> Result<()> {
+        if block.0 >= self.blocks {
+            return Err(Error::BadBlock { block: block.0 });
+        }
+        let bytes = self.layout.block_bytes();
+        let at = self.memory.address() + u64::from(block.0) * bytes;
+        // SAFETY: the block is in the memory.
+        unsafe { self.backend.zero(at, bytes, self.options.stream) }
+    }
+
+    /// Enqueues zeroing all blocks.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub fn zero_all(&mut self) -> Result<()> {
+        self.memory.zero(self.options.stream)
+    }
+
     /// Puts rows of host memory into scratch memory `n`.
     ///
     /// # Safety

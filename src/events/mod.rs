@@ -17,6 +17,9 @@
 
 mod publisher;
 mod queue;
+mod sync {
+    pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+}
 #[cfg(feature = "zmq")]
 mod replay;
 #[cfg(feature = "zmq")]

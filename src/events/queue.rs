@@ -3,14 +3,15 @@
 //!
 //! The buffers are flat (events, digests, tokens) and grow up to a bound, so filling one allocates
 //! nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
-//! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread.
+//! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread; a
+//! model checker explores it (`scripts/shuttle`), which is why its locks come through `sync`.
 
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use core::time::Duration;
 
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use super::{Event, Medium, Name, Shape};
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, TokenId};

@@ -12,6 +12,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+use super::idle::Idle;
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
 
@@ -23,8 +24,12 @@ pub struct BlockPool {
     /// The free ids are `free[..free_len]`; the last is the next to be given out.
     free: Box<[u32]>,
     free_len: usize,
+    /// Of them `free[clean..]` were freed since the last [`BlockPool::mark_clean`].
+    clean: usize,
     /// Blocks whose only holder is the index.
     cached: u32,
+    /// Those, in order, if they are kept in order.
+    idle: Idle,
 }
 
 /// The mark of a block that the prefix index holds.
@@ -35,7 +40,7 @@ const ONLY_CACHED: u32 = CACHED | 1;
 const MAX_REFS: u32 = CACHED - 1;
 
 /// An empty array of `len` words that `fill` completes, or an error where memory is refused.
-fn words(len: usize, fill: impl FnOnce(&mut Vec<u32>)) -> Result<Box<[u32]>> {
+pub(super) fn words(len: usize, fill: impl FnOnce(&mut Vec<u32>)) -> Result<Box<[u32]>> {
     let mut v = Vec::new();
     v.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes: len as u64 * 4 })?;
     fill(&mut v);
@@ -59,8 +64,59 @@ impl BlockPool {
             refs: words(n, |v| v.resize(n, 0))?,
             free: words(n, |v| v.extend((0..blocks).rev()))?,
             free_len: n,
+            clean: n,
             cached: 0,
+            idle: Idle::off(),
         })
+    }
+
+    /// Keeps the blocks that only the prefix index holds in the order in which their last other
+    /// holder left, from now on.
+    ///
+    /// # Errors
+    /// `InvalidState` where there are such blocks already, `OutOfMemory` where 8 bytes a block are
+    /// refused.
+    pub fn order_cached(&mut self) -> Result<()> {
+        if self.cached > 0 {
+            return Err(Error::InvalidState { why: "blocks are cached already" });
+        }
+        self.idle = Idle::new(self.refs.len())?;
+        Ok(())
+    }
+
+    /// Of the blocks that only the prefix index holds, the one that has been so for longest; `None`
+    /// without [`Self::order_cached`].
+    pub fn oldest_cached(&self) -> Option<BlockId> {
+        self.idle.first().map(BlockId)
+    }
+
+    /// The free blocks that held something since the last [`Self::mark_clean`]: what is to be
+    /// scrubbed before any block is allocated.
+    pub fn dirty_blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+        self.free[self.clean..self.free_len].iter().copied().map(BlockId)
+    }
+
+    /// Nothing that is free holds anything now.
+    pub fn mark_clean(&mut self) {
+        self.clean = self.free_len;
+    }
+
+    /// Counts a block that now has the holders `word` says.
+    #[inline]
+    fn note_idle(&mut self, word: u32, block: u32) {
+        if word == ONLY_CACHED {
+            self.cached += 1;
+            self.idle.push(block);
+        }
+    }
+
+    /// Counts a block that has the holders `word` says until now.
+    #[inline]
+    fn note_busy(&mut self, word: u32, block: u32) {
+        if word == ONLY_CACHED {
+            self.cached -= 1;
+            self.idle.remove(block);
+        }
     }
 
     /// How many blocks there are, free or not.
@@ -114,9 +170,9 @@ impl BlockPool {
         if !self.is_cached(block) {
             return Err(Error::BadBlock { block: block.0 });
         }
-        let word = &mut self.refs[block.index()];
-        self.cached -= u32::from(*word == ONLY_CACHED);
-        *word &= !CACHED;
+        let word = self.refs[block.index()];
+        self.note_busy(word, block.0);
+        self.refs[block.index()] = word & !CACHED;
         self.release(block)
     }
 
@@ -131,6 +187,7 @@ impl BlockPool {
         };
         let id = self.free[top];
         self.free_len = top;
+        self.clean = self.clean.min(top);
         self.refs[id as usize] = 1;
         Ok(BlockId(id))
     }
@@ -150,6 +207,7 @@ impl BlockPool {
             *slot = BlockId(id);
         }
         self.free_len = rest;
+        self.clean = self.clean.min(rest);
         Ok(())
     }
 
@@ -165,8 +223,9 @@ impl BlockPool {
                 Err(Error::Overflow { what: "reference count" })
             }
             Some(word) => {
-                self.cached -= u32::from(*word == ONLY_CACHED);
+                let before = *word;
                 *word += 1;
+                self.note_busy(before, block.0);
                 Ok(())
             }
         }
@@ -181,7 +240,7 @@ impl BlockPool {
             if let Err(error) = self.retain(block) {
                 for done in &blocks[..i] {
                     self.refs[done.index()] -= 1;
-                    self.cached += u32::from(self.refs[done.index()] == ONLY_CACHED);
+                    self.note_idle(self.refs[done.index()], done.0);
                 }
                 return Err(error);
             }
@@ -200,8 +259,9 @@ impl BlockPool {
             None | Some(0 | &mut ONLY_CACHED) => Err(Error::BadBlock { block: block.0 }),
             Some(refs) => {
                 *refs -= 1;
-                self.cached += u32::from(*refs == ONLY_CACHED);
-                let freed = *refs == 0;
+                let word = *refs;
+                self.note_idle(word, block.0);
+                let freed = word == 0;
                 if freed {
                     self.free[self.free_len] = block.0;
                     self.free_len += 1;
@@ -226,17 +286,18 @@ impl BlockPool {
                 None | Some(0 | &mut ONLY_CACHED) => {
                     // Below `before` the stack was not written: giving the counts back undoes all.
                     for done in &blocks[i + 1..] {
-                        self.cached -= u32::from(self.refs[done.index()] == ONLY_CACHED);
+                        self.note_busy(self.refs[done.index()], done.0);
                         self.refs[done.index()] += 1;
                     }
                     return Err(Error::BadBlock { block: block.0 });
                 }
                 Some(refs) => {
                     *refs -= 1;
-                    self.cached += u32::from(*refs == ONLY_CACHED);
+                    let word = *refs;
+                    self.note_idle(word, block.0);
                     // A held block means that the stack is not full: the slot exists.
                     self.free[len] = block.0;
-                    len += usize::from(*refs == 0);
+                    len += usize::from(word == 0);
                 }
             }
         }
@@ -252,7 +313,7 @@ impl BlockPool {
     pub fn audit(&self) -> Result<()> {
         let broken = |why| Err(Error::InvalidState { why });
         let n = self.refs.len();
-        if self.free.len() != n || self.free_len > n {
+        if self.free.len() != n || self.free_len > n || self.clean > self.free_len {
             return broken("pool: the free stack has the wrong size");
         }
         let mut seen = words(n, |v| v.resize(n, 0))?;
@@ -271,120 +332,12 @@ impl BlockPool {
         if self.refs.iter().filter(|&&word| word == ONLY_CACHED).count() != self.cached as usize {
             return broken("pool: the count of cached blocks is wrong");
         }
+        if !self.idle.is_exactly(|block| self.refs[block] == ONLY_CACHED) {
+            return broken("pool: the order of cached blocks has others");
+        }
         Ok(())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_out_of_range_are_refused() {
-        for blocks in [0, BlockPool::MAX_BLOCKS + 1, u32::MAX] {
-            assert!(matches!(BlockPool::new(blocks), Err(Error::InvalidArgument { .. })));
-        }
-    }
-
-    #[test]
-    fn a_batch_is_all_or_nothing() {
-        let mut pool = BlockPool::new(4).unwrap();
-        let mut out = [BlockId::NONE; 5];
-        let error = pool.allocate_n(&mut out).unwrap_err();
-        assert_eq!(error, Error::OutOfBlocks { needed: 5, missing: 1 });
-        assert_eq!((out, pool.free_blocks()), ([BlockId::NONE; 5], 4));
-        pool.allocate_n(&mut out[..4]).unwrap();
-        assert_eq!(out[..4], [0, 1, 2, 3].map(BlockId));
-        assert_eq!(pool.allocate(), Err(Error::OutOfBlocks { needed: 1, missing: 1 }));
-        pool.audit().unwrap();
-    }
-
-    #[test]
-    fn a_bad_batch_frees_nothing() {
-        let mut pool = BlockPool::new(4).unwrap();
-        let mut b = [BlockId::NONE; 3];
-        pool.allocate_n(&mut b).unwrap();
-        pool.retain(b[1]).unwrap();
-        for bad in [[b[0], b[1], BlockId(3)], [BlockId(9), b[1], b[2]], [b[0], b[2], b[0]]] {
-            assert!(matches!(pool.free_n(&bad), Err(Error::BadBlock { .. })));
-            assert_eq!((pool.free_blocks(), b.map(|b| pool.refs(b))), (1, [1, 2, 1]));
-            pool.audit().unwrap();
-        }
-        assert_eq!(pool.free_n(&[b[1], b[0], b[1]]), Ok(2));
-        assert_eq!(pool.free_blocks(), 3);
-        pool.audit().unwrap();
-    }
-
-    #[test]
-    fn freed_blocks_come_back_in_their_order() {
-        let mut pool = BlockPool::new(8).unwrap();
-        let mut b = [BlockId::NONE; 6];
-        pool.allocate_n(&mut b).unwrap();
-        pool.free_n(&b[2..5]).unwrap();
-        let mut again = [BlockId::NONE; 3];
-        pool.allocate_n(&mut again).unwrap();
-        assert_eq!(again, b[2..5]);
-    }
-
-    #[test]
-    fn counts_cannot_overflow_or_go_below_zero() {
-        let mut pool = BlockPool::new(2).unwrap();
-        let b = pool.allocate().unwrap();
-        pool.refs[b.index()] = MAX_REFS - 1;
-        let error = Err(Error::Overflow { what: "reference count" });
-        assert_eq!(pool.retain_n(&[b, b]), error);
-        assert_eq!(pool.refs(b), MAX_REFS - 1);
-        pool.retain(b).unwrap();
-        assert_eq!(pool.retain(b), error);
-        pool.refs[b.index()] = 1;
-        assert_eq!(pool.release(b), Ok(true));
-        assert_eq!(pool.release(b), Err(Error::BadBlock { block: b.0 }));
-        assert_eq!(pool.retain(BlockId::NONE), Err(Error::BadBlock { block: u32::MAX }));
-        pool.audit().unwrap();
-    }
-
-    #[test]
-    fn the_index_is_one_holder_more() {
-        let mut pool = BlockPool::new(4).unwrap();
-        let b = pool.allocate().unwrap();
-        assert!(pool.uncache(b).is_err() && pool.cache(BlockId(1)).is_err());
-        pool.cache(b).unwrap();
-        assert!(pool.cache(b).is_err());
-        assert_eq!((pool.refs(b), pool.cached_blocks()), (2, 0));
-        assert_eq!(pool.free_n(&[b]), Ok(0));
-        assert_eq!((pool.refs(b), pool.cached_blocks(), pool.free_blocks()), (1, 1, 3));
-        // The index's own reference is not for others to give up.
-        assert!(pool.release(b).is_err() && pool.free_n(&[b]).is_err());
-        pool.audit().unwrap();
-        pool.retain_n(&[b, b]).unwrap();
-        assert!(
-            pool.free_n(&[BlockId(3), b, b]).is_err() && pool.retain_n(&[b, BlockId(3)]).is_err()
-        );
-        assert_eq!((pool.refs(b), pool.cached_blocks()), (3, 0));
-        assert_eq!(pool.uncache(b), Ok(false));
-        assert_eq!(pool.free_n(&[b, b]), Ok(1));
-        let c = pool.allocate().unwrap();
-        pool.cache(c).unwrap();
-        assert_eq!((pool.release(c), pool.uncache(c)), (Ok(false), Ok(true)));
-        assert_eq!(pool.free_blocks(), 4);
-        pool.audit().unwrap();
-    }
-
-    #[test]
-    fn the_audit_notices_damage() {
-        let damage: [fn(&mut BlockPool); 6] = [
-            |p| p.cached = 1,
-            |p| p.refs[3] = CACHED,
-            |p| p.refs[3] = 1,
-            |p| p.free[0] = p.free[1],
-            |p| p.free_len -= 1,
-            |p| p.free[1] = 77,
-        ];
-        for harm in damage {
-            let mut pool = BlockPool::new(4).unwrap();
-            pool.audit().unwrap();
-            harm(&mut pool);
-            assert!(matches!(pool.audit(), Err(Error::InvalidState { .. })));
-        }
-    }
-}
+mod tests;

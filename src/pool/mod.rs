@@ -25,6 +25,7 @@
 //! ```
 
 mod blocks;
+mod idle;
 mod table;
 
 pub use blocks::BlockPool;

@@ -21,6 +21,8 @@ use crate::pool::BlockPool;
 pub struct BlockTable {
     blocks: Vec<BlockId>,
     tokens: usize,
+    /// Leading blocks that were given up: [`BlockId::NONE`] stands for them.
+    left: usize,
 }
 
 /// A copy that the caller owes: the first `tokens` tokens of block `src` to block `dst`.
@@ -52,13 +54,19 @@ impl BlockCopy {
 impl BlockTable {
     /// A table without tokens.
     pub const fn new() -> Self {
-        BlockTable { blocks: Vec::new(), tokens: 0 }
+        BlockTable { blocks: Vec::new(), tokens: 0, left: 0 }
     }
 
-    /// The blocks, in token order.
+    /// The blocks, in token order; [`BlockId::NONE`] for those that were left behind.
     #[inline]
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
+    }
+
+    /// How many leading blocks were left behind.
+    #[inline]
+    pub fn left_blocks(&self) -> usize {
+        self.left
     }
 
     /// How many tokens the table covers.
@@ -129,6 +137,30 @@ impl BlockTable {
         self.blocks.try_reserve(blocks).map_err(|_| Error::OutOfMemory { bytes })
     }
 
+    /// Gives up the first `blocks` blocks, as far as that has not been done: those that a window
+    /// has left behind. Their places stay, so that positions are as they were. Returns how many
+    /// became free.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more blocks than there are, `BadBlock` if the pool is not this table's.
+    /// Nothing changed then.
+    pub fn leave(&mut self, pool: &mut BlockPool, blocks: usize) -> Result<u32> {
+        if blocks > self.blocks.len() {
+            return Err(Error::invalid("blocks", "must not exceed the table's blocks"));
+        }
+        if blocks <= self.left {
+            return Ok(0);
+        }
+        let mut freed = 0;
+        // From the first on: what was left behind first is the first to be taken by others.
+        for place in self.left..blocks {
+            freed += u32::from(pool.release(self.blocks[place])?);
+            self.blocks[place] = BlockId::NONE;
+            self.left = place + 1;
+        }
+        Ok(freed)
+    }
+
     /// A second table of the same tokens: every block gets one holder more, none is copied.
     ///
     /// # Errors
@@ -137,9 +169,9 @@ impl BlockTable {
     pub fn fork(&self, pool: &mut BlockPool) -> Result<BlockTable> {
         let mut copy = BlockTable::new();
         copy.reserve(self.blocks.len())?;
-        pool.retain_n(&self.blocks)?;
+        pool.retain_n(&self.blocks[self.left..])?;
         copy.blocks.extend_from_slice(&self.blocks);
-        copy.tokens = self.tokens;
+        (copy.tokens, copy.left) = (self.tokens, self.left);
         Ok(copy)
     }
 
@@ -186,8 +218,9 @@ impl BlockTable {
     /// became free. If that cuts a shared block, the new tail is shared.
     ///
     /// # Errors
-    /// `InvalidArgument` for a wrong `block_tokens` or more tokens than there are, `BadBlock` if
-    /// the pool is not this table's. Nothing changed then.
+    /// `InvalidArgument` for a wrong `block_tokens` or more tokens than there are, `InvalidState`
+    /// where a block that it would cut was left behind, `BadBlock` if the pool is not this table's.
+    /// Nothing changed then.
     pub fn truncate(
         &mut self,
         pool: &mut BlockPool,
@@ -199,6 +232,9 @@ impl BlockTable {
             return Err(Error::invalid("tokens", "must not exceed the table's length"));
         }
         let keep = tokens.div_ceil(block_tokens);
+        if tokens / block_tokens < self.left {
+            return Err(Error::InvalidState { why: "the blocks of that length were left behind" });
+        }
         let freed = pool.free_n(&self.blocks[keep..])?;
         self.blocks.truncate(keep);
         self.tokens = tokens;
@@ -206,7 +242,8 @@ impl BlockTable {
     }
 
     /// Appends full blocks that others hold already (those of a prefix hit) and becomes one more
-    /// holder of each. The table must end at a block boundary.
+    /// holder of each. The table must end at a block boundary. At the start of a table
+    /// [`BlockId::NONE`] stands for a block that a window has left behind.
     ///
     /// # Errors
     /// `InvalidArgument` for a wrong `block_tokens` or a partly full tail, `BadBlock` for a block
@@ -221,23 +258,34 @@ impl BlockTable {
         if !self.tokens.is_multiple_of(block_tokens) {
             return Err(Error::invalid("table", "must end at a block boundary to adopt blocks"));
         }
-        let old = self.blocks.len();
+        let (old, left) = (self.blocks.len(), self.left);
         for block in blocks {
-            let step = self.reserve(1).and_then(|()| pool.retain(block));
+            let step = self.reserve(1).and_then(|()| {
+                if block == BlockId::NONE && self.left == self.blocks.len() {
+                    self.left += 1;
+                    return Ok(());
+                }
+                pool.retain(block)
+            });
             if let Err(error) = step {
-                pool.free_n(&self.blocks[old..])?;
-                self.blocks.truncate(old);
+                self.unadopt(pool, old, left)?;
                 return Err(error);
             }
             self.blocks.push(block);
         }
         // Each block is a 4-byte id in memory, but a block may hold up to usize::MAX tokens.
         let Some(tokens) = self.blocks.len().checked_mul(block_tokens) else {
-            pool.free_n(&self.blocks[old..])?;
-            self.blocks.truncate(old);
+            self.unadopt(pool, old, left)?;
             return Err(Error::Overflow { what: "sequence length" });
         };
         self.tokens = tokens;
+        Ok(())
+    }
+
+    fn unadopt(&mut self, pool: &mut BlockPool, old: usize, left: usize) -> Result<()> {
+        pool.free_n(&self.blocks[old.max(self.left)..])?;
+        self.blocks.truncate(old);
+        self.left = left;
         Ok(())
     }
 
@@ -270,9 +318,9 @@ impl BlockTable {
     /// # Errors
     /// `BadBlock` if the pool is not this table's. Nothing changed then.
     pub fn release_all(&mut self, pool: &mut BlockPool) -> Result<u32> {
-        let freed = pool.free_n(&self.blocks)?;
+        let freed = pool.free_n(&self.blocks[self.left..])?;
         self.blocks.clear();
-        self.tokens = 0;
+        (self.tokens, self.left) = (0, 0);
         Ok(freed)
     }
 }
@@ -374,6 +422,37 @@ mod tests {
         assert!(t.adopt(&mut pool, [held.blocks()[0]], BT).is_err());
         t.truncate(&mut pool, 7, BT).unwrap();
         assert!(t.tail_shared(&pool, BT), "cutting into an adopted block leaves it shared");
+    }
+
+    #[test]
+    fn what_is_left_behind_keeps_its_place() {
+        let mut pool = BlockPool::new(8).unwrap();
+        let mut a = table(&mut pool, 14);
+        let held = a.blocks().to_vec();
+        assert_eq!(a.leave(&mut pool, 2), Ok(2));
+        assert_eq!((a.leave(&mut pool, 1), a.left_blocks(), a.tokens()), (Ok(0), 2, 14));
+        assert_eq!(a.blocks(), [BlockId::NONE, BlockId::NONE, held[2], held[3]]);
+        assert!(a.leave(&mut pool, 5).is_err());
+        let mut b = a.fork(&mut pool).unwrap();
+        assert_eq!((pool.refs(held[2]), b.left_blocks()), (2, 2));
+        assert!(matches!(b.truncate(&mut pool, 7, BT), Err(Error::InvalidState { .. })));
+        b.truncate(&mut pool, 8, BT).unwrap();
+        b.extend(&mut pool, 1, BT).unwrap();
+        b.truncate(&mut pool, 9, BT).unwrap();
+        // A hit behind a window: the blocks before it are none.
+        let mut c = BlockTable::new();
+        let hit = [BlockId::NONE, BlockId::NONE, held[2]];
+        c.adopt(&mut pool, hit, BT).unwrap();
+        assert_eq!((c.blocks(), c.tokens(), c.left_blocks()), (&hit[..], 12, 2));
+        let holes = [held[2], BlockId::NONE];
+        assert!(BlockTable::new().adopt(&mut pool, holes, BT).is_err());
+        assert!(c.adopt(&mut pool, [BlockId::NONE], BT).is_err());
+        assert_eq!((pool.refs(held[2]), c.left_blocks()), (2, 2));
+        for mut table in [a, b, c] {
+            table.release_all(&mut pool).unwrap();
+        }
+        assert_eq!(pool.free_blocks(), 8);
+        pool.audit().unwrap();
     }
 
     #[test]

@@ -75,6 +75,10 @@ impl PrefixIndex {
         must(live == tree.live(), "prefix: a node is lost")?;
         must(branches == tree.branches.len(), "prefix: the branch table has other entries")?;
         self.blocks.audit(&used)?;
+        must(
+            self.windows_are_sound(),
+            "prefix: a block of a window is not found, or one too many",
+        )?;
         self.audit_queue(&seen)
     }
 

@@ -123,6 +123,12 @@ impl Blocks {
         self.mark(run);
     }
 
+    /// Replaces one id; `at` counts ids.
+    pub(super) fn set_id(&mut self, at: usize, id: BlockId) {
+        self.ids[at] = id;
+        self.dirty.mark(at / self.groups);
+    }
+
     /// Takes `want` slots, at most as many as are free, and appends their runs to `runs`: one if
     /// there is one long enough, else the longest there are.
     pub(super) fn take(&mut self, want: u32, runs: &mut Vec<Run>) -> Result<()> {

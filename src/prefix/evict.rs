@@ -68,6 +68,7 @@ impl PrefixIndex {
         node.generation = node.generation.wrapping_add(1);
         let (start, len, stamp) = (node.start, node.len, node.stamp);
         self.lane_blocks[self.policy.lane(node.order)] -= u64::from(blocks);
+        self.unplace(Run { start: start + len, len: blocks });
         self.blocks.give(Run { start: start + len, len: blocks });
         if len > 0 {
             return;

@@ -27,11 +27,14 @@ impl PrefixIndex {
     ///
     /// `canonical` receives the ids of the blocks that were cached already, `[block][group]`, so
     /// that the caller can use those and give its duplicates up. The whole sequence counts as
-    /// touched.
+    /// touched. Where an entry lacked the block of a group with a window and one is given, the index
+    /// takes it, as if it was new: `canonical` has the caller's own id then, and the caller retains
+    /// it.
     ///
     /// # Errors
-    /// `InvalidArgument` if `tokens` are not whole blocks or `blocks` are not as many, `OutOfMemory`.
-    /// Nothing is cached then and `canonical` is empty.
+    /// `InvalidArgument` if `tokens` are not whole blocks or `blocks` are not as many, or one without
+    /// a window is [`BlockId::NONE`] where others have windows; `OutOfMemory`. Nothing is cached
+    /// then and `canonical` is empty.
     pub fn insert(
         &mut self,
         space: Namespace,
@@ -65,6 +68,10 @@ impl PrefixIndex {
         if count.checked_mul(groups) != Some(blocks.len()) {
             return Err(Error::invalid("blocks", "must be one id per block and group"));
         }
+        if !self.full_groups_have_ids(blocks) {
+            return Err(Error::invalid("blocks", "may lack only those of groups with a window"));
+        }
+        self.reserve_places(count)?;
         let mut from = self.root(space);
         if self.notes_every_edge() {
             // What is noted of the blocks below is not true of those above.
@@ -91,7 +98,11 @@ impl PrefixIndex {
             self.store(space, &walk, above.blocks, new, ids)
         };
         match result {
-            Ok(at) => Ok(Inserted { present, stored, at }),
+            Ok(at) => {
+                let known = at.first(above.blocks() + present);
+                self.refill(known, &blocks[..present * groups], canonical);
+                Ok(Inserted { present, stored, at })
+            }
             Err(error) => {
                 canonical.clear();
                 Err(error)
@@ -141,6 +152,7 @@ impl PrefixIndex {
                 &tokens[at * block_tokens..next * block_tokens],
                 &ids[at * groups..next * groups],
             );
+            self.place(run);
             depth += run.len;
             if i == 0 && grown.len > 0 {
                 let leaf = &mut self.tree[end];
@@ -198,7 +210,9 @@ impl PrefixIndex {
         let Some(whole) = self.blocks.take_whole(old.len + count) else {
             return none;
         };
+        self.unplace(old);
         self.blocks.copy(old, whole.start);
+        self.place(Run { start: whole.start, len: old.len });
         self.blocks.give(old);
         self.tree[walk.node].start = whole.start;
         Run { start: whole.start + old.len, len: count }

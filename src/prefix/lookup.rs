@@ -53,7 +53,8 @@ pub(super) struct Walk {
 }
 
 impl PrefixIndex {
-    /// Finds the longest cached prefix of the first `max_tokens` of `tokens` in `space`.
+    /// Finds the longest cached prefix of the first `max_tokens` of `tokens` in `space` that every
+    /// layer group can serve.
     ///
     /// Give `tokens.len() - 1` as the maximum to leave the last token to be computed, as sampling
     /// needs its logits. If memory for `hit.blocks` is refused, the hit is shorter than it could
@@ -62,16 +63,28 @@ impl PrefixIndex {
         hit.clear();
         let tokens = &tokens[..tokens.len().min(max_tokens)];
         let walk = self.walk(self.root(space), tokens, Some(&mut hit.blocks));
-        hit.tokens = walk.depth as usize * self.blocks.block_tokens;
-        hit.at = self.position(&walk);
-        if walk.common == 0 || hit.tail_blocks.try_reserve(self.blocks.groups).is_err() {
+        let served = self.served(&hit.blocks, walk.depth as usize);
+        hit.blocks.truncate(served * self.blocks.groups);
+        hit.tokens = served * self.blocks.block_tokens;
+        hit.at = self.position(&walk).first(served);
+        if served < walk.depth as usize
+            || walk.common == 0
+            || hit.tail_blocks.try_reserve(self.blocks.groups).is_err()
+        {
             return;
         }
         let edge = &self.tree[walk.near];
         let inside = if walk.near == walk.node { walk.inside } else { 0 };
-        hit.tail_tokens = walk.common as usize;
-        let block = Run { start: edge.start + inside, len: 1 };
-        hit.tail_blocks.extend_from_slice(self.blocks.ids(block));
+        let block = self.blocks.ids(Run { start: edge.start + inside, len: 1 });
+        if self.windows.is_none() || !block.contains(&BlockId::NONE) {
+            hit.tail_tokens = walk.common as usize;
+            hit.tail_blocks.extend_from_slice(block);
+        }
+    }
+
+    /// Where the longest cached prefix of `tokens` ends, whether every group can serve it or not.
+    pub fn end_of(&self, space: Namespace, tokens: &[TokenId]) -> Position {
+        self.position(&self.walk(self.root(space), tokens, None))
     }
 
     /// The position at which a walk ended.

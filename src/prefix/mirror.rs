@@ -60,8 +60,12 @@ impl PrefixIndex {
     /// copied to several places.
     ///
     /// # Errors
-    /// `OutOfMemory`; nothing is marked then.
+    /// `OutOfMemory`; `Unsupported` for an index with windows, whose hits are not what a walk along
+    /// the tree finds. Nothing is marked then.
     pub fn start_mirror(&mut self) -> Result<()> {
+        if !self.windows.is_none() {
+            return Err(Error::Unsupported { what: "mirrors of an index with windows" });
+        }
         let started = self.tree.start_marks().and_then(|()| self.blocks.start_marks());
         started.inspect_err(|_| self.stop_mirror())
     }

@@ -20,6 +20,10 @@
 //! make it stale: always if its last block went, sometimes if blocks below it did. A stale position
 //! is refused; look up again.
 //!
+//! # Windows
+//! Layer groups with a sliding window may lack blocks that others have: see
+//! [`PrefixIndex::set_windows`].
+//!
 //! # Mirrors
 //! A copy of what a lookup reads can be kept elsewhere, on a device, and follow the index by what
 //! changed: see [`PrefixIndex::start_mirror`].
@@ -64,6 +68,7 @@ mod retention;
 mod table;
 mod tree;
 mod uses;
+mod windows;
 
 use alloc::vec::Vec;
 
@@ -74,6 +79,7 @@ use pins::Pins;
 use policy::Chosen;
 use queue::Queue;
 use tree::Tree;
+use windows::Windows;
 
 pub use chains::Chain;
 pub use digest::{Digest, Keys};
@@ -83,6 +89,7 @@ pub use mirror::{Change, Part};
 pub use pins::PinId;
 pub use policy::Eviction;
 pub use retention::{DEFAULT_PRIORITY, Hint, MAX_PRIORITY, Retention};
+pub use windows::first_visible_block;
 
 /// No node, no slot.
 const NIL: u32 = u32::MAX;
@@ -106,6 +113,7 @@ pub struct PrefixIndex {
     clock: u64,
     /// The caller's time.
     now_ms: u64,
+    windows: Windows,
     /// Reused by `insert`.
     runs: Vec<Run>,
 }
@@ -219,6 +227,7 @@ impl PrefixIndex {
             steered: false,
             clock: 0,
             now_ms: 0,
+            windows: Windows::none(),
             runs: Vec::new(),
         })
     }
@@ -271,6 +280,7 @@ impl PrefixIndex {
                 + self.timers.bytes()
                 + self.policy.get().bytes()
                 + self.pins.bytes()
+                + self.windows.bytes()
                 + self.runs.capacity() * size_of::<Run>(),
         }
     }

@@ -9,7 +9,7 @@
 //! [`PrefixIndex::advance`]. An index that is never given a priority or a hint pays for neither.
 
 use super::tree::{Kind, Mark};
-use super::uses::{READINGS, clear_hint};
+use super::uses::{READINGS, SWEEP, clear_hint};
 use super::{NIL, Position, PrefixIndex};
 use crate::error::{Error, Result};
 
@@ -64,7 +64,11 @@ impl PrefixIndex {
         if now_ms > Self::MAX_MS {
             return Err(Error::invalid("now_ms", "must be below 2^42"));
         }
-        self.now_ms = self.now_ms.max(now_ms);
+        let now_ms = self.now_ms.max(now_ms);
+        if now_ms >> SWEEP != self.now_ms >> SWEEP {
+            self.end_expectations(now_ms);
+        }
+        self.now_ms = now_ms;
         self.clock = self.clock.max(self.now_ms << READINGS);
         self.expire_all();
         Ok(())

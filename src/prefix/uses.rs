@@ -14,6 +14,9 @@ use super::{NIL, PrefixIndex};
 /// Binary digits of the clock below a millisecond.
 pub(super) const READINGS: u32 = 16;
 
+/// Expectations are all looked at whenever the time divided by 2 to this changes: twelve days.
+pub(super) const SWEEP: u32 = 30;
+
 /// The class of what is hinted to have ended: before every priority.
 const ENDED: u8 = 0;
 /// The class of what is expected again: after the default priority, before those above it.
@@ -182,6 +185,28 @@ impl PrefixIndex {
         let Some(deadline) = self.deadline_of(edge).filter(|&ms| ms <= self.now_ms) else {
             return;
         };
+        self.expire(node, deadline);
+    }
+
+    /// Ends the expectations that end by `now_ms`, before that is the time. An edge has the low half
+    /// of the time at which it is expected, which is clear within 2^31 ms of when it is read: what
+    /// has passed must not be there any more when it is that long ago.
+    pub(super) fn end_expectations(&mut self, now_ms: u64) {
+        for place in 0..self.tree.places() as u32 {
+            let node = &self.tree[place];
+            if node.kind != Kind::Edge || node.hint != Mark::Expected {
+                continue;
+            }
+            let deadline = self.deadline(node);
+            if deadline <= now_ms {
+                self.expire(place, deadline);
+                self.queue_if_leaf(place);
+            }
+        }
+    }
+
+    fn expire(&mut self, node: u32, deadline: u64) {
+        let edge = &self.tree[node];
         let stamp = u64::max(edge.stamp, deadline << READINGS);
         let order = self.policy.get().refreshed(edge.order, stamp);
         let edge = &mut self.tree[node];

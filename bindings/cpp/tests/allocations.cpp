@@ -1,5 +1,5 @@
-// The wrapper allocates nothing on the hot path: steps, lookups and pool calls run with operator new
-// counted. The library allocates by itself and not through operator new, so what is counted is the
+// The wrapper allocates nothing on the hot path: steps, lookups and pool calls run with operator
+// new counted. The library does not allocate through operator new, so what is counted is the
 // wrapper's alone.
 #include <array>
 #include <cstdlib>

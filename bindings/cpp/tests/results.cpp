@@ -11,11 +11,14 @@
 
 namespace kvc = kvcache;
 
-static_assert(!std::is_copy_constructible_v<kvc::pool> && std::is_nothrow_move_constructible_v<kvc::pool>);
-static_assert(!std::is_copy_constructible_v<kvc::prefix> && !std::is_copy_assignable_v<kvc::pin>);
-static_assert(!std::is_copy_constructible_v<kvc::cache> && !std::is_copy_constructible_v<kvc::sequence>);
-static_assert(!std::is_copy_constructible_v<kvc::step> && !std::is_copy_constructible_v<kvc::events>);
-static_assert(!std::is_copy_constructible_v<kvc::device> && !std::is_copy_constructible_v<kvc::device_memory>);
+template <class T>
+constexpr bool movable_only = !std::is_copy_constructible_v<T> && !std::is_copy_assignable_v<T> &&
+                              std::is_nothrow_move_constructible_v<T> &&
+                              std::is_nothrow_move_assignable_v<T>;
+static_assert(movable_only<kvc::pool> && movable_only<kvc::prefix> && movable_only<kvc::pin>);
+static_assert(movable_only<kvc::cache> && movable_only<kvc::sequence> && movable_only<kvc::step>);
+static_assert(movable_only<kvc::device> && movable_only<kvc::device_memory>);
+static_assert(movable_only<kvc::events>);
 
 // A failure with this code, whose text has `part`.
 template <class R>
@@ -140,6 +143,10 @@ static void cache() {
     kvc::cache cache = kvc::cache::create(group, options).value();
     CHECK(kvc::cache::create(kvc::span<const kvc::group_spec>(&group, 1)).has_value());
     CHECK(cache.describe(9, "tenant", nullptr));
+    const std::array<float, 1> one{1.0f};
+    const std::array<float, 2> two{1.0f, 1.0f};
+    REFUSED(cache.set_scales(0, one, two), kvc::status::invalid_argument, "a scale a KV head");
+    REFUSED(cache.set_scales({9, 0}, one, one), kvc::status::invalid_argument, "");
     CHECK(cache.watch_metrics(1) && cache.set_metrics_time(1) && cache.advance(1));
 
     std::atomic<uint64_t> stored{0};
@@ -243,8 +250,16 @@ static void kernels() {
     // Merged with itself, a state keeps its outputs and doubles its weight.
     const std::vector<float> other = out, other_lse = lse;
     CHECK(kvc::merge_states(out, lse, other, other_lse, 8));
-    CHECK(check_close(lse[0], other_lse[0] + 0.6931472f, 1e-5f) && check_close(out[0], 0.5f, 1e-6f));
-    REFUSED(kvc::merge_states(out, lse, other, other_lse, 9), kvc::status::invalid_argument, "v_dim");
+    CHECK(check_close(lse[0], other_lse[0] + 0.6931472f, 1e-5f));
+    CHECK(check_close(out[0], 0.5f, 1e-6f));
+    REFUSED(kvc::merge_states(out, lse, other, other_lse, 9), kvc::status::invalid_argument,
+            "v_dim");
+
+    kvc::seal_desc seal;
+    seal.kv_heads = 1, seal.k_dim = seal.v_dim = 64, seal.block_tokens = 32;
+    seal.format = kvc::format::kt4v4;
+    CHECK(kvc::seal_record_size(seal).value() > 0);
+    REFUSED(kvc::seal(seal), kvc::status::null_pointer, "");
 
     // Without a device, questions about one are answered from the options.
     const kvc::device none;
@@ -281,8 +296,9 @@ static void device() {
     std::vector<uint32_t> sent(128), got(128);
     for (uint32_t i = 0; i < 128; i++) sent[i] = i * 77;
     CHECK(device.upload(from, kvc::span<const uint32_t>(sent)));
-    REFUSED(device.upload(from, kvc::span<const uint64_t>(reinterpret_cast<uint64_t *>(sent.data()), 65)),
-            kvc::status::buffer_too_small, "more than");
+    const std::vector<uint64_t> many(65);
+    REFUSED(device.upload(from, kvc::span<const uint64_t>(many)), kvc::status::buffer_too_small,
+            "more than");
     // Block 1 of 256 bytes to block 0.
     const std::array<int32_t, 2> pair{1, 0};
     const kvc::device_memory list = device.alloc(16).value();
@@ -301,7 +317,8 @@ static void chains() {
     CHECK(blocks->free_blocks == 4);
     const auto none = kvc::pool::create(0).and_then([](kvc::pool pool) { return pool.stats(); });
     REFUSED(none, kvc::status::invalid_argument, "blocks");
-    CHECK(kvc::pool::create(0).and_then([](kvc::pool pool) { return pool.refs(0); }).value_or(7u) == 7);
+    auto refs = kvc::pool::create(0).and_then([](kvc::pool pool) { return pool.refs(0); });
+    CHECK(std::move(refs).value_or(7u) == 7);
 }
 
 int main() {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _structs, names
 from ._native import ffi, lib
+from .arrays import floats
 from .arrays import tokens as token_ids
 from .errors import check
 from .layout import GroupSpec, groups_array
@@ -41,6 +42,10 @@ class CacheCounts(NamedTuple):
     evicted_blocks: int
     copied_blocks: int
     merged_blocks: int
+    staging_blocks: int
+    staged_blocks: int
+    staging_bytes: int
+    unsealed_blocks: int
 
 
 class Cache:
@@ -49,7 +54,7 @@ class Cache:
     `device` is "cpu" or "cuda"; there `stream` is the CUstream (an integer, as
     `torch.cuda.current_stream().cuda_stream`) that everything is enqueued on, and None stands for
     torch's current stream where torch is loaded, else for the default stream. `threads` 0 is one a
-    core.
+    core. `staging_blocks` are raw blocks of each group with sealed tiles, 0 for two a sequence.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Cache:
         stream: int | None = None,
         deterministic: bool = False,
         eviction: str = "lru",
+        staging_blocks: int = 0,
     ) -> None:
         self.groups = (groups,) if isinstance(groups, GroupSpec) else tuple(groups)
         self.device, self.device_ordinal, self.block_tokens = device, device_ordinal, block_tokens
@@ -86,6 +92,7 @@ class Cache:
             stream=ffi.cast("void *", self.stream),
             deterministic=int(deterministic),
             eviction=names.number(names.EVICTIONS, eviction, "eviction"),
+            staging_blocks=staging_blocks,
         )
         specs = groups_array(self.groups)
         out = ffi.new("kvc_cache **")
@@ -137,6 +144,17 @@ class Cache:
     def audit(self) -> None:
         """Checks that pools, tables and index agree; what does not hold is a bug in the library."""
         check(lib.kvc_cache_audit(self._handle))
+
+    def set_scales(self, group: int, layer: int, k: Any, v: Any) -> None:
+        """Sets the scales by which keys and values of a layer's heads are divided when they are stored
+        (fp8, nvfp4): one positive number a KV head each; `v` is None for latents. Before anything is
+        stored: `InvalidState` with a sequence alive or a block cached."""
+        spec = self.groups[group] if 0 <= group < len(self.groups) else None
+        keys, heads = floats(k, "k")
+        values, n = floats(v, "v")
+        if spec is None or heads != spec.kv_heads or n != (0 if v is None else heads):
+            raise ValueError(f"{heads} and {n} scales for group {group}: one a KV head")
+        check(lib.kvc_cache_set_scales(self._handle, group, layer, keys, values, heads))
 
     def stats(self) -> CacheCounts:
         """What the cache holds and has done."""

@@ -229,3 +229,25 @@ def test_scoring_and_rope():
         assert np.abs(out).max() < 1e-6
         with pytest.raises(ValueError, match="query heads"):
             step.attend(0, 0, turned, out, scoring=kvcache.Scoring(alibi=[1, 2]))
+
+
+def test_quantised_formats():
+    """A cache of 8-bit keys and values attends near to one of 32 bits; fp8 takes scales before it is used."""
+    n, results = 40, []
+    q, k, v = RNG.standard_normal((3, n, 2, 64)).astype("f4")
+    for format in ("f32", "int8_t", "fp8_e4m3"):
+        cache = kvcache.Cache(kvcache.GroupSpec(layers=1, kv_heads=2, k_dim=64, format=format), blocks=4)
+        if format == "fp8_e4m3":
+            cache.set_scales(0, 0, [0.02, 0.02], [0.02, 0.02])
+            with pytest.raises(ValueError, match="one a KV head"):
+                cache.set_scales(0, 0, [0.02], [0.02])
+        seq = cache.start([1])
+        with cache.step([(seq, range(n))]) as step:
+            step.append(0, 0, k, v)
+            out = np.zeros((n, 2, 64), "f4")
+            step.attend(0, 0, q, out)
+        results.append(out)
+        if format == "fp8_e4m3":
+            with pytest.raises(kvcache.errors.InvalidState):
+                cache.set_scales(0, 0, [1, 1], [1, 1])
+    assert 0 < np.abs(results[1] - results[0]).max() < 0.1 and 0 < np.abs(results[2] - results[0]).max() < 0.5

@@ -3,6 +3,7 @@
 //! Works on the scores of one tile in scratch; knows nothing of how they were made.
 
 use super::Scratch;
+use super::values::Weigh;
 use super::walk::Tile;
 use crate::cpu::job::Job;
 use crate::cpu::math::{exp, tanh};
@@ -69,10 +70,10 @@ pub(in crate::cpu) unsafe fn adjust<V: Vector>(
     }
 }
 
-/// Turns scores into probabilities relative to the new maxima, in place; brings `m` and `l` up to
-/// date and leaves in `grow` what older sums must be multiplied with.
+/// Turns scores into probabilities relative to the new maxima, in place, as weights of `W`; brings
+/// `m` and `l` up to date and leaves in `grow` what older sums must be multiplied with.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
+pub(in crate::cpu) unsafe fn soften<V: Vector, W: Weigh<V>>(scratch: &Scratch, keys: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let lanes = scratch.lanes;
@@ -86,10 +87,16 @@ pub(in crate::cpu) unsafe fn soften<V: Vector>(scratch: &Scratch, keys: usize) {
             // A finite stand-in where nothing has been seen: -inf less it is still -inf.
             let finite = top.max(V::splat(f32::MIN));
             let mut sum = V::splat(0.0);
-            for t in 0..keys {
-                let p = exp(V::load(s.add(t * lanes)).sub(finite));
-                p.store(s.add(t * lanes));
-                sum = sum.add(p);
+            for t in (0..keys).step_by(W::KEYS) {
+                let first = exp(V::load(s.add(t * lanes)).sub(finite));
+                sum = sum.add(first);
+                let mut last = V::splat(0.0);
+                if W::KEYS > 1 && t + 1 < keys {
+                    last = exp(V::load(s.add((t + 1) * lanes)).sub(finite));
+                    sum = sum.add(last);
+                }
+                // Never past what has been read.
+                W::store_weights(first, last, s.add(t / W::KEYS * lanes));
             }
             let grow = exp(old.sub(finite));
             V::load(scratch.l.add(r)).fma(grow, sum).store(scratch.l.add(r));

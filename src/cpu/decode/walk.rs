@@ -1,24 +1,28 @@
 //! The order in which the decode kernel walks the memory, and what it prefetches of it.
 //!
 //! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice, about 16 and 8 KiB ahead: a prefetch is dropped where the queue of misses is full, and arithmetic that outruns the memory keeps it full. More distance
-//! is no better: the lines push each other out of the first-level cache. Computes nothing.
+//! software, and twice: to the second-level cache about 32 KiB ahead, to the first about 4 KiB ahead.
+//! A core has few buffers for misses of its first-level cache, and one that waits for memory holds
+//! its buffer all the while; the hints to the second level do not hold them, and those that follow
+//! wait for that level only. Computes nothing.
 
 use crate::cpu::job::{Blocks, Job};
-use crate::cpu::vector::prefetch;
+use crate::cpu::vector::{prefetch, prefetch_far};
 
 /// The most keys of a tile.
 pub(in crate::cpu) const TILE: usize = 64;
 /// Keys of a piece, the unit in which prefetching runs ahead.
 pub(in crate::cpu) const PIECE: usize = 16;
-/// How far the second hint runs ahead, about; the first runs twice as far.
-const NEAR_BYTES: usize = 8 << 10;
+/// How far the second hint, to the first-level cache, runs ahead, about.
+const NEAR_BYTES: usize = 4 << 10;
+/// How far the first hint, to the second-level cache, runs ahead, about.
+const FAR_BYTES: usize = 32 << 10;
 
 /// Pieces of rows of `bytes` between use and the second hint, and the first.
 #[inline(always)]
 pub(in crate::cpu) fn distances(bytes: usize) -> (usize, usize) {
     let near = (NEAR_BYTES / (PIECE * bytes)).max(1);
-    (near, 2 * near)
+    (near, (FAR_BYTES / (PIECE * bytes)).max(near + 1))
 }
 
 /// Row addresses of one tile in the first KV head of the job.
@@ -108,22 +112,18 @@ impl Ahead<'_> {
         run.then(|| first.wrapping_offset(self.offset))
     }
 
-    /// Prefetches row `i` of the piece, if it has that many.
+    /// Hints at row `i` of the piece, if it has that many: at its use soon, or far ahead.
     #[inline(always)]
-    pub(in crate::cpu) fn fetch(&self, i: usize) {
+    pub(in crate::cpu) fn fetch<const FAR: bool>(&self, i: usize) {
         if let Some(row) = self.rows.get(i) {
             let mut line = row.wrapping_offset(self.offset);
             let mut left = self.bytes;
-            while left >= 256 {
-                prefetch(line);
-                prefetch(line.wrapping_add(64));
-                prefetch(line.wrapping_add(128));
-                prefetch(line.wrapping_add(192));
-                line = line.wrapping_add(256);
-                left -= 256;
-            }
             while left > 0 {
-                prefetch(line);
+                if FAR {
+                    prefetch_far(line)
+                } else {
+                    prefetch(line)
+                }
                 line = line.wrapping_add(64);
                 left = left.saturating_sub(64);
             }
@@ -285,7 +285,7 @@ impl<'a> Hints<'a> {
         if let Some([near, far]) = &mut self.lines {
             for _ in 0..lines {
                 prefetch(*near);
-                prefetch(*far);
+                prefetch_far(*far);
                 *near = near.wrapping_add(64);
                 *far = far.wrapping_add(64);
             }
@@ -314,8 +314,8 @@ impl<'a> Hints<'a> {
     pub(in crate::cpu) fn rows(&mut self, rows: usize) {
         if self.lines.is_none() {
             for _ in 0..rows {
-                self.near.fetch(self.row);
-                self.far.fetch(self.row);
+                self.near.fetch::<false>(self.row);
+                self.far.fetch::<true>(self.row);
                 self.row += 1;
             }
         }

@@ -121,11 +121,12 @@ pub(super) unsafe fn keys_and_values<V: Vector, O: Operand<V>>(
 }
 
 /// Prefetches the rows that are staged next, from token `token` on: hardware does not foresee the
-/// next block. Tokens from `limit` on are not of interest.
+/// next block. Tokens from `limit` on are not of interest, nor those before the job's first, whose
+/// blocks a window may have left behind.
 #[inline(always)]
 unsafe fn ahead<V: Vector, O: Operand<V>>(job: &Job<'_>, token: u32, limit: u32) {
     let end = limit.min(token.saturating_add(STAGED as u32));
-    let mut at = token;
+    let mut at = token.max(job.kv_start);
     while at < end {
         // SAFETY: tokens below `limit` have an entry in the table.
         let segment = unsafe { job.blocks.segment(at, end) };

@@ -6,8 +6,8 @@ use super::expand::expand;
 use super::turn::rotate;
 use super::vector::CodeVector;
 use crate::cpu::decode::{
-    Hints, PIECE, Part, Scratch, Side, TILE, Tile, Walk, add_values, adjust, four_keys, pad,
-    padded_rows, soften,
+    Hints, OneByOne, PIECE, Part, Scratch, Side, TILE, Tile, Walk, add_values, adjust, four_keys,
+    pad, padded_rows, soften,
 };
 use crate::cpu::dot::{KeyDot, Widened};
 use crate::cpu::job::{Blocks, Job};
@@ -92,7 +92,7 @@ unsafe fn stream<V: CodeVector, const R: usize>(job: &Job<'_>) {
             expect_scales(job, after);
             scores::<V, R>(&walk, &scales, &scratch, padded);
             adjust::<V>(job, &scratch, &walk.now, at, padded);
-            soften::<V>(&scratch, walk.now.keys);
+            soften::<V, OneByOne<f32>>(&scratch, walk.now.keys);
             for r in 0..job.kv_heads * padded {
                 let grow = scratch.grow.add(r).read();
                 if grow != 1.0 {
@@ -250,12 +250,12 @@ unsafe fn values<V: CodeVector, const R: usize>(
                     };
                     let mut c = 0;
                     while c + step <= v_dim {
-                        add_values::<V, f32, R, 2>(&part, 0..keys, c, step, &mut none);
+                        add_values::<V, OneByOne<f32>, R, 2>(&part, 0..keys, c, step, &mut none);
                         c += step;
                     }
                     while c < v_dim {
                         let n = (v_dim - c).min(2 * V::LANES);
-                        add_values::<V, f32, R, 1>(&part, 0..keys, c, n, &mut none);
+                        add_values::<V, OneByOne<f32>, R, 1>(&part, 0..keys, c, n, &mut none);
                         c += n;
                     }
                 }

@@ -189,8 +189,25 @@ pub(super) unsafe fn values<V: Words, D: ByteDot<V>, const BITS: u32, const R: u
     first: usize,
     weights: &[Rounded; GROUP],
 ) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if V::MANY_REGISTERS && (dims.v_dim / V::LANES).is_multiple_of(2) {
+            values_of::<V, D, BITS, R, 2>(dims, s, first, weights);
+        } else {
+            values_of::<V, D, BITS, R, 1>(dims, s, first, weights);
+        }
+    }
+}
+
+/// [`values`], `SIDE` vectors of channels at a time: a constant, so that sums stay in registers.
+#[inline(always)]
+unsafe fn values_of<V: Words, D: ByteDot<V>, const BITS: u32, const R: usize, const SIDE: usize>(
+    dims: &Dims,
+    s: &Scratch,
+    first: usize,
+    weights: &[Rounded; GROUP],
+) {
     let (words, parts, p_words) = (dims.v_words, codes::parts(BITS), 2 * dims.tokens / 4);
-    let side = if V::MANY_REGISTERS && (dims.v_dim / V::LANES).is_multiple_of(2) { 2 } else { 1 };
     // 8-bit codes are signed: flipped in their highest bit they are 128 more, and unsigned.
     let half = if BITS == 8 { 128.0 } else { CODE_MIDDLE[BITS as usize] };
     let step = if BITS == 8 { 1.0 } else { value_step(BITS) };
@@ -199,10 +216,10 @@ pub(super) unsafe fn values<V: Words, D: ByteDot<V>, const BITS: u32, const R: u
         let mut c = 0;
         while c < dims.v_dim {
             let zero = V::splat_word(0);
-            let (mut high, mut low) = ([[zero; R]; 2], [[zero; R]; 2]);
+            let (mut high, mut low) = ([[zero; R]; SIDE], [[zero; R]; SIDE]);
             for w in 0..words {
-                let mut codes = [[zero; 4]; 2];
-                for i in 0..side {
+                let mut codes = [[zero; 4]; SIDE];
+                for i in 0..SIDE {
                     let at = (c + i * V::LANES) * words + w * V::LANES;
                     let mut word = V::load_words(s.v.add(at));
                     if BITS == 8 {
@@ -221,14 +238,14 @@ pub(super) unsafe fn values<V: Words, D: ByteDot<V>, const BITS: u32, const R: u
                         let p = s.p_bytes.add(r * p_words + w * parts + part);
                         let by = V::splat_word(p.read());
                         let by_low = V::splat_word(p.add(dims.tokens / 4).read());
-                        for i in 0..side {
+                        for i in 0..SIDE {
                             high[i][r] = dot::<V, D, BITS>(high[i][r], codes[i][part], by);
                             low[i][r] = dot::<V, D, BITS>(low[i][r], codes[i][part], by_low);
                         }
                     }
                 }
             }
-            for i in 0..side {
+            for i in 0..SIDE {
                 for r in 0..R {
                     let p = &weights[r];
                     let high = V::words_to_f32(high[i][r]).sub(V::splat(half * p.high));
@@ -239,7 +256,7 @@ pub(super) unsafe fn values<V: Words, D: ByteDot<V>, const BITS: u32, const R: u
                     sum.fma(V::splat(p.unit * step), older).store(o);
                 }
             }
-            c += side * V::LANES;
+            c += SIDE * V::LANES;
         }
     }
 }

@@ -3,7 +3,7 @@
 use core::arch::x86_64::*;
 
 use super::vnni;
-use crate::cpu::decode;
+use crate::cpu::decode::{self, InPairs, OneByOne};
 use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
@@ -239,6 +239,19 @@ unsafe impl PairDot for F32x16 {
             _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd))
         }
     }
+    #[inline(always)]
+    unsafe fn pair_up(even: Self, odd: Self) -> __m512i {
+        unsafe {
+            let low = core::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(even.0));
+            let high = core::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(odd.0));
+            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+            _mm512_or_si512(_mm512_cvtepu16_epi32(low), high)
+        }
+    }
+    #[inline(always)]
+    unsafe fn interleave(even: __m512i, odd: __m512i) -> [__m512i; 2] {
+        unsafe { [_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)] }
+    }
 }
 
 // SAFETY: only called where AVX-512 F, BW, VL, DQ are enabled.
@@ -368,9 +381,9 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         // SAFETY: the caller's promise; the features are enabled here.
         unsafe {
             match job.q_dtype {
-                DType::Bf16 => decode::decode::<F32x16, bf16, Pairs>(job),
-                DType::F16 => decode::decode::<F32x16, bf16, SplitPairs>(job),
-                DType::F32 => decode::decode::<F32x16, bf16, Widened<bf16>>(job),
+                DType::Bf16 => decode::decode::<F32x16, bf16, Pairs, InPairs>(job),
+                DType::F16 => decode::decode::<F32x16, bf16, SplitPairs, OneByOne<bf16>>(job),
+                DType::F32 => decode::decode::<F32x16, bf16, Widened<bf16>, OneByOne<bf16>>(job),
             }
         }
     }

@@ -16,7 +16,7 @@ mod values;
 
 use super::avx512::F32x16;
 use crate::cpu::decode::{
-    Hints, JOB_ROWS, PIECE, Scratch, Side, TILE, Tile, Walk, adjust, padded_rows, soften,
+    Hints, JOB_ROWS, OneByOne, PIECE, Scratch, Side, TILE, Tile, Walk, adjust, padded_rows, soften,
 };
 use crate::cpu::job::Job;
 use crate::cpu::quant::{self, expect_scales, query};
@@ -144,7 +144,7 @@ unsafe fn weights_of_scores(job: &Job<'_>, scratch: &Scratch, now: &Tile, at: u3
     // SAFETY: the caller's promise.
     unsafe {
         adjust::<F32x16>(job, scratch, now, at, padded);
-        soften::<F32x16>(scratch, now.keys);
+        soften::<F32x16, OneByOne<f32>>(scratch, now.keys);
     }
 }
 

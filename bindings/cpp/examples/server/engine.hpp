@@ -3,7 +3,7 @@
 // A step feeds every running request its next tokens: a chunk of its prompt, or the token that was
 // sampled last. One request is admitted a step, so that later ones find what they share with
 // earlier ones in the prefix index. Where blocks run out, the request that came last gives its own
-// back and waits; its blocks stay cached, so that it goes on where it was. It knows nothing of HTTP.
+// back and waits; they stay cached, so that it goes on where it was. It knows nothing of HTTP.
 #pragma once
 
 #include <atomic>

@@ -114,6 +114,10 @@ class Server {
 
         // A thread a connection: they only wait for the engine.
         http_.new_task_queue = [] { return new httplib::ThreadPool(128); };
+        http_.set_socket_options([this](socket_t listening) {
+            httplib::default_socket_options(listening);
+            listening_ = listening;
+        });
         http_.set_payload_max_length(1 << 20);
         http_.set_keep_alive_timeout(10);
         http_.set_read_timeout(30);
@@ -137,6 +141,8 @@ class Server {
         const bool bound = port == 0 ? (port = http_.bind_to_any_port("127.0.0.1")) > 0
                                      : http_.bind_to_port("127.0.0.1", port);
         if (!bound) throw std::runtime_error("cannot bind 127.0.0.1:" + std::to_string(port));
+        // The library's queue of 5 loses some of the clients that come all at once.
+        ::listen(listening_, 128);
         std::cout << "listening on http://127.0.0.1:" << port << std::endl;
         // Comes back when every connection has been answered.
         http_.listen_after_bind();
@@ -263,6 +269,7 @@ class Server {
     std::condition_variable closed_;
     uint64_t open_ = 0;
     bool ending_ = false;
+    socket_t listening_ = INVALID_SOCKET;
     httplib::Server http_;
 };
 

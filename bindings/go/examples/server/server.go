@@ -28,9 +28,11 @@ type server struct {
 	system    string
 	requests  chan *engine.Sequence
 	stop      chan struct{}
-	stopped   chan error
-	served    atomic.Uint64
-	hungUp    atomic.Uint64
+	stopped   chan struct{}
+	// What the engine ended with, once stopped is closed.
+	err    error
+	served atomic.Uint64
+	hungUp atomic.Uint64
 }
 
 // request is the body of POST /generate.
@@ -52,7 +54,7 @@ func newServer(m *model.Model, t *model.Tokenizer, system string, batch, blocks 
 	}
 	s := &server{
 		engine: e, tokenizer: t, system: system,
-		requests: make(chan *engine.Sequence), stop: make(chan struct{}), stopped: make(chan error, 1),
+		requests: make(chan *engine.Sequence), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	go s.loop()
 	return s, nil
@@ -68,7 +70,7 @@ func (s *server) loop() {
 			err = errors.Join(err, e, fmt.Errorf("%d sequences and %d blocks are left", stats.Sequences, stats.ReferencedBlocks))
 		}
 	}
-	s.stopped <- errors.Join(err, s.engine.Close(errStopped))
+	s.err = errors.Join(err, s.engine.Close(errStopped))
 	close(s.stopped)
 }
 
@@ -99,7 +101,8 @@ func (s *server) turns() error {
 // close ends the engine once its sequences are done, and tells what it found.
 func (s *server) close() error {
 	close(s.stop)
-	return <-s.stopped
+	<-s.stopped
+	return s.err
 }
 
 func (s *server) handler() http.Handler {
