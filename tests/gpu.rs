@@ -13,7 +13,7 @@ use kvcache::cuda::{Cuda, Event, Graph, Queue};
 use kvcache::device::{Backend, DeviceMemory, Stream};
 use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::kernels::{
-    AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, kernels,
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, ScaleArgs, kernels,
 };
 use kvcache::layout::Strides;
 use random::Rng;
@@ -99,6 +99,7 @@ fn a_captured_graph_follows_lengths_and_tables() {
         k_strides: strides,
         v: v.address(),
         v_strides: strides,
+        scales: ScaleArgs::NONE,
         block_tokens: BLOCK as u32,
         num_blocks: BLOCKS as u32,
         table: tables.address(),
