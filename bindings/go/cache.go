@@ -34,6 +34,10 @@ type CacheOptions struct {
 	Eviction      Eviction
 	// StagingBlocks are raw blocks of each group with sealed tiles, 0 for two a sequence.
 	StagingBlocks uint32
+	// Scrub zeroes every block that becomes free, before anybody else can have it.
+	Scrub bool
+	// GroupBlocks are the blocks of each layer group where they differ.
+	GroupBlocks []uint32
 }
 
 // CacheCounts are what a cache holds now and what happened since it was made. Block counts are of the
@@ -70,6 +74,15 @@ func NewCache(groups []GroupSpec, options *CacheOptions) (*Cache, error) {
 		set(&o.staging_blocks, p.StagingBlocks)
 		o.prefix_reuse, o.deterministic = flag(!p.NoPrefixReuse), flag(p.Deterministic)
 		o.device, o.device_ordinal = C.uint32_t(p.Device), C.uint32_t(p.DeviceOrdinal)
+		o.scrub = flag(p.Scrub)
+		if p.GroupBlocks != nil {
+			if len(p.GroupBlocks) != len(groups) {
+				return nil, invalid("%d numbers of blocks for %d groups", len(p.GroupBlocks), len(groups))
+			}
+			var pins runtime.Pinner
+			defer pins.Unpin()
+			o.group_blocks = (*C.uint32_t)(pin(&pins, p.GroupBlocks))
+		}
 		o.stream, o.eviction = address(p.Stream), C.uint32_t(p.Eviction)
 	}
 	c := &Cache{Groups: append([]GroupSpec(nil), groups...)}

@@ -26,6 +26,7 @@ type Metrics struct {
 	OutOfBlocks, MissingBlocks, OutOfSequences        uint64
 	DroppedEvents                                     uint64
 	WatchedEvery                                      uint32
+	EvictedWindowBlocks                               uint64
 	Lifetime, IdleBeforeEvict, ReuseGap               Histogram
 }
 
@@ -44,7 +45,7 @@ func (c *Cache) Metrics() (Metrics, error) {
 		OutOfSequences: uint64(m.out_of_sequences), DroppedEvents: uint64(m.dropped_events),
 		WatchedEvery: uint32(m.watched_every),
 		Lifetime:     histogram(&m.lifetime), IdleBeforeEvict: histogram(&m.idle_before_evict),
-		ReuseGap: histogram(&m.reuse_gap),
+		ReuseGap: histogram(&m.reuse_gap), EvictedWindowBlocks: uint64(m.evicted_window_blocks),
 	}, err
 }
 

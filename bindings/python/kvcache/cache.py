@@ -55,6 +55,7 @@ class Cache:
     `torch.cuda.current_stream().cuda_stream`) that everything is enqueued on, and None stands for
     torch's current stream where torch is loaded, else for the default stream. `threads` 0 is one a
     core. `staging_blocks` are raw blocks of each group with sealed tiles, 0 for two a sequence.
+    `scrub` zeroes what becomes free; `group_blocks` are the blocks of each group where they differ.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Cache:
         deterministic: bool = False,
         eviction: str = "lru",
         staging_blocks: int = 0,
+        scrub: bool = False,
+        group_blocks: list[int] | None = None,
     ) -> None:
         self.groups = (groups,) if isinstance(groups, GroupSpec) else tuple(groups)
         self.device, self.device_ordinal, self.block_tokens = device, device_ordinal, block_tokens
@@ -93,8 +96,14 @@ class Cache:
             deterministic=int(deterministic),
             eviction=names.number(names.EVICTIONS, eviction, "eviction"),
             staging_blocks=staging_blocks,
+            scrub=int(scrub),
         )
         specs = groups_array(self.groups)
+        if group_blocks is not None:
+            each, n = token_ids(group_blocks, "group_blocks")
+            if n != len(specs):
+                raise ValueError(f"group_blocks has {n} numbers for {len(specs)} groups")
+            options.group_blocks = each
         out = ffi.new("kvc_cache **")
         check(lib.kvc_cache_create(options, specs, len(specs), out))
         self._handle = out[0]

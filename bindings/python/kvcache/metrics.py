@@ -41,15 +41,16 @@ class Metrics(NamedTuple):
     lifetime: Histogram
     idle_before_evict: Histogram
     reuse_gap: Histogram
+    evicted_window_blocks: int
 
 
 def read(cache: Any) -> Metrics:
     """The metrics of a cache's handle."""
     found = _structs.counts(cache, lib.kvc_metrics_read, "kvc_metrics", Metrics)
-    times = {
-        name: Histogram(tuple(part.counts), part.sum_ms)
-        for name, part in zip(Metrics._fields[-3:], found[-3:])
-    }
+    times = {}
+    for name in ("lifetime", "idle_before_evict", "reuse_gap"):
+        part: Any = getattr(found, name)
+        times[name] = Histogram(tuple(part.counts), part.sum_ms)
     return found._replace(**times)  # type: ignore[arg-type]
 
 
