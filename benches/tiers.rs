@@ -100,7 +100,7 @@ fn host(test: bool) {
         "host tier, blocks of {} KiB, {PROMPT} a round, {rounds} rounds",
         bytes / PROMPT / 1024
     );
-    print!("  plain copy of {:>4} MiB", bytes * 4 >> 20);
+    print!("  plain copy of {:>4} MiB", (bytes * 4) >> 20);
     let plain = gigabytes(bytes, &mut copy);
     print!("\n  demote (begin)        ");
     let demote = gigabytes(bytes, &mut demote);

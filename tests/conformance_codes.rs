@@ -311,7 +311,7 @@ fn rows_are_widened_and_turned_before_they_are_encoded() {
     let shape = shape(2, 2, 64, 64);
     let positions = [5u32, 1_000];
     let slots = [3i64, 20];
-    let mut run = |rows: *const u8, dtype: DType, values: &[f32]| {
+    let run = |rows: *const u8, dtype: DType, values: &[f32]| {
         let view = RowsView::contiguous(rows.cast_mut(), dtype, 2, 64);
         let mut got = vec![0u8; 2 * layout.block_bytes() as usize];
         let args = AppendArgs {

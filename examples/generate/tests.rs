@@ -81,7 +81,7 @@ fn a_second_run_finds_the_prompt_on_disk_and_writes_the_same() {
     let c = &model.config;
     let group =
         GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, KvFormat::F32);
-    let mut run = |arg: Option<&TierArg>| {
+    let run = |arg: Option<&TierArg>| {
         let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, ..Default::default() };
         let spec = CacheSpec::uniform(16, group.clone());
         let mut cache = KvCache::new(&spec, &options).unwrap();

@@ -178,7 +178,7 @@ mod tests {
                     }
                     3 => prop_assert_eq!(lru.peek_mut(&key(n)).copied(), old),
                     _ => {
-                        let even = |value: &u32| value % 2 == 0;
+                        let even = |value: &u32| value.is_multiple_of(2);
                         let at = list.iter().position(|entry| even(&entry.1));
                         let gone = at.map(|at| list.remove(at)).map(|(n, v)| (key(n), v));
                         prop_assert_eq!(lru.pop_oldest(even), gone);

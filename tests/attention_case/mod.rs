@@ -356,6 +356,7 @@ impl Instance {
     }
 
     /// Writes `value` over table entries without computing the reference again.
+    #[allow(dead_code)]
     pub fn set_entries(&mut self, at: &[(usize, Range<usize>)], value: i32) {
         for (s, range) in at {
             self.tables[*s][range.clone()].fill(value);
@@ -583,6 +584,7 @@ impl Instance {
 
     /// Runs each sequence over its first `cuts[s]` keys (whole blocks) and over the rest, merges
     /// the two, and compares.
+    #[allow(dead_code)]
     pub fn check_parts(&self, level: CpuLevel, cuts: &[u32]) {
         let dim = self.case.shape.v_dim as usize;
         let (mut out, mut lse) = (Vec::new(), Vec::new());

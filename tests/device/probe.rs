@@ -13,6 +13,7 @@ pub struct Probe {
 }
 
 /// Every schedule, with both ways to switch.
+#[allow(dead_code)]
 pub fn options() -> Vec<Options> {
     let mut all = Vec::new();
     for schedule in Schedule::ALL {

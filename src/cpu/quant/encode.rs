@@ -64,10 +64,12 @@ pub(in crate::cpu) unsafe fn encode<V: CodeVector>(
                 let Some(b) = b else { return false };
                 let (low, high) = codes.split_at_mut(first / 2);
                 round4::<V>(head, a, low);
-                (put(scales, 0, a.0), put(scales, 2, a.1));
+                put(scales, 0, a.0);
+                put(scales, 2, a.1);
                 if !tail.is_empty() {
                     round4::<V>(tail, b, high);
-                    (put(scales, 4, b.0), put(scales, 6, b.1));
+                    put(scales, 4, b.0);
+                    put(scales, 6, b.1);
                 }
             }
         }

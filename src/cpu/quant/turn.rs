@@ -108,7 +108,8 @@ unsafe fn transform<V: CodeVector>(row: *mut f32, dim: usize) {
         // 1 / sqrt(n): a power of two, or one times 1 / sqrt(2).
         let log = n.trailing_zeros();
         let root = f32::from_bits((127 - log / 2) << 23);
-        let scale = if log % 2 == 0 { root } else { core::f32::consts::FRAC_1_SQRT_2 * root };
+        let scale =
+            if log.is_multiple_of(2) { root } else { core::f32::consts::FRAC_1_SQRT_2 * root };
         for c in (0..dim).step_by(V::LANES) {
             V::load(row.add(c)).mul(V::splat(scale)).store(row.add(c));
         }

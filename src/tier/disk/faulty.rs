@@ -66,16 +66,16 @@ impl Disk {
                 match trouble {
                     Trouble::PowerCut => {
                         self.dead = true;
-                        return Err(Error::other("no power"));
+                        Err(Error::other("no power"))
                     }
-                    Trouble::Short => return Ok(true),
+                    Trouble::Short => Ok(true),
                     Trouble::Full => {
                         self.trouble = None;
-                        return Err(ErrorKind::StorageFull.into());
+                        Err(ErrorKind::StorageFull.into())
                     }
                     Trouble::Broken => {
                         self.trouble = None;
-                        return Err(Error::from_raw_os_error(libc::EIO));
+                        Err(Error::from_raw_os_error(libc::EIO))
                     }
                 }
             }
@@ -113,7 +113,7 @@ impl FaultyFiles {
                 let mut at = start;
                 while at < end {
                     let next = ((at / 512 + 1) * 512).min(end);
-                    if disk.random() % 2 == 0 {
+                    if disk.random().is_multiple_of(2) {
                         if survives.len() < next {
                             survives.resize(next, 0);
                         }
@@ -126,7 +126,7 @@ impl FaultyFiles {
         }
         // A name that was not flushed may be there or not.
         let mut names = disk.flushed_names.clone();
-        if disk.random() % 2 == 0 {
+        if disk.random().is_multiple_of(2) {
             names = disk.names.clone();
         }
         let disk = Disk { files, flushed_names: names.clone(), names, ..Disk::default() };
