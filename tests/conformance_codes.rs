@@ -192,7 +192,7 @@ fn rows(rng: &mut Rng, count: usize, dim: usize) -> Vec<f32> {
         1 => 0.0,
         2 => -0.0,
         3 => 3.0 - n as f32,
-        4 => rng.normal() + if c % 9 == 0 { 30.0 } else { 0.0 },
+        4 => rng.normal() + if c.is_multiple_of(9) { 30.0 } else { 0.0 },
         5 => rng.normal() * if c % 11 == 3 { 40.0 } else { 1.0 },
         6 => rng.normal() * 1e-40,
         7 => rng.normal() * 1e4,
