@@ -44,8 +44,11 @@ static void options_and_plans(void) {
     desc.format = KVC_FORMAT_F32;
     FAILS(KVC_ERR_UNSUPPORTED, "", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_INT8_T;
-    FAILS(KVC_ERR_UNSUPPORTED, "quantised",
-          kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
+    OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
+    CHECK(strstr(name, "int8") != NULL);
+    desc.k_dim = desc.v_dim = 256;
+    FAILS(KVC_ERR_UNSUPPORTED, "format", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
+    desc.k_dim = desc.v_dim = 128;
     desc.format = KVC_FORMAT_BF16;
     // More than eight query tokens are prefilled, without a workspace.
     options.max_q_tokens = 512;

@@ -198,6 +198,7 @@ pub unsafe extern "C" fn kvc_tier_attach(
         let model = model.ok_or(Error::NullPointer { what: "model" })?;
         let cache = open(cache)?;
         let mut cache = cache.lock()?;
+        cache.check_attachable()?;
         let groups = &cache.spec().groups;
         let slice = if given.slices.is_null() {
             Slice::whole(cache.spec())

@@ -26,15 +26,7 @@ impl KvCache {
     /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
     /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
     pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
-        if self.tiers.is_some() {
-            return Err(Error::InvalidState { why: "the cache has tiers already" });
-        }
-        let Some(prefix) = &self.prefix else {
-            return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
-        };
-        if prefix.len_blocks() > 0 {
-            return Err(Error::InvalidState { why: "something is cached already" });
-        }
+        self.check_attachable()?;
         let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
         let config = Configuration::new(&options.model, &self.spec, &slice)?;
         let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
@@ -42,6 +34,21 @@ impl KvCache {
         self.enable_digests()?;
         self.tiers = Some(Box::new(tiers));
         Ok(())
+    }
+
+    /// Whether [`attach_tiers`](Self::attach_tiers) would take tiers, before anything is opened for
+    /// them.
+    ///
+    /// # Errors
+    /// `InvalidState`, as there.
+    pub fn check_attachable(&self) -> Result<()> {
+        let why = match &self.prefix {
+            _ if self.tiers.is_some() => "the cache has tiers already",
+            None => "the cache reuses no prefixes",
+            Some(prefix) if prefix.len_blocks() > 0 => "something is cached already",
+            Some(_) => return Ok(()),
+        };
+        Err(Error::InvalidState { why })
     }
 
     /// What the cache's blocks are: the configuration that its objects carry. `None` without tiers.
