@@ -161,7 +161,7 @@ int main(void) {
     FAILS(KVC_ERR_INVALID_ARGUMENT, "16", kvc_attend(&d));
     d.k_dim = d.v_dim = DIM;
     d.format = KVC_FORMAT_KT4V4;
-    FAILS(KVC_ERR_UNSUPPORTED, "tiles", kvc_attend(&d));
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "tiles", kvc_attend(&d));
 
     // A cache whose heads have scales; set before anything is stored.
     {
