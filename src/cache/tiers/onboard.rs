@@ -26,6 +26,21 @@ impl KvCache {
     /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
     /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
     pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
+        self.check_can_attach()?;
+        let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
+        let config = Configuration::new(&options.model, &self.spec, &slice)?;
+        let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
+        let tiers = Tiers::new(options, config, groups, blocks)?;
+        self.enable_digests()?;
+        self.tiers = Some(Box::new(tiers));
+        Ok(())
+    }
+
+    /// Whether this cache can be given tiers now: to be asked before a store is opened for it.
+    ///
+    /// # Errors
+    /// `InvalidState` where [`attach_tiers`](Self::attach_tiers) would refuse any options.
+    pub fn check_can_attach(&self) -> Result<()> {
         if self.tiers.is_some() {
             return Err(Error::InvalidState { why: "the cache has tiers already" });
         }
@@ -35,12 +50,6 @@ impl KvCache {
         if prefix.len_blocks() > 0 {
             return Err(Error::InvalidState { why: "something is cached already" });
         }
-        let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
-        let config = Configuration::new(&options.model, &self.spec, &slice)?;
-        let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
-        let tiers = Tiers::new(options, config, groups, blocks)?;
-        self.enable_digests()?;
-        self.tiers = Some(Box::new(tiers));
         Ok(())
     }
 
