@@ -393,6 +393,28 @@ impl Caller<'_> {
         ok!(self, kvc_cache_destroy(own));
     }
 
+    /// The shared cache has a host tier; one of a thread's own shows what must come first.
+    fn tiers(&mut self, round: usize) {
+        let (mut store, mut options): (kvc_tier_store, kvc_tier_options) = (zeroed(), zeroed());
+        let (store_bytes, bytes) = (size(&store), size(&options));
+        ok!(self, kvc_tier_store_init(&mut store, store_bytes));
+        ok!(self, kvc_tier_options_init(&mut options, bytes));
+        (options.model, options.host_blocks) = (c"toy".as_ptr(), 8);
+        let status = call!(self, kvc_tier_attach(self.cache(), &options));
+        assert_eq!(status, KVC_ERR_INVALID_STATE, "it has tiers already");
+
+        let cache = self.cache();
+        let (tokens, mut done) = (self.tokens(round, 33), 0);
+        let (mut prefetch, mut decision) = (null_mut(), zeroed());
+        let at = &mut prefetch;
+        ok!(self, kvc_prefetch_create(cache, tokens.as_ptr(), 33, 5, at, &mut decision));
+        ok!(self, kvc_prefetch_wait(cache, prefetch, 1, &mut done));
+        ok!(self, kvc_prefetch_destroy(prefetch));
+        ok!(self, kvc_tier_flush(cache, 1, &mut done));
+        let mut counts: kvc_tier_counts = zeroed();
+        ok!(self, kvc_tier_stats(cache, 0, &mut counts, size_of::<kvc_tier_counts>() as u64));
+    }
+
     /// On a machine without a device these are refused, from any thread.
     fn device(&mut self) {
         let device = self.shared.device as *mut kvc_device;
@@ -474,6 +496,10 @@ fn every_thread_safe_function_is() {
         );
         (options.blocks, options.max_seqs, options.threads, options.scrub) = (24, 12, 2, 1);
         assert_eq!(kvc_cache_create(&options, groups().as_ptr(), 2, &mut cache), KVC_OK);
+        let mut options: kvc_tier_options = zeroed();
+        assert_eq!(kvc_tier_options_init(&mut options, size_of_val(&options) as u32), KVC_OK);
+        (options.model, options.host_blocks) = (c"toy".as_ptr(), 8);
+        assert_eq!(kvc_tier_attach(cache, &options), KVC_OK);
         let mut options: kvc_events_options = zeroed();
         assert_eq!(kvc_events_options_init(&mut options, size_of_val(&options) as u32), KVC_OK);
         options.callback = Some(count);
@@ -493,13 +519,14 @@ fn every_thread_safe_function_is() {
                 for round in 0..ROUNDS {
                     barrier.wait();
                     // Each begins elsewhere, so that different functions meet too.
-                    for part in 0..6 {
-                        match (part + thread * (round % 3)) % 6 {
+                    for part in 0..7 {
+                        match (part + thread * (round % 3)) % 7 {
                             0 => caller.process(),
                             1 => caller.kernels(),
                             2 => caller.index(round),
                             3 => caller.serve(round),
                             4 => caller.watch(round),
+                            5 => caller.tiers(round),
                             _ => caller.device(),
                         }
                     }

@@ -76,7 +76,7 @@ fn every_instance_with_everything() {
 fn any_depth_of_the_pipeline_and_any_pieces() {
     for format in FORMATS {
         for kib in [228, 100, 48] {
-            let lengths = vec![(1, 700), (1, 40), (2, 0)];
+            let lengths = [(1, 700), (1, 40), (2, 0)];
             let lengths =
                 if kib == 48 { vec![(1, 1500), (1, 5), (1, 0)] } else { lengths[..2].to_vec() };
             let case = Case {

@@ -159,9 +159,13 @@ impl Run {
                     let n = n % (self.sequences[s].tokens.len() / bt + 1);
                     let blocks = self.sequences[s].table.blocks()[..n].to_vec();
                     let mut table = BlockTable::new();
-                    let bad = blocks.iter().copied().chain([BlockId::NONE]);
-                    let refused = Err(Error::BadBlock { block: u32::MAX });
-                    assert_eq!(table.adopt(&mut self.pool, bad, bt), refused);
+                    // No block, or none behind a block: a window leaves only what comes first.
+                    let bad = [BlockId(self.pool.blocks()), BlockId::NONE];
+                    for bad in &bad[..1 + usize::from(n > 0)] {
+                        let refused = Err(Error::BadBlock { block: bad.0 });
+                        let ids = blocks.iter().copied().chain([*bad]);
+                        assert_eq!(table.adopt(&mut self.pool, ids, bt), refused);
+                    }
                     table.adopt(&mut self.pool, blocks, bt).unwrap();
                     let tokens = self.sequences[s].tokens[..n * bt].to_vec();
                     self.sequences.push(Sequence { table, tokens });

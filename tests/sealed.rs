@@ -54,11 +54,11 @@ struct Cache {
     seqs: Vec<(usize, usize)>,
     blocks: usize,
     /// `[seq][tile][head]` keys and values as sealed.
-    sealed: Vec<Vec<Vec<Rows>>>,
+    sealed: Vec<Vec<Vec<TileRows>>>,
 }
 
 /// Keys and values of a tile's tokens.
-type Rows = (Vec<f32>, Vec<f32>);
+type TileRows = (Vec<f32>, Vec<f32>);
 
 impl Cache {
     fn new(format: KvFormat, shape: HeadShape, tokens: u32, lens: &[usize], seed: u64) -> Self {

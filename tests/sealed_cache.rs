@@ -285,7 +285,7 @@ fn random_operations() {
                     let len = 1 + rng.below(90);
                     let tokens = prompt(len);
                     let started = cache.start(&tokens, Namespace(0)).unwrap();
-                    assert!(started.cached_tokens % TOKENS == 0);
+                    assert!(started.cached_tokens.is_multiple_of(TOKENS));
                     live.push((started.seq, tokens[..started.cached_tokens as usize].to_vec()));
                 }
                 2 if !live.is_empty() && live.len() < 5 => {

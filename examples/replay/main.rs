@@ -123,7 +123,7 @@ fn run_tiers(args: &Args, trace: &Trace, host_blocks: usize) -> Result<String, B
     let Some(path) = &args.plot else {
         let outcome = serve(host_blocks)?;
         bar.clear();
-        return Ok(outcome.to_text(&setup(host_blocks), trace.block_tokens));
+        return Ok(outcome.text(&setup(host_blocks), trace.block_tokens));
     };
     let sizes: Vec<usize> = (0..=5).rev().map(|halvings| host_blocks >> halvings).collect();
     let alone = serve(0)?;

@@ -103,7 +103,7 @@ impl TierOutcome {
         self.device_hits + self.host_hits
     }
 
-    pub fn to_text(&self, setup: &TierSetup, block_tokens: usize) -> String {
+    pub fn text(&self, setup: &TierSetup, block_tokens: usize) -> String {
         let mut text = String::new();
         let mut row = |name: &str, value: String| {
             let _ = writeln!(text, "{name:<34}{value:>24}");

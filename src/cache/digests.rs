@@ -38,7 +38,7 @@ impl Digests {
 
     /// Of an entry with these ids, one per group: that of any group that has a block. `None` where
     /// none has.
-    fn of_entry(&self, ids: &[BlockId]) -> Option<Digest> {
+    pub(super) fn of_entry(&self, ids: &[BlockId]) -> Option<Digest> {
         (0..ids.len()).find_map(|group| self.of(group, ids[group]))
     }
 
@@ -50,15 +50,24 @@ impl Digests {
         ids.zip(chain.tokens.chunks_exact(self.block_tokens))
     }
 
-    /// Computes those of a chain; `seed` stands before a sequence's first block in its namespace.
+    /// What stands before a chain; `seed` stands before a sequence's first block in its namespace.
     /// `before` are the sequence's tokens before the chain: they are read where no group has the
     /// last of their blocks any more.
-    pub(super) fn fill(&mut self, chain: &Chain, before: &[TokenId], seed: Option<Digest>) {
-        let known = if chain.above.is_empty() { None } else { self.of_entry(chain.above) };
-        let mut parent = known.or_else(|| {
+    pub(super) fn before(
+        &self,
+        chain: &Chain,
+        before: &[TokenId],
+        seed: Option<Digest>,
+    ) -> Option<Digest> {
+        self.of_entry(chain.above).or_else(|| {
             let blocks = before.chunks_exact(self.block_tokens);
             blocks.fold(seed, |parent, tokens| Some(Digest::of_block(parent.as_ref(), tokens)))
-        });
+        })
+    }
+
+    /// Computes those of a chain, as for [`before`](Self::before).
+    pub(super) fn fill(&mut self, chain: &Chain, before: &[TokenId], seed: Option<Digest>) {
+        let mut parent = self.before(chain, before, seed);
         for (ids, tokens) in self.entries(chain) {
             let digest = Digest::of_block(parent.as_ref(), tokens);
             for (id, table) in ids.iter().zip(&mut self.tables) {

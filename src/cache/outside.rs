@@ -81,9 +81,14 @@ impl Outside {
         }
     }
 
-    /// The digest of a block of the first group.
-    pub(super) fn digest_of(&self, id: BlockId) -> Option<Digest> {
-        self.digests.as_ref()?.of(0, id)
+    /// The digest of an entry, from any group that has a block of it.
+    pub(super) fn digest_of(&self, entry: &[BlockId]) -> Option<Digest> {
+        self.digests.as_ref()?.of_entry(entry)
+    }
+
+    /// What stands before a chain; `before` are the sequence's tokens before it.
+    pub(super) fn digest_before(&self, chain: &Chain, before: &[TokenId]) -> Option<Digest> {
+        self.digests.as_ref()?.before(chain, before, self.seed(chain.space))
     }
 
     /// What stands before the first block of a sequence.

@@ -373,7 +373,11 @@ impl KvCache {
         if refilled > 0 {
             self.ids[..above.blocks() * groups].fill(BlockId::NONE);
             let ids = &self.ids[..refilled * groups];
-            self.outside.stored(&chain(&[], 0..refilled, ids), &[]);
+            let chain = chain(&[], 0..refilled, ids);
+            self.outside.stored(&chain, &[]);
+            if let Some(tiers) = &mut self.tiers {
+                tiers.stored(&chain, &[], &self.outside, &mut self.stores);
+            }
         }
         if stored > 0 {
             // The last of those that were there already.
@@ -387,7 +391,7 @@ impl KvCache {
             let chain = chain(before, first..first + stored, ids);
             self.outside.stored(&chain, tokens);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, &self.outside, &mut self.stores);
+                tiers.stored(&chain, tokens, &self.outside, &mut self.stores);
             }
         }
         Ok(())

@@ -102,7 +102,8 @@ impl KvCache {
     ///
     /// # Errors
     /// `StaleHandle`, `InvalidState` while a step holds the sequence, `InvalidArgument` for another
-    /// cache's slice, `TierFailed` where `out` fails, `DeviceFailed`, `OutOfMemory`.
+    /// cache's slice, `Unsupported` where a window has left blocks behind (nothing is written then),
+    /// `TierFailed` where `out` fails, `DeviceFailed`, `OutOfMemory`.
     pub fn export_blocks(
         &mut self,
         seq: SeqId,
@@ -116,6 +117,11 @@ impl KvCache {
         let full = sequence.tokens.len() / block_tokens;
         // What is in the index is final.
         let blocks = self.prefix.as_ref().map_or(full, |_| sequence.published.blocks().min(full));
+        if sequence.tables.iter().any(|table| table.left_blocks().min(blocks) > 0) {
+            return Err(Error::Unsupported {
+                what: "a sequence whose window has left blocks behind",
+            });
+        }
         let head = StreamHead {
             model: model.into(),
             keys: self.outside.seed(sequence.namespace),

@@ -89,30 +89,32 @@ impl Shared {
         let mut outcomes = outcomes.into_iter();
         let (mut done, mut bad, mut missed, mut failed) = (0u64, Vec::new(), 0, false);
         let keys: Vec<ObjectKey> = loads.iter().map(|load| load.want.label.key).collect();
+        let mut arrived = Vec::with_capacity(loads.len());
         for (load, live) in loads.into_iter().zip(live) {
             let Load { want, buffer, ticket } = load;
             let outcome = if live { outcomes.next() } else { None };
-            match outcome {
+            let result = match outcome {
                 Some(Outcome::Done) => match object::verify(&buffer, &self.config, &want.label) {
                     Ok(()) => {
                         done += 1;
-                        ticket.done(want.at, Arc::new(HostBlock { label: want.label, buffer }));
+                        Ok(Arc::new(HostBlock { label: want.label, buffer }))
                     }
                     Err(_) => {
                         bad.push(want.label.key);
-                        ticket.miss(want.at, Missed::Bad);
+                        Err(Missed::Bad)
                     }
                 },
                 Some(Outcome::Failed | Outcome::Full) => {
                     (missed, failed) = (missed + 1, true);
-                    ticket.miss(want.at, Missed::Down);
+                    Err(Missed::Down)
                 }
                 Some(Outcome::Absent | Outcome::None) => {
                     missed += 1;
-                    ticket.miss(want.at, Missed::Absent);
+                    Err(Missed::Absent)
                 }
-                None => ticket.miss(want.at, Missed::Cancelled),
-            }
+                None => Err(Missed::Cancelled),
+            };
+            arrived.push((ticket, want.at, result));
         }
         let mut state = self.state();
         state.counters.loaded += done;
@@ -133,6 +135,13 @@ impl Shared {
         let woken = !bad.is_empty();
         state.removes.extend(bad);
         drop(state);
+        // After it was counted: whoever waited for a block finds it in the counters.
+        for (ticket, at, result) in arrived {
+            match result {
+                Ok(block) => ticket.done(at, block),
+                Err(why) => ticket.miss(at, why),
+            }
+        }
         if woken {
             self.work.notify_all();
         }

@@ -114,22 +114,18 @@ impl Tiers {
         })
     }
 
-    /// Entries were put into the index.
+    /// Entries were put into the index, or blocks back into entries that had lost them;
+    /// [`BlockId::NONE`] stands for blocks that stay as they were. `before` are the sequence's
+    /// tokens before the chain.
     pub(in crate::cache) fn stored(
         &mut self,
         chain: &Chain,
+        before: &[TokenId],
         outside: &Outside,
         stores: &mut [Store],
     ) {
         let keys = outside.seed(chain.space);
-        let parent = match chain.above.first() {
-            // Without it nothing can be called by its name: it is not demoted.
-            Some(&above) => match outside.digest_of(above) {
-                None => return,
-                parent => parent,
-            },
-            None => keys,
-        };
+        let parent = outside.digest_before(chain, before);
         let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
         let labels = Labels { config: &self.config, keys, parent, tokens };
         for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {

@@ -94,8 +94,7 @@ impl KvCache {
         prefix.lookup(space, prompt, prompt.len() - 1, &mut self.hit);
         let block_tokens = self.spec.block_tokens as usize;
         let device = self.hit.tokens / block_tokens;
-        let above = last_entry(&self.hit.blocks, self.pools.len());
-        let above = above.and_then(|id| self.outside.digest_of(id));
+        let above = self.outside.digest_of(last_entry(&self.hit.blocks, self.pools.len()));
         let keys = self.outside.seed(space);
         // Runs of blocks in the same place: `None` for the host, else a lower tier.
         let mut runs: Vec<(Option<usize>, Vec<Label>)> = Vec::new();
@@ -242,7 +241,7 @@ impl KvCache {
         let groups = self.pools.len();
         let Some(tiers) = &mut self.tiers else { return 0 };
         tiers.used(&hit.blocks);
-        let above = last_entry(&hit.blocks, groups).and_then(|id| self.outside.digest_of(id));
+        let above = self.outside.digest_of(last_entry(&hit.blocks, groups));
         let keys = self.outside.seed(sequence.namespace);
         let skip = hit.tokens / block_tokens;
         let most = self.pools.iter().map(|pool| pool.free_blocks() + pool.cached_blocks()).min();
@@ -313,7 +312,7 @@ impl KvCache {
     }
 }
 
-/// The first group's id of the last of some entries.
-fn last_entry(entries: &[BlockId], groups: usize) -> Option<BlockId> {
-    entries.len().checked_sub(groups).and_then(|at| entries.get(at)).copied()
+/// The last of some entries; empty where there is none.
+fn last_entry(entries: &[BlockId], groups: usize) -> &[BlockId] {
+    entries.rchunks_exact(groups).next().unwrap_or(&[])
 }
