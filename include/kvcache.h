@@ -2287,7 +2287,8 @@ typedef struct {
     uint64_t device_tokens;
     // Tokens after those that are in host memory.
     uint64_t host_tokens;
-    // Blocks after those on the device that tiers have.
+    // Blocks after those on the device that tiers have; the engine's own store is asked later, and
+    // taken to have the rest.
     uint64_t found_blocks;
     // Leading blocks of those that are worth loading.
     uint64_t load_blocks;

@@ -119,6 +119,7 @@ inline constexpr kvc_status ok = KVC_OK, invalid_argument = KVC_ERR_INVALID_ARGU
                             too_many_handles = KVC_ERR_TOO_MANY_HANDLES,
                             no_kernels = KVC_ERR_NO_KERNELS, no_device = KVC_ERR_NO_DEVICE,
                             device_failed = KVC_ERR_DEVICE_FAILED,
+                            tier_failed = KVC_ERR_TIER_FAILED,
                             invalid_state = KVC_ERR_INVALID_STATE, panic = KVC_ERR_PANIC,
                             poisoned = KVC_ERR_POISONED;
 }
@@ -158,6 +159,16 @@ inline constexpr uint32_t gpu = KVC_MEDIUM_GPU, cpu = KVC_MEDIUM_CPU,
 }
 namespace encoding {
 inline constexpr uint32_t map = KVC_ENCODING_MAP, array = KVC_ENCODING_ARRAY;
+}
+namespace tier_kind {
+inline constexpr uint32_t host = KVC_TIER_HOST, disk = KVC_TIER_DISK, store = KVC_TIER_STORE;
+}
+namespace load_reason {
+inline constexpr uint32_t nothing_found = KVC_WHY_NOTHING_FOUND,
+                          cost_unknown = KVC_WHY_COST_UNKNOWN, rate_unknown = KVC_WHY_RATE_UNKNOWN,
+                          load_is_faster = KVC_WHY_LOAD_IS_FASTER,
+                          load_is_faster_at_first = KVC_WHY_LOAD_IS_FASTER_AT_FIRST,
+                          compute_is_faster = KVC_WHY_COMPUTE_IS_FASTER;
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -651,6 +662,11 @@ using cache_options = detail::with_defaults<kvc_cache_options, kvc_cache_options
 using cache_counts = kvc_cache_counts;
 using metrics = kvc_metrics;
 using histogram = kvc_histogram;
+using tier_options = detail::with_defaults<kvc_tier_options, kvc_tier_options_init>;
+using tier_store = detail::with_defaults<kvc_tier_store, kvc_tier_store_init>;
+using tier_slice = kvc_tier_slice;
+using tier_object = kvc_tier_object;
+using tier_counts = kvc_tier_counts;
 
 // A layer of a layer group; the group is 0 in uniform models.
 struct layer {
@@ -778,6 +794,24 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
                                                  detail::count32(k.size())));
     }
 
+    // What options point to is read in the call; a store's functions and user live as long as the
+    // cache.
+    result<void> attach_tiers(const kvc_tier_options &options) {
+        return detail::done(kvc_tier_attach(get(), &options));
+    }
+    // Whether all that is to be demoted is on disk and in the store.
+    result<bool> flush_tiers(uint32_t wait_ms) {
+        uint32_t done = 0;
+        const auto code = kvc_tier_flush(get(), wait_ms, &done);
+        return detail::answer(code, done != 0);
+    }
+    // Of the host for 0, then of disk and store as far as they are there.
+    result<tier_counts> tier_stats(uint32_t index) const {
+        tier_counts out{};
+        const auto code = kvc_tier_stats(get(), index, &out, sizeof out);
+        return detail::answer(code, out);
+    }
+
     // What a name space is in the server's words; NULL for none.
     result<void> describe(uint64_t name_space, const char *salt, const char *lora) {
         return detail::done(kvc_events_describe(get(), name_space, salt, lora));
@@ -804,6 +838,73 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
     result<void> set_metrics_time(uint64_t now_ms) {
         return detail::done(kvc_metrics_set_time(get(), now_ms));
     }
+};
+
+// ----------------------------------------------------------------------------------------------
+// tier and prefetch
+// ----------------------------------------------------------------------------------------------
+using tier_decision = kvc_tier_decision;
+
+// A tier's store made of an object, which the tier's threads call, several at a time, and which
+// must outlive the cache. An exception that leaves it ends the program. Keys are 32 bytes each.
+//
+//   bool exists(const uint8_t *keys, span<uint8_t> found);   false: the store failed
+//   void put(span<const tier_object> objects, span<kvc_status> outcomes);
+//   void get(span<const tier_object> objects, span<kvc_status> outcomes);
+//   void remove(const uint8_t *keys, uint64_t count);
+template <class S>
+tier_store store_of(S &object) noexcept {
+    tier_store store;
+    store.user = &object;
+    store.exists = [](void *user, const uint8_t *keys, uint64_t count,
+                      uint8_t *found) noexcept -> int32_t {
+        const span<uint8_t> out(found, static_cast<std::size_t>(count));
+        return static_cast<S *>(user)->exists(keys, out) ? 0 : 1;
+    };
+    store.put = [](void *user, const kvc_tier_object *objects, uint64_t count,
+                   kvc_status *outcomes) noexcept {
+        const auto n = static_cast<std::size_t>(count);
+        static_cast<S *>(user)->put(span<const tier_object>(objects, n),
+                                    span<kvc_status>(outcomes, n));
+    };
+    store.get = [](void *user, const kvc_tier_object *objects, uint64_t count,
+                   kvc_status *outcomes) noexcept {
+        const auto n = static_cast<std::size_t>(count);
+        static_cast<S *>(user)->get(span<const tier_object>(objects, n),
+                                    span<kvc_status>(outcomes, n));
+    };
+    store.remove = [](void *user, const uint8_t *keys, uint64_t count) noexcept {
+        static_cast<S *>(user)->remove(keys, count);
+    };
+    return store;
+}
+
+// A prompt whose blocks are on their way from lower tiers. Going out of scope gives up what has not
+// arrived.
+class prefetch : public detail::handle<kvc_prefetch, kvc_prefetch_destroy> {
+  public:
+    prefetch() noexcept = default;
+    // Takes over a prefetch of the C interface, made for `cache`.
+    prefetch(kvc_cache *cache, kvc_prefetch *raw) noexcept : handle(raw), cache_(cache) {}
+    // What was found and decided goes to `out_decision`, if there is one.
+    static result<prefetch> create(cache &of, span<const uint32_t> prompt, uint64_t name_space = 0,
+                                   tier_decision *out_decision = nullptr) {
+        kvc_prefetch *raw = nullptr;
+        const auto code =
+            kvc_prefetch_create(of.get(), prompt.data(), detail::count32(prompt.size()),
+                                name_space, &raw, out_decision);
+        return detail::answer(code, prefetch(of.get(), raw));
+    }
+
+    // Takes what has arrived after at most `wait_ms`; whether nothing more comes.
+    result<bool> wait(uint32_t wait_ms = 0) {
+        uint32_t done = 0;
+        const auto code = kvc_prefetch_wait(cache_, get(), wait_ms, &done);
+        return detail::answer(code, done != 0);
+    }
+
+  private:
+    kvc_cache *cache_ = nullptr;
 };
 
 // ----------------------------------------------------------------------------------------------

@@ -45,10 +45,15 @@ static void options_and_plans(void) {
     FAILS(KVC_ERR_UNSUPPORTED, "", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_INT8_T;
     OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
-    CHECK(strstr(name, "int8") != NULL);
+    CHECK(strcmp(name, "kvc_decode_int8_t_d128") == 0);
+    // As codes are stored, for 64 and 128 channels; a cache on a device seals no tiles.
     desc.k_dim = desc.v_dim = 256;
-    FAILS(KVC_ERR_UNSUPPORTED, "format", kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
+    FAILS(KVC_ERR_UNSUPPORTED, "format",
+          kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.k_dim = desc.v_dim = 128;
+    desc.format = KVC_FORMAT_KT4V4;
+    FAILS(KVC_ERR_UNSUPPORTED, "tiles",
+          kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_BF16;
     // More than eight query tokens are prefilled, without a workspace.
     options.max_q_tokens = 512;

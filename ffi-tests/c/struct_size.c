@@ -29,6 +29,8 @@ GROWING(kvc_events_options)
 GROWING(kvc_scales)
 GROWING(kvc_tile_view)
 GROWING(kvc_seal_desc)
+GROWING(kvc_tier_store)
+GROWING(kvc_tier_options)
 
 #define ENTRY(type) {#type, sizeof(type), init_##type}
 static const struct {
@@ -52,6 +54,8 @@ static const struct {
     ENTRY(kvc_scales),
     ENTRY(kvc_tile_view),
     ENTRY(kvc_seal_desc),
+    ENTRY(kvc_tier_store),
+    ENTRY(kvc_tier_options),
 };
 
 // Whether `n` bytes at `at` are all `value`.

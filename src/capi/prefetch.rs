@@ -36,7 +36,8 @@ pub struct kvc_tier_decision {
     pub device_tokens: u64,
     /// Tokens after those that are in host memory.
     pub host_tokens: u64,
-    /// Blocks after those on the device that tiers have.
+    /// Blocks after those on the device that tiers have; the engine's own store is asked later, and
+    /// taken to have the rest.
     pub found_blocks: u64,
     /// Leading blocks of those that are worth loading.
     pub load_blocks: u64,

@@ -198,7 +198,8 @@ pub unsafe extern "C" fn kvc_tier_attach(
         let model = model.ok_or(Error::NullPointer { what: "model" })?;
         let cache = open(cache)?;
         let mut cache = cache.lock()?;
-        cache.check_attachable()?;
+        // Before the disk's directory is opened or made, which this cache may be using.
+        cache.check_can_attach()?;
         let groups = &cache.spec().groups;
         let slice = if given.slices.is_null() {
             Slice::whole(cache.spec())

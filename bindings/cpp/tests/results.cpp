@@ -3,6 +3,9 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <map>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -18,7 +21,7 @@ constexpr bool movable_only = !std::is_copy_constructible_v<T> && !std::is_copy_
 static_assert(movable_only<kvc::pool> && movable_only<kvc::prefix> && movable_only<kvc::pin>);
 static_assert(movable_only<kvc::cache> && movable_only<kvc::sequence> && movable_only<kvc::step>);
 static_assert(movable_only<kvc::device> && movable_only<kvc::device_memory>);
-static_assert(movable_only<kvc::events>);
+static_assert(movable_only<kvc::events> && movable_only<kvc::prefetch>);
 
 // A failure with this code, whose text has `part`.
 template <class R>
@@ -224,6 +227,96 @@ static void cache() {
     REFUSED(late.tokens(), kvc::status::stale_handle, "");
 }
 
+// A store in a map.
+class shelf {
+  public:
+    bool exists(const uint8_t *keys, kvc::span<uint8_t> found) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        for (std::size_t i = 0; i < found.size(); i++) found[i] = held_.count(key(keys + 32 * i));
+        return true;
+    }
+    void put(kvc::span<const kvc::tier_object> objects, kvc::span<kvc_status> outcomes) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        for (std::size_t i = 0; i < objects.size(); i++) {
+            const auto *bytes = static_cast<const uint8_t *>(objects[i].bytes);
+            held_[key(objects[i].key)].assign(bytes, bytes + objects[i].length);
+            outcomes[i] = kvc::status::ok;
+        }
+    }
+    void get(kvc::span<const kvc::tier_object> objects, kvc::span<kvc_status> outcomes) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        for (std::size_t i = 0; i < objects.size(); i++) {
+            const auto found = held_.find(key(objects[i].key));
+            outcomes[i] = kvc::status::bad_block;
+            if (found == held_.end() || found->second.size() != objects[i].length) continue;
+            std::memcpy(objects[i].bytes, found->second.data(), found->second.size());
+            outcomes[i] = kvc::status::ok;
+        }
+    }
+    void remove(const uint8_t *keys, uint64_t count) {
+        const std::lock_guard<std::mutex> guard(lock_);
+        for (uint64_t i = 0; i < count; i++) held_.erase(key(keys + 32 * i));
+    }
+    std::size_t size() {
+        const std::lock_guard<std::mutex> guard(lock_);
+        return held_.size();
+    }
+
+  private:
+    static std::string key(const uint8_t *bytes) {
+        return std::string(reinterpret_cast<const char *>(bytes), 32);
+    }
+    std::mutex lock_;
+    std::map<std::string, std::vector<uint8_t>> held_;
+};
+
+static void tiers() {
+    kvc::group_spec group;
+    group.layers = 1, group.kv_heads = 1, group.k_dim = group.v_dim = 8;
+    group.format = kvc::format::f32;
+    kvc::cache_options sizes;
+    sizes.blocks = 8;
+    sizes.threads = 1;
+    shelf shelf;
+    const kvc::tier_store store = kvc::store_of(shelf);
+    kvc::tier_options options;
+    options.model = "toy", options.store = &store;
+    const std::vector<uint32_t> prompt(50, 3);
+    // What the first cache stores, the second loads, with its bytes.
+    for (const bool again : {false, true}) {
+        kvc::cache cache = kvc::cache::create(group, sizes).value();
+        REFUSED(cache.attach_tiers(kvc::tier_options()), kvc::status::null_pointer, "model");
+        REFUSED(cache.tier_stats(0), kvc::status::invalid_argument, "");
+        CHECK(cache.attach_tiers(options));
+        REFUSED(cache.attach_tiers(options), kvc::status::invalid_state, "tiers already");
+        CHECK(cache.tier_stats(0)->kind == kvc::tier_kind::host);
+        CHECK(cache.tier_stats(1)->kind == kvc::tier_kind::store);
+        kvc::tier_decision decision{};
+        kvc::prefetch prefetch = kvc::prefetch::create(cache, prompt, 0, &decision).value();
+        kvc::prefetch moved = std::move(prefetch);
+        CHECK(!prefetch && moved.wait(60000).value() && moved.close() && !moved);
+        REFUSED(prefetch.wait(), kvc::status::null_pointer, "");
+        // A store is asked after the decision, by a thread of the tier.
+        CHECK(decision.load_blocks == 3 && decision.why == kvc::load_reason::cost_unknown);
+        CHECK(cache.tier_stats(1)->missed == (again ? 0u : 3u));
+        kvc::started started = cache.start(prompt).value();
+        CHECK(started.cached_tokens == (again ? 48u : 0u));
+        const uint32_t rows = 50 - started.cached_tokens;
+        kvc::step step = kvc::step::create().value();
+        const auto work = started.seq.work(kvc::span<const uint32_t>(prompt.data(), rows));
+        CHECK(step.begin(cache, kvc::span<const kvc::work>(&work, 1)));
+        // Loaded: 48 rows of 1, and 2 of 26.
+        const std::vector<float> kv(rows * 8, again ? 26.0f : 1.0f), q(rows * 8, 0.0f);
+        std::vector<float> out(rows * 8);
+        CHECK(step.append(0, kv, kv) && step.attend(0, 1, q, out) && step.commit());
+        CHECK(check_close(out[rows * 8 - 1], again ? 2.0f : 1.0f, 1e-5f));
+        CHECK(started.seq.release() && cache.flush_tiers(60000).value());
+        CHECK(shelf.size() == 3 && cache.tier_stats(1)->down == 0);
+        CHECK(kvc::prefetch::create(cache, prompt).has_value());
+        CHECK(cache.close());
+    }
+}
+
 static void kernels() {
     // One sequence of three tokens in one block, by the calls that an engine with tensors makes.
     std::vector<float> k(16 * 8), v(16 * 8), rows(3 * 8, 0.5f), q(8, 1.0f), out(8), lse(1);
@@ -327,6 +420,7 @@ int main() {
     pool();
     prefix();
     cache();
+    tiers();
     kernels();
     device();
     chains();

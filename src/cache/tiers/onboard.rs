@@ -26,7 +26,7 @@ impl KvCache {
     /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
     /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
     pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
-        self.check_attachable()?;
+        self.check_can_attach()?;
         let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
         let config = Configuration::new(&options.model, &self.spec, &slice)?;
         let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
@@ -36,19 +36,21 @@ impl KvCache {
         Ok(())
     }
 
-    /// Whether [`attach_tiers`](Self::attach_tiers) would take tiers, before anything is opened for
-    /// them.
+    /// Whether this cache can be given tiers now: to be asked before a store is opened for it.
     ///
     /// # Errors
-    /// `InvalidState`, as there.
-    pub fn check_attachable(&self) -> Result<()> {
-        let why = match &self.prefix {
-            _ if self.tiers.is_some() => "the cache has tiers already",
-            None => "the cache reuses no prefixes",
-            Some(prefix) if prefix.len_blocks() > 0 => "something is cached already",
-            Some(_) => return Ok(()),
+    /// `InvalidState` where [`attach_tiers`](Self::attach_tiers) would refuse any options.
+    pub fn check_can_attach(&self) -> Result<()> {
+        if self.tiers.is_some() {
+            return Err(Error::InvalidState { why: "the cache has tiers already" });
+        }
+        let Some(prefix) = &self.prefix else {
+            return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
         };
-        Err(Error::InvalidState { why })
+        if prefix.len_blocks() > 0 {
+            return Err(Error::InvalidState { why: "something is cached already" });
+        }
+        Ok(())
     }
 
     /// What the cache's blocks are: the configuration that its objects carry. `None` without tiers.
