@@ -110,8 +110,9 @@ def test_merge_and_queries():
     sizes = {"q_heads": 8, "kv_heads": 2, "k_dim": 64}
     assert kvcache.kernel_name(**sizes).startswith("attend") or "decode" in kvcache.kernel_name(**sizes)
     assert kvcache.workspace_size(**sizes, seqs=4, max_q_tokens=4, max_kv_tokens=100) > 0
-    with pytest.raises(errors.Unsupported):
-        kvcache.kernel_name(**sizes, format="kt2v2")
+    assert "kt2v2" in kvcache.kernel_name(**sizes, block_tokens=32, format="kt2v2")
+    with pytest.raises(errors.Unsupported, match="sealed tiles"):
+        device.attend_kernel(**sizes, format="kt2v2", max_kv_tokens=100, multiprocessors=8)
 
 
 def test_device_of_a_build_without_kernels():
