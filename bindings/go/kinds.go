@@ -114,6 +114,30 @@ const (
 	EncodingArray Encoding = 1
 )
 
+// Tier is where blocks go that the device has no room for.
+type Tier uint32
+
+// Tiers.
+const (
+	TierHost  Tier = 1
+	TierDisk  Tier = 2
+	TierStore Tier = 3
+)
+
+// Why says why so much of a prompt is loaded from lower tiers.
+type Why uint32
+
+// Reasons: no tier has the next block; what computing costs is not known, or how fast the tier is, so all
+// is loaded; loading is faster, or faster up to a point, or slower.
+const (
+	WhyNothingFound        Why = 1
+	WhyCostUnknown         Why = 2
+	WhyRateUnknown         Why = 3
+	WhyLoadIsFaster        Why = 4
+	WhyLoadIsFasterAtFirst Why = 5
+	WhyComputeIsFaster     Why = 6
+)
+
 // Errors that calls answer, to compare with errors.Is.
 var (
 	ErrInvalidArgument = &Error{Code: -1}
@@ -132,6 +156,7 @@ var (
 	ErrNoKernels       = &Error{Code: -200}
 	ErrNoDevice        = &Error{Code: -201}
 	ErrDeviceFailed    = &Error{Code: -202}
+	ErrTierFailed      = &Error{Code: -203}
 	ErrInvalidState    = &Error{Code: -300}
 	ErrPanic           = &Error{Code: -900}
 	ErrPoisoned        = &Error{Code: -901}

@@ -240,3 +240,58 @@ func TestScales(t *testing.T) {
 	ok(t, err)
 	refused(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}), ErrInvalidState)
 }
+
+func TestTiers(t *testing.T) {
+	dir, prompt := t.TempDir(), sequence(8*16+3)
+	fresh := func() *Cache {
+		c := must[*Cache](t)(NewCache([]GroupSpec{{Layers: 1, KVHeads: 1, KDim: 64, Format: FormatF32}}, &CacheOptions{Blocks: 12, Threads: 1}))
+		if none := must[[]TierCounts](t)(c.TierStats()); len(none) != 0 {
+			t.Fatal(none)
+		}
+		return c
+	}
+	options := &TierOptions{Model: "toy", DiskDir: dir, DiskBytes: 1 << 20, Slices: []TierSlice{{0, 0}}}
+	serve := func(c *Cache) int {
+		seq, cached, err := c.Start(prompt, 0)
+		ok(t, err)
+		s := must[*Step](t)(NewStep())
+		ok(t, s.Begin(c, []Work{{seq, prompt[cached:]}}))
+		rows := make([]float32, (len(prompt)-cached)*64)
+		for i := range rows {
+			rows[i] = float32(i)
+		}
+		ok(t, s.Append(0, 0, Float32s(rows), Float32s(rows), nil))
+		ok(t, s.Commit())
+		ok(t, s.Close())
+		ok(t, seq.Release())
+		return cached
+	}
+	c := fresh()
+	ok(t, c.AttachTiers(options))
+	refused(t, c.AttachTiers(options), ErrInvalidState)
+	if cached := serve(c); cached != 0 || !must[bool](t)(c.FlushTiers(60000)) {
+		t.Fatal(cached)
+	}
+	if s := must[[]TierCounts](t)(c.TierStats()); len(s) != 2 || s[0].Kind != TierHost || s[1].Kind != TierDisk || s[1].Objects != 8 {
+		t.Fatalf("%+v", s)
+	}
+	other := fresh()
+	refused(t, other.AttachTiers(options), ErrInvalidState)
+	refused(t, other.AttachTiers(&TierOptions{Model: "toy", DiskDir: "/proc/nothing"}), ErrTierFailed)
+	refused(t, other.AttachTiers(&TierOptions{Model: "t\x00y"}), ErrInvalidArgument)
+	ok(t, other.Close())
+	ok(t, c.Close())
+	// A second cache finds what the first left.
+	c = fresh()
+	ok(t, c.AttachTiers(options))
+	p := must[*Prefetch](t)(c.Prefetch(prompt, 0))
+	if p.Decision.FoundBlocks != 8 || p.Decision.LoadBlocks != 8 || p.Decision.Why != WhyCostUnknown || !must[bool](t)(p.Wait(60000)) {
+		t.Fatalf("%+v", p.Decision)
+	}
+	ok(t, p.Close())
+	refused(t, p.Close(), ErrStaleHandle)
+	if cached := serve(c); cached != 8*16 {
+		t.Fatal(cached)
+	}
+	ok(t, c.Close())
+}

@@ -9,6 +9,7 @@ The nouns are those of the C header:
 | `attend`, `append`, `merge_states`, `Rope` | `kvc_attend*`, `kvc_append*`, `kvc_rope_*` |
 | `GroupSpec`, `plan` | `kvc_group_spec`, `kvc_plan_*` |
 | `Device` | `kvc_device_*` |
+| `Prefetch`, `TierCounts` | `kvc_prefetch_*`, `kvc_tier_*` |
 | `Events`, `Metrics` | `kvc_events_*`, `kvc_metrics_*` |
 | `errors` | `kvc_status` |
 
@@ -40,6 +41,7 @@ from .prefix import (
 )
 from .rope import Rope
 from .step import Batch, Scoring, Step, Work
+from .tier import Prefetch, TierCounts, TierDecision, TierSlice
 
 _require()
 __version__ = version()
@@ -68,6 +70,7 @@ __all__ = [
     "Pool",
     "PoolCounts",
     "Position",
+    "Prefetch",
     "Prefix",
     "PrefixCounts",
     "Query",
@@ -77,6 +80,9 @@ __all__ = [
     "Scoring",
     "Sequence",
     "Step",
+    "TierCounts",
+    "TierDecision",
+    "TierSlice",
     "Work",
     "abi_version",
     "append",

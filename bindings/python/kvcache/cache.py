@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .events import Event, Events
     from .metrics import Metrics
     from .step import Step
+    from .tier import Prefetch, TierCounts
 
 
 class CacheCounts(NamedTuple):
@@ -194,6 +195,33 @@ class Cache:
         its digests are the same in every process that says the same."""
         words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (salt, lora)]
         check(lib.kvc_events_describe(self._handle, name_space, *words))
+
+    def attach_tiers(self, model: str, **options: Any) -> None:
+        """Gives the cache tiers, before anything is cached: blocks that the device has no room for go to
+        `host_blocks` of host memory and to files in `disk_dir`, of `disk_bytes` at most, and come back
+        for prompts that have them. `model` changes whenever the weights do. The other options are those
+        of `kvc_tier_options`. `TierFailed` where the directory cannot be used."""
+        from .tier import attach
+
+        attach(self, model, **options)
+
+    def flush_tiers(self, wait_ms: int) -> bool:
+        """Copies everything cached to the lower tiers and waits `wait_ms` at most; True where all is there."""
+        from .tier import flush
+
+        return flush(self, wait_ms)
+
+    def tier_stats(self) -> list[TierCounts]:
+        """What each tier counted, from the host down; none without tiers."""
+        from .tier import stats
+
+        return stats(self)
+
+    def prefetch(self, prompt: Any, *, name_space: int = 0) -> Prefetch:
+        """Begins to load what lower tiers have of a prompt, for a `start` that comes later: see `Prefetch`."""
+        from .tier import Prefetch
+
+        return Prefetch(self, prompt, name_space)
 
     def events(self, callback: Callable[[Event], None] | None = None, **options: Any) -> Events:
         """Publishes what becomes cached and what ceases to be: see `Events`."""

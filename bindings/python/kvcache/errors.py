@@ -88,6 +88,10 @@ class DeviceFailed(Error, RuntimeError):
     """The device or its driver reported an error."""
 
 
+class TierFailed(Error, RuntimeError):
+    """A tier's files or store failed; the cache works on without it."""
+
+
 class InvalidState(Error, RuntimeError):
     """The object is not in a state in which the call is allowed, or another call is using it."""
 
@@ -118,6 +122,7 @@ BY_NAME: dict[str, type[Error]] = {
     "KVC_ERR_NO_KERNELS": NoKernels,
     "KVC_ERR_NO_DEVICE": NoDevice,
     "KVC_ERR_DEVICE_FAILED": DeviceFailed,
+    "KVC_ERR_TIER_FAILED": TierFailed,
     "KVC_ERR_INVALID_STATE": InvalidState,
     "KVC_ERR_PANIC": Panic,
     "KVC_ERR_POISONED": Poisoned,

@@ -53,6 +53,15 @@ MEDIA: Mapping[str, int] = {
     "external": lib.KVC_MEDIUM_EXTERNAL,
 }
 ENCODINGS: Mapping[str, int] = {"map": lib.KVC_ENCODING_MAP, "array": lib.KVC_ENCODING_ARRAY}
+TIERS: Mapping[str, int] = {"host": lib.KVC_TIER_HOST, "disk": lib.KVC_TIER_DISK, "store": lib.KVC_TIER_STORE}
+WHYS: Mapping[str, int] = {
+    "nothing_found": lib.KVC_WHY_NOTHING_FOUND,
+    "cost_unknown": lib.KVC_WHY_COST_UNKNOWN,
+    "rate_unknown": lib.KVC_WHY_RATE_UNKNOWN,
+    "load_is_faster": lib.KVC_WHY_LOAD_IS_FASTER,
+    "load_is_faster_at_first": lib.KVC_WHY_LOAD_IS_FASTER_AT_FIRST,
+    "compute_is_faster": lib.KVC_WHY_COMPUTE_IS_FASTER,
+}
 
 # Prefix of the header's constants, table.
 TABLES: Mapping[str, Mapping[str, int]] = {
@@ -65,6 +74,8 @@ TABLES: Mapping[str, Mapping[str, int]] = {
     "KVC_EVENT_": EVENTS,
     "KVC_MEDIUM_": MEDIA,
     "KVC_ENCODING_": ENCODINGS,
+    "KVC_TIER_": TIERS,
+    "KVC_WHY_": WHYS,
 }
 
 

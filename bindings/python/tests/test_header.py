@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import kvcache
-from kvcache import cache, device, events, kernels, layout, metrics, names, pool, prefix
+from kvcache import cache, device, events, kernels, layout, metrics, names, pool, prefix, tier
 from kvcache._native import ffi, lib
 from kvcache.errors import BY_NAME
 
@@ -15,7 +15,8 @@ CODE = "\n".join(line for line in HEADER.splitlines() if not line.lstrip().start
 # Functions that no method calls, and who does their work. Sealed tiles and scales on foreign memory are not
 # in this package yet; a Cache of those formats seals and scales by itself.
 FOREIGN_TILES = {"kvc_scales_init", "kvc_tile_view_init", "kvc_seal_desc_init", "kvc_seal_record_size", "kvc_seal"}
-ELSEWHERE = {"kvc_prefix_create": "Prefix() goes by kvc_prefix_create_with", **dict.fromkeys(FOREIGN_TILES, "Cache")}
+# A store of the engine's own is C: see tier.py.
+ELSEWHERE = {"kvc_tier_store_init": "C", "kvc_prefix_create": "Prefix() goes by kvc_prefix_create_with", **dict.fromkeys(FOREIGN_TILES, "Cache")}
 # Structs' fields that have no name here: sizes, holes.
 UNSAID = {"struct_size", "reserved"}
 
@@ -64,6 +65,9 @@ def test_every_field_that_comes_back_has_a_name():
         "kvc_events_counts": events.EventsCounts,
         "kvc_metrics": metrics.Metrics,
         "kvc_histogram": metrics.Histogram,
+        "kvc_tier_counts": tier.TierCounts,
+        "kvc_tier_decision": tier.TierDecision,
+        "kvc_tier_slice": tier.TierSlice,
     }
     for name, kind in pairs.items():
         assert [f for f, _ in ffi.typeof(name).fields if f not in UNSAID] == list(kind._fields), name
@@ -81,11 +85,12 @@ def test_every_option_can_be_given():
         "kvc_events_options": events,
         "kvc_attend_desc": kernels,
         "kvc_append_desc": kernels,
+        "kvc_tier_options": tier,
     }
     for name, module in modules.items():
         source = Path(module.__file__).read_text()
         for field, _ in ffi.typeof(name).fields:
-            if field in UNSAID | {"user", "bad_block", "table_indptr", "scales", "tiles"} or field.endswith("_stride"):
+            if field in UNSAID | {"user", "bad_block", "table_indptr", "scales", "tiles", "store"} or field.endswith("_stride"):
                 continue
             assert re.search(rf"\b{field}\b", source), f"{name}.{field}"
 

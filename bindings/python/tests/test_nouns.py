@@ -110,8 +110,9 @@ def test_merge_and_queries():
     sizes = {"q_heads": 8, "kv_heads": 2, "k_dim": 64}
     assert kvcache.kernel_name(**sizes).startswith("attend") or "decode" in kvcache.kernel_name(**sizes)
     assert kvcache.workspace_size(**sizes, seqs=4, max_q_tokens=4, max_kv_tokens=100) > 0
-    with pytest.raises(errors.Unsupported):
-        kvcache.kernel_name(**sizes, format="kt2v2")
+    assert "kt2v2" in kvcache.kernel_name(**sizes, block_tokens=32, format="kt2v2")
+    with pytest.raises(errors.Unsupported, match="sealed tiles"):
+        device.attend_kernel(**sizes, format="kt2v2", max_kv_tokens=100, multiprocessors=8)
 
 
 def test_device_of_a_build_without_kernels():
@@ -195,6 +196,45 @@ def test_metrics():
     metrics = cache.metrics()
     assert metrics.queries_tokens == 39 and metrics.evicted_cleared_blocks == 2 and metrics.watched_every == 1
     assert "kvcache:prefix_cache_queries" in cache.metrics_text() and len(metrics.lifetime.counts) == 22
+
+
+def test_tiers(tmp_path):
+    group, prompt = kvcache.GroupSpec(layers=1, kv_heads=1, k_dim=64, format="f32"), list(range(8 * 16 + 3))
+
+    def fresh():
+        cache = kvcache.Cache(group, blocks=12, threads=1)
+        assert cache.tier_stats() == []
+        cache.attach_tiers("toy", disk_dir=tmp_path, disk_bytes=1 << 20, slices=[kvcache.TierSlice(0, 0)])
+        with pytest.raises(errors.InvalidState, match="tiers already"):
+            cache.attach_tiers("toy")
+        return cache
+
+    with fresh() as cache:
+        with cache.start(prompt) as seq, cache.step([(seq, prompt)]) as step:
+            rows = np.random.default_rng(6).standard_normal((len(prompt), 1, 64)).astype("f4")
+            step.append(0, 0, rows, rows)
+        assert cache.flush_tiers(60000)
+        host, disk = cache.tier_stats()
+        assert (host.kind, disk.kind, disk.objects) == ("host", "disk", 8) and disk.stored_bytes > 0
+        other = kvcache.Cache(group)
+        with pytest.raises(errors.InvalidState, match="another process"):
+            other.attach_tiers("toy", disk_dir=tmp_path)
+        with pytest.raises(errors.TierFailed):
+            other.attach_tiers("toy", disk_dir="/proc/nothing")
+        with pytest.raises(ValueError, match="NUL"):
+            other.attach_tiers("t\0y")
+    # A second cache finds what the first left, with its bytes.
+    with fresh() as cache:
+        with cache.prefetch(prompt) as prefetch:
+            assert prefetch.decision.found_blocks == prefetch.decision.load_blocks == 8
+            assert prefetch.decision.why == "cost_unknown" and prefetch.wait(60000)
+        with cache.start(prompt) as seq, cache.step([(seq, prompt[seq.cached_tokens :])]) as step:
+            assert seq.cached_tokens == 128
+            step.append(0, 0, rows[128:], rows[128:])
+            q, out = np.ones((3, 1, 64), "f4"), np.zeros((3, 1, 64), "f4")
+            step.attend(0, 0, q, out)
+            assert np.abs(out - reference(q, rows, rows, 1)).max() < 1e-5
+        assert cache.prefetch([9] * 99).decision.why == "nothing_found"
 
 
 def test_import_is_fast():

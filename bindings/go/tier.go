@@ -1,0 +1,189 @@
+//go:build cgo
+
+package kvcache
+
+// The tiers of a cache, host memory and disk, and prompts on their way back from them. A store of the
+// engine's own is given in C (kvc_tier_store), whose functions the library's threads call.
+
+// #include <stdlib.h>
+// #include <kvcache.h>
+import "C"
+
+import (
+	"runtime"
+	"strings"
+	"unsafe"
+)
+
+// TierSlice is the part of a layer group that a cache holds: its first layer and KV head in the whole model.
+type TierSlice struct{ FirstLayer, FirstHead uint32 }
+
+// TierOptions are the tiers of a cache; zero fields are the library's defaults.
+type TierOptions struct {
+	// Model is what the model is called; it changes whenever the weights do.
+	Model string
+	// HostBlocks stay in host memory after they were evicted; TransitBlocks are for what is on its way.
+	HostBlocks, TransitBlocks uint64
+	// DiskDir is the directory of the disk tier, empty for none, DiskBytes the most that its objects take.
+	DiskDir   string
+	DiskBytes uint64
+	// Slices say where in the model the layer groups lie; nil for a cache of the whole model.
+	Slices []TierSlice
+	// Blocks of a lower priority, 30 by default, or that fewer prompts have found, are not demoted.
+	// AllPriorities stands for a LeastPriority of 0.
+	LeastPriority, LeastUses uint32
+	AllPriorities            bool
+	// OnCommit: blocks go to disk when they are committed, not only when they are evicted.
+	OnCommit bool
+	// PageCache: the disk is read and written through the page cache.
+	PageCache bool
+	// Readers are threads that read, QueuedBlocks demotions that may wait, of each lower tier.
+	Readers, QueuedBlocks uint32
+	// PrefillSeconds is what a token of a prompt takes to compute; 0: not known, everything is loaded.
+	PrefillSeconds float64
+}
+
+// TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else.
+type TierCounts struct {
+	Kind Tier
+	// Down: the store failed, and is being left alone for a while.
+	Down                                                bool
+	Stored, StoredBytes, Present, Dropped, Full         uint64
+	Loaded, LoadedBytes, Missed, Bad                    uint64
+	Failures, Timeouts, Evicted, Queued, Objects, Bytes uint64
+	// LoadLatency is seconds before the first byte comes, LoadBandwidth bytes a second; 0 before a load.
+	LoadLatency, LoadBandwidth float64
+}
+
+// AttachTiers gives the cache tiers, before anything is cached in it. After ErrTierFailed it works on
+// without.
+func (c *Cache) AttachTiers(options *TierOptions) error {
+	defer runtime.KeepAlive(c)
+	p := options
+	if strings.ContainsRune(p.Model, 0) || strings.ContainsRune(p.DiskDir, 0) {
+		return invalid("the model or the directory has a NUL")
+	}
+	var o C.kvc_tier_options
+	if err := try(func() C.kvc_status { return C.kvc_tier_options_init(&o, C.uint32_t(unsafe.Sizeof(o))) }); err != nil {
+		return err
+	}
+	o.model, o.disk_dir = C.CString(p.Model), optional(p.DiskDir)
+	defer C.free(unsafe.Pointer(o.model))
+	defer C.free(unsafe.Pointer(o.disk_dir))
+	o.host_blocks, o.least_uses = C.uint64_t(p.HostBlocks), C.uint32_t(p.LeastUses)
+	if p.TransitBlocks != 0 {
+		o.transit_blocks = C.uint64_t(p.TransitBlocks)
+	}
+	if p.DiskBytes != 0 {
+		o.disk_bytes = C.uint64_t(p.DiskBytes)
+	}
+	if p.LeastPriority != 0 || p.AllPriorities {
+		o.least_priority = C.uint32_t(p.LeastPriority)
+	}
+	if p.Readers != 0 {
+		o.readers = C.uint32_t(p.Readers)
+	}
+	if p.QueuedBlocks != 0 {
+		o.queued_blocks = C.uint32_t(p.QueuedBlocks)
+	}
+	o.on_commit, o.direct, o.prefill_seconds = flag(p.OnCommit), flag(!p.PageCache), C.double(p.PrefillSeconds)
+	slices := make([]C.kvc_tier_slice, len(p.Slices))
+	for i, s := range p.Slices {
+		slices[i] = C.kvc_tier_slice{first_layer: C.uint32_t(s.FirstLayer), first_head: C.uint32_t(s.FirstHead)}
+	}
+	var pins runtime.Pinner
+	defer pins.Unpin()
+	o.slices, o.slice_count = pin(&pins, slices), C.uint32_t(len(slices))
+	return try(func() C.kvc_status { return C.kvc_tier_attach(c.h, &o) })
+}
+
+// FlushTiers copies everything cached to the lower tiers, waits waitMS at most, and tells whether all is
+// there.
+func (c *Cache) FlushTiers(waitMS uint32) (bool, error) {
+	defer runtime.KeepAlive(c)
+	var done C.uint32_t
+	err := try(func() C.kvc_status { return C.kvc_tier_flush(c.h, C.uint32_t(waitMS), &done) })
+	return done != 0, err
+}
+
+// TierStats are what each tier counted, from the host down; none without tiers.
+func (c *Cache) TierStats() ([]TierCounts, error) {
+	defer runtime.KeepAlive(c)
+	var all []TierCounts
+	for {
+		var t C.kvc_tier_counts
+		err := try(func() C.kvc_status {
+			return C.kvc_tier_stats(c.h, C.uint32_t(len(all)), &t, C.uint64_t(unsafe.Sizeof(t)))
+		})
+		// An index past the last tier.
+		if e, ok := err.(*Error); ok && e.Code == ErrInvalidArgument.Code {
+			return all, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, TierCounts{
+			Kind: Tier(t.kind), Down: t.down != 0,
+			Stored: uint64(t.stored), StoredBytes: uint64(t.stored_bytes), Present: uint64(t.present),
+			Dropped: uint64(t.dropped), Full: uint64(t.full), Loaded: uint64(t.loaded),
+			LoadedBytes: uint64(t.loaded_bytes), Missed: uint64(t.missed), Bad: uint64(t.bad),
+			Failures: uint64(t.failures), Timeouts: uint64(t.timeouts), Evicted: uint64(t.evicted),
+			Queued: uint64(t.queued), Objects: uint64(t.objects), Bytes: uint64(t.bytes),
+			LoadLatency: float64(t.load_latency), LoadBandwidth: float64(t.load_bandwidth),
+		})
+	}
+}
+
+// TierDecision is what tiers have of a prompt and what is done about it; seconds are 0 where unknown.
+type TierDecision struct {
+	DeviceTokens, HostTokens, FoundBlocks, LoadBlocks uint64
+	LoadSeconds, ComputeSeconds                       float64
+	Why                                               Why
+}
+
+// Prefetch is a prompt whose blocks are on their way to host memory, from where Start takes them.
+type Prefetch struct {
+	h       *C.kvc_prefetch
+	cleanup runtime.Cleanup
+	cache   *Cache
+	// Decision says what was found and what is loaded.
+	Decision TierDecision
+}
+
+// Prefetch begins to load what lower tiers have of a prompt. It waits for nothing.
+func (c *Cache) Prefetch(prompt []uint32, namespace uint64) (*Prefetch, error) {
+	defer runtime.KeepAlive(c)
+	var h *C.kvc_prefetch
+	var d C.kvc_tier_decision
+	if uint64(len(prompt)) > 1<<32-1 {
+		return nil, invalid("a prompt of %d tokens", len(prompt))
+	}
+	if err := try(func() C.kvc_status {
+		return C.kvc_prefetch_create(c.h, (*C.uint32_t)(at(prompt)), C.uint32_t(len(prompt)), C.uint64_t(namespace), &h, &d)
+	}); err != nil {
+		return nil, err
+	}
+	p := &Prefetch{h: h, cache: c, Decision: TierDecision{
+		DeviceTokens: uint64(d.device_tokens), HostTokens: uint64(d.host_tokens),
+		FoundBlocks: uint64(d.found_blocks), LoadBlocks: uint64(d.load_blocks),
+		LoadSeconds: float64(d.load_seconds), ComputeSeconds: float64(d.compute_seconds), Why: Why(d.why),
+	}}
+	p.cleanup = runtime.AddCleanup(p, func(h *C.kvc_prefetch) { C.kvc_prefetch_destroy(h) }, h)
+	return p, nil
+}
+
+// Wait takes what has arrived, after at most waitMS of waiting for the rest, and tells whether nothing
+// more comes.
+func (p *Prefetch) Wait(waitMS uint32) (bool, error) {
+	defer runtime.KeepAlive(p)
+	var done C.uint32_t
+	err := try(func() C.kvc_status { return C.kvc_prefetch_wait(p.cache.h, p.h, C.uint32_t(waitMS), &done) })
+	return done != 0, err
+}
+
+// Close gives up what has not arrived; again it answers ErrStaleHandle.
+func (p *Prefetch) Close() error {
+	defer runtime.KeepAlive(p)
+	p.cleanup.Stop()
+	return try(func() C.kvc_status { return C.kvc_prefetch_destroy(p.h) })
+}

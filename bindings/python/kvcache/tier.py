@@ -1,0 +1,169 @@
+"""The tiers of a cache, host memory and disk: where blocks go that the device has no room for, and the
+way back. A store of the engine's own is given in C (`kvc_tier_store`): its functions are called from
+several threads of the library at once, which the interpreter's lock would put in a row.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import _structs, names
+from ._native import ffi, lib
+from .arrays import tokens as token_ids
+from .errors import check
+
+if TYPE_CHECKING:
+    from .cache import Cache
+
+
+class TierSlice(NamedTuple):
+    """The part of a layer group that a cache holds: its first layer and KV head in the whole model."""
+
+    first_layer: int
+    first_head: int
+
+
+class TierCounts(NamedTuple):
+    """What a tier counted since it was attached, in blocks where the name says nothing else. `kind` is
+    "host", "disk" or "store"."""
+
+    kind: str
+    down: int
+    stored: int
+    stored_bytes: int
+    present: int
+    dropped: int
+    full: int
+    loaded: int
+    loaded_bytes: int
+    missed: int
+    bad: int
+    failures: int
+    timeouts: int
+    evicted: int
+    queued: int
+    objects: int
+    bytes: int
+    load_latency: float
+    load_bandwidth: float
+
+
+class TierDecision(NamedTuple):
+    """What tiers have of a prompt and what is done about it. `why` is one of `names.WHYS`; seconds are
+    0 where they are not known."""
+
+    device_tokens: int
+    host_tokens: int
+    found_blocks: int
+    load_blocks: int
+    load_seconds: float
+    compute_seconds: float
+    why: str
+
+
+def attach(
+    cache: Cache,
+    model: str,
+    *,
+    host_blocks: int = 0,
+    transit_blocks: int | None = None,
+    disk_dir: str | os.PathLike[str] | None = None,
+    disk_bytes: int | None = None,
+    slices: Iterable[TierSlice] | None = None,
+    least_priority: int | None = None,
+    least_uses: int = 0,
+    on_commit: bool = False,
+    direct: bool = True,
+    readers: int | None = None,
+    queued_blocks: int | None = None,
+    prefill_seconds: float = 0.0,
+) -> None:
+    """Gives a cache tiers: see `Cache.attach_tiers`."""
+    listed = [] if slices is None else list(slices)
+    # Texts and arrays live until the call is over.
+    name = ffi.new("char[]", _text(model, "model"))
+    folder = None if disk_dir is None else ffi.new("char[]", _text(disk_dir, "disk_dir"))
+    parts = ffi.new("kvc_tier_slice[]", listed) if listed else None
+    options = _structs.options(
+        "kvc_tier_options",
+        model=name,
+        host_blocks=host_blocks,
+        transit_blocks=transit_blocks,
+        disk_dir=folder,
+        disk_bytes=disk_bytes,
+        slices=parts,
+        slice_count=len(listed),
+        least_priority=least_priority,
+        least_uses=least_uses,
+        on_commit=int(on_commit),
+        direct=int(direct),
+        readers=readers,
+        queued_blocks=queued_blocks,
+        prefill_seconds=prefill_seconds,
+    )
+    check(lib.kvc_tier_attach(cache._handle, options))
+
+
+def _text(text: str | os.PathLike[str], name: str) -> bytes:
+    found = os.fsencode(text)
+    if b"\0" in found:
+        # C would read to there, and another model's or directory's name.
+        raise ValueError(f"{name} has a NUL")
+    return found
+
+
+def flush(cache: Cache, wait_ms: int) -> bool:
+    """Copies what is cached to the disk: see `Cache.flush_tiers`."""
+    done = ffi.new("uint32_t *")
+    check(lib.kvc_tier_flush(cache._handle, _structs.uint(wait_ms, "wait_ms"), done))
+    return done[0] != 0
+
+
+def stats(cache: Cache) -> list[TierCounts]:
+    """What each tier counted, from the host down."""
+    struct = ffi.new("kvc_tier_counts *")
+    found: list[TierCounts] = []
+    while True:
+        status = lib.kvc_tier_stats(cache._handle, len(found), struct, ffi.sizeof("kvc_tier_counts"))
+        # An index past the last tier.
+        if status == lib.KVC_ERR_INVALID_ARGUMENT:
+            return found
+        check(status)
+        counts = _structs.record(struct, TierCounts)
+        found.append(counts._replace(kind=names.word(names.TIERS, struct.kind)))
+
+
+class Prefetch:
+    """A prompt whose blocks are on their way from lower tiers to host memory, from where
+    `Cache.start` takes them. `decision` says what was found and what is loaded. One call at a time."""
+
+    def __init__(self, cache: Cache, prompt: Any, name_space: int = 0) -> None:
+        ids, n = token_ids(prompt, "prompt")
+        out, decision = ffi.new("kvc_prefetch **"), ffi.new("kvc_tier_decision *")
+        space = _structs.uint(name_space, "name_space", 64)
+        check(lib.kvc_prefetch_create(cache._handle, ids, n, space, out, decision))
+        self.cache = cache
+        self.decision = _structs.record(decision, TierDecision)._replace(why=names.word(names.WHYS, decision.why))
+        self._handle = out[0]
+        self._end = weakref.finalize(self, lib.kvc_prefetch_destroy, out[0])
+
+    def wait(self, wait_ms: int = 0) -> bool:
+        """Takes what has arrived, after at most `wait_ms` of waiting for the rest, during which other
+        threads may use the cache. True where nothing more comes."""
+        done = ffi.new("uint32_t *")
+        wait_ms = _structs.uint(wait_ms, "wait_ms")
+        check(lib.kvc_prefetch_wait(self.cache._handle, self._handle, wait_ms, done))
+        return done[0] != 0
+
+    def close(self) -> None:
+        """Gives up what has not arrived. Again does nothing."""
+        self._end()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
