@@ -20,7 +20,9 @@ use crate::tier::{Decision, PrefillCost, Store as Objects, Ticket, TierSettings}
 
 pub(super) use demote::Tiers;
 
-/// Which blocks are demoted.
+/// Which blocks are demoted: of those that every layer group has. Where groups have windows, the
+/// device may lose the windows' blocks first, and what is left of the others then goes nowhere;
+/// `on_commit` takes them while they are whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Demotion {
     /// When they are committed, too: a lower tier then has them whatever happens to the process.
