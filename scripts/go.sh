@@ -60,8 +60,10 @@ echo "server: ended cleanly"
 # README.md's program by README.md's commands, in a folder with this one's names and another home.
 work=$TARGET_DIR/go-readme
 rm -rf "$work"
-mkdir -p "$work/hello" "$work/home"
-ln -s "$ROOT/scripts" "$work/scripts"
+mkdir -p "$work/hello" "$work/home" "$work/scripts"
+# No link: a script behind one takes the link's folder for the repository.
+printf '#!/bin/sh\nexec "%s/scripts/install.sh" "$@"\n' "$ROOT" >"$work/scripts/install.sh"
+chmod +x "$work/scripts/install.sh"
 mkdir "$work/bindings" && ln -s "$ROOT/bindings/go" "$work/bindings/go"
 printf 'module hello\n\ngo 1.25\n' >"$work/hello/go.mod"
 python3 "$ROOT/scripts/readme.py" '## From Go' go >"$work/hello/main.go"
