@@ -271,7 +271,8 @@ fn restore(objects: u64) {
     let spec = CacheSpec::uniform(BLOCK, GroupSpec::uniform(1, 1, 16, KvFormat::F16));
     let config = Configuration::new("restore", &spec, &Slice::whole(&spec)).unwrap();
     let path = folder("restore");
-    let options = DiskOptions::new(&path, objects * 8192);
+    // With room to spare, so that nothing is evicted.
+    let options = DiskOptions::new(&path, objects * 8192 + (1 << 30));
     let files = JournalOnly::default();
     let (store, _) = DiskStore::on(Box::new(files.clone()), &options, &config).unwrap();
     let object = vec![0; store.object_bytes() as usize];
