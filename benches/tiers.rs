@@ -79,7 +79,7 @@ fn host(test: bool) {
         (started.cached_tokens as usize / BLOCK as usize, start, reserve)
     };
     // Every buffer of the host is made, and its pages are touched, before anything is timed.
-    for n in 0..rounds + 2 {
+    for n in 0..rounds + 5 {
         serve(&mut cache, n);
     }
     let (mut copy, mut demote, mut promote) = (Vec::new(), Vec::new(), Vec::new());
@@ -88,13 +88,15 @@ fn host(test: bool) {
         to.copy_from_slice(&from);
         copy.push(begin.elapsed().as_secs_f64() / 4.0);
         std::mem::swap(&mut from, &mut to);
-        let (hit, start, _) = serve(&mut cache, n);
+        let (one, other) = (1000 + 2 * n, 1001 + 2 * n);
+        serve(&mut cache, one);
+        // It pushes out what is new, ...
+        demote.push(serve(&mut cache, other).2);
+        assert_eq!(serve(&mut cache, one).0, PROMPT);
+        // ... and when it comes back, what the host has: nothing goes down while it comes up.
+        let (hit, start, _) = serve(&mut cache, other);
         assert_eq!(hit, PROMPT);
         promote.push(start);
-        // New: it pushes out what was just loaded, which the host has, ...
-        serve(&mut cache, 1000 + 2 * n);
-        // ... and the next one what is new.
-        demote.push(serve(&mut cache, 1001 + 2 * n).2);
     }
     println!(
         "host tier, blocks of {} KiB, {PROMPT} a round, {rounds} rounds",
@@ -269,7 +271,8 @@ fn restore(objects: u64) {
     let spec = CacheSpec::uniform(BLOCK, GroupSpec::uniform(1, 1, 16, KvFormat::F16));
     let config = Configuration::new("restore", &spec, &Slice::whole(&spec)).unwrap();
     let path = folder("restore");
-    let options = DiskOptions::new(&path, objects * 8192);
+    // With room to spare, so that nothing is evicted.
+    let options = DiskOptions::new(&path, objects * 8192 + (1 << 30));
     let files = JournalOnly::default();
     let (store, _) = DiskStore::on(Box::new(files.clone()), &options, &config).unwrap();
     let object = vec![0; store.object_bytes() as usize];
