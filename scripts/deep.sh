@@ -30,6 +30,13 @@ part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
+# Stages that are not in .ci/run's list.
+part_cpp() { scripts/cpp.sh; }
+part_python() { scripts/python.sh; }
+part_transformers() { scripts/transformers.sh; }
+part_tiers() { scripts/tiers.sh; }
+part_valgrind() { scripts/valgrind.sh; }
+
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
 
 part_tsan() { scripts/tsan.sh; }
@@ -68,7 +75,8 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall benches gpu)
+parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
+    transformers tiers valgrind benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

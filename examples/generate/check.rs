@@ -61,8 +61,8 @@ pub fn check(
     let tolerance = match stored.format {
         KvFormat::F32 => 2e-5,
         KvFormat::F16 => 1e-3,
-        KvFormat::Bf16 | KvFormat::Int8T => 5e-3,
-        KvFormat::Kt8v8 => 1e-2,
+        KvFormat::Bf16 => 5e-3,
+        KvFormat::Int8T | KvFormat::Kt8v8 => 1e-2,
         KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2 => 2e-2,
         KvFormat::Kt4v4 | KvFormat::Kt3v3 => 5e-2,
         KvFormat::Kt4v2 | KvFormat::Kt2v2 => 1e-1,
