@@ -90,22 +90,22 @@ fn writer() {
         store.put(&puts, &mut outcomes);
         for ((number, _), (outcome, new)) in group.iter().zip(outcomes.into_iter().zip(new)) {
             assert_eq!(outcome, Outcome::Done);
-            // One that was there is as old as it was, as far as the next start knows.
-            if !new {
-                continue;
-            }
-            log.write_all(format!("{number}\n").as_bytes()).unwrap();
+            // One that was there is as old as it was, as far as the next start knows; until then it
+            // is used, which leaves less room for those that are not.
+            let line = if new { format!("{number}\n") } else { "used\n".to_string() };
+            log.write_all(line.as_bytes()).unwrap();
         }
     }
 }
 
-/// Acknowledged objects, each with how many were acknowledged after its last time.
+/// Acknowledged objects, each with how many were acknowledged or used after its last time.
 fn acknowledged(dir: &Path) -> BTreeMap<u32, usize> {
     let mut text = String::new();
     std::fs::File::open(log_of(dir)).unwrap().read_to_string(&mut text).unwrap();
     let lines: Vec<&str> = text.split_inclusive('\n').filter(|line| line.ends_with('\n')).collect();
     let last = lines.len();
-    lines.iter().enumerate().map(|(at, line)| (line.trim().parse().unwrap(), last - at)).collect()
+    let new = |(at, line): (usize, &&str)| Some((line.trim().parse().ok()?, last - at));
+    lines.iter().enumerate().filter_map(new).collect()
 }
 
 #[test]
