@@ -62,7 +62,11 @@ impl PrefixIndex {
     pub fn lookup(&self, space: Namespace, tokens: &[TokenId], max_tokens: usize, hit: &mut Hit) {
         hit.clear();
         let tokens = &tokens[..tokens.len().min(max_tokens)];
-        let walk = self.walk(self.root(space), tokens, Some(&mut hit.blocks));
+        let root = self.root(space);
+        if !self.may_begin(&root, tokens) {
+            return;
+        }
+        let walk = self.walk(root, tokens, Some(&mut hit.blocks));
         let served = self.served(&hit.blocks, walk.depth as usize);
         hit.blocks.truncate(served * self.blocks.groups);
         hit.tokens = served * self.blocks.block_tokens;
@@ -100,6 +104,19 @@ impl PrefixIndex {
     pub(super) fn root(&self, space: Namespace) -> Walk {
         let node = self.tree.root(space).unwrap_or(NIL);
         Walk { node, inside: 0, depth: 0, near: NIL, common: 0, out_of_memory: false }
+    }
+
+    /// Whether anything at `root` may begin like `query`: false for most misses, which differ in
+    /// the first token, and so spares them the walk.
+    #[inline]
+    fn may_begin(&self, root: &Walk, query: &[TokenId]) -> bool {
+        let Some(&first) = query.first() else { return false };
+        let child = if root.node == NIL { NIL } else { self.tree[root.node].child };
+        if child == NIL {
+            return false;
+        }
+        let node = &self.tree[child];
+        node.kind != Kind::Fork || node.start != 0 || self.tree.branch(child, first).is_some()
     }
 
     /// Follows `query` from the end of `from` as far as it is cached and appends the ids of the
