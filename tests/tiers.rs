@@ -324,13 +324,14 @@ fn parts_of_a_model_give_what_the_whole_gives() {
 }
 
 const STUCK: u32 = 6;
+const PANICS: u32 = 7;
 
 /// A store in memory that does what it is told to do wrong.
 #[derive(Debug, Default)]
 struct Remote {
     objects: std::sync::Mutex<std::collections::BTreeMap<ObjectKey, Vec<u8>>>,
     /// 0 nothing, 1 flips a bit, 2 gives another object, 3 fails, 4 gives late, 5 claims and has
-    /// not, [`STUCK`] puts and does not come back.
+    /// not, [`STUCK`] puts and does not come back, [`PANICS`].
     trouble: AtomicU32,
     asked: AtomicU64,
 }
@@ -338,6 +339,11 @@ struct Remote {
 impl Remote {
     fn wrong(&self, trouble: u32) -> bool {
         self.trouble.load(Ordering::SeqCst) == trouble
+    }
+
+    fn asked(&self) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.wrong(PANICS), "the store panics, as it was told");
     }
 }
 
@@ -347,7 +353,7 @@ impl Store for Remote {
     }
 
     fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.asked();
         let objects = self.objects.lock().unwrap();
         for (key, found) in keys.iter().zip(found) {
             *found = objects.contains_key(key);
@@ -356,7 +362,7 @@ impl Store for Remote {
     }
 
     fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.asked();
         while self.wrong(STUCK) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -370,6 +376,7 @@ impl Store for Remote {
     }
 
     fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
+        self.asked();
         if self.wrong(4) {
             std::thread::sleep(Duration::from_millis(500));
         }
@@ -446,6 +453,43 @@ fn a_store_that_lies_fails_or_hangs_costs_a_counted_miss_and_nothing_else() {
             _ => assert_eq!((counters.loaded, counters.missed), (0, 8)),
         }
     }
+}
+
+#[test]
+fn a_store_that_panics_has_failed_and_its_threads_go_on() {
+    let (remote, first) = (Arc::new(Remote::default()), prompt(1, 8));
+    let mut cache = with_remote(&remote);
+    remote.trouble.store(PANICS, Ordering::SeqCst);
+    assert_eq!(serve(&mut cache, &first), (0, expected(&first)));
+    assert!(cache.flush_tiers(LONG));
+    let counters = report(&cache, TierKind::Remote).counters;
+    assert!(counters.failures > 0 && counters.down && counters.stored == 0, "{counters:?}");
+    // What it has been told to do in the end, the same threads do: it is left alone for a second.
+    remote.trouble.store(0, Ordering::SeqCst);
+    while report(&cache, TierKind::Remote).counters.down {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(cache.flush_tiers(LONG));
+    assert_eq!(remote.objects.lock().unwrap().len(), 8);
+    // And a panic in a load.
+    let mut cache = with_remote(&remote);
+    remote.trouble.store(PANICS, Ordering::SeqCst);
+    let mut prefetch = cache.prefetch(&first, SPACE).unwrap();
+    assert_eq!(cache.wait_prefetch(&mut prefetch, LONG), Progress::Done);
+    assert_eq!(serve(&mut cache, &first), (0, expected(&first)));
+    assert!(report(&cache, TierKind::Remote).counters.failures > 0);
+    remote.trouble.store(0, Ordering::SeqCst);
+    while report(&cache, TierKind::Remote).counters.down {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let other = prompt(2, 8);
+    serve(&mut cache, &other);
+    assert!(cache.flush_tiers(LONG));
+    assert_eq!(remote.objects.lock().unwrap().len(), 16);
+    let mut cache = with_remote(&remote);
+    let mut prefetch = cache.prefetch(&first, SPACE).unwrap();
+    assert_eq!(cache.wait_prefetch(&mut prefetch, LONG), Progress::Done);
+    assert_eq!(serve(&mut cache, &first), (8 * BLOCK, expected(&first)));
 }
 
 /// A cache over a store whose puts do not end before the test says so.

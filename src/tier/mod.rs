@@ -18,6 +18,7 @@ pub mod buffer;
 mod decide;
 #[cfg(unix)]
 pub mod disk;
+mod guarded;
 mod host;
 mod key;
 mod lru;
@@ -82,7 +83,7 @@ pub struct TierCounters {
     pub missed: u64,
     /// Objects that were damaged or of another block; removed, and missed.
     pub bad: u64,
-    /// Calls of the store that failed.
+    /// Calls of the store that failed or panicked.
     pub failures: u64,
     /// Loads that somebody stopped waiting for.
     pub timeouts: u64,

@@ -6,7 +6,7 @@
 //! and they go before demotions. What a store gives is verified before anybody sees it; a bad
 //! object is a miss, counted, and removed.
 //!
-//! A store that fails is left alone for a while, twice as long each time, up to a minute; meanwhile
+//! A store that fails, or panics, is left alone for a while, twice as long each time, up to a minute; meanwhile
 //! everything asked of it is a miss at once.
 
 use alloc::collections::VecDeque;
@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, Buffers};
+use super::guarded::Guarded;
 use super::host::HostBlock;
 use super::key::Configuration;
 use super::object::{self, Label};
@@ -83,7 +84,7 @@ pub(super) struct State {
 pub(super) struct Shared {
     pub settings: TierSettings,
     pub config: Configuration,
-    pub store: Arc<dyn Store>,
+    pub store: Guarded,
     pub buffers: Arc<Buffers>,
     pub state: Mutex<State>,
     pub work: Condvar,
@@ -123,6 +124,7 @@ impl Tier {
             return Err(Error::invalid("buffers", "must have the size of an object"));
         }
         let (state, work, idle) = (Mutex::default(), Condvar::new(), Condvar::new());
+        let store = Guarded::new(store);
         let shared = Arc::new(Shared { settings, config, store, buffers, state, work, idle });
         let mut tier = Tier { shared: shared.clone(), threads: Vec::new() };
         for n in 0..readers + writers {
@@ -263,6 +265,7 @@ impl Tier {
         counters.down = state.paused();
         drop(state);
         (counters.bytes, counters.objects) = self.shared.store.used().unwrap_or_default();
+        counters.failures += self.shared.store.silent_failures();
         counters
     }
 
