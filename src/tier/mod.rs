@@ -25,6 +25,8 @@ mod lru;
 pub mod object;
 mod queue;
 mod rate;
+#[cfg(feature = "remote")]
+pub mod remote;
 mod report;
 mod store;
 pub mod stream;

@@ -18,6 +18,8 @@ pub enum Outcome {
     Done,
     /// The store has no such object.
     Absent,
+    /// The store has something else there, of another length or kind; only of a get.
+    Bad,
     /// There is no room.
     Full,
     /// It failed; the store may work again later.

@@ -104,6 +104,10 @@ impl Shared {
                         Err(Missed::Bad)
                     }
                 },
+                Some(Outcome::Bad) => {
+                    bad.push(want.label.key);
+                    Err(Missed::Bad)
+                }
                 Some(Outcome::Failed | Outcome::Full) => {
                     (missed, failed) = (missed + 1, true);
                     Err(Missed::Down)
