@@ -340,6 +340,29 @@ fn a_store_that_lies_fails_or_hangs_costs_a_counted_miss_and_nothing_else() {
 }
 
 #[test]
+fn what_a_store_has_is_not_sent_again_until_it_is_missed() {
+    let remote = Arc::new(Remote::default());
+    let mut cache = with_remote(&remote);
+    let prompts = [prompt(1, 8), prompt(2, 8)];
+    for _ in 0..3 {
+        // Each pushes the other out of the device.
+        prompts.iter().for_each(|prompt| drop(serve(&mut cache, prompt)));
+        assert!(cache.flush_tiers(LONG));
+    }
+    assert_eq!(report(&cache, TierKind::Remote).counters.stored, 16);
+    // What it lost behind our back it gets again, once that was noticed.
+    remote.objects.lock().unwrap().clear();
+    for prompt in &prompts {
+        let mut load = cache.prefetch(prompt, SPACE).unwrap();
+        cache.wait_prefetch(&mut load, LONG);
+        serve(&mut cache, prompt);
+    }
+    assert!(cache.flush_tiers(LONG));
+    let objects = remote.objects.lock().unwrap().len();
+    assert!((8..=16).contains(&objects), "{objects}");
+}
+
+#[test]
 fn a_store_that_panics_has_failed_and_its_threads_go_on() {
     let (remote, first) = (Arc::new(Remote::default()), prompt(1, 8));
     let mut cache = with_remote(&remote);

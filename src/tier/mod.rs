@@ -25,6 +25,7 @@ mod lru;
 pub mod object;
 mod queue;
 mod rate;
+mod recent;
 #[cfg(feature = "remote")]
 pub mod remote;
 mod report;

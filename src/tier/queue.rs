@@ -23,6 +23,7 @@ use super::host::HostBlock;
 use super::key::Configuration;
 use super::object::{self, Label};
 use super::rate::Rate;
+use super::recent::Recent;
 use super::store::Store;
 use super::ticket::{Missed, Ticket, Want};
 use super::{ObjectKey, TierCounters, TierKind};
@@ -72,6 +73,8 @@ pub(super) struct State {
     pub removes: Vec<ObjectKey>,
     pub writing: HashSet<ObjectKey>,
     pub reading: HashSet<ObjectKey>,
+    /// What the store was seen to have.
+    pub seen: Recent,
     /// Work in the hands of a thread.
     pub busy_writes: usize,
     pub stop: bool,
@@ -143,15 +146,16 @@ impl Tier {
         self.shared.settings.kind
     }
 
-    /// What it has of a block, as far as is known without waiting.
+    /// What it has of a block, as far as is known without waiting; of a store that has to be asked, what
+    /// it was last seen to have.
     pub fn state(&self, key: &ObjectKey) -> CopyState {
         let state = self.shared.state();
         if state.writing.contains(key) {
             return CopyState::Writing;
         }
-        let reading = state.reading.contains(key);
+        let (reading, seen) = (state.reading.contains(key), state.seen.contains(key));
         drop(state);
-        match self.shared.store.knows(key) {
+        match self.shared.store.knows(key).or(seen.then_some(true)) {
             Some(true) if reading => CopyState::Reading,
             Some(true) => CopyState::Clean,
             _ => CopyState::Absent,
@@ -188,8 +192,9 @@ impl Tier {
     /// is full, or the store is being left alone.
     pub fn put(&self, block: Arc<HostBlock>) -> bool {
         let key = block.label.key;
-        let known = self.shared.store.knows(&key) == Some(true);
+        let known = self.shared.store.knows(&key);
         let mut state = self.shared.state();
+        let known = known.unwrap_or_else(|| state.seen.contains(&key));
         if known || state.writing.contains(&key) {
             state.counters.present += 1;
             return false;
