@@ -6,8 +6,8 @@
 //! and they go before demotions. What a store gives is verified before anybody sees it; a bad
 //! object is a miss, counted, and removed.
 //!
-//! A store that fails, or panics, is left alone for a while, twice as long each time, up to a minute; meanwhile
-//! everything asked of it is a miss at once.
+//! A store that fails, or panics, is left alone for a while, twice as long each time, up to a
+//! minute; meanwhile everything asked of it is a miss at once.
 
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -146,8 +146,8 @@ impl Tier {
         self.shared.settings.kind
     }
 
-    /// What it has of a block, as far as is known without waiting; of a store that has to be asked, what
-    /// it was last seen to have.
+    /// What it has of a block, as far as is known without waiting; of a store that has to be asked,
+    /// what it was last seen to have.
     pub fn state(&self, key: &ObjectKey) -> CopyState {
         let state = self.shared.state();
         if state.writing.contains(key) {
