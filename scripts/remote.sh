@@ -32,10 +32,11 @@ for _ in $(seq 100); do
 done
 
 cargo test --quiet -p libkvcache --features remote --test remote
-cargo build --quiet --release --features remote --example generate
-# Its own file: other stages build the example without the feature.
+# With the library that the tests have just built, and in a file of its own: other stages build the
+# example without the feature.
+cargo build --quiet -p libkvcache --features remote --example generate
 generate=$dir/generate
-cp "$TARGET_DIR/release/examples/generate" "$generate"
+cp "$TARGET_DIR/debug/examples/generate" "$generate"
 for address in "redis+unix://$dir/redis" "$KVCACHE_S3"; do
     for run in first second; do
         "$generate" --tier "remote:$address" --json >"$dir/$run.json"
