@@ -34,6 +34,7 @@ part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 part_cpp() { scripts/cpp.sh; }
 part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
+part_remote() { scripts/remote.sh; }
 part_tiers() { scripts/tiers.sh; }
 part_valgrind() { scripts/valgrind.sh; }
 
@@ -76,7 +77,7 @@ if [ "${1:-}" = --one ]; then
     exit
 fi
 parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
-    transformers tiers valgrind benches gpu)
+    transformers remote tiers valgrind benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

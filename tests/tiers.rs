@@ -1,129 +1,20 @@
 //! A cache with tiers against one that has room for everything: the same hits or more, and the same
 //! attention to the bit, whatever the stores below do.
 
+mod tier_case;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use kvcache::attention::Scoring;
-use kvcache::cache::{
-    CacheOptions, Demotion, KvCache, LayerId, LowerTier, Progress, Step, TierOptions, Work,
-};
-use kvcache::dtype::KvFormat;
+use kvcache::cache::{Demotion, KvCache, Progress, Step, TierOptions, Work};
 use kvcache::ids::Namespace;
 use kvcache::layout::slice::Slice;
-use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::{Keys, Retention};
 use kvcache::tier::disk::{DiskOptions, DiskStore};
-use kvcache::tier::{
-    Get, ObjectKey, Outcome, PrefillCost, Put, Store, TierKind, TierReport, TierSettings, Why,
-};
-
-const LAYERS: u32 = 2;
-const HEADS: u32 = 4;
-const DIM: usize = 16;
-const BLOCK: usize = 16;
-const SPACE: Namespace = Namespace(0);
-
-fn spec() -> CacheSpec {
-    let group = GroupSpec::uniform(LAYERS, HEADS, DIM as u32, KvFormat::F16);
-    CacheSpec::uniform(BLOCK as u32, group)
-}
-
-fn cache_of(spec: &CacheSpec, blocks: u32) -> KvCache {
-    let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
-    KvCache::new(spec, &options).unwrap()
-}
-
-/// A number between -1 and 1 that depends on everything it is given.
-fn noise(parts: [u32; 5]) -> f32 {
-    let mixed = parts
-        .iter()
-        .fold(0x9e37_79b9u32, |hash, part| (hash ^ part).wrapping_mul(0x85eb_ca6b).rotate_left(13));
-    (mixed >> 8) as f32 / (1 << 23) as f32 - 1.0
-}
-
-/// Rows of `kind` for tokens from position `first` on, for a part of the heads.
-fn rows(
-    kind: u32,
-    layer: u32,
-    first: usize,
-    tokens: &[u32],
-    heads: std::ops::Range<u32>,
-) -> Vec<f32> {
-    let mut rows = Vec::new();
-    for (n, &token) in tokens.iter().enumerate() {
-        for head in heads.clone() {
-            let at = (first + n) as u32;
-            rows.extend((0..DIM as u32).map(|c| noise([kind * 64 + layer, at, token, head, c])));
-        }
-    }
-    rows
-}
-
-/// Serves a prompt: how much of it was cached, and the attention of its last token in all layers.
-fn serve_part(
-    cache: &mut KvCache,
-    prompt: &[u32],
-    layers: std::ops::Range<u32>,
-    heads: std::ops::Range<u32>,
-) -> (usize, Vec<f32>) {
-    let started = cache.start(prompt, SPACE).unwrap();
-    let (cached, last) = (started.cached_tokens as usize, prompt.len() - 1);
-    let (mut step, mut out) = (Step::new(), Vec::new());
-    // The last token alone, so that its attention depends on nothing but what is stored.
-    for part in [cached..last, last..prompt.len()] {
-        if part.is_empty() {
-            continue;
-        }
-        let tokens = &prompt[part.clone()];
-        cache.begin(&mut step, &[Work { seq: started.seq, tokens }]).unwrap();
-        for layer in layers.clone() {
-            let row = |kind| rows(kind, layer, part.start, tokens, heads.clone());
-            let at = LayerId::uniform(layer - layers.start);
-            let (q, k, v) = (row(0), row(1), row(2));
-            cache.append(&step, at, k[..].into(), v[..].into(), None).unwrap();
-            let mut attended = vec![0f32; q.len()];
-            let scoring = Scoring::causal(DIM as u32);
-            cache
-                .attend(&step, at, q[..].into(), (&mut attended[..]).into(), &scoring, None)
-                .unwrap();
-            if part.start == last {
-                out.extend(attended);
-            }
-        }
-        cache.commit(&mut step).unwrap();
-    }
-    cache.release(started.seq).unwrap();
-    cache.audit().unwrap();
-    (cached, out)
-}
-
-fn serve(cache: &mut KvCache, prompt: &[u32]) -> (usize, Vec<f32>) {
-    serve_part(cache, prompt, 0..LAYERS, 0..HEADS)
-}
-
-/// What a cache that has everything computes.
-fn expected(prompt: &[u32]) -> Vec<f32> {
-    serve(&mut cache_of(&spec(), 64), prompt).1
-}
-
-fn prompt(n: u32, blocks: usize) -> Vec<u32> {
-    (0..(blocks * BLOCK + 3) as u32).map(|t| n * 10_000 + t).collect()
-}
-
-fn report(cache: &KvCache, kind: TierKind) -> TierReport {
-    cache.tier_reports().into_iter().find(|report| report.kind == kind).unwrap()
-}
-
-fn settings(kind: TierKind) -> TierSettings {
-    TierSettings { kind, readers: 2, writers: 1, queued_blocks: 64 }
-}
-
-fn below(store: Arc<dyn Store>, kind: TierKind) -> LowerTier {
-    LowerTier { store, settings: settings(kind), demotion: Demotion::default() }
-}
+use kvcache::tier::{Get, ObjectKey, Outcome, PrefillCost, Put, Store, TierKind, Why};
+use tier_case::*;
 
 #[test]
 fn what_the_device_evicts_comes_back_from_the_host_to_the_bit() {
@@ -243,13 +134,6 @@ fn with_disk(scratch: &Scratch, part: Option<&Slice>, host_blocks: usize) -> KvC
     cache
 }
 
-const LONG: Duration = Duration::from_secs(60);
-
-fn prefetch(cache: &mut KvCache, prompt: &[u32]) {
-    let mut prefetch = cache.prefetch(prompt, SPACE).unwrap();
-    assert_eq!(cache.wait_prefetch(&mut prefetch, LONG), Progress::Done);
-}
-
 #[test]
 fn a_second_process_finds_on_disk_what_the_first_computed() {
     let scratch = Scratch::new("restart");
@@ -324,13 +208,14 @@ fn parts_of_a_model_give_what_the_whole_gives() {
 }
 
 const STUCK: u32 = 6;
+const PANICS: u32 = 7;
 
 /// A store in memory that does what it is told to do wrong.
 #[derive(Debug, Default)]
 struct Remote {
     objects: std::sync::Mutex<std::collections::BTreeMap<ObjectKey, Vec<u8>>>,
     /// 0 nothing, 1 flips a bit, 2 gives another object, 3 fails, 4 gives late, 5 claims and has
-    /// not, [`STUCK`] puts and does not come back.
+    /// not, [`STUCK`] puts and does not come back, [`PANICS`].
     trouble: AtomicU32,
     asked: AtomicU64,
 }
@@ -338,6 +223,11 @@ struct Remote {
 impl Remote {
     fn wrong(&self, trouble: u32) -> bool {
         self.trouble.load(Ordering::SeqCst) == trouble
+    }
+
+    fn asked(&self) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.wrong(PANICS), "the store panics, as it was told");
     }
 }
 
@@ -347,7 +237,7 @@ impl Store for Remote {
     }
 
     fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.asked();
         let objects = self.objects.lock().unwrap();
         for (key, found) in keys.iter().zip(found) {
             *found = objects.contains_key(key);
@@ -356,7 +246,7 @@ impl Store for Remote {
     }
 
     fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.asked();
         while self.wrong(STUCK) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -370,6 +260,7 @@ impl Store for Remote {
     }
 
     fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
+        self.asked();
         if self.wrong(4) {
             std::thread::sleep(Duration::from_millis(500));
         }
@@ -446,6 +337,66 @@ fn a_store_that_lies_fails_or_hangs_costs_a_counted_miss_and_nothing_else() {
             _ => assert_eq!((counters.loaded, counters.missed), (0, 8)),
         }
     }
+}
+
+#[test]
+fn what_a_store_has_is_not_sent_again_until_it_is_missed() {
+    let remote = Arc::new(Remote::default());
+    let mut cache = with_remote(&remote);
+    let prompts = [prompt(1, 8), prompt(2, 8)];
+    for _ in 0..3 {
+        // Each pushes the other out of the device.
+        prompts.iter().for_each(|prompt| drop(serve(&mut cache, prompt)));
+        assert!(cache.flush_tiers(LONG));
+    }
+    assert_eq!(report(&cache, TierKind::Remote).counters.stored, 16);
+    // What it lost behind our back it gets again, once that was noticed.
+    remote.objects.lock().unwrap().clear();
+    for prompt in &prompts {
+        let mut load = cache.prefetch(prompt, SPACE).unwrap();
+        cache.wait_prefetch(&mut load, LONG);
+        serve(&mut cache, prompt);
+    }
+    assert!(cache.flush_tiers(LONG));
+    let objects = remote.objects.lock().unwrap().len();
+    assert!((8..=16).contains(&objects), "{objects}");
+}
+
+#[test]
+fn a_store_that_panics_has_failed_and_its_threads_go_on() {
+    let (remote, first) = (Arc::new(Remote::default()), prompt(1, 8));
+    let mut cache = with_remote(&remote);
+    remote.trouble.store(PANICS, Ordering::SeqCst);
+    assert_eq!(serve(&mut cache, &first), (0, expected(&first)));
+    assert!(cache.flush_tiers(LONG));
+    let counters = report(&cache, TierKind::Remote).counters;
+    assert!(counters.failures > 0 && counters.down && counters.stored == 0, "{counters:?}");
+    // What it has been told to do in the end, the same threads do: it is left alone for a second.
+    remote.trouble.store(0, Ordering::SeqCst);
+    while report(&cache, TierKind::Remote).counters.down {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(cache.flush_tiers(LONG));
+    assert_eq!(remote.objects.lock().unwrap().len(), 8);
+    // And a panic in a load.
+    let mut cache = with_remote(&remote);
+    remote.trouble.store(PANICS, Ordering::SeqCst);
+    let mut prefetch = cache.prefetch(&first, SPACE).unwrap();
+    assert_eq!(cache.wait_prefetch(&mut prefetch, LONG), Progress::Done);
+    assert_eq!(serve(&mut cache, &first), (0, expected(&first)));
+    assert!(report(&cache, TierKind::Remote).counters.failures > 0);
+    remote.trouble.store(0, Ordering::SeqCst);
+    while report(&cache, TierKind::Remote).counters.down {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let other = prompt(2, 8);
+    serve(&mut cache, &other);
+    assert!(cache.flush_tiers(LONG));
+    assert_eq!(remote.objects.lock().unwrap().len(), 16);
+    let mut cache = with_remote(&remote);
+    let mut prefetch = cache.prefetch(&first, SPACE).unwrap();
+    assert_eq!(cache.wait_prefetch(&mut prefetch, LONG), Progress::Done);
+    assert_eq!(serve(&mut cache, &first), (8 * BLOCK, expected(&first)));
 }
 
 /// A cache over a store whose puts do not end before the test says so.

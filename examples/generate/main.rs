@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `serve.rs` | the engine: continuous batching over one `KvCache` |
 //! | `model.rs` | the Llama model without attention |
-//! | `tier.rs` | `--tier`: blocks in host memory or on disk |
+//! | `tier.rs` | `--tier`: blocks in host memory, on disk, or in a remote store |
 //! | `check.rs` | `--check`: the same without a cache, in f64 |
 //! | `tokenizer.rs`, `sample.rs`, `args.rs`, `report.rs` | text to tokens, tokens from logits, command line, output |
 //! | `model/`, `train/` | the weights and their card, and the script that made them |

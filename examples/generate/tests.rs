@@ -101,5 +101,7 @@ fn a_second_run_finds_the_prompt_on_disk_and_writes_the_same() {
     let whole = (prompts[0].len() - 1) / 16 * 16;
     assert!(whole > 0 && second.2 >= Some(whole as u64 / 16));
     assert_eq!((&second.0, second.1), (&plain.0, prompts[0].len() - whole));
-    assert!(TierArg::parse("disk:").is_err() && TierArg::parse("host:x").is_err());
+    for bad in ["disk:", "host:x", "remote:", "redis://localhost"] {
+        assert!(TierArg::parse(bad).is_err(), "{bad}");
+    }
 }

@@ -1,4 +1,5 @@
-//! `--tier`: blocks that outlive the run, in host memory or on a disk.
+//! `--tier`: blocks that outlive their stay on the device or the run: in host memory, on a disk, or in
+//! a remote store.
 
 use std::error::Error;
 use std::path::Path;
@@ -10,7 +11,7 @@ use kvcache::ids::Namespace;
 use kvcache::layout::slice::Slice;
 use kvcache::prefix::Digest;
 use kvcache::tier::disk::{DiskOptions, DiskStore, Recovery};
-use kvcache::tier::{Configuration, TierKind, TierSettings};
+use kvcache::tier::{Configuration, Store, TierKind, TierSettings};
 
 /// How long the engine waits for a prompt's blocks, and at its end for all to be written.
 const WAIT: Duration = Duration::from_secs(10);
@@ -22,6 +23,7 @@ const DISK_BYTES: u64 = 1 << 30;
 pub enum TierArg {
     Host(usize),
     Disk(String),
+    Remote(String),
 }
 
 impl TierArg {
@@ -29,7 +31,8 @@ impl TierArg {
         match text.split_once(':') {
             Some(("host", blocks)) => Ok(TierArg::Host(blocks.parse()?)),
             Some(("disk", dir)) if !dir.is_empty() => Ok(TierArg::Disk(dir.into())),
-            _ => Err("--tier takes host:BLOCKS or disk:DIR".into()),
+            Some(("remote", address)) if !address.is_empty() => Ok(TierArg::Remote(address.into())),
+            _ => Err("--tier takes host:BLOCKS, disk:DIR or remote:ADDRESS".into()),
         }
     }
 }
@@ -57,21 +60,33 @@ pub fn attach(
             let disk = DiskOptions::new(Path::new(dir), DISK_BYTES);
             let (store, recovery) = DiskStore::open(&disk, &config)?;
             found = Some(recovery);
-            options.lower.push(LowerTier {
-                store: Arc::new(store),
-                settings: TierSettings {
-                    kind: TierKind::Disk,
-                    readers: 2,
-                    writers: 1,
-                    queued_blocks: 256,
-                },
-                demotion: Demotion { on_commit: true, ..Demotion::default() },
-            });
+            options.lower.push(lower(Arc::new(store), TierKind::Disk));
+        }
+        TierArg::Remote(address) => {
+            options.lower.push(lower(open_remote(address)?, TierKind::Remote));
         }
     }
     options.transit_blocks = 1024;
     cache.attach_tiers(options)?;
     Ok(found)
+}
+
+/// A tier that gets what is committed.
+fn lower(store: Arc<dyn Store>, kind: TierKind) -> LowerTier {
+    let settings = TierSettings { kind, readers: 2, writers: 1, queued_blocks: 256 };
+    let demotion = Demotion { on_commit: true, ..Demotion::default() };
+    LowerTier { store, settings, demotion }
+}
+
+#[cfg(feature = "remote")]
+fn open_remote(address: &str) -> Result<Arc<dyn Store>, Box<dyn Error>> {
+    use kvcache::tier::remote::{RemoteOptions, open};
+    Ok(open(address, &RemoteOptions::default())?)
+}
+
+#[cfg(not(feature = "remote"))]
+fn open_remote(_: &str) -> Result<Arc<dyn Store>, Box<dyn Error>> {
+    Err("--tier remote needs the feature remote".into())
 }
 
 /// Loads what lower tiers have of a prompt. Nothing to do for a cache without.
@@ -100,12 +115,13 @@ pub fn print(cache: &KvCache, found: Option<Recovery>) {
     for report in cache.tier_reports() {
         let c = report.counters;
         println!(
-            "{:<34}{} blocks stored, {} loaded, {} bad, {} dropped",
+            "{:<34}{} blocks stored, {} loaded, {} bad, {} dropped, {} failures",
             format!("{} tier", report.kind.name()),
             c.stored,
             c.loaded,
             c.bad,
-            c.dropped
+            c.dropped,
+            c.failures
         );
     }
 }

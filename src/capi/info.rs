@@ -108,6 +108,8 @@ fn describe(line: &mut Line) -> fmt::Result {
         ("std", cfg!(feature = "std")),
         ("cuda", cfg!(feature = "cuda")),
         ("emulate", cfg!(feature = "emulate")),
+        ("io-uring", cfg!(feature = "io-uring")),
+        ("remote", cfg!(feature = "remote")),
         ("zmq", cfg!(feature = "zmq")),
     ];
     if !features.iter().any(|(_, built)| *built) {

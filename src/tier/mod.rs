@@ -18,12 +18,16 @@ pub mod buffer;
 mod decide;
 #[cfg(unix)]
 pub mod disk;
+mod guarded;
 mod host;
 mod key;
 mod lru;
 pub mod object;
 mod queue;
 mod rate;
+mod recent;
+#[cfg(feature = "remote")]
+pub mod remote;
 mod report;
 mod store;
 pub mod stream;
@@ -82,7 +86,7 @@ pub struct TierCounters {
     pub missed: u64,
     /// Objects that were damaged or of another block; removed, and missed.
     pub bad: u64,
-    /// Calls of the store that failed.
+    /// Calls of the store that failed or panicked.
     pub failures: u64,
     /// Loads that somebody stopped waiting for.
     pub timeouts: u64,

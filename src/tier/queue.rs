@@ -6,8 +6,8 @@
 //! and they go before demotions. What a store gives is verified before anybody sees it; a bad
 //! object is a miss, counted, and removed.
 //!
-//! A store that fails is left alone for a while, twice as long each time, up to a minute; meanwhile
-//! everything asked of it is a miss at once.
+//! A store that fails, or panics, is left alone for a while, twice as long each time, up to a
+//! minute; meanwhile everything asked of it is a miss at once.
 
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -18,10 +18,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, Buffers};
+use super::guarded::Guarded;
 use super::host::HostBlock;
 use super::key::Configuration;
 use super::object::{self, Label};
 use super::rate::Rate;
+use super::recent::Recent;
 use super::store::Store;
 use super::ticket::{Missed, Ticket, Want};
 use super::{ObjectKey, TierCounters, TierKind};
@@ -71,6 +73,8 @@ pub(super) struct State {
     pub removes: Vec<ObjectKey>,
     pub writing: HashSet<ObjectKey>,
     pub reading: HashSet<ObjectKey>,
+    /// What the store was seen to have.
+    pub seen: Recent,
     /// Work in the hands of a thread.
     pub busy_writes: usize,
     pub stop: bool,
@@ -83,7 +87,7 @@ pub(super) struct State {
 pub(super) struct Shared {
     pub settings: TierSettings,
     pub config: Configuration,
-    pub store: Arc<dyn Store>,
+    pub store: Guarded,
     pub buffers: Arc<Buffers>,
     pub state: Mutex<State>,
     pub work: Condvar,
@@ -123,6 +127,7 @@ impl Tier {
             return Err(Error::invalid("buffers", "must have the size of an object"));
         }
         let (state, work, idle) = (Mutex::default(), Condvar::new(), Condvar::new());
+        let store = Guarded::new(store);
         let shared = Arc::new(Shared { settings, config, store, buffers, state, work, idle });
         let mut tier = Tier { shared: shared.clone(), threads: Vec::new() };
         for n in 0..readers + writers {
@@ -141,15 +146,16 @@ impl Tier {
         self.shared.settings.kind
     }
 
-    /// What it has of a block, as far as is known without waiting.
+    /// What it has of a block, as far as is known without waiting; of a store that has to be asked,
+    /// what it was last seen to have.
     pub fn state(&self, key: &ObjectKey) -> CopyState {
         let state = self.shared.state();
         if state.writing.contains(key) {
             return CopyState::Writing;
         }
-        let reading = state.reading.contains(key);
+        let (reading, seen) = (state.reading.contains(key), state.seen.contains(key));
         drop(state);
-        match self.shared.store.knows(key) {
+        match self.shared.store.knows(key).or(seen.then_some(true)) {
             Some(true) if reading => CopyState::Reading,
             Some(true) => CopyState::Clean,
             _ => CopyState::Absent,
@@ -186,8 +192,9 @@ impl Tier {
     /// is full, or the store is being left alone.
     pub fn put(&self, block: Arc<HostBlock>) -> bool {
         let key = block.label.key;
-        let known = self.shared.store.knows(&key) == Some(true);
+        let known = self.shared.store.knows(&key);
         let mut state = self.shared.state();
+        let known = known.unwrap_or_else(|| state.seen.contains(&key));
         if known || state.writing.contains(&key) {
             state.counters.present += 1;
             return false;
@@ -263,6 +270,7 @@ impl Tier {
         counters.down = state.paused();
         drop(state);
         (counters.bytes, counters.objects) = self.shared.store.used().unwrap_or_default();
+        counters.failures += self.shared.store.silent_failures();
         counters
     }
 

@@ -18,6 +18,8 @@ pub enum Outcome {
     Done,
     /// The store has no such object.
     Absent,
+    /// The store has something else there, of another length or kind; only of a get.
+    Bad,
     /// There is no room.
     Full,
     /// It failed; the store may work again later.
@@ -42,7 +44,8 @@ pub struct Get<'a> {
     pub object: &'a mut [u8],
 }
 
-/// A store of objects. Calls may come from several threads at once.
+/// A store of objects. Calls may come from several threads at once. A call that panics has failed;
+/// nothing of what it did before that is relied upon.
 pub trait Store: fmt::Debug + Send + Sync {
     /// Whether it has an object, where that is known without waiting; `None` where it has to ask.
     fn knows(&self, key: &ObjectKey) -> Option<bool>;

@@ -64,6 +64,9 @@ impl Shared {
         let have = if asked { have } else { 0 };
         state.counters.missed += (loads.len() - have) as u64;
         let rest = loads.split_off(have);
+        if asked {
+            rest.iter().for_each(|load| state.seen.remove(&load.want.label.key));
+        }
         state.reading.extend(loads.iter().map(|load| load.want.label.key));
         state.loads.extend(loads);
         drop(state);
@@ -104,6 +107,10 @@ impl Shared {
                         Err(Missed::Bad)
                     }
                 },
+                Some(Outcome::Bad) => {
+                    bad.push(want.label.key);
+                    Err(Missed::Bad)
+                }
                 Some(Outcome::Failed | Outcome::Full) => {
                     (missed, failed) = (missed + 1, true);
                     Err(Missed::Down)
@@ -117,6 +124,13 @@ impl Shared {
             arrived.push((ticket, want.at, result));
         }
         let mut state = self.state();
+        for ((_, _, result), key) in arrived.iter().zip(&keys) {
+            match result {
+                Ok(_) => state.seen.insert(*key),
+                Err(Missed::Absent | Missed::Bad) => state.seen.remove(key),
+                Err(_) => {}
+            }
+        }
         state.counters.loaded += done;
         state.counters.missed += missed;
         state.counters.bad += bad.len() as u64;
@@ -207,6 +221,11 @@ impl Shared {
             0 if stored > 0 => state.pause = None,
             0 => {}
             _ => state.failed(),
+        }
+        for (put, outcome) in puts.iter().zip(&outcomes) {
+            if *outcome == Outcome::Done {
+                state.seen.insert(put.key);
+            }
         }
         for key in &keys {
             state.writing.remove(key);

@@ -1,0 +1,194 @@
+//! Objects in a bucket of an S3-compatible store: a request an object, signed by `rusty-s3`, sent
+//! by `ureq`, which keeps connections open. Requests of a batch follow each other; what a tier has
+//! under way at once are its threads.
+
+use alloc::borrow::ToOwned;
+use alloc::string::String;
+use core::fmt;
+use core::time::Duration;
+use std::io::{self, Read};
+use std::time::Instant;
+
+use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
+use ureq::Agent;
+use url::Url;
+
+use super::{RemoteOptions, name};
+use crate::error::{Error, Result};
+use crate::tier::{Get, ObjectKey, Outcome, Put, Store};
+
+/// How long a signature is good for: longer than any call takes, clocks that differ included.
+const SIGNED_FOR: Duration = Duration::from_secs(3600);
+
+/// The store.
+pub(super) struct S3Store {
+    bucket: Bucket,
+    credentials: Option<Credentials>,
+    agent: Agent,
+    options: RemoteOptions,
+}
+
+impl fmt::Debug for S3Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("S3Store").field(&self.bucket.base_url().as_str()).finish()
+    }
+}
+
+impl S3Store {
+    pub fn new(url: &Url, options: &RemoteOptions) -> Result<Self> {
+        let bad = |why| Error::invalid("address", why);
+        let region = std::env::var("AWS_REGION").unwrap_or_else(|_| "us-east-1".into());
+        let host = url.host_str().filter(|host| !host.is_empty());
+        let host = host.ok_or(bad("must name a host or a bucket"))?;
+        let (endpoint, style, bucket) = match url.scheme().strip_prefix("s3+") {
+            Some(scheme) => {
+                let bucket = url.path().trim_start_matches('/').trim_end_matches('/');
+                if bucket.is_empty() || bucket.contains('/') {
+                    return Err(bad("must end with the name of a bucket"));
+                }
+                let port = url.port().map(|port| alloc::format!(":{port}")).unwrap_or_default();
+                (alloc::format!("{scheme}://{host}{port}"), UrlStyle::Path, bucket)
+            }
+            None => {
+                let endpoint = alloc::format!("https://s3.{region}.amazonaws.com");
+                (endpoint, UrlStyle::VirtualHost, host)
+            }
+        };
+        if endpoint.starts_with("https") && cfg!(not(feature = "remote-tls")) {
+            return Err(bad("needs the feature remote-tls"));
+        }
+        let endpoint = Url::parse(&endpoint).map_err(|_| bad("is not a URL"))?;
+        let bucket = Bucket::new(endpoint, style, bucket.to_owned(), region)
+            .map_err(|_| bad("is not that of a bucket"))?;
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_connect(Some(options.connect_timeout))
+            .build()
+            .new_agent();
+        let (credentials, options) = (Credentials::from_env(), options.clone());
+        Ok(Self { bucket, credentials, agent, options })
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.options.timeout
+    }
+
+    fn name(&self, key: &ObjectKey) -> String {
+        name(&self.options.prefix, key)
+    }
+
+    fn head(&self, key: &ObjectKey, deadline: Instant) -> Outcome {
+        let name = self.name(key);
+        let action = self.bucket.head_object(self.credentials.as_ref(), &name);
+        let request = self.agent.head(action.sign(SIGNED_FOR).as_str());
+        let answer = request.config().timeout_global(Some(left(deadline))).build().call();
+        answer.map_or(Outcome::Failed, |answer| outcome(answer.status().as_u16()))
+    }
+
+    fn put_one(&self, put: &Put, deadline: Instant) -> Outcome {
+        let name = self.name(&put.key);
+        let action = self.bucket.put_object(self.credentials.as_ref(), &name);
+        let request = self.agent.put(action.sign(SIGNED_FOR).as_str());
+        let request = request.config().timeout_global(Some(left(deadline))).build();
+        match request.send(put.object).map(|answer| outcome(answer.status().as_u16())) {
+            // A bucket that is not there is no missing object.
+            Ok(Outcome::Absent) | Err(_) => Outcome::Failed,
+            Ok(outcome) => outcome,
+        }
+    }
+
+    fn get_one(&self, get: &mut Get, deadline: Instant) -> Outcome {
+        let name = self.name(&get.key);
+        let action = self.bucket.get_object(self.credentials.as_ref(), &name);
+        let request = self.agent.get(action.sign(SIGNED_FOR).as_str());
+        let request = request.config().timeout_global(Some(left(deadline))).build();
+        let Ok(mut answer) = request.call() else { return Outcome::Failed };
+        match outcome(answer.status().as_u16()) {
+            Outcome::Done => {}
+            other => return other,
+        }
+        let bytes = get.object.len() as u64;
+        if answer.body().content_length().is_some_and(|length| length != bytes) {
+            return Outcome::Bad;
+        }
+        let mut body = answer.body_mut().with_config().limit(bytes + 1).reader();
+        match body.read_exact(get.object).and_then(|()| body.read(&mut [0])) {
+            Ok(0) => Outcome::Done,
+            Ok(_) => Outcome::Bad,
+            // Of no stated length, and shorter.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Outcome::Bad,
+            Err(_) => Outcome::Failed,
+        }
+    }
+}
+
+/// What is left until the deadline; not nothing, which would be no limit.
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+}
+
+fn outcome(status: u16) -> Outcome {
+    match status {
+        200 | 204 => Outcome::Done,
+        404 => Outcome::Absent,
+        507 => Outcome::Full,
+        _ => Outcome::Failed,
+    }
+}
+
+impl Store for S3Store {
+    fn knows(&self, _: &ObjectKey) -> Option<bool> {
+        None
+    }
+
+    /// Looks no further than the first that is missing: objects of a chain are of no use without
+    /// those before them.
+    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
+        let deadline = self.deadline();
+        found.fill(false);
+        for (n, key) in keys.iter().enumerate() {
+            match self.head(key, deadline) {
+                Outcome::Done => found[n] = true,
+                Outcome::Absent => return true,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    fn put(&self, objects: &[Put], outcomes: &mut [Outcome]) {
+        let deadline = self.deadline();
+        each(objects, outcomes, |put| self.put_one(put, deadline));
+    }
+
+    fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
+        let deadline = self.deadline();
+        each(objects, outcomes, |get| self.get_one(get, deadline));
+    }
+
+    fn remove(&self, keys: &[ObjectKey]) {
+        let deadline = self.deadline();
+        for key in keys {
+            let name = self.name(key);
+            let action = self.bucket.delete_object(self.credentials.as_ref(), &name);
+            let request = self.agent.delete(action.sign(SIGNED_FOR).as_str());
+            // What stays there is verified again when it is next asked for.
+            let _ = request.config().timeout_global(Some(left(deadline))).build().call();
+        }
+    }
+}
+
+/// One after the other; after one that failed the rest is not tried.
+fn each<T>(
+    items: impl IntoIterator<Item = T>,
+    outcomes: &mut [Outcome],
+    mut one: impl FnMut(T) -> Outcome,
+) {
+    let mut failed = false;
+    for (item, outcome) in items.into_iter().zip(outcomes) {
+        *outcome = if failed { Outcome::Failed } else { one(item) };
+        failed |= *outcome == Outcome::Failed;
+    }
+}

@@ -1,0 +1,322 @@
+//! Remote tiers on real servers: Redis, started here where `redis-server` is installed, and the
+//! S3-compatible store that `KVCACHE_S3` names (`s3+http://HOST:PORT/BUCKET`).
+//! `KVCACHE_REQUIRE_REMOTE=1` makes a server that is lacking a failure.
+#![cfg(all(unix, feature = "remote"))]
+
+mod tier_case;
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvcache::cache::{Demotion, KvCache, LowerTier, Progress, TierOptions};
+use kvcache::tier::remote::{RemoteOptions, open};
+use kvcache::tier::{Get, ObjectKey, Outcome, Put, Store, TierCounters, TierKind};
+use tier_case::*;
+
+/// A Redis server of our own, that keeps what it acknowledged; ends with this.
+struct Redis {
+    dir: PathBuf,
+    port: u16,
+    child: Child,
+}
+
+impl Redis {
+    /// None where it is not installed.
+    fn start(name: &str) -> Option<Self> {
+        let found = Command::new("redis-server").arg("--version").stdout(Stdio::null()).status();
+        if !found.is_ok_and(|status| status.success()) {
+            lacking("redis-server is not installed");
+            return None;
+        }
+        let dir = std::env::temp_dir().join(format!("kvcache-redis-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir(&dir).unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Self::spawn(&dir, port);
+        let redis = Self { dir, port, child };
+        redis.wait();
+        Some(redis)
+    }
+
+    fn spawn(dir: &std::path::Path, port: u16) -> Child {
+        Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            .args(["--appendfsync", "no", "--unixsocket", "socket", "--port", &port.to_string()])
+            .current_dir(dir)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Until it answers.
+    fn wait(&self) {
+        let (store, begin) = (self.store("redis"), Instant::now());
+        while !store.exists(&[ObjectKey::default()], &mut [false]) {
+            assert!(begin.elapsed() < LONG, "redis-server does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn address(&self, scheme: &str) -> String {
+        match scheme {
+            "redis" => format!("redis://127.0.0.1:{}", self.port),
+            _ => format!("redis+unix://{}/socket", self.dir.display()),
+        }
+    }
+
+    fn store(&self, scheme: &str) -> Arc<dyn Store> {
+        open(&self.address(scheme), &options()).unwrap()
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.child = Self::spawn(&self.dir, self.port);
+        self.wait();
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn lacking(what: &str) {
+    assert!(std::env::var_os("KVCACHE_REQUIRE_REMOTE").is_none(), "{what}");
+    println!("skipped: {what}");
+}
+
+fn options() -> RemoteOptions {
+    RemoteOptions { timeout: Duration::from_secs(1), ..RemoteOptions::default() }
+}
+
+/// The address of the S3-compatible store, if there is one.
+fn s3() -> Option<String> {
+    let address = std::env::var("KVCACHE_S3").ok();
+    if address.is_none() {
+        lacking("KVCACHE_S3 names no S3-compatible store");
+    }
+    address
+}
+
+fn with_store(store: Arc<dyn Store>) -> KvCache {
+    let mut cache = cache_of(&spec(), 12);
+    let mut options = TierOptions::host("m", 0);
+    let demotion = Demotion { on_commit: true, ..Demotion::default() };
+    options.lower.push(LowerTier { store, settings: settings(TierKind::Remote), demotion });
+    cache.attach_tiers(options).unwrap();
+    cache
+}
+
+fn counters(cache: &KvCache) -> TierCounters {
+    report(cache, TierKind::Remote).counters
+}
+
+fn object(seed: u8) -> Vec<u8> {
+    (0..20_000u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 ^ seed).collect()
+}
+
+fn get(store: &dyn Store, key: ObjectKey, bytes: usize) -> (Outcome, Vec<u8>) {
+    let (mut bytes, mut outcomes) = (vec![0; bytes], [Outcome::None]);
+    store.get(&mut [Get { key, object: &mut bytes }], &mut outcomes);
+    (outcomes[0], bytes)
+}
+
+/// What every store does.
+fn keeps_what_it_is_given(store: &dyn Store) {
+    let keys = [1, 2, 3].map(|n| ObjectKey([n; 32]));
+    let objects = [1, 2].map(object);
+    store.remove(&keys);
+    let mut outcomes = [Outcome::None; 2];
+    let puts: Vec<Put> =
+        keys.iter().zip(&objects).map(|(&key, object)| Put { key, object }).collect();
+    store.put(&puts, &mut outcomes);
+    assert_eq!(outcomes, [Outcome::Done; 2], "{store:?}");
+    let mut found = [false; 3];
+    assert!(store.exists(&keys, &mut found));
+    assert_eq!(found, [true, true, false]);
+    let mut buffers = [1, 2, 3].map(|_| vec![0; 20_000]);
+    let mut gets: Vec<Get> =
+        keys.iter().zip(&mut buffers).map(|(&key, object)| Get { key, object }).collect();
+    let mut outcomes = [Outcome::None; 3];
+    store.get(&mut gets, &mut outcomes);
+    assert_eq!(outcomes, [Outcome::Done, Outcome::Done, Outcome::Absent]);
+    assert_eq!(buffers[..2], objects);
+    // Of another length than what is there.
+    assert_eq!(get(store, keys[0], 19_999).0, Outcome::Bad);
+    assert_eq!(get(store, keys[0], 20_001).0, Outcome::Bad);
+    assert_eq!(get(store, keys[0], 20_000), (Outcome::Done, objects[0].clone()));
+    store.remove(&keys);
+    assert!(store.exists(&keys, &mut found));
+    assert_eq!(found, [false; 3]);
+}
+
+/// One cache after the other over a store: the second finds what the first computed, and bytes that
+/// changed in the store meanwhile are computed, and removed there.
+fn serves_the_next_process(open: &dyn Fn() -> Arc<dyn Store>) {
+    let (first, second) = (prompt(1, 8), prompt(2, 8));
+    let mut cache = with_store(open());
+    for prompt in [&first, &second] {
+        assert_eq!(serve(&mut cache, prompt), (0, expected(prompt)));
+    }
+    assert!(cache.flush_tiers(LONG));
+    assert_eq!(counters(&cache).stored, 16);
+    drop(cache);
+
+    let mut cache = with_store(open());
+    prefetch(&mut cache, &first);
+    assert_eq!(serve(&mut cache, &first), (8 * BLOCK, expected(&first)));
+    let counted = counters(&cache);
+    assert_eq!((counted.loaded, counted.bad, counted.failures), (8, 0, 0));
+
+    // Another length, and other bytes of the same.
+    let store = open();
+    let parent: [_; 2] = core::array::from_fn(|at| key_of(&cache, &second, at));
+    let bytes = kvcache::tier::object::object_bytes(cache.configuration().unwrap().payload_bytes());
+    let (outcome, mut changed) = get(&*store, parent[1], bytes.unwrap() as usize);
+    assert_eq!(outcome, Outcome::Done);
+    changed[5000] ^= 1;
+    let puts =
+        [Put { key: parent[0], object: b"garbage" }, Put { key: parent[1], object: &changed }];
+    store.put(&puts, &mut [Outcome::None; 2]);
+    drop(cache);
+    let mut cache = with_store(open());
+    prefetch(&mut cache, &second);
+    assert_eq!(serve(&mut cache, &second), (0, expected(&second)));
+    assert_eq!(counters(&cache).bad, 2);
+    assert!(cache.flush_tiers(LONG));
+    drop(cache);
+    // What was computed was put there again.
+    let mut cache = with_store(open());
+    prefetch(&mut cache, &second);
+    assert_eq!(serve(&mut cache, &second), (8 * BLOCK, expected(&second)));
+    assert_eq!(counters(&cache).bad, 0);
+}
+
+/// The key of block `at` of a prompt.
+fn key_of(cache: &KvCache, prompt: &[u32], at: usize) -> ObjectKey {
+    use kvcache::prefix::Digest;
+    let blocks = prompt.chunks_exact(BLOCK).take(at + 1);
+    let digest =
+        blocks.fold(None, |parent, tokens| Some(Digest::of_block(parent.as_ref(), tokens)));
+    cache.configuration().unwrap().key(&digest.unwrap())
+}
+
+#[test]
+fn redis_keeps_objects_and_serves_the_next_process() {
+    let Some(redis) = Redis::start("serve") else { return };
+    for scheme in ["redis", "redis+unix"] {
+        keeps_what_it_is_given(&*redis.store(scheme));
+    }
+    serves_the_next_process(&|| redis.store("redis"));
+}
+
+#[test]
+fn s3_keeps_objects_and_serves_the_next_process() {
+    let Some(address) = s3() else { return };
+    let open_s3 = || open(&address, &options()).unwrap();
+    keeps_what_it_is_given(&*open_s3());
+    serves_the_next_process(&open_s3);
+    // A bucket that is not there is a failure, and no missing object.
+    let none = open(&format!("{address}-none"), &options()).unwrap();
+    let mut outcomes = [Outcome::None];
+    none.put(&[Put { key: ObjectKey::default(), object: &object(1) }], &mut outcomes);
+    assert_eq!(outcomes, [Outcome::Failed]);
+}
+
+#[test]
+fn redis_killed_and_started_again_in_the_middle_of_loads() {
+    let Some(mut redis) = Redis::start("kill") else { return };
+    let prompts: Vec<_> = (1..=12).map(|n| prompt(n, 8)).collect();
+    let mut cache = with_store(redis.store("redis"));
+    for prompt in &prompts {
+        serve(&mut cache, prompt);
+        assert!(cache.flush_tiers(LONG));
+    }
+    assert_eq!(counters(&cache).stored, 96);
+    drop(cache);
+    let mut cache = with_store(redis.store("redis"));
+    let mut whole = 0;
+    for (n, prompt) in prompts.iter().enumerate() {
+        let begin = Instant::now();
+        let mut load = cache.prefetch(prompt, SPACE).unwrap();
+        if n == 3 {
+            // While its blocks are on their way, at whatever point that is.
+            redis.kill();
+        }
+        assert_eq!(cache.wait_prefetch(&mut load, LONG), Progress::Done);
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        let (cached, out) = serve(&mut cache, prompt);
+        assert_eq!(out, expected(prompt));
+        whole += usize::from(cached == 8 * BLOCK);
+        if n == 6 {
+            assert!(counters(&cache).failures > 0 && counters(&cache).down);
+            redis.restart();
+            let begin = Instant::now();
+            while counters(&cache).down {
+                assert!(begin.elapsed() < LONG);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+    // Those before it was killed and those after it was back; the one in between as it fell.
+    assert!((8..=9).contains(&whole), "{whole} prompts were found");
+
+    // A connection that is kept while the server is started again is no failure.
+    let failures = counters(&cache).failures;
+    redis.kill();
+    redis.restart();
+    let again = prompt(1, 8);
+    prefetch(&mut cache, &again);
+    assert_eq!(serve(&mut cache, &again), (8 * BLOCK, expected(&again)));
+    assert_eq!(counters(&cache).failures, failures);
+}
+
+#[test]
+fn redis_that_stops_answering_is_waited_for_no_longer_than_said() {
+    let Some(redis) = Redis::start("stop") else { return };
+    let first = prompt(1, 8);
+    let mut cache = with_store(redis.store("redis"));
+    serve(&mut cache, &first);
+    assert!(cache.flush_tiers(LONG));
+    drop(cache);
+    let mut cache = with_store(redis.store("redis"));
+    redis.signal("-STOP");
+    // The engine waits as long as it likes.
+    let begin = Instant::now();
+    let mut load = cache.prefetch(&first, SPACE).unwrap();
+    let progress = cache.wait_prefetch(&mut load, Duration::from_millis(50));
+    assert_eq!(progress, Progress::Loading);
+    assert!(begin.elapsed() < Duration::from_millis(800), "{:?}", begin.elapsed());
+    assert_eq!(serve(&mut cache, &first), (0, expected(&first)));
+    assert_eq!(counters(&cache).timeouts, 1);
+    // And the tier's threads for as long as the store was told: then it is left alone.
+    let begin = Instant::now();
+    while !counters(&cache).down {
+        assert!(begin.elapsed() < Duration::from_secs(4));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(cache.prefetch(&prompt(2, 8), SPACE).unwrap().decision.found, 0);
+    let begin = Instant::now();
+    drop(cache);
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    redis.signal("-CONT");
+    redis.wait();
+    let mut cache = with_store(redis.store("redis"));
+    prefetch(&mut cache, &first);
+    assert_eq!(serve(&mut cache, &first), (8 * BLOCK, expected(&first)));
+}
