@@ -1,4 +1,5 @@
-//! From a level to its kernels: the only place that names the leaf files.
+//! From a level to its kernels: the only place that names the leaf files. Fuzzers (`cfg(fuzzing)`) get
+//! no AVX-512: they are after the code around the kernels, and instrumented kernels build for minutes.
 
 use super::kernels::Kernels;
 use super::level::CpuLevel;
@@ -11,9 +12,9 @@ impl Kernels {
         match level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => super::x86_64::avx2::kernels(format),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512 => super::x86_64::avx512::kernels(format),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::kernels(format),
@@ -28,9 +29,9 @@ impl SealedKernels {
         match level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => super::x86_64::avx2::sealed(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512 => super::x86_64::avx512::sealed(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::sealed_vnni(),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::sealed(),
