@@ -1,5 +1,6 @@
-//! From a level to its kernels: the only place that names the leaf files. Fuzzers (`cfg(fuzzing)`) get
-//! no AVX-512: they are after the code around the kernels, and instrumented kernels build for minutes.
+//! From a level to its kernels: the only place that names the leaf files. A fuzzer's build
+//! (`cfg(fuzzing)`) has no AVX-512: it is after the code around the kernels, and instrumented ones
+//! take minutes to build.
 
 use super::kernels::Kernels;
 use super::level::CpuLevel;
