@@ -30,6 +30,10 @@ part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
+# The emulated kernels without sanitizers, under more schedules; every unit test with the sockets built in.
+part_emulator() { scripts/emulator.sh --plain; }
+part_zmq() { cargo test -p libkvcache --features zmq --lib; }
+
 # Stages that are not in .ci/run's list.
 part_cpp() { scripts/cpp.sh; }
 part_python() { scripts/python.sh; }
@@ -74,7 +78,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
+parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall cpp python
     transformers tiers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
