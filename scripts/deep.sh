@@ -35,7 +35,6 @@ part_emulator() { scripts/emulator.sh --plain; }
 part_zmq() { cargo test -p libkvcache --features zmq --lib; }
 
 # Stages that are not in .ci/run's list.
-part_cpp() { scripts/cpp.sh; }
 part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
 part_tiers() { scripts/tiers.sh; }
@@ -78,7 +77,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall cpp python
+parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall python
     transformers tiers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
