@@ -16,6 +16,7 @@ mod sources;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-check-cfg=cfg(kvc_emu_sanitize)");
+    println!("cargo::rustc-check-cfg=cfg(fuzzing)");
     let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
     println!("cargo::metadata=include={root}/include");
     #[cfg(feature = "generate-header")]

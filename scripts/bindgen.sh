@@ -12,4 +12,4 @@ if [ -z "${LIBCLANG_PATH:-}" ]; then
     # The wheel has no compiler headers of its own: take the C compiler's.
     export BINDGEN_EXTRA_CLANG_ARGS="-isystem $(cc -print-file-name=include)"
 fi
-cargo test -p ffi-tests --features bindgen --test layout
+cargo test "${UNOPTIMISED[@]}" -p ffi-tests --features bindgen --test layout

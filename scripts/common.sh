@@ -9,6 +9,9 @@ TOOLS=$ROOT/.toolchain
 TARGET_DIR=${CARGO_TARGET_DIR:-$ROOT/target}
 HOST=$(rustc -vV | sed -n 's/^host: //p')
 
+# The library unoptimised, for cargo: its kernels take minutes to build, which only pays where they run.
+UNOPTIMISED=(--config profile.dev.package.libkvcache.opt-level=0)
+
 skip() {
     echo "skipped: $*"
     exit 77

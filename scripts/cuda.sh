@@ -90,4 +90,4 @@ diff -u "$table" "$out/table" || { echo "cuda/resources.txt is stale: scripts/cu
 cat "$table"
 
 # The same through the build script: compiled, embedded, aligned.
-KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc cargo test -p libkvcache --features cuda --lib kernels::
+KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc cargo test "${UNOPTIMISED[@]}" -p libkvcache --features cuda --lib kernels::

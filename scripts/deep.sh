@@ -30,13 +30,15 @@ part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
+# The emulated kernels without sanitizers, under more schedules; every unit test with the sockets built in.
+part_emulator() { scripts/emulator.sh --plain; }
+part_zmq() { cargo test -p libkvcache --features zmq --lib; }
+
 # Stages that are not in .ci/run's list.
-part_cpp() { scripts/cpp.sh; }
 part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
 part_remote() { scripts/remote.sh; }
 part_tiers() { scripts/tiers.sh; }
-part_valgrind() { scripts/valgrind.sh; }
 
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
 
@@ -76,8 +78,8 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
-    transformers remote tiers valgrind benches gpu)
+parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall python
+    transformers remote tiers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -9,5 +9,7 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import zmq' 2>/dev/nu
 fi
 [ -x "$venv/bin/python" ] && export KVCACHE_PYTHON=$venv/bin/python
 cargo clippy -p libkvcache --all-targets --features zmq -- -D warnings
-# Without capture, so that a skip is seen.
-cargo test -p libkvcache --features zmq --lib --test events --test zmq -- --nocapture
+# What the feature changes; without capture, so that a skip is seen.
+zmq=("${UNOPTIMISED[@]}" -p libkvcache --features zmq)
+cargo test "${zmq[@]}" --lib events:: -- --nocapture
+cargo test "${zmq[@]}" --test events --test zmq -- --nocapture

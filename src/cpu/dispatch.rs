@@ -1,4 +1,6 @@
-//! From a level to its kernels: the only place that names the leaf files.
+//! From a level to its kernels: the only place that names the leaf files. A fuzzer's build
+//! (`cfg(fuzzing)`) has no AVX-512: it is after the code around the kernels, and instrumented ones
+//! take minutes to build.
 
 use super::kernels::Kernels;
 use super::level::CpuLevel;
@@ -11,9 +13,9 @@ impl Kernels {
         match level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => super::x86_64::avx2::kernels(format),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512 => super::x86_64::avx512::kernels(format),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::kernels(format),
@@ -28,9 +30,9 @@ impl SealedKernels {
         match level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => super::x86_64::avx2::sealed(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512 => super::x86_64::avx512::sealed(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::sealed_vnni(),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::sealed(),

@@ -88,8 +88,8 @@ impl CpuLevel {
         match self {
             CpuLevel::Scalar => true,
             CpuLevel::Avx2 => has::avx2(),
-            CpuLevel::Avx512 => has::avx512(),
-            CpuLevel::Avx512Bf16 => has::avx512_bf16(),
+            CpuLevel::Avx512 => !cfg!(fuzzing) && has::avx512(),
+            CpuLevel::Avx512Bf16 => !cfg!(fuzzing) && has::avx512_bf16(),
             CpuLevel::Neon => cfg!(all(target_arch = "aarch64", target_feature = "neon")),
         }
     }

@@ -39,6 +39,7 @@ mod words;
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
+#[cfg_attr(fuzzing, allow(dead_code))]
 mod x86_64;
 
 pub use append::{AppendArgs, append, append_at};
