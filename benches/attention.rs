@@ -18,12 +18,12 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput};
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, Threads, append,
-    attend, attend_workspace_bytes,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, KvView, RowsView, Threads, attend,
+    attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{median, random_kv, read_all, read_blocks, seconds};
+use support::{encode, median, random_kv, read_all, read_blocks, seconds};
 
 /// A batch of equal sequences over one layer in native layout, its blocks in random order or their own.
 struct Batch {
@@ -185,44 +185,6 @@ fn huge(words: usize) -> Vec<u64> {
     }
     memory.resize(words, 0);
     memory
-}
-
-/// Fills blocks of one quantised layer with random rows, as append writes them.
-fn encode(layout: &GroupLayout, memory: &mut [u64], blocks: u32) {
-    let spec = layout.spec();
-    let (heads, tokens) = (spec.kv_heads, layout.block_tokens());
-    let pool = Threads::new(0).unwrap();
-    let v_dim = if spec.v_in_k { 0 } else { spec.v_dim };
-    let rows = tokens as usize * heads as usize;
-    let (k_row, v_row) = (spec.k_dim as usize, v_dim as usize);
-    // A few hundred blocks' rows, over and over.
-    let count = blocks.min(256);
-    let mut rows = vec![0.0f32; count as usize * rows * (k_row + v_row)];
-    random_kv(rows.len(), 1, |i, x| rows[i] = x);
-    let k = rows.as_mut_ptr();
-    let v = k.wrapping_add(count as usize * tokens as usize * heads as usize * k_row);
-    let view = |ptr: *mut f32, dim| RowsView::contiguous(ptr.cast(), DType::F32, heads, dim);
-    for first in (0..blocks).step_by(count as usize) {
-        let end = blocks.min(first + count);
-        let slots: Vec<i64> = (first * tokens..end * tokens).map(i64::from).collect();
-        let args = AppendArgs {
-            shape: HeadShape {
-                q_heads: heads,
-                kv_heads: heads,
-                k_dim: spec.k_dim,
-                v_dim: spec.v_dim,
-                v_in_k: spec.v_in_k,
-            },
-            kv: KvView::native(layout, memory.as_mut_ptr().cast(), blocks, 0).unwrap(),
-            slots: slots.as_ptr(),
-            rows: slots.len() as u32,
-            k: view(k, spec.k_dim),
-            v: view(v, spec.v_dim),
-            rope: None,
-        };
-        // SAFETY: the buffers have these sizes, and slots are distinct.
-        unsafe { append(&args, &pool) }.unwrap();
-    }
 }
 
 fn fill(dtype: DType, memory: &mut [u64], seed: u64) {

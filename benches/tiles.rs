@@ -1,5 +1,5 @@
-//! Sealed tiles on the CPU: decode beside our own bf16 in the same run, append and seal beside a
-//! memory copy of the same rows. `cargo bench --bench tiles` prints both tables.
+//! Quantised formats on the CPU: decode of all of them beside our own bf16 in the same run, append
+//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both tables.
 //!
 //! Tokens a second are cached tokens of one layer that a call attends to; tables are shuffled.
 
@@ -17,13 +17,15 @@ use kvcache::cpu::{
 use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{median, random_kv, read_all, seconds};
+use support::{encode, median, random_kv, read_all, seconds};
 
 const TOKENS: u32 = 64;
 const SHAPE: HeadShape =
     HeadShape { q_heads: 32, kv_heads: 8, k_dim: 128, v_dim: 128, v_in_k: false };
-const FORMATS: [KvFormat; 5] =
+const TILES: [KvFormat; 5] =
     [KvFormat::Kt8v8, KvFormat::Kt4v4, KvFormat::Kt3v3, KvFormat::Kt4v2, KvFormat::Kt2v2];
+const CODES: [KvFormat; 5] =
+    [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
 
 /// Zeroed memory, aligned to words of 16 bytes.
 fn memory(bytes: usize) -> Vec<u128> {
@@ -68,8 +70,15 @@ impl Layer {
             raw,
         };
         fill(&mut layer.rows, 1);
-        if layer.tile.is_none() {
+        if format.is_float() {
             fill(&mut layer.records, 2);
+        } else if layer.tile.is_none() {
+            let words = layer.records.len() * 2;
+            // SAFETY: the same memory as words of 8 bytes.
+            let words = unsafe {
+                std::slice::from_raw_parts_mut(layer.records.as_mut_ptr().cast::<u64>(), words)
+            };
+            encode(&layer.group, words, blocks as u32);
         }
         layer
     }
@@ -198,7 +207,8 @@ fn decode_table(seqs: usize, kv_len: usize, rounds: usize) {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let all = Threads::new(0).unwrap();
     let mut formats = vec![Decode::new(KvFormat::Bf16, seqs, kv_len, &all)];
-    formats.extend(FORMATS.map(|format| Decode::new(format, seqs, kv_len, &all)));
+    let coded = TILES.into_iter().chain(CODES);
+    formats.extend(coded.map(|format| Decode::new(format, seqs, kv_len, &all)));
     println!(
         "{:28} {:>3} {:>9} {:>7} {:>7} {:>7}  quartiles",
         "", "thr", "Mtok/s", "GB/s", "read", "x bf16"
@@ -260,7 +270,7 @@ fn seal_table(rounds: usize) {
             continue;
         }
         let pool = Threads::new(threads as u32).unwrap();
-        for format in FORMATS {
+        for format in TILES {
             let mut layer = Layer::new(format, tiles, tiles);
             let elements = rows * 8 * 128;
             let (mut k, mut v) = (memory(elements * 2), memory(elements * 2));

@@ -5,9 +5,10 @@
 mod attention_case;
 
 use attention_case::{Case, Layout, Rng, TOKEN_FORMATS, Tables};
-use kvcache::attention::HeadShape;
+use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AppendArgs, CpuLevel, Executor, KvView, Rope, RopeStyle, RowsView, Serial, Threads, append_at,
+    AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RopeStyle,
+    RowsView, Serial, Threads, append_at, attend, attend_workspace_bytes,
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::error::Error;
@@ -362,6 +363,66 @@ fn rows_that_cannot_be_stored_are_left_out_and_told_of() {
                         memory[..row].iter().chain(&memory[2 * row..3 * row]).any(|&b| b != 0xa5)
                     );
                 }
+            }
+        }
+    }
+}
+
+/// FP8's codes of NaN, which are never written here but may come from elsewhere, are no numbers: at
+/// every level, in both kernels, for every type of query.
+#[test]
+fn codes_of_nan_are_nan() {
+    const TOKENS: usize = 40;
+    let layout = |format| GroupLayout::new(GroupSpec::uniform(1, 1, 80, format), 64).unwrap();
+    let codes = [(KvFormat::Fp8E4m3, [0x7f, 0xff]), (KvFormat::Fp8E5m2, [0x7d, 0xff])];
+    let ones = vec![1.0f32; TOKENS * 80];
+    let slots: Vec<i64> = (0..TOKENS as i64).collect();
+    for ((format, nans), level) in
+        codes.into_iter().flat_map(|codes| CpuLevel::available().map(move |level| (codes, level)))
+    {
+        let layout = layout(format);
+        let mut memory = vec![0u8; layout.block_bytes() as usize];
+        append(&layout, &mut memory, level, &slots, (&ones, &ones), &Serial).unwrap();
+        let row =
+            |token: usize| layout.v_offset(0) as usize + token * layout.v_strides().token as usize;
+        // In the whole part of a row and in its end, of an even key and of an odd one.
+        (memory[row(6) + 3], memory[row(37) + 77]) = (nans[0], nans[1]);
+        for (dtype, q_tokens) in [DType::F32, DType::F16, DType::Bf16]
+            .into_iter()
+            .flat_map(|dtype| [(dtype, 1usize), (dtype, 20)])
+        {
+            let q = vec![0u32; q_tokens * 80];
+            let mut out = vec![0.0f32; q_tokens * 80];
+            let (q_indptr, kv_len, table) = ([0, q_tokens as i32], TOKENS as i32, 0i32);
+            let args = AttendArgs {
+                shape: shape(1, 1, 80, 80),
+                scoring: Scoring::causal(80),
+                kv: KvView::native(&layout, memory.as_mut_ptr(), 1, 0).unwrap(),
+                tables: BlockTables::Dense { table: &table, stride: 1 },
+                seqs: 1,
+                q_indptr: q_indptr.as_ptr(),
+                kv_lens: &kv_len,
+                q: RowsView::contiguous(q.as_ptr().cast_mut().cast(), dtype, 1, 80),
+                out: RowsView::contiguous(out.as_mut_ptr().cast(), DType::F32, 1, 80),
+                lse: std::ptr::null_mut(),
+                bad_block: None,
+            };
+            let maxima = AttendMaxima {
+                seqs: 1,
+                q_tokens: q_tokens as u32,
+                kv_len: TOKENS as u32,
+                workers: 1,
+            };
+            let bytes = attend_workspace_bytes(&args.shape, &maxima).unwrap();
+            // SAFETY: the buffers have these sizes.
+            unsafe { attend(&args, level, &Serial, &mut vec![0; bytes as usize]) }.unwrap();
+            // The last query sees all.
+            for (c, &x) in out[(q_tokens - 1) * 80..].iter().enumerate() {
+                let what = format!("{format:?} {} {dtype:?} {q_tokens} {c}: {x}", level.name());
+                assert!(
+                    if c == 3 || c == 77 { x.is_nan() } else { (x - 1.0).abs() < 0.01 },
+                    "{what}"
+                );
             }
         }
     }

@@ -1,9 +1,13 @@
-//! What the benches share: memory that is not in a cache, a plain read of it, medians.
+//! What the benches share: memory that is not in a cache, a plain read of it, rows
+//! of codes, medians.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use kvcache::cpu::{Executor, Threads};
+use kvcache::attention::HeadShape;
+use kvcache::cpu::{AppendArgs, Executor, KvView, RowsView, Threads, append};
+use kvcache::dtype::DType;
+use kvcache::layout::GroupLayout;
 
 /// Numbers in -1..1, pseudo-random.
 pub fn random_kv(elements: usize, seed: u64, mut put: impl FnMut(usize, f32)) {
@@ -98,6 +102,45 @@ unsafe fn read_avx512<const HINTS: bool>(chunk: &[u64]) -> u64 {
     }
     let total = sums.iter().fold(0u64, |a, &b| a.wrapping_add(_mm512_reduce_add_epi64(b) as u64));
     rest.iter().fold(total, |a, &b| a.wrapping_add(b))
+}
+
+/// Fills blocks of one quantised layer with random rows, as append writes them.
+#[allow(dead_code, reason = "not every bench has codes")]
+pub fn encode(layout: &GroupLayout, memory: &mut [u64], blocks: u32) {
+    let spec = layout.spec();
+    let (heads, tokens) = (spec.kv_heads, layout.block_tokens());
+    let pool = Threads::new(0).unwrap();
+    let v_dim = if spec.v_in_k { 0 } else { spec.v_dim };
+    let rows = tokens as usize * heads as usize;
+    let (k_row, v_row) = (spec.k_dim as usize, v_dim as usize);
+    // A few hundred blocks' rows, over and over.
+    let count = blocks.min(256);
+    let mut rows = vec![0.0f32; count as usize * rows * (k_row + v_row)];
+    random_kv(rows.len(), 1, |i, x| rows[i] = x);
+    let k = rows.as_mut_ptr();
+    let v = k.wrapping_add(count as usize * tokens as usize * heads as usize * k_row);
+    let view = |ptr: *mut f32, dim| RowsView::contiguous(ptr.cast(), DType::F32, heads, dim);
+    for first in (0..blocks).step_by(count as usize) {
+        let end = blocks.min(first + count);
+        let slots: Vec<i64> = (first * tokens..end * tokens).map(i64::from).collect();
+        let args = AppendArgs {
+            shape: HeadShape {
+                q_heads: heads,
+                kv_heads: heads,
+                k_dim: spec.k_dim,
+                v_dim: spec.v_dim,
+                v_in_k: spec.v_in_k,
+            },
+            kv: KvView::native(layout, memory.as_mut_ptr().cast(), blocks, 0).unwrap(),
+            slots: slots.as_ptr(),
+            rows: slots.len() as u32,
+            k: view(k, spec.k_dim),
+            v: view(v, spec.v_dim),
+            rope: None,
+        };
+        // SAFETY: the buffers have these sizes, and slots are distinct.
+        unsafe { append(&args, &pool) }.unwrap();
+    }
 }
 
 /// Seconds that `work` takes.

@@ -17,7 +17,7 @@ pub(super) use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
 use super::job::Job;
-use super::vector::{Stored, Vector};
+use super::vector::Vector;
 use crate::dtype::DType;
 
 /// The most query rows of one KV head in a job of this kernel.
@@ -61,14 +61,14 @@ pub(crate) const fn padded_rows(rows: usize) -> usize {
 /// # Safety
 /// As for [`Kernel`](super::kernels::Kernel).
 #[inline(always)]
-pub(crate) unsafe fn decode<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>>(job: &Job<'_>) {
+pub(crate) unsafe fn decode<V: Vector, D: KeyDot<V>, W: Weigh<V>>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         match job.rows() {
             0 => {}
-            1 => stream::<V, S, D, W, 1>(job),
-            2 => stream::<V, S, D, W, 2>(job),
-            _ => stream::<V, S, D, W, 4>(job),
+            1 => stream::<V, D, W, 1>(job),
+            2 => stream::<V, D, W, 2>(job),
+            _ => stream::<V, D, W, 4>(job),
         }
     }
 }
@@ -200,7 +200,7 @@ impl Scratch {
 
 /// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
 #[inline(always)]
-unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
+unsafe fn stream<V: Vector, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         let padded = padded_rows(job.rows());
@@ -213,12 +213,15 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>, const R: usize
                 D::prepare(row, pad(job.k_dim), scratch.q.add(at * scratch.q_bytes));
             }
         }
-        let bytes = (job.k_dim * S::BYTES, job.v_dim * S::BYTES);
-        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, false);
+        let bytes = (job.k_dim * D::BYTES, job.v_dim * W::BYTES);
+        let mut walk = Walk::new(job, scratch.zeros.cast_const().cast::<u8>(), bytes, D::CODED);
         let mut at = job.kv_start;
         while at < job.kv_end {
             let after = walk.look_ahead(at);
-            scores::<V, S, D, R>(&walk, &scratch, padded);
+            scores::<V, D, R>(&walk, &scratch, padded);
+            if D::CODED && !job.coding.k_heads.is_null() {
+                scale_scores::<V>(job, &scratch, walk.now.keys, padded);
+            }
             adjust::<V>(job, &scratch, &walk.now, at, padded);
             soften::<V, W>(&scratch, walk.now.keys);
             for r in 0..job.kv_heads * padded {
@@ -234,12 +237,53 @@ unsafe fn stream<V: Vector, S: Stored, D: KeyDot<V>, W: Weigh<V>, const R: usize
             at = after;
             core::mem::swap(&mut walk.now, &mut walk.next);
         }
+        if D::CODED {
+            scale_sums::<V>(job, &scratch, padded);
+        }
         if !W::IN_ORDER {
             for r in 0..job.kv_heads * padded {
                 in_order::<V, W>(o.add(r * v_pad), scratch.row, job.v_dim);
             }
         }
         scratch.put_states(job, padded);
+    }
+}
+
+/// Multiplies the scores of codes with the scales of their heads.
+#[inline(always)]
+unsafe fn scale_scores<V: Vector>(job: &Job<'_>, scratch: &Scratch, keys: usize, padded: usize) {
+    let mut scales = [0.0f32; JOB_ROWS];
+    // SAFETY: the caller's promise; heads have scales, and scores whole vectors.
+    unsafe {
+        for head in 0..job.kv_heads {
+            scales[head * padded..(head + 1) * padded].fill(job.coding.keys(head).scale);
+        }
+        for r in (0..scratch.lanes).step_by(V::LANES) {
+            let scale = V::load(scales.as_ptr().add(r));
+            for t in 0..keys {
+                let s = scratch.s.add(t * scratch.lanes + r);
+                V::load(s).mul(scale).store(s);
+            }
+        }
+    }
+}
+
+/// Multiplies the weighted sums of codes with the scales of their heads.
+#[inline(always)]
+unsafe fn scale_sums<V: Vector>(job: &Job<'_>, scratch: &Scratch, padded: usize) {
+    // SAFETY: the caller's promise; sums are whole vectors.
+    unsafe {
+        for head in 0..job.kv_heads {
+            let coding = &job.coding;
+            let code = if job.v_in_k { coding.keys(head) } else { coding.values(head) };
+            let scale = V::splat(code.scale);
+            for r in head * padded..(head + 1) * padded {
+                let o = scratch.o.add(r * scratch.v_pad);
+                for c in (0..scratch.v_pad).step_by(V::LANES) {
+                    V::load(o.add(c)).mul(scale).store(o.add(c));
+                }
+            }
+        }
     }
 }
 
@@ -272,13 +316,13 @@ unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut 
 
 /// Dot products of all rows with the keys of the tile at hand, to `s[key][row]`.
 #[inline(always)]
-unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
+unsafe fn scores<V: Vector, D: KeyDot<V>, const R: usize>(
     walk: &Walk<'_, '_>,
     scratch: &Scratch,
     padded: usize,
 ) {
     let (job, now) = (walk.job, &walk.now);
-    let even = job.k_dim.is_multiple_of(2 * V::LANES) && 8 * V::LANES * S::BYTES >= 64;
+    let even = job.k_dim.is_multiple_of(D::CHANNELS) && 4 * D::CHANNELS * D::BYTES >= 64;
     for head in 0..job.kv_heads {
         let offset = head as isize * job.k_head_bytes;
         for piece in 0..Walk::pieces(now) {
@@ -305,9 +349,9 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
                         let lanes = scratch.lanes;
                         // The usual dimension as a constant, which unrolls the loop over channels.
                         if k_dim == 128 {
-                            four_keys::<V, S, D, R>(128, q, q_bytes, k, s, lanes, hint);
+                            four_keys::<V, D, R>(128, q, q_bytes, k, s, lanes, hint);
                         } else {
-                            four_keys::<V, S, D, R>(k_dim, q, q_bytes, k, s, lanes, hint);
+                            four_keys::<V, D, R>(k_dim, q, q_bytes, k, s, lanes, hint);
                         }
                     }
                 }
@@ -319,7 +363,7 @@ unsafe fn scores<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
 
 /// Dot products of `R` rows with four keys, to `s[key][row]`.
 #[inline(always)]
-pub(super) unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usize>(
+pub(super) unsafe fn four_keys<V: Vector, D: KeyDot<V>, const R: usize>(
     k_dim: usize,
     q: *const u8,
     q_bytes: usize,
@@ -330,16 +374,16 @@ pub(super) unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usiz
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let step = 2 * V::LANES;
+        let step = D::CHANNELS;
         let whole = k_dim - k_dim % step;
         let mut acc = [[V::splat(0.0); R]; 4];
         let mut c = 0;
         while c < whole {
             // Hints go out between the products: a burst of them would fill the queue.
             if let Some(hints) = &mut hints {
-                hints.step(4 * step * S::BYTES / 64);
+                hints.step(4 * step * D::BYTES / 64);
             }
-            let at = c * S::BYTES;
+            let at = c * D::BYTES;
             let keys = [
                 D::load(k[0].add(at)),
                 D::load(k[1].add(at)),
@@ -356,7 +400,7 @@ pub(super) unsafe fn four_keys<V: Vector, S: Stored, D: KeyDot<V>, const R: usiz
         }
         if whole < k_dim {
             for j in 0..4 {
-                let key = D::load_part(k[j].add(whole * S::BYTES), k_dim - whole);
+                let key = D::load_part(k[j].add(whole * D::BYTES), k_dim - whole);
                 for r in 0..R {
                     let q = D::load_query(q.add(r * q_bytes + whole * D::QUERY_BYTES));
                     acc[j][r] = D::dot(acc[j][r], q, key);

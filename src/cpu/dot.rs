@@ -6,7 +6,7 @@ use core::marker::PhantomData;
 
 use super::vector::{PairDot, Stored, Vector};
 
-/// Dot products of prepared queries with stored keys, `2 * V::LANES` channels a step.
+/// Dot products of prepared queries with stored keys, [`CHANNELS`](Self::CHANNELS) a step.
 ///
 /// # Safety
 /// As for [`Vector`].
@@ -15,8 +15,14 @@ pub(crate) unsafe trait KeyDot<V: Vector> {
     type Key: Copy;
     /// A step of a prepared query.
     type Query: Copy;
+    /// Channels of a step.
+    const CHANNELS: usize = 2 * V::LANES;
+    /// Bytes of a stored channel.
+    const BYTES: usize;
     /// Bytes of a prepared query a channel, at most 4.
     const QUERY_BYTES: usize;
+    /// Whether rows are codes of bytes, whose heads have scales.
+    const CODED: bool = false;
 
     /// Prepares a row of `dim` f32, a multiple of `2 * LANES`.
     unsafe fn prepare(row: *const f32, dim: usize, to: *mut u8);
@@ -24,7 +30,7 @@ pub(crate) unsafe trait KeyDot<V: Vector> {
     unsafe fn load_query(p: *const u8) -> Self::Query;
     /// Reads a step of a key.
     unsafe fn load(p: *const u8) -> Self::Key;
-    /// Reads `n < 2 * LANES` channels of a key and nothing after them; the others are 0.
+    /// Reads `n < CHANNELS` channels of a key and nothing after them; the others are 0.
     unsafe fn load_part(p: *const u8, n: usize) -> Self::Key;
     /// `acc` plus the products, spread over the lanes in an order fixed for the type.
     unsafe fn dot(acc: V, query: Self::Query, key: Self::Key) -> V;
@@ -38,6 +44,7 @@ pub(crate) struct Widened<S>(PhantomData<S>);
 unsafe impl<V: Vector, S: Stored> KeyDot<V> for Widened<S> {
     type Key = [V; 2];
     type Query = [V; 2];
+    const BYTES: usize = S::BYTES;
     const QUERY_BYTES: usize = 4;
 
     #[inline(always)]
@@ -83,6 +90,7 @@ pub(crate) struct Pairs;
 unsafe impl<V: PairDot> KeyDot<V> for Pairs {
     type Key = V::Pairs;
     type Query = V::Pairs;
+    const BYTES: usize = 2;
     const QUERY_BYTES: usize = 2;
 
     #[inline(always)]
@@ -120,6 +128,7 @@ pub(crate) struct SplitPairs;
 unsafe impl<V: PairDot> KeyDot<V> for SplitPairs {
     type Key = V::Pairs;
     type Query = [V::Pairs; 2];
+    const BYTES: usize = 2;
     const QUERY_BYTES: usize = 4;
 
     #[inline(always)]

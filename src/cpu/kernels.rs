@@ -53,7 +53,7 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { decode::decode::<$vector, S, Widened<S>, decode::OneByOne<S>>(job) }
+                unsafe { decode::decode::<$vector, Widened<S>, decode::OneByOne<S>>(job) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn tile_kernel<S: Stored>(job: &Job<'_>) {

@@ -15,8 +15,8 @@ pub enum CpuLevel {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and DQ (and what `Avx2` needs).
     Avx512,
-    /// `Avx512` and the dot products of AVX512_BF16 and AVX512_VNNI (which every CPU with the first
-    /// has).
+    /// `Avx512`, the dot products of AVX512_BF16 and AVX512_VNNI, and the byte permutations of
+    /// AVX512_VBMI (Zen 4, Sapphire Rapids and newer).
     Avx512Bf16,
     /// AArch64 with Advanced SIMD.
     Neon,
@@ -106,7 +106,7 @@ mod has {
         avx2() && cpu!("avx512f") && cpu!("avx512bw") && cpu!("avx512vl") && cpu!("avx512dq")
     }
     pub fn avx512_bf16() -> bool {
-        avx512() && cpu!("avx512bf16") && cpu!("avx512vnni")
+        avx512() && cpu!("avx512bf16") && cpu!("avx512vnni") && cpu!("avx512vbmi")
     }
 }
 
@@ -125,7 +125,12 @@ mod has {
             ))
     }
     pub fn avx512_bf16() -> bool {
-        avx512() && cfg!(all(target_feature = "avx512bf16", target_feature = "avx512vnni"))
+        avx512()
+            && cfg!(all(
+                target_feature = "avx512bf16",
+                target_feature = "avx512vnni",
+                target_feature = "avx512vbmi"
+            ))
     }
 }
 

@@ -497,10 +497,13 @@ impl Instance {
 
     fn compare_level(&self, level: CpuLevel, out: impl Fn(usize) -> f32, lse: &[f32]) {
         // Where pairs of bf16 are multiplied, softmax weights are rounded to bf16: at most 2^-8 of
-        // the largest value, which `normal` keeps below 4.25.
+        // the largest value, which `normal` keeps below 4.25, and FP8 rounds to 5 at most.
+        let fp8 = matches!(self.case.format, KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2);
         let pairs = level == CpuLevel::Avx512Bf16
-            && (self.case.format, self.case.q_dtype) == (KvFormat::Bf16, DType::Bf16);
-        let tolerance = if pairs { 4.25 * 2f64.powi(-8) } else { 4e-5 };
+            && (fp8 || self.case.format == KvFormat::Bf16)
+            && self.case.q_dtype == DType::Bf16;
+        let largest = if fp8 { 5.0 } else { 4.25 };
+        let tolerance = if pairs { largest * 2f64.powi(-8) } else { 4e-5 };
         let tolerance = tolerance + if self.coded.is_some() { 4e-5 } else { 0.0 };
         // Where codes are multiplied as integers, queries are rounded to 16 bits (their largest
         // channel, which `normal` keeps below 5, being 32639) and weights to 15.

@@ -180,11 +180,9 @@ unsafe fn scores<V: CodeVector, const R: usize>(
                         let s = scratch.s.add(t * scratch.lanes + r);
                         let (bytes, lanes) = (scratch.q_bytes, scratch.lanes);
                         if k_dim == 128 {
-                            four_keys::<V, f32, Widened<f32>, R>(128, q, bytes, k, s, lanes, None);
+                            four_keys::<V, Widened<f32>, R>(128, q, bytes, k, s, lanes, None);
                         } else {
-                            four_keys::<V, f32, Widened<f32>, R>(
-                                k_dim, q, bytes, k, s, lanes, None,
-                            );
+                            four_keys::<V, Widened<f32>, R>(k_dim, q, bytes, k, s, lanes, None);
                         }
                     }
                 }

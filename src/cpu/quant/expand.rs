@@ -42,7 +42,14 @@ pub(super) unsafe fn expand<V: CodeVector>(
     unsafe {
         let to = slice::from_raw_parts_mut(to, dim);
         match code.format {
-            KvFormat::Fp8E4m3 => V::e4m3(slice::from_raw_parts(codes, dim), code.scale, to),
+            KvFormat::Fp8E4m3 => {
+                let codes = slice::from_raw_parts(codes, dim);
+                V::e4m3(codes, code.scale, to);
+                // What vectors may read as a number; hardly ever there.
+                if codes.iter().fold(0, |top, &code| (code & 0x7f).max(top)) == 0x7f {
+                    e4m3_nans(codes, to);
+                }
+            }
             KvFormat::Fp8E5m2 => V::e5m2(slice::from_raw_parts(codes, dim), code.scale, to),
             KvFormat::Int8T => {
                 let codes = slice::from_raw_parts(codes.cast::<i8>(), dim);
@@ -62,6 +69,16 @@ pub(super) unsafe fn expand<V: CodeVector>(
                     to.iter_mut().zip(codes).for_each(|(x, &code)| *x = f32::from(code) * step);
                 }
             }
+        }
+    }
+}
+
+/// Puts NaN where the codes say so.
+#[cold]
+fn e4m3_nans(codes: &[u8], to: &mut [f32]) {
+    for (x, &code) in to.iter_mut().zip(codes) {
+        if code & 0x7f == 0x7f {
+            *x = f32::NAN;
         }
     }
 }

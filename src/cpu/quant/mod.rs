@@ -11,6 +11,7 @@
 //! | `encode.rs` | rows to codes |
 //! | `expand.rs` | codes to rows of f32 |
 //! | `decode.rs` | attention of few query rows: keys and values expanded as they are read |
+//! | `pairs.rs` | FP8 as pairs of bf16, where the machine multiplies those |
 //! | `operand.rs` | what the tile kernel reads instead of floats |
 //!
 //! Products of integers, where the machine has them, are in the leaf files.
@@ -19,6 +20,8 @@ mod decode;
 mod encode;
 mod expand;
 mod operand;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod turn;
 mod vector;
 
@@ -27,6 +30,8 @@ pub(super) use decode::decode;
 pub(super) use decode::{expect_scales, query};
 pub(super) use encode::encode;
 pub(super) use operand::Coded;
+#[cfg(target_arch = "x86_64")]
+pub(super) use pairs::{CodePairs, E4m3, E5m2, Halves, LookUp};
 pub(super) use turn::unrotate;
 pub(super) use vector::CodeVector;
 #[cfg(target_arch = "x86_64")]

@@ -43,7 +43,7 @@ pub(crate) unsafe trait CodeVector: Vector {
         unsafe { Self::splat(f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32_const()) }
     }
 
-    /// `codes` times `scale`; the NaN codes may read as 480 with their sign.
+    /// `codes` times `scale`; the NaN codes may read as 480 with their sign: `expand` sets them.
     #[inline(always)]
     unsafe fn e4m3(codes: &[u8], scale: f32, to: &mut [f32]) {
         for (x, &code) in to.iter_mut().zip(codes) {

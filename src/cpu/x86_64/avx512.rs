@@ -8,6 +8,7 @@ use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
 use crate::cpu::prefill;
+use crate::cpu::quant::{self, CodePairs, E4m3, E5m2};
 use crate::cpu::vector::{PairDot, Vector};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, bf16};
@@ -381,9 +382,9 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         // SAFETY: the caller's promise; the features are enabled here.
         unsafe {
             match job.q_dtype {
-                DType::Bf16 => decode::decode::<F32x16, bf16, Pairs, InPairs>(job),
-                DType::F16 => decode::decode::<F32x16, bf16, SplitPairs, OneByOne<bf16>>(job),
-                DType::F32 => decode::decode::<F32x16, bf16, Widened<bf16>, OneByOne<bf16>>(job),
+                DType::Bf16 => decode::decode::<F32x16, Pairs, InPairs>(job),
+                DType::F16 => decode::decode::<F32x16, SplitPairs, OneByOne<bf16>>(job),
+                DType::F32 => decode::decode::<F32x16, Widened<bf16>, OneByOne<bf16>>(job),
             }
         }
     }
@@ -398,7 +399,27 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         // SAFETY: the caller's promise; the features are enabled here.
         unsafe { vnni::decode(job) }
     }
+    /// FP8 by pair products, for queries that are bf16; wider ones multiply in f32.
+    ///
+    /// # Safety
+    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx2,fma,f16c"
+    )]
+    unsafe fn decode_fp8(job: &Job<'_>) {
+        // SAFETY: the caller's promise; the features are enabled here.
+        unsafe {
+            match (job.q_dtype, job.coding.format) {
+                (DType::Bf16, KvFormat::Fp8E4m3) => {
+                    decode::decode::<F32x16, CodePairs<E4m3>, CodePairs<E4m3>>(job)
+                }
+                (DType::Bf16, _) => decode::decode::<F32x16, CodePairs<E5m2>, CodePairs<E5m2>>(job),
+                _ => quant::decode::<F32x16>(job),
+            }
+        }
+    }
     match format {
+        KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2 => Kernels { decode: decode_fp8, ..kernels(format) },
         KvFormat::Int8T | KvFormat::Int4T => Kernels { decode: decode_integers, ..kernels(format) },
         KvFormat::Bf16 => Kernels { decode: decode_pairs, tile, ..kernels(format) },
         _ => kernels(format),

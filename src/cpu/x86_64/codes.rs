@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use super::avx2::F32x8;
 use super::avx512::F32x16;
-use crate::cpu::quant::{CodeVector, Nibbles};
+use crate::cpu::quant::{CodeVector, Halves, LookUp, Nibbles};
 
 /// Eight bytes of nibbles as sixteen values, in the order of their channels.
 ///
@@ -141,3 +141,79 @@ unsafe impl CodeVector for F32x16 {
         unsafe { nibbles(codes, how, to) }
     }
 }
+
+/// A table of 128 bytes.
+#[inline(always)]
+unsafe fn table(bytes: &[u8; 128]) -> [__m512i; 2] {
+    let p = bytes.as_ptr();
+    // SAFETY: the caller's promise.
+    unsafe { [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())] }
+}
+
+/// Low and high bytes of the bf16 of 64 codes.
+#[inline(always)]
+unsafe fn halves(codes: __m512i, values: &Halves) -> [__m512i; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (low, high) = (table(&values.low), table(&values.high));
+        // An index is seven bits: the sign does not count.
+        let low = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+        let high = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+        // high | (codes & 0x80)
+        let sign = _mm512_set1_epi8(-128);
+        [low, _mm512_ternarylogic_epi32::<0xf8>(high, codes, sign)]
+    }
+}
+
+// SAFETY: only called where AVX512_VBMI is enabled too.
+#[allow(clippy::undocumented_unsafe_blocks)] // the callers' promise; masks end with the codes
+unsafe impl LookUp for F32x16 {
+    #[inline(always)]
+    unsafe fn look_up(p: *const u8, n: usize, values: &Halves) -> [__m512i; 2] {
+        unsafe {
+            let codes = if n == 64 {
+                _mm512_loadu_si512(p.cast())
+            } else {
+                _mm512_maskz_loadu_epi8((1 << n) - 1, p.cast())
+            };
+            let [low, high] = halves(codes, values);
+            [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up_zip(
+        even: *const u8,
+        odd: *const u8,
+        n: usize,
+        values: &Halves,
+    ) -> [__m512i; 2] {
+        unsafe {
+            let (even, odd) = if n == 32 {
+                (_mm256_loadu_si256(even.cast()), _mm256_loadu_si256(odd.cast()))
+            } else {
+                let mask = (1 << n) - 1;
+                let even = _mm256_maskz_loadu_epi8(mask, even.cast());
+                (even, _mm256_maskz_loadu_epi8(mask, odd.cast()))
+            };
+            let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(even), odd);
+            let [low, high] = halves(codes, values);
+            // Of channel `c`: low and high byte of the even code, then of the odd one.
+            let order = _mm512_loadu_si512(ZIPPED.as_ptr().cast());
+            let upper = _mm512_or_si512(order, _mm512_set1_epi8(16));
+            [_mm512_permutex2var_epi8(low, order, high), _mm512_permutex2var_epi8(low, upper, high)]
+        }
+    }
+}
+
+/// Where the bytes of the first sixteen pairs lie in low bytes, then high ones, of 32 even and 32 odd
+/// codes; those of the others are 16 further.
+static ZIPPED: [u8; 64] = {
+    let mut order = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        let (channel, part) = (at / 4, at % 4);
+        order[at] = (channel + part / 2 * 32 + part % 2 * 64) as u8;
+        at += 1;
+    }
+    order
+};
