@@ -34,7 +34,6 @@ part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 part_cpp() { scripts/cpp.sh; }
 part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
-part_tiers() { scripts/tiers.sh; }
 part_valgrind() { scripts/valgrind.sh; }
 
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
@@ -76,7 +75,7 @@ if [ "${1:-}" = --one ]; then
     exit
 fi
 parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
-    transformers tiers valgrind benches gpu)
+    transformers valgrind benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do
