@@ -37,8 +37,6 @@ part_zmq() { cargo test -p libkvcache --features zmq --lib; }
 # Stages that are not in .ci/run's list.
 part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
-part_remote() { scripts/remote.sh; }
-part_tiers() { scripts/tiers.sh; }
 
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
 
@@ -79,7 +77,7 @@ if [ "${1:-}" = --one ]; then
     exit
 fi
 parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall python
-    transformers remote tiers benches gpu)
+    transformers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

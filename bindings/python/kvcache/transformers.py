@@ -219,12 +219,10 @@ class PagedCache(transformers.Cache):  # type: ignore[misc]
                     copies.append((row, other))
                     started.append(started[other])
                     continue
-                seq = self.paged.store.start(prompt, name_space=self.name_space)
-                started.append(seq)
-                room = len(prompt) - wanted[row]
-                if seq.cached_tokens > room:
-                    seq.truncate(room)
-                    seq.cached_tokens = room
+                # The last token of what is looked up is never taken from the index, so nothing that
+                # has wanted logits is. (Truncating later is refused where a window has passed.)
+                known = prompt[: len(prompt) - wanted[row] + 1]
+                started.append(self.paged.store.start(known, name_space=self.name_space))
         except BaseException:
             _release(list({id(seq): seq for seq in started}.values()))
             raise

@@ -49,6 +49,15 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     /// Those of the system.
     fn set_len(&self, bytes: u64) -> Result<()>;
 
+    /// Waits until no other process can change it any more, and keeps others waiting while it is
+    /// open. A transfer that was given to io_uring outlives the process that gave it.
+    ///
+    /// # Errors
+    /// Those of the system.
+    fn own(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The descriptor, where there is one to give to io_uring.
     fn descriptor(&self) -> Option<RawFd> {
         None
@@ -222,6 +231,11 @@ impl DiskFile for File {
 
     fn set_len(&self, bytes: u64) -> Result<()> {
         File::set_len(self, bytes)
+    }
+
+    fn own(&self) -> Result<()> {
+        // Held by the open file, and so by each transfer of a process that was killed.
+        self.lock()
     }
 
     fn descriptor(&self) -> Option<RawFd> {

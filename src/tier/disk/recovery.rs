@@ -81,6 +81,7 @@ pub fn recover(
     while names.contains(&segment_name(segments.len())) {
         let name = segment_name(segments.len());
         let file: Box<dyn DiskFile> = files.open(&name, false, direct).map_err(&io)?;
+        file.own().map_err(&io)?;
         let length = file.length().map_err(&io)?;
         whole.push((length / slot_bytes).min(segment_slots.into()) as u32);
         segments.push(Arc::from(file));

@@ -107,6 +107,22 @@ fn what_was_put_is_found_and_the_oldest_go_first() {
 }
 
 #[test]
+fn making_room_for_a_batch_evicts_none_of_it() {
+    let (files, config) = (FaultyFiles::default(), config());
+    let (store, _) = open(&files, 8).unwrap();
+    // Nine puts one by one fill the store but for the slot that is freed ahead.
+    for n in 0..9 {
+        assert_eq!(put(&store, &config, &[n]), [Outcome::Done]);
+    }
+    let oldest = (0..9).find(|&n| store.knows(&label(&config, n).key) == Some(true)).unwrap();
+    // Three are new, and two have to go: not the oldest, which is used here.
+    assert_eq!(put(&store, &config, &[20, 21, 22, oldest, 20]), [Outcome::Done; 5]);
+    for n in [20, 21, 22, oldest] {
+        assert_eq!(get(&store, &config, n), (Outcome::Done, true), "object {n}");
+    }
+}
+
+#[test]
 fn a_restart_finds_everything_in_the_order_of_its_use() {
     let (files, config) = (FaultyFiles::default(), config());
     let (store, _) = open(&files, 64).unwrap();

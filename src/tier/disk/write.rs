@@ -33,6 +33,7 @@ impl DiskStore {
         }
         let make = || {
             let file = self.files.open(&segment_name(have), true, self.direct)?;
+            file.own()?;
             file.allocate(more * self.slot_bytes)?;
             file.sync()?;
             self.files.sync_names()?;
@@ -120,8 +121,17 @@ impl DiskStore {
 
     pub(super) fn write(&self, writer: &mut Writer, objects: &[Put], outcomes: &mut [Outcome]) {
         let mut placed: Vec<(usize, u32)> = Vec::new();
-        let absent = |put: &Put| !locked(&self.index).slots.contains(&put.key);
-        let wanted = objects.iter().filter(|put| absent(put)).count();
+        let twice = |n: usize| objects[..n].iter().any(|other| other.key == objects[n].key);
+        // What is there is used, like by a read, before anything is evicted: else making room could
+        // evict an object of this very batch, and leave it without the slot that it then needs.
+        let wanted = {
+            let slots = &mut locked(&self.index).slots;
+            let absent = objects
+                .iter()
+                .enumerate()
+                .filter(|&(n, put)| slots.get_mut(&put.key).is_none() && !twice(n));
+            absent.count()
+        };
         self.make_room(writer, wanted);
         if writer.broken {
             outcomes.fill(Outcome::Failed);
@@ -129,15 +139,12 @@ impl DiskStore {
         }
         for (n, put) in objects.iter().enumerate() {
             let fits = put.object.len() as u64 == self.slot_bytes;
-            let twice = objects[..n].iter().any(|other| other.key == put.key);
             outcomes[n] = if !fits {
                 Outcome::Failed
-            } else if twice {
+            } else if twice(n) {
                 // What becomes of the first, below.
                 Outcome::None
-            } else if !absent(put) {
-                // A use like any other.
-                locked(&self.index).slots.get_mut(&put.key);
+            } else if locked(&self.index).slots.contains(&put.key) {
                 Outcome::Done
             } else if let Some(slot) = writer.free.pop() {
                 placed.push((n, slot));
