@@ -32,7 +32,6 @@ part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
 # Stages that are not in .ci/run's list.
 part_cpp() { scripts/cpp.sh; }
-part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
 part_valgrind() { scripts/valgrind.sh; }
 
@@ -74,7 +73,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp python
+parts=(random levels features asan aarch64 tsan shuttle fuzz crashes msrv cinstall cpp
     transformers valgrind benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
