@@ -518,7 +518,8 @@ typedef struct {
     // Block ids. Without table_indptr: `[seqs][table_stride]`; entry i of a sequence holds its
     // tokens i * block_tokens and on. Entries past its length are never read.
     const int32_t *table;
-    // Entries from one sequence's row to the next. Ignored with table_indptr.
+    // Entries from one sequence's row to the next: kvc_attend refuses a kv_lens that needs more.
+    // 0 where all sequences read the same row. Ignored with table_indptr.
     int64_t table_stride;
     // NULL, or `[seqs + 1]` offsets into table: sequence s has the entries from `table_indptr[s]` to
     // `table_indptr[s + 1]`.

@@ -35,7 +35,6 @@ part_emulator() { scripts/emulator.sh --plain; }
 part_zmq() { cargo test -p libkvcache --features zmq --lib; }
 
 # Stages that are not in .ci/run's list.
-part_python() { scripts/python.sh; }
 part_transformers() { scripts/transformers.sh; }
 
 part_shuttle() { SHUTTLE_ITERATIONS=${SHUTTLE_ITERATIONS:-1000000} scripts/shuttle.sh; }
@@ -76,7 +75,7 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall python
+parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes msrv cinstall
     transformers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()

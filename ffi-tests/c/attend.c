@@ -379,6 +379,10 @@ int main(void) {
         d = base;
         d.kv_lens = NULL;
         FAILS(KVC_ERR_NULL_POINTER, "kv_lens", kvc_attend(&d));
+        // Sequence 0 has 100 tokens, 7 blocks: an eighth entry would be another sequence's.
+        d = base;
+        d.table_stride = 6;
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "table_stride", kvc_attend(&d));
         d = base;
         d.k_block_stride = INT64_MAX;
         FAILS(KVC_ERR_OVERFLOW, "stride", kvc_attend(&d));

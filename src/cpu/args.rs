@@ -47,7 +47,8 @@ pub enum BlockTables {
     Dense {
         /// `[seqs][stride]` block ids.
         table: *const i32,
-        /// Entries from one sequence's row to the next.
+        /// Entries from one sequence's row to the next, and so the most that one may have; 0 where
+        /// all read the same row.
         stride: i64,
     },
     /// Compressed rows: sequence `s` has `indices[indptr[s] .. indptr[s + 1]]`.
@@ -270,6 +271,13 @@ impl BlockTables {
     pub(crate) unsafe fn of(&self, s: u32, blocks: u32) -> Result<*const i32> {
         match *self {
             BlockTables::Dense { table, stride } => {
+                // Past it lies another sequence's row, or nothing.
+                if stride != 0 && u64::from(blocks) > stride.unsigned_abs() {
+                    return Err(Error::invalid(
+                        "kv_lens",
+                        "must not need more than table_stride blocks",
+                    ));
+                }
                 let offset = check_span("table stride", stride, s, 4)? / 4;
                 let offset = if stride < 0 { -offset } else { offset };
                 Ok(table.wrapping_offset(offset as isize))
@@ -344,5 +352,31 @@ impl AttendArgs<'_> {
         // SAFETY: the caller's promise.
         let table = unsafe { self.tables.of(s, kv_len.div_ceil(self.kv.block_tokens)) }?;
         Ok(Sequence { q_start: from as u32, q_tokens, kv_len, table })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sequence_needs_no_more_blocks_than_its_row_of_the_table_has() {
+        let table = [0; 12];
+        let base = table.as_ptr();
+        let dense = |stride| BlockTables::Dense { table: base, stride };
+        // SAFETY: rows are computed, nothing is read.
+        let of = |tables: BlockTables, s, blocks| unsafe { tables.of(s, blocks) };
+        assert_eq!(of(dense(4), 2, 4), Ok(base.wrapping_add(8)));
+        assert_eq!(of(dense(-4), 1, 4), Ok(base.wrapping_sub(4)));
+        for stride in [4, -4] {
+            let error = of(dense(stride), 0, 5).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
+        }
+        // One row for all: nobody says how long it is.
+        assert_eq!(of(dense(0), 2, 5), Ok(base));
+        let indptr = [0, 3, 4];
+        let csr = BlockTables::Csr { indptr: indptr.as_ptr(), indices: base };
+        assert_eq!(of(csr, 1, 1), Ok(base.wrapping_add(3)));
+        assert!(matches!(of(csr, 1, 2), Err(Error::InvalidArgument { .. })));
     }
 }
