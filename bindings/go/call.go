@@ -35,6 +35,8 @@ package kvcache
 // #cgo nocallback kvc_attend
 // #cgo noescape kvc_append
 // #cgo nocallback kvc_append
+// #cgo noescape kvc_seal
+// #cgo nocallback kvc_seal
 // #cgo noescape kvc_abi_version
 // #cgo nocallback kvc_abi_version
 import "C"

@@ -49,6 +49,12 @@ type Attention struct {
 	Shape
 	Q, Out Rows
 	K, V   Blocks
+	// Scales may be nil, for K and V of Codes that have theirs behind them, or one scale of 1.
+	Scales *Scales
+	// Tiles are in the place of K and V where the format is of sealed tiles, with Raw, the tiles that each
+	// sequence reads raw, ascending: all that hold its queries, and every one before that is not sealed.
+	Tiles *Tiles
+	Raw   [][]RawTile
 	// Table is [seqs][TableStride] block ids, KVLens the cached tokens of each sequence, its queries'
 	// included, QIndptr [seqs + 1] where its query tokens begin.
 	Table           []int32
@@ -121,6 +127,10 @@ func Attend(a *Attention) error {
 		return invalid("a sequence has %d tokens, its row of the table is good for %d", longest, a.TableStride*int64(a.BlockTokens))
 	}
 	rows = int(a.QIndptr[seqs])
+	codes, tiles := a.Format.isCodes(), a.Format.isTiles()
+	if tiles != (a.Tiles != nil) {
+		return invalid("sealed tiles are for their formats alone, and those for sealed tiles")
+	}
 	for _, part := range []struct {
 		name       string
 		have, want int
@@ -134,11 +144,14 @@ func Attend(a *Attention) error {
 		{"alibi", len(a.Alibi), int(a.QHeads)},
 	} {
 		optional := part.have == 0 && (part.name == "lse" || part.name == "sinks" || part.name == "alibi" || (part.name == "v" && a.VInK))
+		if (codes || tiles) && (part.name == "k" || part.name == "v") {
+			continue
+		}
 		if !optional && (part.want < 0 || part.have < part.want) {
 			return invalid("%s has %d elements, the call needs %d", part.name, part.have, part.want)
 		}
 	}
-	if int(a.K.Rows.dtype) != int(a.Format) || (!a.VInK && a.V.Rows.dtype != a.K.Rows.dtype) {
+	if !tiles && !stored(a.Format, a.K, a.V, a.VInK) {
 		return invalid("K and V are not of the call's format")
 	}
 	size, err := a.WorkspaceSize(uint32(seqs), uint32(rows), uint32(longest))
@@ -156,6 +169,14 @@ func Attend(a *Attention) error {
 			pins.Pin(p)
 		}
 	}
+	if codes {
+		d.scales, err = a.Scales.c(&pins, blockSizes{a.Format, int(a.NumBlocks), int(a.KVHeads), int(a.BlockTokens), int(a.KDim), int(a.VDim), a.VInK}, a.K, a.V)
+	} else if tiles {
+		d.tiles, err = a.Tiles.forAttend(&pins, &a.Shape, a.Raw, seqs)
+	}
+	if err != nil {
+		return err
+	}
 	d.q_dtype, d.out_dtype, d.seqs = C.uint32_t(a.Q.dtype), C.uint32_t(a.Out.dtype), C.uint32_t(seqs)
 	d.causal, d.window = flag(!a.NotCausal), C.uint32_t(a.Window)
 	d.scale, d.softcap = C.float(a.Scale), C.float(a.Softcap)
@@ -171,6 +192,15 @@ func Attend(a *Attention) error {
 	skip := (align - uintptr(unsafe.Pointer(base))%align) % align
 	d.workspace, d.workspace_bytes = unsafe.Add(unsafe.Pointer(base), skip), C.uint64_t(size)
 	return try(func() C.kvc_status { return C.kvc_attend(&d) })
+}
+
+// stored says whether K and V are of a format that is not of tiles.
+func stored(f Format, k, v Blocks, vInK bool) bool {
+	dtype := DType(f)
+	if f.isCodes() {
+		dtype = 0
+	}
+	return k.Rows.dtype == dtype && (vInK || v.Rows.dtype == dtype)
 }
 
 // MergeStates merges attention over two disjoint sets of keys, row by row, into the first: out and
@@ -193,8 +223,9 @@ type NewRows struct {
 	Format              Format
 	BlockTokens         uint32
 	NumBlocks           uint32
-	// K and V are written.
-	K, V Blocks
+	// K and V are written, and what Scales, which may be nil, has of rows.
+	K, V   Blocks
+	Scales *Scales
 	// Slots are block * BlockTokens + offset, no two alike; -1 skips a row.
 	Slots []int64
 	// KRows are [row][kv head][k dim], VRows [row][kv head][v dim].
@@ -216,10 +247,11 @@ func Append(n *NewRows) error {
 	}
 	blocks, tokens := int(n.NumBlocks), int(n.BlockTokens)
 	k, v := n.K.extent(blocks, heads, tokens, int(n.KDim)), n.V.extent(blocks, heads, tokens, int(n.VDim))
-	if k < 0 || n.K.Rows.elements < k || (!n.VInK && (v < 0 || n.V.Rows.elements < v)) {
+	codes := n.Format.isCodes()
+	if !codes && (k < 0 || n.K.Rows.elements < k || (!n.VInK && (v < 0 || n.V.Rows.elements < v))) {
 		return invalid("K and V are smaller than %d blocks", blocks)
 	}
-	if int(n.K.Rows.dtype) != int(n.Format) || (!n.VInK && (n.V.Rows.dtype != n.K.Rows.dtype || n.VRows.dtype != n.KRows.dtype)) {
+	if !stored(n.Format, n.K, n.V, n.VInK) || (!n.VInK && n.VRows.dtype != n.KRows.dtype) {
 		return invalid("K and V are not of the call's format, or the rows of two types")
 	}
 	var pins runtime.Pinner
@@ -227,6 +259,13 @@ func Append(n *NewRows) error {
 	for _, p := range []unsafe.Pointer{n.K.Rows.p, n.V.Rows.p, n.KRows.p, n.VRows.p} {
 		if p != nil {
 			pins.Pin(p)
+		}
+	}
+	if codes {
+		var err error
+		d.scales, err = n.Scales.c(&pins, blockSizes{n.Format, blocks, heads, tokens, int(n.KDim), int(n.VDim), n.VInK}, n.K, n.V)
+		if err != nil {
+			return err
 		}
 	}
 	d.kv_heads, d.k_dim, d.v_dim = C.uint32_t(n.KVHeads), C.uint32_t(n.KDim), C.uint32_t(n.VDim)

@@ -39,6 +39,7 @@ from .prefix import (
     Ran,
     Retention,
 )
+from .quantised import Scales, Tiles, code_bytes, scale_bytes
 from .rope import Rope
 from .step import Batch, Scoring, Step, Work
 from .tier import Prefetch, TierCounts, TierDecision, TierSlice
@@ -77,21 +78,25 @@ __all__ = [
     "Ran",
     "Retention",
     "Rope",
+    "Scales",
     "Scoring",
     "Sequence",
     "Step",
     "TierCounts",
     "TierDecision",
     "TierSlice",
+    "Tiles",
     "Work",
     "abi_version",
     "append",
     "attend",
     "build_info",
+    "code_bytes",
     "errors",
     "kernel_name",
     "merge_states",
     "plan",
+    "scale_bytes",
     "version",
     "workspace_size",
 ]

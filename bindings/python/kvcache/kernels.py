@@ -2,7 +2,8 @@
 keys and values. For engines that keep K and V themselves; a `Cache` does both for its own.
 
 K and V are tensors of blocks, `[block, kv_head, token, channel]` with layout "HND" or
-`[block, token, kv_head, channel]` with "NHD"; any strides, but channels side by side. Everything is
+`[block, token, kv_head, channel]` with "NHD"; any strides, but channels side by side. Of a quantised
+`format` they are uint8 rows of codes, with `Scales`, or sealed `Tiles` in the place of both. Everything is
 checked against the tensors' real sizes before the library sees an address.
 """
 
@@ -14,8 +15,11 @@ from . import _structs, arrays
 from ._native import ffi, lib
 from .arrays import Array
 from .errors import check
+from .names import FORMATS, number
+from .quantised import Scales, Tiles, code_bytes
 from .rope import Rope
 
+_CODES = ("fp8_e4m3", "fp8_e5m2", "int8_t", "int4_t", "nvfp4")
 _FORMATS = {arrays.F32: lib.KVC_FORMAT_F32, arrays.F16: lib.KVC_FORMAT_F16, arrays.BF16: lib.KVC_FORMAT_BF16}
 
 
@@ -30,6 +34,9 @@ def attend(
     q_indptr: Any = None,
     layout: str = "HND",
     v_dim: int | None = None,
+    format: str | None = None,
+    scales: Scales | None = None,
+    raw: Any = None,
     causal: bool = True,
     window: int = 0,
     scale: float = 0.0,
@@ -47,8 +54,13 @@ def attend(
     `q_indptr` int32 `[seqs + 1]`: sequence s has the query tokens from q_indptr[s] on; None for one
     each. `v` is None where values are the first `v_dim` channels of the keys. `workspace`, bytes of
     at least `workspace_size`, is made for the call where it is not given. `threads` 0 is one a core.
+
+    With a `format` of codes (fp8_e4m3, fp8_e5m2, int8_t, int4_t, nvfp4) `k` and `v` are uint8, a row
+    `code_bytes` of its channels, and `scales` says where theirs are. With sealed tiles `k` is a `Tiles`,
+    `v` None, and `raw` has for each sequence the tiles that are read raw, as pairs of tile and raw slot,
+    ascending: all that hold its queries, and every one before that was refused or not sealed yet.
     """
-    call = _Call(q, k, v, table, kv_lens, out, q_indptr, layout, v_dim)
+    call = _Call(q, k, v, table, kv_lens, out, q_indptr, layout, v_dim, "cpu", format, scales, raw)
     call.scoring(causal, window, scale, softcap, lse, sinks, alibi)
     desc = call.desc
     desc.threads = threads
@@ -109,8 +121,6 @@ def description(
     q_heads: int, kv_heads: int, k_dim: int, v_dim: int | None, block_tokens: int, format: str, v_in_k: bool
 ) -> Any:
     """A `kvc_attend_desc` of sizes alone."""
-    from .names import FORMATS, number
-
     return _structs.options(
         "kvc_attend_desc",
         q_heads=q_heads,
@@ -155,6 +165,8 @@ def append(
     v_rows: Any,
     *,
     layout: str = "HND",
+    format: str | None = None,
+    scales: Scales | None = None,
     rope: Rope | None = None,
     positions: Any = None,
     threads: int = 1,
@@ -163,29 +175,40 @@ def append(
 
     `k_rows` is `[row, kv_head, k_dim]`, `v_rows` `[row, kv_head, v_dim]`; `k` and `v` are written. With
     `rope` keys are rotated to `positions` on the way. `v` and `v_rows` are None for latent attention.
+    With a `format` of codes `k` and `v` are uint8, as for `attend`, and what `scales` has is written.
     """
-    desc, _keep = append_description(k, v, slots, k_rows, v_rows, layout, rope, positions, "cpu")
+    desc, _keep = append_description(k, v, slots, k_rows, v_rows, layout, rope, positions, "cpu", format, scales)
     desc.threads = threads
     check(lib.kvc_append(desc))
 
 
 def append_description(
-    k: Any, v: Any, slots: Any, k_rows: Any, v_rows: Any, layout: str, rope: Any, positions: Any, device: str
+    k: Any,
+    v: Any,
+    slots: Any,
+    k_rows: Any,
+    v_rows: Any,
+    layout: str,
+    rope: Any,
+    positions: Any,
+    device: str,
+    format: str | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Any, Any]:
     """A `kvc_append_desc` of tensors on `device`, and what must live until it was used."""
     keys = _blocks(k, "k", layout, True, device)
     rows = _rows(k_rows, "k_rows", device)
-    blocks, heads, block_tokens, k_dim = keys.shape
-    n = rows.shape[0]
-    if rows.shape != (n, heads, k_dim):
-        raise ValueError(f"k_rows has the shape {rows.shape}, not ({n}, {heads}, {k_dim})")
+    blocks, heads, block_tokens, _ = keys.shape
+    n, k_dim = rows.shape[0], rows.shape[2]
+    if rows.shape[1] != heads:
+        raise ValueError(f"k_rows has the shape {rows.shape}, k {heads} heads")
     desc = _structs.options(
         "kvc_append_desc",
         kv_heads=heads,
         k_dim=k_dim,
         v_dim=k_dim,
         v_in_k=int(v is None),
-        format=_format(keys, "k"),
+        format=_format(keys, "k", k_dim, format),
         dtype=_row(rows, "k_rows"),
         block_tokens=block_tokens,
         num_blocks=blocks,
@@ -193,18 +216,20 @@ def append_description(
     )
     _strides(desc, "k", keys)
     desc.k_rows, desc.k_rows_token_stride, desc.k_rows_head_stride = rows.address, rows.strides[0], rows.strides[1]
-    keep = [keys, rows]
+    keep: list[Any] = [keys, rows]
     if v is not None:
         values, v_new = _blocks(v, "v", layout, True, device), _rows(v_rows, "v_rows", device)
-        if values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
-            raise ValueError(f"v has the shape {values.shape}, k {keys.shape}, or another element type")
-        desc.v_dim = values.shape[3]
-        if v_new.shape != (n, heads, values.shape[3]) or v_new.dtype != rows.dtype:
+        _like(values, keys)
+        if v_new.shape[:2] != (n, heads) or v_new.dtype != rows.dtype:
             raise ValueError(f"v_rows has the shape {v_new.shape}, or another element type than k_rows")
+        desc.v_dim = v_new.shape[2]
+        _format(values, "v", v_new.shape[2], format)
         _strides(desc, "v", values)
         desc.v_rows, desc.v_rows_token_stride = v_new.address, v_new.strides[0]
         desc.v_rows_head_stride = v_new.strides[1]
         keep += [values, v_new]
+    if format in _CODES:
+        keep += _scales(desc, scales, str(format), keys, 1, layout, True, device)
     if device == "cpu":
         at, count = arrays.slots(slots)
         places, given = arrays.tokens(positions, "positions") if rope is not None else (ffi.NULL, n)
@@ -240,23 +265,35 @@ class _Call:
         layout: str,
         v_dim: int | None,
         device: str = "cpu",
+        format: str | None = None,
+        scales: Scales | None = None,
+        raw: Any = None,
     ) -> None:
         self.device = device
-        keys, query = _blocks(k, "k", layout, False, device), _rows(q, "q", device)
-        to = _rows(out, "out", device, True)
-        blocks, kv_heads, block_tokens, k_dim = keys.shape
-        self.q_tokens, q_heads = query.shape[0], query.shape[1]
-        if query.shape[2] != k_dim:
-            raise ValueError(f"q has rows of {query.shape[2]} channels, k of {k_dim}")
-        self.keep: list[Any] = [keys, query, to]
-        if v is None:
-            width = k_dim if v_dim is None else v_dim
+        query, to = _rows(q, "q", device), _rows(out, "out", device, True)
+        self.q_tokens, q_heads, k_dim = query.shape
+        self.keep: list[Any] = [query, to]
+        keys = values = None
+        if isinstance(k, Tiles):
+            if v is not None or format is not None or scales is not None:
+                raise ValueError("tiles have their values, format and scales: v, format and scales must be None")
+            if query.shape[2] != k.k_dim:
+                raise ValueError(f"q has rows of {query.shape[2]} channels, the tiles of {k.k_dim}")
+            blocks, kv_heads, block_tokens = k.num_blocks, k.kv_heads, k.block_tokens
+            width, number_of_format, v_in_k = k.v_dim, k.format, k.v_in_k
         else:
-            values = _blocks(v, "v", layout, False, device)
-            if values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
-                raise ValueError(f"v has the shape {values.shape}, k {keys.shape}, or another element type")
-            width = values.shape[3]
-            self.keep.append(values)
+            keys = _blocks(k, "k", layout, False, device)
+            blocks, kv_heads, block_tokens, _ = keys.shape
+            number_of_format, v_in_k = _format(keys, "k", k_dim, format), v is None
+            self.keep.append(keys)
+            if v is None:
+                width = k_dim if v_dim is None else v_dim
+            else:
+                values = _blocks(v, "v", layout, False, device)
+                _like(values, keys)
+                width = to.shape[2]
+                _format(values, "v", width, format)
+                self.keep.append(values)
         if to.shape != (self.q_tokens, q_heads, width):
             raise ValueError(f"out has the shape {to.shape}, not {(self.q_tokens, q_heads, width)}")
         tables, lens = _exact(table, "table", "i32", device), _exact(kv_lens, "kv_lens", "i32", device)
@@ -275,16 +312,22 @@ class _Call:
             kv_heads=kv_heads,
             k_dim=k_dim,
             v_dim=width,
-            v_in_k=int(v is None),
-            format=_format(keys, "k"),
+            v_in_k=int(v_in_k),
+            format=number_of_format,
             q_dtype=_row(query, "q"),
             out_dtype=_row(to, "out"),
             block_tokens=block_tokens,
             num_blocks=blocks,
             seqs=self.seqs,
         )
-        _strides(desc, "k", keys)
-        if v is not None:
+        if isinstance(k, Tiles):
+            self.keep += k.put(desc, raw, self.seqs)
+        if keys is not None:
+            _strides(desc, "k", keys)
+            if format in _CODES:
+                parts = 2 if v is None and width < k_dim else 1
+                self.keep += _scales(desc, scales, str(format), keys, parts, layout, False, device)
+        if values is not None:
             _strides(desc, "v", values)
         desc.table, desc.table_stride = ffi.cast("int32_t *", tables.address), tables.strides[0]
         desc.kv_lens = ffi.cast("int32_t *", lens.address)
@@ -376,11 +419,39 @@ def _at(found: Array, name: str, device: str) -> None:
         raise ValueError(f"{name} is on {found.device}, this call is for {device}")
 
 
-def _format(found: Array, name: str) -> int:
-    format = _FORMATS.get(found.dtype)
-    if format is None:
-        raise TypeError(f"{name} has elements of type {arrays.NAMES[found.dtype]}: blocks are f32, f16 or bf16")
-    return format
+def _format(found: Array, name: str, dim: int, format: str | None) -> int:
+    """The format of blocks, whose rows must have `dim` channels in it."""
+    if format in _CODES:
+        kind, width = "u8", code_bytes(str(format), dim)
+    elif found.dtype not in _FORMATS:
+        raise TypeError(
+            f"{name} has elements of type {arrays.NAMES[found.dtype]}: blocks are f32, f16 or bf16, or of a format of codes"
+        )
+    else:
+        kind, width = found.dtype, dim
+    if found.dtype != kind or found.shape[3] != width:
+        raise ValueError(
+            f"{name} has the shape {found.shape} of {arrays.NAMES[found.dtype]}, not rows of {width} {arrays.NAMES[kind]}"
+        )
+    made = _FORMATS[kind] if kind != "u8" else number(FORMATS, str(format), "format")
+    if format is not None and made != number(FORMATS, format, "format"):
+        raise ValueError(f"{name} has elements of type {arrays.NAMES[kind]}, the format is {format}")
+    return made
+
+
+def _like(values: Array, keys: Array) -> None:
+    if values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
+        raise ValueError(f"v has the shape {values.shape}, k {keys.shape}, or another element type")
+
+
+def _scales(
+    desc: Any, scales: Scales | None, format: str, keys: Array, parts: int, layout: str, written: bool, device: str
+) -> list[Any]:
+    if device != "cpu":
+        raise ValueError("scales are on the CPU here")
+    return (scales or Scales()).put(
+        desc, format, keys.shape[:3], parts, lambda x, name: _blocks(x, name, layout, written, device)
+    )
 
 
 def _row(found: Array, name: str) -> int:
