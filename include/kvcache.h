@@ -2138,7 +2138,7 @@ kvc_status kvc_tier_store_init(kvc_tier_store *store, uint32_t struct_size);
 // Tier: files on a local disk.
 #define KVC_TIER_DISK 2
 
-// Tier: the engine's own store.
+// Tier: the engine's own store, or a remote one.
 #define KVC_TIER_STORE 3
 
 // The part of a layer group that a cache holds. This struct never grows.
@@ -2186,6 +2186,17 @@ typedef struct {
     // Seconds that the engine takes to compute a token of a prompt. Loading that takes longer than
     // computing is left; 0 (the default): not known, everything is loaded.
     double prefill_seconds;
+    // The address of a remote store, below host and disk, at most 4096 bytes; NULL (the default) for
+    // none. redis://[[USER:]PASSWORD@]HOST[:PORT][/DB], redis+unix:///PATH, s3+http://HOST[:PORT]/BUCKET,
+    // s3+https://HOST[:PORT]/BUCKET or s3://BUCKET, with the environment's AWS_* credentials. Nothing is
+    // connected to yet: a store that is down is found to be when it is used. KVC_ERR_UNSUPPORTED in a
+    // build without the feature remote (the last two want remote-tls).
+    const char *remote;
+    // How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
+    // 5,000 by default.
+    uint32_t remote_timeout_ms;
+    // 0.
+    uint32_t reserved;
 } kvc_tier_options;
 
 // What a tier counted since kvc_tier_attach, in blocks where it says nothing else.
@@ -2250,7 +2261,7 @@ kvc_status kvc_tier_attach(kvc_cache *cache, const kvc_tier_options *options);
 kvc_status kvc_tier_flush(kvc_cache *cache, uint32_t wait_ms, uint32_t *out_done);
 
 // Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
-// host, then disk and store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
+// host, then disk, store and remote store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
 //
 // Threads: thread-safe.
 kvc_status kvc_tier_stats(const kvc_cache *cache,

@@ -238,6 +238,48 @@ fn s3_keeps_objects_and_serves_the_next_process() {
     assert_eq!(outcomes, [Outcome::Failed]);
 }
 
+/// Through the C ABI, by address: what one cache leaves there the next one finds.
+#[test]
+fn the_c_abi_opens_redis_by_address() {
+    use kvcache::capi::*;
+    use std::ptr::null_mut;
+    let Some(redis) = Redis::start("capi") else { return };
+    let address = std::ffi::CString::new(redis.address("redis")).unwrap();
+    let tokens: Vec<u32> = (0..8 * 16 + 1).collect();
+    let size = |bytes: usize| bytes as u32;
+    // SAFETY: pointers are valid for what the calls are told.
+    let serve = || unsafe {
+        let (mut cache, mut step, mut prefetch) = (null_mut(), null_mut(), null_mut());
+        let mut group: kvc_group_spec = std::mem::zeroed();
+        assert_eq!(kvc_group_spec_init(&mut group, size(size_of_val(&group))), KVC_OK);
+        (group.layers, group.kv_heads, group.k_dim, group.v_dim) = (1, 1, 16, 16);
+        assert_eq!(kvc_cache_create(std::ptr::null(), &group, 1, &mut cache), KVC_OK);
+        let mut options: kvc_tier_options = std::mem::zeroed();
+        assert_eq!(kvc_tier_options_init(&mut options, size(size_of_val(&options))), KVC_OK);
+        (options.model, options.on_commit) = (c"toy".as_ptr(), 1);
+        (options.remote, options.remote_timeout_ms) = (address.as_ptr(), 2000);
+        assert_eq!(kvc_tier_attach(cache, &options), KVC_OK);
+
+        let (mut decision, mut done) = (std::mem::zeroed(), 0);
+        let count = tokens.len() as u32;
+        let at = tokens.as_ptr();
+        assert_eq!(kvc_prefetch_create(cache, at, count, 0, &mut prefetch, &mut decision), KVC_OK);
+        assert_eq!(kvc_prefetch_wait(cache, prefetch, 10_000, &mut done), KVC_OK);
+        assert_eq!((kvc_prefetch_destroy(prefetch), done), (KVC_OK, 1));
+        let (mut seq, mut cached) = (0, 0);
+        assert_eq!(kvc_seq_start(cache, at, count.into(), 0, &mut seq, &mut cached), KVC_OK);
+        let rest = count - cached;
+        let work = kvc_work { seq, token_count: rest, tokens: at.add(cached as usize) };
+        assert_eq!(kvc_step_create(&mut step), KVC_OK);
+        assert_eq!(kvc_step_begin(cache, step, &work, 1), KVC_OK);
+        assert_eq!(kvc_step_commit(cache, step), KVC_OK);
+        assert_eq!(kvc_tier_flush(cache, 10_000, &mut done), KVC_OK);
+        assert_eq!((done, kvc_step_destroy(step), kvc_cache_destroy(cache)), (1, KVC_OK, KVC_OK));
+        cached
+    };
+    assert_eq!([serve(), serve()], [0, 8 * 16]);
+}
+
 #[test]
 fn redis_killed_and_started_again_in_the_middle_of_loads() {
     let Some(mut redis) = Redis::start("kill") else { return };

@@ -279,6 +279,12 @@ func TestTiers(t *testing.T) {
 	refused(t, other.AttachTiers(options), ErrInvalidState)
 	refused(t, other.AttachTiers(&TierOptions{Model: "toy", DiskDir: "/proc/nothing"}), ErrTierFailed)
 	refused(t, other.AttachTiers(&TierOptions{Model: "t\x00y"}), ErrInvalidArgument)
+	// An address that is none, or a build that has no remote stores.
+	want := ErrUnsupported
+	if strings.Contains(BuildInfo(), "remote") {
+		want = ErrInvalidArgument
+	}
+	refused(t, other.AttachTiers(&TierOptions{Model: "toy", Remote: "nowhere", RemoteTimeoutMS: 100}), want)
 	ok(t, other.Close())
 	ok(t, c.Close())
 	// A second cache finds what the first left.

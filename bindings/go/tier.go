@@ -41,6 +41,11 @@ type TierOptions struct {
 	Readers, QueuedBlocks uint32
 	// PrefillSeconds is what a token of a prompt takes to compute; 0: not known, everything is loaded.
 	PrefillSeconds float64
+	// Remote is the address of a remote store, empty for none: redis://HOST, redis+unix:///PATH,
+	// s3+http://HOST/BUCKET and so on, as the header has them. The library must have been built with it.
+	Remote string
+	// RemoteTimeoutMS is how long a call of that store may take; 0 is 5 s.
+	RemoteTimeoutMS uint32
 }
 
 // TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else.
@@ -60,16 +65,17 @@ type TierCounts struct {
 func (c *Cache) AttachTiers(options *TierOptions) error {
 	defer runtime.KeepAlive(c)
 	p := options
-	if strings.ContainsRune(p.Model, 0) || strings.ContainsRune(p.DiskDir, 0) {
-		return invalid("the model or the directory has a NUL")
+	if strings.ContainsRune(p.Model, 0) || strings.ContainsRune(p.DiskDir, 0) || strings.ContainsRune(p.Remote, 0) {
+		return invalid("the model, the directory or the address has a NUL")
 	}
 	var o C.kvc_tier_options
 	if err := try(func() C.kvc_status { return C.kvc_tier_options_init(&o, C.uint32_t(unsafe.Sizeof(o))) }); err != nil {
 		return err
 	}
-	o.model, o.disk_dir = C.CString(p.Model), optional(p.DiskDir)
+	o.model, o.disk_dir, o.remote = C.CString(p.Model), optional(p.DiskDir), optional(p.Remote)
 	defer C.free(unsafe.Pointer(o.model))
 	defer C.free(unsafe.Pointer(o.disk_dir))
+	defer C.free(unsafe.Pointer(o.remote))
 	o.host_blocks, o.least_uses = C.uint64_t(p.HostBlocks), C.uint32_t(p.LeastUses)
 	if p.TransitBlocks != 0 {
 		o.transit_blocks = C.uint64_t(p.TransitBlocks)
@@ -79,6 +85,9 @@ func (c *Cache) AttachTiers(options *TierOptions) error {
 	}
 	if p.LeastPriority != 0 || p.AllPriorities {
 		o.least_priority = C.uint32_t(p.LeastPriority)
+	}
+	if p.RemoteTimeoutMS != 0 {
+		o.remote_timeout_ms = C.uint32_t(p.RemoteTimeoutMS)
 	}
 	if p.Readers != 0 {
 		o.readers = C.uint32_t(p.Readers)

@@ -199,6 +199,27 @@ int main(void) {
         store.get = get;
         FAILS(KVC_ERR_INVALID_ARGUMENT, "readers", kvc_tier_attach(other, &options));
         options.readers = 2;
+        {
+            // An address that is none, before anything is done about the other tiers.
+            char info[512];
+            kvc_build_info(info, sizeof info);
+            options.remote = "nowhere";
+            options.disk_dir = "/proc/nothing";
+            if (strstr(info, "remote") != NULL) {
+                FAILS(KVC_ERR_INVALID_ARGUMENT, "address", kvc_tier_attach(other, &options));
+                options.remote = "redis://127.0.0.1:1";
+                options.remote_timeout_ms = 0;
+                FAILS(KVC_ERR_INVALID_ARGUMENT, "timeout", kvc_tier_attach(other, &options));
+                options.remote_timeout_ms = 5000;
+            } else {
+                FAILS(KVC_ERR_UNSUPPORTED, "remote store", kvc_tier_attach(other, &options));
+            }
+            options.remote = NULL;
+            options.disk_dir = NULL;
+            options.reserved = 1;
+            FAILS(KVC_ERR_INVALID_ARGUMENT, "reserved", kvc_tier_attach(other, &options));
+            options.reserved = 0;
+        }
         options.slice_count = 1;
         options.slices = &(kvc_tier_slice){0, 2};
         OK(kvc_tier_attach(other, &options));

@@ -13,7 +13,7 @@ use super::pointer::{self, Plain, Sized32, flag};
 use super::status::{guard, kvc_status};
 use super::tier_store::{Foreign, kvc_tier_store};
 use crate::cache::{Demotion, LowerTier, TierOptions};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::layout::slice::{GroupSlice, Slice};
 use crate::tier::disk::{DiskOptions, DiskStore};
 use crate::tier::{Configuration, PrefillCost, Store, TierKind, TierSettings};
@@ -22,7 +22,7 @@ use crate::tier::{Configuration, PrefillCost, Store, TierKind, TierSettings};
 pub const KVC_TIER_HOST: u32 = 1;
 /// Tier: files on a local disk.
 pub const KVC_TIER_DISK: u32 = 2;
-/// Tier: the engine's own store.
+/// Tier: the engine's own store, or a remote one.
 pub const KVC_TIER_STORE: u32 = 3;
 
 /// The part of a layer group that a cache holds. This struct never grows.
@@ -77,6 +77,17 @@ pub struct kvc_tier_options {
     /// Seconds that the engine takes to compute a token of a prompt. Loading that takes longer than
     /// computing is left; 0 (the default): not known, everything is loaded.
     pub prefill_seconds: f64,
+    /// The address of a remote store, below host and disk, at most 4096 bytes; NULL (the default) for
+    /// none. redis://[[USER:]PASSWORD@]HOST[:PORT][/DB], redis+unix:///PATH, s3+http://HOST[:PORT]/BUCKET,
+    /// s3+https://HOST[:PORT]/BUCKET or s3://BUCKET, with the environment's AWS_* credentials. Nothing is
+    /// connected to yet: a store that is down is found to be when it is used. KVC_ERR_UNSUPPORTED in a
+    /// build without the feature remote (the last two want remote-tls).
+    pub remote: *const c_char,
+    /// How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
+    /// 5,000 by default.
+    pub remote_timeout_ms: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: numbers and pointers.
@@ -103,6 +114,9 @@ unsafe impl Sized32 for kvc_tier_options {
             readers: 2,
             queued_blocks: 256,
             prefill_seconds: 0.0,
+            remote: ptr::null(),
+            remote_timeout_ms: 5000,
+            reserved: 0,
         }
     }
 }
@@ -195,7 +209,12 @@ pub unsafe extern "C" fn kvc_tier_attach(
         let model = unsafe { pointer::text(given.model, 1024, "model") }?;
         // SAFETY: the caller's promise.
         let dir = unsafe { pointer::text(given.disk_dir, 4096, "disk_dir") }?;
+        // SAFETY: the caller's promise.
+        let remote = unsafe { pointer::text(given.remote, 4096, "remote") }?;
         let model = model.ok_or(Error::NullPointer { what: "model" })?;
+        if given.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         let cache = open(cache)?;
         let mut cache = cache.lock()?;
         // Before the disk's directory is opened or made, which this cache may be using.
@@ -235,6 +254,9 @@ pub unsafe extern "C" fn kvc_tier_attach(
             writers: 1,
             queued_blocks: given.queued_blocks as usize,
         };
+        let timeout = Duration::from_millis(given.remote_timeout_ms.into());
+        // Before the disk's directory is made, which a bad address is not to leave behind.
+        let remote = remote.map(|address| open_remote(address, timeout)).transpose()?;
         let mut lower = Vec::new();
         if let Some(dir) = dir {
             let config = Configuration::new(model, cache.spec(), &slice)?;
@@ -249,6 +271,9 @@ pub unsafe extern "C" fn kvc_tier_attach(
             let settings = settings(TierKind::Remote);
             lower.push(LowerTier { store: Arc::new(store), settings, demotion });
         }
+        if let Some(store) = remote {
+            lower.push(LowerTier { store, settings: settings(TierKind::Remote), demotion });
+        }
         cache.attach_tiers(TierOptions {
             model: String::from(model),
             slice: Some(slice),
@@ -262,6 +287,19 @@ pub unsafe extern "C" fn kvc_tier_attach(
             },
         })
     })
+}
+
+#[cfg(feature = "remote")]
+fn open_remote(address: &str, timeout: Duration) -> Result<Arc<dyn Store>> {
+    use crate::tier::remote::{RemoteOptions, open};
+    let defaults = RemoteOptions::default();
+    let connect_timeout = defaults.connect_timeout.min(timeout);
+    open(address, &RemoteOptions { timeout, connect_timeout, ..defaults })
+}
+
+#[cfg(not(feature = "remote"))]
+fn open_remote(_: &str, _: Duration) -> Result<Arc<dyn Store>> {
+    Err(Error::Unsupported { what: "a remote store" })
 }
 
 /// Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
@@ -288,7 +326,7 @@ pub unsafe extern "C" fn kvc_tier_flush(
 }
 
 /// Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
-/// host, then disk and store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
+/// host, then disk, store and remote store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.
 ///
 /// Threads: thread-safe.
 ///

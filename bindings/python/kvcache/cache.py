@@ -199,8 +199,9 @@ class Cache:
     def attach_tiers(self, model: str, **options: Any) -> None:
         """Gives the cache tiers, before anything is cached: blocks that the device has no room for go to
         `host_blocks` of host memory and to files in `disk_dir`, of `disk_bytes` at most, and come back
-        for prompts that have them. `model` changes whenever the weights do. The other options are those
-        of `kvc_tier_options`. `TierFailed` where the directory cannot be used."""
+        for prompts that have them. `model` changes whenever the weights do. `remote` is the address of a
+        store that other machines share, in a build that has it (feature remote). The other options are
+        those of `kvc_tier_options`. `TierFailed` where the directory cannot be used."""
         from .tier import attach
 
         attach(self, model, **options)

@@ -80,12 +80,15 @@ def attach(
     readers: int | None = None,
     queued_blocks: int | None = None,
     prefill_seconds: float = 0.0,
+    remote: str | None = None,
+    remote_timeout_ms: int | None = None,
 ) -> None:
     """Gives a cache tiers: see `Cache.attach_tiers`."""
     listed = [] if slices is None else list(slices)
     # Texts and arrays live until the call is over.
     name = ffi.new("char[]", _text(model, "model"))
     folder = None if disk_dir is None else ffi.new("char[]", _text(disk_dir, "disk_dir"))
+    address = None if remote is None else ffi.new("char[]", _text(remote, "remote"))
     parts = ffi.new("kvc_tier_slice[]", listed) if listed else None
     options = _structs.options(
         "kvc_tier_options",
@@ -103,6 +106,8 @@ def attach(
         readers=readers,
         queued_blocks=queued_blocks,
         prefill_seconds=prefill_seconds,
+        remote=address,
+        remote_timeout_ms=remote_timeout_ms,
     )
     check(lib.kvc_tier_attach(cache._handle, options))
 

@@ -223,6 +223,10 @@ def test_tiers(tmp_path):
             other.attach_tiers("toy", disk_dir="/proc/nothing")
         with pytest.raises(ValueError, match="NUL"):
             other.attach_tiers("t\0y")
+        # An address that is none, or a build that has no remote stores.
+        remote = "remote" in kvcache.build_info()
+        with pytest.raises(errors.InvalidArgument if remote else errors.Unsupported, match="address|remote store"):
+            other.attach_tiers("toy", remote="nowhere", remote_timeout_ms=100)
     # A second cache finds what the first left, with its bytes.
     with fresh() as cache:
         with cache.prefetch(prompt) as prefetch:
