@@ -64,6 +64,7 @@ mod header {
         ("tier_store", "tier: a store of the engine's own"),
         ("tier", "tier: where blocks go that the device has no room for, and come back from"),
         ("prefetch", "prefetch: a prompt's blocks on their way back"),
+        ("transfer", "transfer: a sequence's blocks from one cache to another"),
     ];
 
     const HEAD: &str = include_str!("src/capi/header.txt");

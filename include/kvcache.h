@@ -2341,6 +2341,45 @@ kvc_status kvc_prefetch_wait(kvc_cache *cache,
 // Threads: thread-safe.
 kvc_status kvc_prefetch_destroy(kvc_prefetch *prefetch);
 
+// ----------------------------------------------------------------------------------------------
+// transfer: a sequence's blocks from one cache to another
+// ----------------------------------------------------------------------------------------------
+// Writes the full blocks of a sequence to the descriptor `fd`, which must block and is not closed; how
+// many tokens those are goes to `out_tokens`. `model` is what the reader calls the model too, at most
+// 1024 bytes; `slices[slice_count]` say where in it the cache's layer groups lie, NULL for a cache of
+// the whole model. The cache is in use until all is written: where the other side may be slow, write
+// to memory or a file first. KVC_ERR_TIER_FAILED where writing fails, also because nobody reads any
+// more (there is no SIGPIPE); what was written by then is no stream.
+//
+// Threads: thread-safe.
+kvc_status kvc_transfer_export(kvc_cache *cache,
+                               kvc_seq seq,
+                               const char *model,
+                               const kvc_tier_slice *slices,
+                               uint32_t slice_count,
+                               int32_t fd,
+                               uint64_t *out_tokens);
+
+// Reads the blocks of a sequence from streams that kvc_transfer_export wrote, into the prefix index of
+// `name_space`, where sequences that are started find them; how many tokens are there then goes to
+// `out_tokens`. The `fd_count` descriptors block, are not closed, and are read to the ends of their
+// streams and no further. Several streams are parts of one: of the same tokens, and together with all
+// layers and heads that this cache holds. The cache is in use until all is read.
+//
+// KVC_ERR_INVALID_ARGUMENT for streams that are damaged, of another model, namespace or format, or do
+// not cover the cache's part; KVC_ERR_TIER_FAILED where one fails or ends early; KVC_ERR_UNSUPPORTED
+// for sealed tiles that would have to be cut. Nothing is cached then.
+//
+// Threads: thread-safe.
+kvc_status kvc_transfer_import(kvc_cache *cache,
+                               uint64_t name_space,
+                               const char *model,
+                               const kvc_tier_slice *slices,
+                               uint32_t slice_count,
+                               const int32_t *fds,
+                               uint32_t fd_count,
+                               uint64_t *out_tokens);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

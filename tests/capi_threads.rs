@@ -411,6 +411,11 @@ impl Caller<'_> {
         ok!(self, kvc_prefetch_wait(cache, prefetch, 1, &mut done));
         ok!(self, kvc_prefetch_destroy(prefetch));
         ok!(self, kvc_tier_flush(cache, 1, &mut done));
+        // What others do with the sequence meanwhile decides whether it can be had.
+        let (seq, mut moved) = (self.shared.seq.load(Ordering::Relaxed), 0);
+        let (model, none) = (c"toy".as_ptr(), std::ptr::null());
+        call!(self, kvc_transfer_export(cache, seq, model, none, 0, -1, &mut moved));
+        call!(self, kvc_transfer_import(cache, 5, model, none, 0, &-1, 1, &mut moved));
         let mut counts: kvc_tier_counts = zeroed();
         ok!(self, kvc_tier_stats(cache, 0, &mut counts, size_of::<kvc_tier_counts>() as u64));
     }

@@ -812,6 +812,27 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
         return detail::answer(code, out);
     }
 
+    // The full blocks of a sequence, written to a blocking descriptor that stays open; how many
+    // tokens. `slices` as in tier_options, empty for a cache of the whole model.
+    result<uint64_t> export_blocks(kvc_seq seq, const char *model, int fd,
+                                   span<const kvc_tier_slice> slices = {}) {
+        uint64_t tokens = 0;
+        const auto code =
+            kvc_transfer_export(get(), seq, model, slices.empty() ? nullptr : slices.data(),
+                                detail::count32(slices.size()), fd, &tokens);
+        return detail::answer(code, tokens);
+    }
+    // Those read from descriptors, parts of one stream, into the prefix index; how many tokens.
+    result<uint64_t> import_blocks(span<const int32_t> fds, const char *model,
+                                   uint64_t name_space = 0,
+                                   span<const kvc_tier_slice> slices = {}) {
+        uint64_t tokens = 0;
+        const auto code = kvc_transfer_import(
+            get(), name_space, model, slices.empty() ? nullptr : slices.data(),
+            detail::count32(slices.size()), fds.data(), detail::count32(fds.size()), &tokens);
+        return detail::answer(code, tokens);
+    }
+
     // What a name space is in the server's words; NULL for none.
     result<void> describe(uint64_t name_space, const char *salt, const char *lora) {
         return detail::done(kvc_events_describe(get(), name_space, salt, lora));

@@ -4,6 +4,7 @@ package kvcache
 
 import (
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -239,6 +240,47 @@ func TestScales(t *testing.T) {
 	_, _, err := c.Start([]uint32{1}, 0)
 	ok(t, err)
 	refused(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}), ErrInvalidState)
+}
+
+func TestBlocksMoveToAnotherCache(t *testing.T) {
+	fresh := func(blockTokens uint32) *Cache {
+		return must[*Cache](t)(NewCache([]GroupSpec{{Layers: 1, KVHeads: 1, KDim: 64, Format: FormatF32}}, &CacheOptions{Blocks: 16, BlockTokens: blockTokens, Threads: 1}))
+	}
+	cache, other, prompt := fresh(16), fresh(32), sequence(4*16+3)
+	seq, _, err := cache.Start(prompt, 0)
+	ok(t, err)
+	s := must[*Step](t)(NewStep())
+	ok(t, s.Begin(cache, []Work{{seq, prompt}}))
+	rows := noise(len(prompt)*64, 9)
+	ok(t, s.Append(0, 0, Float32s(rows), Float32s(rows), nil))
+	ok(t, s.Commit())
+	ok(t, s.Close())
+	file := must[*os.File](t)(os.CreateTemp(t.TempDir(), "stream"))
+	defer file.Close()
+	if tokens := must[uint64](t)(seq.ExportBlocks("toy", file.Fd(), nil)); tokens != 64 {
+		t.Fatal(tokens)
+	}
+	rewind := func() { must[int64](t)(file.Seek(0, 0)) }
+	rewind()
+	_, err = other.ImportBlocks([]uintptr{file.Fd()}, "play", 0, nil)
+	refused(t, err, ErrInvalidArgument)
+	rewind()
+	if tokens := must[uint64](t)(other.ImportBlocks([]uintptr{file.Fd()}, "toy", 0, []TierSlice{{0, 0}})); tokens != 64 {
+		t.Fatal(tokens)
+	}
+	_, err = other.ImportBlocks([]uintptr{file.Fd()}, "toy", 0, nil)
+	refused(t, err, ErrTierFailed)
+	_, err = seq.ExportBlocks("t\x00y", file.Fd(), nil)
+	refused(t, err, ErrInvalidArgument)
+	_, err = seq.ExportBlocks("toy", ^uintptr(0), nil)
+	refused(t, err, ErrInvalidArgument)
+	_, cached, err := other.Start(prompt, 0)
+	ok(t, err)
+	if cached != 64 {
+		t.Fatal(cached)
+	}
+	ok(t, cache.Close())
+	ok(t, other.Close())
 }
 
 func TestTiers(t *testing.T) {

@@ -72,7 +72,11 @@ func (c *Cache) AttachTiers(options *TierOptions) error {
 	if err := try(func() C.kvc_status { return C.kvc_tier_options_init(&o, C.uint32_t(unsafe.Sizeof(o))) }); err != nil {
 		return err
 	}
-	o.model, o.disk_dir, o.remote = C.CString(p.Model), optional(p.DiskDir), optional(p.Remote)
+	name, slices, err := transferred(p.Model, p.Slices)
+	if err != nil {
+		return err
+	}
+	o.model, o.disk_dir, o.remote = name, optional(p.DiskDir), optional(p.Remote)
 	defer C.free(unsafe.Pointer(o.model))
 	defer C.free(unsafe.Pointer(o.disk_dir))
 	defer C.free(unsafe.Pointer(o.remote))
@@ -96,10 +100,6 @@ func (c *Cache) AttachTiers(options *TierOptions) error {
 		o.queued_blocks = C.uint32_t(p.QueuedBlocks)
 	}
 	o.on_commit, o.direct, o.prefill_seconds = flag(p.OnCommit), flag(!p.PageCache), C.double(p.PrefillSeconds)
-	slices := make([]C.kvc_tier_slice, len(p.Slices))
-	for i, s := range p.Slices {
-		slices[i] = C.kvc_tier_slice{first_layer: C.uint32_t(s.FirstLayer), first_head: C.uint32_t(s.FirstHead)}
-	}
 	var pins runtime.Pinner
 	defer pins.Unpin()
 	o.slices, o.slice_count = pin(&pins, slices), C.uint32_t(len(slices))
@@ -141,6 +141,57 @@ func (c *Cache) TierStats() ([]TierCounts, error) {
 			LoadLatency: float64(t.load_latency), LoadBandwidth: float64(t.load_bandwidth),
 		})
 	}
+}
+
+// ExportBlocks writes the full blocks of the sequence to a blocking file, pipe or socket, by its
+// descriptor, which stays open, and tells how many tokens those are. Model and slices are as in
+// TierOptions. The cache is in use meanwhile.
+func (s Seq) ExportBlocks(model string, fd uintptr, slices []TierSlice) (uint64, error) {
+	defer runtime.KeepAlive(s.cache)
+	name, parts, err := transferred(model, slices)
+	if err != nil {
+		return 0, err
+	}
+	defer C.free(unsafe.Pointer(name))
+	var tokens C.uint64_t
+	err = try(func() C.kvc_status {
+		return C.kvc_transfer_export(s.cache.h, C.kvc_seq(s.ID), name, at(parts), C.uint32_t(len(parts)), C.int32_t(fd), &tokens)
+	})
+	return uint64(tokens), err
+}
+
+// ImportBlocks takes blocks that ExportBlocks wrote into the prefix index and tells how many tokens those
+// are. Several descriptors are the parts of one stream: of the same tokens, and together all layers and
+// heads of this cache.
+func (c *Cache) ImportBlocks(fds []uintptr, model string, namespace uint64, slices []TierSlice) (uint64, error) {
+	defer runtime.KeepAlive(c)
+	name, parts, err := transferred(model, slices)
+	if err != nil {
+		return 0, err
+	}
+	defer C.free(unsafe.Pointer(name))
+	list := make([]C.int32_t, len(fds))
+	for i, fd := range fds {
+		list[i] = C.int32_t(fd)
+	}
+	var tokens C.uint64_t
+	err = try(func() C.kvc_status {
+		return C.kvc_transfer_import(c.h, C.uint64_t(namespace), name, at(parts), C.uint32_t(len(parts)),
+			at(list), C.uint32_t(len(list)), &tokens)
+	})
+	return uint64(tokens), err
+}
+
+// transferred is a model's name in C memory, and the slices as the header has them.
+func transferred(model string, slices []TierSlice) (*C.char, []C.kvc_tier_slice, error) {
+	if strings.ContainsRune(model, 0) {
+		return nil, nil, invalid("the model has a NUL")
+	}
+	parts := make([]C.kvc_tier_slice, len(slices))
+	for i, s := range slices {
+		parts[i] = C.kvc_tier_slice{first_layer: C.uint32_t(s.FirstLayer), first_head: C.uint32_t(s.FirstHead)}
+	}
+	return C.CString(model), parts, nil
 }
 
 // TierDecision is what tiers have of a prompt and what is done about it; seconds are 0 where unknown.

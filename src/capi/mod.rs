@@ -53,6 +53,8 @@ pub mod tier;
 #[cfg(feature = "std")]
 pub mod tier_store;
 pub mod tile;
+#[cfg(feature = "std")]
+pub mod transfer;
 
 mod handle;
 mod pointer;
@@ -96,3 +98,5 @@ pub use tier::*;
 #[cfg(feature = "std")]
 pub use tier_store::*;
 pub use tile::*;
+#[cfg(feature = "std")]
+pub use transfer::*;

@@ -15,6 +15,7 @@ use super::tier_store::{Foreign, kvc_tier_store};
 use crate::cache::{Demotion, LowerTier, TierOptions};
 use crate::error::{Error, Result};
 use crate::layout::slice::{GroupSlice, Slice};
+use crate::layout::{CacheSpec, GroupSpec};
 use crate::tier::disk::{DiskOptions, DiskStore};
 use crate::tier::{Configuration, PrefillCost, Store, TierKind, TierSettings};
 
@@ -172,6 +173,31 @@ unsafe impl Plain for kvc_tier_counts {}
 const COUNTS_FIRST_BYTES: usize = 144;
 const _: () = assert!(size_of::<kvc_tier_counts>() == COUNTS_FIRST_BYTES);
 
+/// Which part of a model a cache of `spec` holds.
+///
+/// # Safety
+/// `slices` is NULL or readable for `count` elements.
+pub(super) unsafe fn part(
+    slices: *const kvc_tier_slice,
+    count: u32,
+    spec: &CacheSpec,
+) -> Result<Slice> {
+    if slices.is_null() {
+        return Ok(Slice::whole(spec));
+    }
+    // SAFETY: the caller's promise.
+    let parts = unsafe { pointer::slice(slices, count.into(), "slices") }?;
+    if parts.len() != spec.groups.len() {
+        return Err(Error::invalid("slice_count", "must be the cache's layer groups"));
+    }
+    let part = |(part, group): (&kvc_tier_slice, &GroupSpec)| GroupSlice {
+        first_layer: part.first_layer,
+        first_head: part.first_head,
+        ..GroupSlice::whole(group)
+    };
+    Ok(Slice { groups: parts.iter().zip(&spec.groups).map(part).collect() })
+}
+
 /// Fills a kvc_tier_options of `struct_size` bytes with its defaults.
 ///
 /// Threads: thread-safe.
@@ -219,23 +245,8 @@ pub unsafe extern "C" fn kvc_tier_attach(
         let mut cache = cache.lock()?;
         // Before the disk's directory is opened or made, which this cache may be using.
         cache.check_can_attach()?;
-        let groups = &cache.spec().groups;
-        let slice = if given.slices.is_null() {
-            Slice::whole(cache.spec())
-        } else {
-            // SAFETY: the caller's promise.
-            let parts =
-                unsafe { pointer::slice(given.slices, given.slice_count.into(), "slices") }?;
-            let part = |(part, group): (&kvc_tier_slice, &crate::layout::GroupSpec)| GroupSlice {
-                first_layer: part.first_layer,
-                first_head: part.first_head,
-                ..GroupSlice::whole(group)
-            };
-            if parts.len() != groups.len() {
-                return Err(Error::invalid("slice_count", "must be the cache's layer groups"));
-            }
-            Slice { groups: parts.iter().zip(groups).map(part).collect() }
-        };
+        // SAFETY: the caller's promise.
+        let slice = unsafe { part(given.slices, given.slice_count, cache.spec()) }?;
         let size = |value: u64, what| usize::try_from(value).map_err(|_| Error::Overflow { what });
         let demotion = Demotion {
             on_commit: flag(given.on_commit, "on_commit")?,

@@ -9,6 +9,9 @@
 #include <thread>
 #include <vector>
 
+#include <stdlib.h>
+#include <unistd.h>
+
 #include "../../../ffi-tests/c/check.h"
 #include "kvcache.hpp"
 
@@ -310,6 +313,19 @@ static void tiers() {
         std::vector<float> out(rows * 8);
         CHECK(step.append(0, kv, kv) && step.attend(0, 1, q, out) && step.commit());
         CHECK(check_close(out[rows * 8 - 1], again ? 2.0f : 1.0f, 1e-5f));
+        // Its blocks through a file into another cache.
+        char name[] = "/tmp/kvcache-cpp-XXXXXX";
+        const int file = mkstemp(name);
+        CHECK(file >= 0 && unlink(name) == 0);
+        CHECK(cache.export_blocks(started.seq.id(), "toy", file).value() == 48);
+        kvc::cache next = kvc::cache::create(group, sizes).value();
+        const kvc_tier_slice part{0, 0};
+        const std::array<int32_t, 1> files{file};
+        REFUSED(next.import_blocks(files, "toy"), kvc::status::tier_failed, "stream");
+        CHECK(lseek(file, 0, SEEK_SET) == 0);
+        CHECK(next.import_blocks(files, "toy", 0, kvc::span<const kvc_tier_slice>(&part, 1)).value() == 48);
+        CHECK(next.start(prompt).value().cached_tokens == 48);
+        close(file);
         CHECK(started.seq.release() && cache.flush_tiers(60000).value());
         CHECK(shelf.size() == 3 && cache.tier_stats(1)->down == 0);
         CHECK(kvc::prefetch::create(cache, prompt).has_value());

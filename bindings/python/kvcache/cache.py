@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .events import Event, Events
     from .metrics import Metrics
     from .step import Step
-    from .tier import Prefetch, TierCounts
+    from .tier import Prefetch, TierCounts, TierSlice
 
 
 class CacheCounts(NamedTuple):
@@ -223,6 +223,23 @@ class Cache:
         from .tier import Prefetch
 
         return Prefetch(self, prompt, name_space)
+
+    def export_blocks(self, seq: Sequence, model: str, file: Any, *, slices: Iterable[TierSlice] | None = None) -> int:
+        """Writes the full blocks of a sequence to `file`, a descriptor or whatever has `fileno()` (a file, a
+        pipe, a socket; it must block, and stays open); how many tokens. The cache is in use meanwhile."""
+        from .tier import export_blocks
+
+        return export_blocks(self, seq, model, file, slices)
+
+    def import_blocks(
+        self, files: Any, model: str, *, name_space: int = 0, slices: Iterable[TierSlice] | None = None
+    ) -> int:
+        """Takes blocks that `export_blocks` wrote into the prefix index; how many tokens. Several files, a
+        list, are the parts of one: of the same tokens, and together all layers and heads of this cache. They
+        are read from where they stand, to the ends of their streams, and must be unbuffered."""
+        from .tier import import_blocks
+
+        return import_blocks(self, files, model, name_space, slices)
 
     def events(self, callback: Callable[[Event], None] | None = None, **options: Any) -> Events:
         """Publishes what becomes cached and what ceases to be: see `Events`."""

@@ -5,6 +5,7 @@ several threads of the library at once, which the interpreter's lock would put i
 
 from __future__ import annotations
 
+import io
 import os
 import weakref
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from .arrays import tokens as token_ids
 from .errors import check
 
 if TYPE_CHECKING:
-    from .cache import Cache
+    from .cache import Cache, Sequence
 
 
 class TierSlice(NamedTuple):
@@ -84,12 +85,11 @@ def attach(
     remote_timeout_ms: int | None = None,
 ) -> None:
     """Gives a cache tiers: see `Cache.attach_tiers`."""
-    listed = [] if slices is None else list(slices)
+    parts, count = _parts(slices)
     # Texts and arrays live until the call is over.
     name = ffi.new("char[]", _text(model, "model"))
     folder = None if disk_dir is None else ffi.new("char[]", _text(disk_dir, "disk_dir"))
     address = None if remote is None else ffi.new("char[]", _text(remote, "remote"))
-    parts = ffi.new("kvc_tier_slice[]", listed) if listed else None
     options = _structs.options(
         "kvc_tier_options",
         model=name,
@@ -98,7 +98,7 @@ def attach(
         disk_dir=folder,
         disk_bytes=disk_bytes,
         slices=parts,
-        slice_count=len(listed),
+        slice_count=count,
         least_priority=least_priority,
         least_uses=least_uses,
         on_commit=int(on_commit),
@@ -139,6 +139,42 @@ def stats(cache: Cache) -> list[TierCounts]:
         check(status)
         counts = _structs.record(struct, TierCounts)
         found.append(counts._replace(kind=names.word(names.TIERS, struct.kind)))
+
+
+def export_blocks(cache: Cache, seq: Sequence, model: str, file: Any, slices: Iterable[TierSlice] | None) -> int:
+    """See `Cache.export_blocks`."""
+    if seq.cache is not cache:
+        raise ValueError("the sequence is of another cache")
+    name, (parts, count), out = ffi.new("char[]", _text(model, "model")), _parts(slices), ffi.new("uint64_t *")
+    check(lib.kvc_transfer_export(cache._handle, seq.id, name, parts, count, _descriptor(file), out))
+    return out[0]
+
+
+def import_blocks(cache: Cache, files: Any, model: str, name_space: int, slices: Iterable[TierSlice] | None) -> int:
+    """See `Cache.import_blocks`."""
+    listed = [_descriptor(file, True) for file in (files if isinstance(files, (list, tuple)) else [files])]
+    name, (parts, count), out = ffi.new("char[]", _text(model, "model")), _parts(slices), ffi.new("uint64_t *")
+    fds, space = ffi.new("int32_t[]", listed), _structs.uint(name_space, "name_space", 64)
+    check(lib.kvc_transfer_import(cache._handle, space, name, parts, count, fds, len(listed), out))
+    return out[0]
+
+
+def _parts(slices: Iterable[TierSlice] | None) -> tuple[Any, int]:
+    listed = [] if slices is None else list(slices)
+    return (ffi.new("kvc_tier_slice[]", listed) if listed else ffi.NULL), len(listed)
+
+
+def _descriptor(file: Any, read: bool = False) -> int:
+    """The descriptor of a file: what is written must be out of its buffer, what is read not in one."""
+    if isinstance(file, int):
+        return _structs.uint(file, "file", 31)
+    if not hasattr(file, "fileno"):
+        raise TypeError(f"file must be a descriptor or have fileno(), not {type(file).__name__}")
+    if read and isinstance(file, (io.BufferedIOBase, io.TextIOBase)):
+        raise ValueError("a file that is read must be unbuffered: open it with buffering=0")
+    if isinstance(file, io.IOBase):
+        file.flush()
+    return int(file.fileno())
 
 
 class Prefetch:

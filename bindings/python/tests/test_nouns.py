@@ -1,5 +1,7 @@
 """The other nouns: plan, pool, prefix, kernels, device, events, metrics."""
 
+import socket
+import threading
 import time
 
 import numpy as np
@@ -196,6 +198,39 @@ def test_metrics():
     metrics = cache.metrics()
     assert metrics.queries_tokens == 39 and metrics.evicted_cleared_blocks == 2 and metrics.watched_every == 1
     assert "kvcache:prefix_cache_queries" in cache.metrics_text() and len(metrics.lifetime.counts) == 22
+
+
+def test_blocks_move_to_another_cache(tmp_path):
+    group, prompt = kvcache.GroupSpec(layers=1, kv_heads=1, k_dim=64, format="f32"), list(range(4 * 16 + 3))
+    with kvcache.Cache(group, blocks=12, threads=1) as cache, kvcache.Cache(group, blocks=12, block_tokens=32) as other:
+        with cache.start(prompt) as seq:
+            with cache.step([(seq, prompt)]) as step:
+                rows = np.random.default_rng(7).standard_normal((len(prompt), 1, 64)).astype("f4")
+                step.append(0, 0, rows, rows)
+            with open(tmp_path / "stream", "w+b") as file:
+                assert cache.export_blocks(seq, "toy", file) == 64
+            with pytest.raises(ValueError, match="another cache"):
+                other.export_blocks(seq, "toy", 1)
+            with pytest.raises(TypeError, match="fileno"):
+                cache.export_blocks(seq, "toy", "stream")
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                sender = threading.Thread(target=cache.export_blocks, args=(seq, "toy", ours))
+                sender.start()
+                assert other.import_blocks(theirs, "toy") == 64
+                sender.join()
+        with other.start(prompt) as seq:
+            assert seq.cached_tokens == 64
+        other.clear_prefix()
+        with open(tmp_path / "stream", "rb", buffering=0) as file:
+            with pytest.raises(errors.InvalidArgument, match="another model"):
+                other.import_blocks(file, "play")
+            file.seek(0)
+            assert other.import_blocks([file], "toy", slices=[kvcache.TierSlice(0, 0)]) == 64
+            with pytest.raises(errors.TierFailed):
+                other.import_blocks(file, "toy")
+        with open(tmp_path / "stream", "rb") as file, pytest.raises(ValueError, match="unbuffered"):
+            other.import_blocks(file, "toy")
 
 
 def test_tiers(tmp_path):
