@@ -31,8 +31,7 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 
-# With the feature of tiers.sh, whose tests take the same library.
-cargo test "${UNOPTIMISED[@]}" --quiet -p libkvcache --features io-uring,remote --test remote
+cargo test --quiet -p libkvcache --features remote --test remote
 # With the library that the tests have just built, and in a file of its own: other stages build the
 # example without the feature.
 cargo build --quiet -p libkvcache --features remote --example generate

@@ -2,9 +2,8 @@
 # Tiers beyond the test command: the disk through io_uring, a killed writer, and the served model
 # twice over one directory: the second run skips the system prompt and writes the same.
 source "$(dirname "$0")/common.sh"
-# With the feature of remote.sh, whose tests take the same library.
 KVCACHE_CRASHES=${KVCACHE_CRASHES:-200} \
-    cargo test "${UNOPTIMISED[@]}" --quiet -p libkvcache --features io-uring,remote --test tier_crash -- --nocapture
+    cargo test --quiet -p libkvcache --features io-uring --test tier_crash -- --nocapture
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cargo build --quiet --release --example generate
