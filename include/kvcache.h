@@ -2190,8 +2190,8 @@ typedef struct {
     // none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `redis+unix:///PATH`,
     // `s3+http://HOST[:PORT]/BUCKET`, `s3+https://HOST[:PORT]/BUCKET` or `s3://BUCKET`, with the
     // environment's AWS_* credentials. Nothing is connected to yet: a store that is down is found to
-    // be when it is used. KVC_ERR_UNSUPPORTED in a build without the feature remote (the last two
-    // want remote-tls).
+    // be when it is used. KVC_ERR_UNSUPPORTED in a build without the feature remote, or remote-tls
+    // for the last two.
     const char *remote;
     // How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     // 5,000 by default.

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::ptr::{null, null_mut};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -414,8 +416,11 @@ impl Caller<'_> {
         // What others do with the sequence meanwhile decides whether it can be had.
         let (seq, mut moved) = (self.shared.seq.load(Ordering::Relaxed), 0);
         let (model, none) = (c"toy".as_ptr(), std::ptr::null());
-        call!(self, kvc_transfer_export(cache, seq, model, none, 0, -1, &mut moved));
-        call!(self, kvc_transfer_import(cache, 5, model, none, 0, &-1, 1, &mut moved));
+        let nowhere = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let fd = nowhere.as_raw_fd();
+        call!(self, kvc_transfer_export(cache, seq, model, none, 0, fd, &mut moved));
+        let status = call!(self, kvc_transfer_import(cache, 5, model, none, 0, &fd, 1, &mut moved));
+        assert_eq!(status, KVC_ERR_TIER_FAILED, "nothing is no stream");
         let mut counts: kvc_tier_counts = zeroed();
         ok!(self, kvc_tier_stats(cache, 0, &mut counts, size_of::<kvc_tier_counts>() as u64));
     }

@@ -88,6 +88,7 @@ int main(void) {
     uint64_t tokens = 0;
     kvc_seq seq, other;
     int ends[2], files[2];
+    FILE *kept[2];
     kvc_cache *cache = fresh(HEADS, 16);
     CHECK(serve(cache, 0, HEADS, whole, &seq) == 0);
 
@@ -111,9 +112,9 @@ int main(void) {
 
     // Through files: one head each, put together again.
     for (int i = 0; i < 2; i++) {
-        char name[] = "/tmp/kvcache-transfer-XXXXXX";
-        files[i] = mkstemp(name);
-        CHECK(files[i] >= 0 && unlink(name) == 0);
+        kept[i] = tmpfile();
+        CHECK(kept[i] != NULL);
+        files[i] = fileno(kept[i]);
         kvc_tier_slice part = {0, (uint32_t)i};
         kvc_cache *half = fresh(1, 16);
         CHECK(serve(half, (uint32_t)i, 1, out, &other) == 0);
@@ -168,8 +169,8 @@ int main(void) {
           kvc_transfer_import(next, 0, "m", NULL, 0, bad, 5000, &tokens));
     FAILS(KVC_ERR_NULL_POINTER, "cache", kvc_transfer_import(NULL, 0, "m", NULL, 0, files, 1, &tokens));
 
-    close(files[0]);
-    close(files[1]);
+    fclose(kept[0]);
+    fclose(kept[1]);
     OK(kvc_cache_destroy(next));
     OK(kvc_cache_destroy(cache));
     return check_result();

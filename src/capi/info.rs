@@ -110,6 +110,7 @@ fn describe(line: &mut Line) -> fmt::Result {
         ("emulate", cfg!(feature = "emulate")),
         ("io-uring", cfg!(feature = "io-uring")),
         ("remote", cfg!(feature = "remote")),
+        ("remote-tls", cfg!(feature = "remote-tls")),
         ("zmq", cfg!(feature = "zmq")),
     ];
     if !features.iter().any(|(_, built)| *built) {

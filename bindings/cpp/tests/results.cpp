@@ -3,13 +3,14 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-#include <stdlib.h>
+#include <stdio.h>
 #include <unistd.h>
 
 #include "../../../ffi-tests/c/check.h"
@@ -314,9 +315,9 @@ static void tiers() {
         CHECK(step.append(0, kv, kv) && step.attend(0, 1, q, out) && step.commit());
         CHECK(check_close(out[rows * 8 - 1], again ? 2.0f : 1.0f, 1e-5f));
         // Its blocks through a file into another cache.
-        char name[] = "/tmp/kvcache-cpp-XXXXXX";
-        const int file = mkstemp(name);
-        CHECK(file >= 0 && unlink(name) == 0);
+        std::FILE *const kept = std::tmpfile();
+        CHECK(kept != nullptr);
+        const int file = fileno(kept);
         CHECK(cache.export_blocks(started.seq.id(), "toy", file).value() == 48);
         kvc::cache next = kvc::cache::create(group, sizes).value();
         const kvc_tier_slice part{0, 0};
@@ -325,7 +326,7 @@ static void tiers() {
         CHECK(lseek(file, 0, SEEK_SET) == 0);
         CHECK(next.import_blocks(files, "toy", 0, kvc::span<const kvc_tier_slice>(&part, 1)).value() == 48);
         CHECK(next.start(prompt).value().cached_tokens == 48);
-        close(file);
+        std::fclose(kept);
         CHECK(started.seq.release() && cache.flush_tiers(60000).value());
         CHECK(shelf.size() == 3 && cache.tier_stats(1)->down == 0);
         CHECK(kvc::prefetch::create(cache, prompt).has_value());

@@ -16,10 +16,9 @@ from ._native import ffi, lib
 from .arrays import Array
 from .errors import check
 from .names import FORMATS, number
-from .quantised import Scales, Tiles, code_bytes
+from .quantised import CODES, Scales, Tiles, code_bytes
 from .rope import Rope
 
-_CODES = ("fp8_e4m3", "fp8_e5m2", "int8_t", "int4_t", "nvfp4")
 _FORMATS = {arrays.F32: lib.KVC_FORMAT_F32, arrays.F16: lib.KVC_FORMAT_F16, arrays.BF16: lib.KVC_FORMAT_BF16}
 
 
@@ -228,7 +227,7 @@ def append_description(
         desc.v_rows, desc.v_rows_token_stride = v_new.address, v_new.strides[0]
         desc.v_rows_head_stride = v_new.strides[1]
         keep += [values, v_new]
-    if format in _CODES:
+    if format in CODES:
         keep += _scales(desc, scales, str(format), keys, 1, layout, True, device)
     if device == "cpu":
         at, count = arrays.slots(slots)
@@ -324,7 +323,7 @@ class _Call:
             self.keep += k.put(desc, raw, self.seqs)
         if keys is not None:
             _strides(desc, "k", keys)
-            if format in _CODES:
+            if format in CODES:
                 parts = 2 if v is None and width < k_dim else 1
                 self.keep += _scales(desc, scales, str(format), keys, parts, layout, False, device)
         if values is not None:
@@ -421,7 +420,7 @@ def _at(found: Array, name: str, device: str) -> None:
 
 def _format(found: Array, name: str, dim: int, format: str | None) -> int:
     """The format of blocks, whose rows must have `dim` channels in it."""
-    if format in _CODES:
+    if format in CODES:
         kind, width = "u8", code_bytes(str(format), dim)
     elif found.dtype not in _FORMATS:
         raise TypeError(

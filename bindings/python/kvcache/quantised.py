@@ -16,20 +16,20 @@ from .arrays import Array
 from .errors import check
 from .names import FORMATS, number
 
-# Bits of a code, bytes of a row's own scales (nvfp4 has one for each 16 channels).
-_CODES = {"fp8_e4m3": (8, 0), "fp8_e5m2": (8, 0), "int8_t": (8, 2), "int4_t": (4, 4), "nvfp4": (4, 0)}
+# Formats of codes: bits of one, bytes of a row's own scales (nvfp4 has one for each 16 channels).
+CODES = {"fp8_e4m3": (8, 0), "fp8_e5m2": (8, 0), "int8_t": (8, 2), "int4_t": (4, 4), "nvfp4": (4, 0)}
 
 
 def code_bytes(format: str, dim: int) -> int:
     """Bytes of a row of codes of `dim` channels."""
-    if format not in _CODES:
-        raise ValueError(f"format cannot be {format!r}: codes are {', '.join(_CODES)}")
-    return -(-dim * _CODES[format][0] // 128) * 16
+    if format not in CODES:
+        raise ValueError(f"format cannot be {format!r}: codes are {', '.join(CODES)}")
+    return -(-dim * CODES[format][0] // 128) * 16
 
 
 def scale_bytes(format: str, dim: int, parts: int = 1) -> int:
     """Bytes of the scales of one row of codes; 0 where a head has one scale."""
-    return dim // 16 if format == "nvfp4" else _CODES[format][1] * parts
+    return dim // 16 if format == "nvfp4" else CODES[format][1] * parts
 
 
 class Scales:
@@ -138,15 +138,8 @@ class Tiles:
         block_tokens: int = 64,
     ) -> int:
         """Bytes of the record of one tile and KV head."""
-        desc = _structs.options(
-            "kvc_seal_desc",
-            kv_heads=kv_heads,
-            k_dim=k_dim,
-            v_dim=k_dim if v_dim is None else v_dim,
-            v_in_k=int(v_in_k),
-            format=number(FORMATS, format, "format"),
-            block_tokens=block_tokens,
-        )
+        width = k_dim if v_dim is None else v_dim
+        desc = _seal_desc(kv_heads, k_dim, width, v_in_k, number(FORMATS, format, "format"), block_tokens)
         out = ffi.new("uint64_t *")
         check(lib.kvc_seal_record_size(desc, out))
         return out[0]
@@ -160,21 +153,9 @@ class Tiles:
             raise ValueError(f"{count} slots and {given} blocks")
         listed = ffi.new("kvc_seal_tile[]", [(froms[i], to[i]) for i in range(count)])
         refused = ffi.new("uint32_t[]", count)
-        desc = _structs.options(
-            "kvc_seal_desc",
-            kv_heads=self.kv_heads,
-            k_dim=self.k_dim,
-            v_dim=self.v_dim,
-            v_in_k=int(self.v_in_k),
-            format=self.format,
-            block_tokens=self.block_tokens,
-            num_blocks=self.num_blocks,
-            count=count,
-            threads=threads,
-            tiles=self._view,
-            list=listed,
-            refused=refused,
-        )
+        desc = _seal_desc(self.kv_heads, self.k_dim, self.v_dim, self.v_in_k, self.format, self.block_tokens)
+        desc.num_blocks, desc.count, desc.threads = self.num_blocks, count, _structs.uint(threads, "threads")
+        desc.tiles, desc.list, desc.refused = self._view, listed, refused
         check(lib.kvc_seal(desc))
         return [flag != 0 for flag in refused]
 
@@ -191,6 +172,19 @@ class Tiles:
         indptr = ffi.new("int32_t[]", ends)
         view.raw_indptr, view.raw_blocks, desc.tiles = indptr, pairs, view
         return [self, view, pairs, indptr]
+
+
+def _seal_desc(kv_heads: int, k_dim: int, v_dim: int, v_in_k: bool, format: int, block_tokens: int) -> Any:
+    """A `kvc_seal_desc` of sizes alone."""
+    return _structs.options(
+        "kvc_seal_desc",
+        kv_heads=kv_heads,
+        k_dim=k_dim,
+        v_dim=v_dim,
+        v_in_k=int(v_in_k),
+        format=format,
+        block_tokens=block_tokens,
+    )
 
 
 def _memory(x: Any, name: str, dtypes: tuple[Any, ...]) -> Array:

@@ -64,7 +64,8 @@ impl Default for RemoteOptions {
 /// `us-east-1`). The bucket must exist.
 ///
 /// # Errors
-/// `InvalidArgument` for an address that is none of these, or time limits of 0.
+/// `InvalidArgument` for an address that is none of these, or time limits of 0; `Unsupported` for TLS
+/// in a build without `remote-tls`.
 pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Store>> {
     for limit in [options.timeout, options.connect_timeout] {
         if limit.is_zero() || limit > LONGEST {
@@ -127,6 +128,9 @@ mod address_tests {
         }
         let tls = open("s3+https://localhost/bucket", &options);
         assert_eq!(tls.is_ok(), cfg!(feature = "remote-tls"));
+        if let Err(error) = tls {
+            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        }
         for timeout in [Duration::ZERO, Duration::MAX] {
             let options = RemoteOptions { timeout, ..RemoteOptions::default() };
             assert!(open("redis://localhost", &options).is_err());

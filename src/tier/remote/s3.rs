@@ -55,7 +55,7 @@ impl S3Store {
             }
         };
         if endpoint.starts_with("https") && cfg!(not(feature = "remote-tls")) {
-            return Err(bad("needs the feature remote-tls"));
+            return Err(Error::Unsupported { what: "a remote store over TLS" });
         }
         let endpoint = Url::parse(&endpoint).map_err(|_| bad("is not a URL"))?;
         let bucket = Bucket::new(endpoint, style, bucket.to_owned(), region)
