@@ -1302,6 +1302,16 @@ kvc_status kvc_cache_set_scales(kvc_cache *cache,
 // A sequence of a cache. The id of a sequence that has ended is refused, not reused at once.
 typedef uint32_t kvc_seq;
 
+// Something in a prompt that its tokens do not name: an image, a clip, an embedding. This struct
+// never grows.
+typedef struct {
+    // The position in the prompt of the first token that stands for it.
+    uint64_t position;
+    // SHA-256, or another 32 bytes, of its content, and of how it is processed where that may
+    // differ. The server computes it: equal digests are taken for equal content.
+    uint8_t digest[32];
+} kvc_media;
+
 // Starts a sequence for `prompt[prompt_tokens]` and writes its id to `out_seq`. It begins with
 // what the prefix index has of the prompt in `name_space`; how many tokens that is goes to
 // `out_cached_tokens`, and is less than `prompt_tokens`: the caller feeds the rest to its steps.
@@ -1316,6 +1326,23 @@ kvc_status kvc_seq_start(kvc_cache *cache,
                          uint64_t name_space,
                          kvc_seq *out_seq,
                          uint32_t *out_cached_tokens);
+
+// Starts a sequence as kvc_seq_start does, for a prompt in which tokens stand for
+// `media_in[media_count]`, in the order of their positions: images, clips, embeddings, whose
+// placeholder tokens do not say which they are. What is before the first of them is shared with all
+// prompts of the name space; what comes from then on only with those that have the same digests at
+// the same positions. What of them the sequence holds cannot be truncated, and a later turn that
+// brings new media is a new sequence, whose prompt begins with this one.
+//
+// Threads: thread-safe.
+kvc_status kvc_seq_start_media(kvc_cache *cache,
+                               const uint32_t *prompt,
+                               uint64_t prompt_tokens,
+                               const kvc_media *media_in,
+                               uint32_t media_count,
+                               uint64_t name_space,
+                               kvc_seq *out_seq,
+                               uint32_t *out_cached_tokens);
 
 // Makes a second sequence with the same tokens, sharing every block, and writes its id to
 // `out_seq`. Whichever of the two next writes to the last, partly full block gets a copy.
@@ -2326,6 +2353,18 @@ kvc_status kvc_prefetch_create(kvc_cache *cache,
                                uint64_t name_space,
                                kvc_prefetch **out,
                                kvc_tier_decision *out_decision);
+
+// The same for a prompt with media, which kvc_seq_start_media takes: see there.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefetch_create_media(kvc_cache *cache,
+                                     const uint32_t *tokens,
+                                     uint32_t token_count,
+                                     const kvc_media *media_in,
+                                     uint32_t media_count,
+                                     uint64_t name_space,
+                                     kvc_prefetch **out,
+                                     kvc_tier_decision *out_decision);
 
 // Takes what has arrived for `cache`, after at most `wait_ms` milliseconds of waiting for the rest
 // (0: none), during which other threads may use the cache; writes 1 to `out_done` where nothing

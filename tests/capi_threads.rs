@@ -263,11 +263,20 @@ impl Caller<'_> {
     fn serve(&mut self, round: usize) {
         let (cache, prompt) = (self.cache(), self.tokens(round, 50));
         let (mut seq, mut cached) = (0, 0);
-        let count = prompt.len() as u64;
-        if fair!(self, kvc_seq_start(cache, prompt.as_ptr(), count, 0, &mut seq, &mut cached))
+        let (at, count) = (prompt.as_ptr(), prompt.len() as u64);
+        let image = kvc_media { position: 20, digest: [round as u8; 32] };
+        let (to, media) = (&mut seq, u32::from(round.is_multiple_of(2)));
+        if fair!(self, kvc_seq_start_media(cache, at, count, &image, media, 0, to, &mut cached))
             != KVC_OK
         {
             return;
+        }
+        if round % 4 == 1 {
+            // The same by the call without media.
+            ok!(self, kvc_seq_release(cache, seq));
+            if fair!(self, kvc_seq_start(cache, at, count, 0, &mut seq, &mut cached)) != KVC_OK {
+                return;
+            }
         }
         let (mut step, mut forked) = (null_mut(), 0);
         ok!(self, kvc_step_create(&mut step));
@@ -335,7 +344,9 @@ impl Caller<'_> {
         ok!(self, kvc_seq_prioritize(cache, seq, &range, 1));
         ok!(self, kvc_seq_hint(cache, seq, 0, KVC_HINT_ENDED, 0));
         if fair!(self, kvc_seq_fork(cache, seq, &mut forked)) == KVC_OK {
-            fair!(self, kvc_seq_truncate(cache, forked, length as u32 / 2));
+            // Not into its image.
+            let cut = (length / 2).max(21).min(length) as u32;
+            fair!(self, kvc_seq_truncate(cache, forked, cut));
             // Another thread ends it.
             forked = self.shared.seq.swap(forked, Ordering::AcqRel);
             fair!(self, kvc_seq_release(cache, forked));
@@ -411,6 +422,10 @@ impl Caller<'_> {
         let at = &mut prefetch;
         ok!(self, kvc_prefetch_create(cache, tokens.as_ptr(), 33, 5, at, &mut decision));
         ok!(self, kvc_prefetch_wait(cache, prefetch, 1, &mut done));
+        ok!(self, kvc_prefetch_destroy(prefetch));
+        let (at, image) = (tokens.as_ptr(), kvc_media { position: 3, digest: [round as u8; 32] });
+        let (begun, media) = (&mut prefetch, &image);
+        ok!(self, kvc_prefetch_create_media(cache, at, 33, media, 1, 5, begun, &mut decision));
         ok!(self, kvc_prefetch_destroy(prefetch));
         ok!(self, kvc_tier_flush(cache, 1, &mut done));
         // What others do with the sequence meanwhile decides whether it can be had.

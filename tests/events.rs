@@ -50,7 +50,7 @@ impl Consumer {
 
     fn apply(&mut self, event: Event, block_tokens: usize) {
         match event {
-            Event::Stored { medium, group, space, parent, digests, tokens } => {
+            Event::Stored { medium, group, space, parent, digests, tokens, .. } => {
                 assert_eq!((medium, tokens.len()), (Medium::Gpu, digests.len() * block_tokens));
                 let mut above = parent;
                 for (&digest, tokens) in digests.iter().zip(tokens.chunks(block_tokens)) {

@@ -550,6 +550,7 @@ using prefix_committed = kvc_prefix_committed;
 using prefix_query = kvc_prefix_query;
 using prefix_answer = kvc_prefix_answer;
 using retention = kvc_retention;
+using media = kvc_media;
 
 // A pinned prefix of an index. Going out of scope unlocks it.
 class pin {
@@ -774,6 +775,17 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
         return detail::answer(
             code, started{code == KVC_OK ? sequence(get(), id) : sequence(), cached});
     }
+    // For a prompt in which tokens stand for media, in the order of their positions.
+    result<started> start(span<const uint32_t> prompt, span<const kvcache::media> media,
+                          uint64_t name_space = 0) {
+        kvc_seq id = 0;
+        uint32_t cached = 0;
+        const auto code = kvc_seq_start_media(get(), prompt.data(), prompt.size(), media.data(),
+                                              detail::count32(media.size()), name_space, &id,
+                                              &cached);
+        return detail::answer(
+            code, started{code == KVC_OK ? sequence(get(), id) : sequence(), cached});
+    }
     result<void> sync() { return detail::done(kvc_cache_sync(get())); }
     result<void> advance(uint64_t now_ms) { return detail::done(kvc_cache_advance(get(), now_ms)); }
     result<void> clear_prefix() { return detail::done(kvc_cache_clear_prefix(get())); }
@@ -914,6 +926,16 @@ class prefetch : public detail::handle<kvc_prefetch, kvc_prefetch_destroy> {
         const auto code =
             kvc_prefetch_create(of.get(), prompt.data(), detail::count32(prompt.size()),
                                 name_space, &raw, out_decision);
+        return detail::answer(code, prefetch(of.get(), raw));
+    }
+    // Of a prompt with media, as cache::start() takes it.
+    static result<prefetch> create(cache &of, span<const uint32_t> prompt,
+                                   span<const kvcache::media> media, uint64_t name_space = 0,
+                                   tier_decision *out_decision = nullptr) {
+        kvc_prefetch *raw = nullptr;
+        const auto code = kvc_prefetch_create_media(
+            of.get(), prompt.data(), detail::count32(prompt.size()), media.data(),
+            detail::count32(media.size()), name_space, &raw, out_decision);
         return detail::answer(code, prefetch(of.get(), raw));
     }
 

@@ -181,6 +181,40 @@ func (c *Cache) Start(prompt []uint32, namespace uint64) (Seq, int, error) {
 	return Seq{c, uint32(id)}, int(cached), err
 }
 
+// Media is something in a prompt that its tokens do not name: an image, a clip, an embedding.
+type Media struct {
+	// Position is that of the first token that stands for it.
+	Position uint64
+	// Digest is of its content, and of how it is processed where that may differ. Equal digests are
+	// taken for equal content.
+	Digest [32]byte
+}
+
+func mediaList(media []Media) []C.kvc_media {
+	list := make([]C.kvc_media, len(media))
+	for n, m := range media {
+		list[n].position = C.uint64_t(m.Position)
+		for at, b := range m.Digest {
+			list[n].digest[at] = C.uint8_t(b)
+		}
+	}
+	return list
+}
+
+// StartMedia is Start for a prompt in which tokens stand for media, in the order of their positions.
+// What is before the first is shared with all prompts, what comes from then on only with those that
+// have the same media there.
+func (c *Cache) StartMedia(prompt []uint32, media []Media, namespace uint64) (Seq, int, error) {
+	defer runtime.KeepAlive(c)
+	var id C.kvc_seq
+	var cached C.uint32_t
+	list := mediaList(media)
+	err := try(func() C.kvc_status {
+		return C.kvc_seq_start_media(c.h, (*C.uint32_t)(at(prompt)), C.uint64_t(len(prompt)), at(list), C.uint32_t(len(list)), C.uint64_t(namespace), &id, &cached)
+	})
+	return Seq{c, uint32(id)}, int(cached), err
+}
+
 // Fork makes a second sequence with the same tokens, sharing every block.
 func (s Seq) Fork() (Seq, error) {
 	defer runtime.KeepAlive(s.cache)

@@ -341,5 +341,18 @@ func TestTiers(t *testing.T) {
 	if cached := serve(c); cached != 8*16 {
 		t.Fatal(cached)
 	}
+	// With an image at 20, only what is before it.
+	image := []Media{{Position: 20, Digest: [32]byte{1}}}
+	p = must[*Prefetch](t)(c.PrefetchMedia(prompt, image, 0))
+	if p.Decision.DeviceTokens != 16 || p.Decision.HostTokens != 0 {
+		t.Fatalf("%+v", p.Decision)
+	}
+	ok(t, p.Close())
+	if _, cached, err := c.StartMedia(prompt, image, 0); err != nil || cached != 20 {
+		t.Fatal(cached, err)
+	}
+	image[0].Position = uint64(len(prompt))
+	_, _, err := c.StartMedia(prompt, image, 0)
+	refused(t, err, ErrInvalidArgument)
 	ok(t, c.Close())
 }

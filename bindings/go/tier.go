@@ -212,15 +212,27 @@ type Prefetch struct {
 
 // Prefetch begins to load what lower tiers have of a prompt. It waits for nothing.
 func (c *Cache) Prefetch(prompt []uint32, namespace uint64) (*Prefetch, error) {
+	return c.prefetch(prompt, func(h **C.kvc_prefetch, d *C.kvc_tier_decision) C.kvc_status {
+		return C.kvc_prefetch_create(c.h, (*C.uint32_t)(at(prompt)), C.uint32_t(len(prompt)), C.uint64_t(namespace), h, d)
+	})
+}
+
+// PrefetchMedia is Prefetch for a prompt with media, as StartMedia takes it.
+func (c *Cache) PrefetchMedia(prompt []uint32, media []Media, namespace uint64) (*Prefetch, error) {
+	list := mediaList(media)
+	return c.prefetch(prompt, func(h **C.kvc_prefetch, d *C.kvc_tier_decision) C.kvc_status {
+		return C.kvc_prefetch_create_media(c.h, (*C.uint32_t)(at(prompt)), C.uint32_t(len(prompt)), at(list), C.uint32_t(len(list)), C.uint64_t(namespace), h, d)
+	})
+}
+
+func (c *Cache) prefetch(prompt []uint32, create func(**C.kvc_prefetch, *C.kvc_tier_decision) C.kvc_status) (*Prefetch, error) {
 	defer runtime.KeepAlive(c)
 	var h *C.kvc_prefetch
 	var d C.kvc_tier_decision
 	if uint64(len(prompt)) > 1<<32-1 {
 		return nil, invalid("a prompt of %d tokens", len(prompt))
 	}
-	if err := try(func() C.kvc_status {
-		return C.kvc_prefetch_create(c.h, (*C.uint32_t)(at(prompt)), C.uint32_t(len(prompt)), C.uint64_t(namespace), &h, &d)
-	}); err != nil {
+	if err := try(func() C.kvc_status { return create(&h, &d) }); err != nil {
 		return nil, err
 	}
 	p := &Prefetch{h: h, cache: c, Decision: TierDecision{

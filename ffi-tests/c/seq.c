@@ -85,6 +85,41 @@ int main(void) {
     FAILS(KVC_ERR_OUT_OF_SEQUENCES, "3", kvc_seq_fork(cache, seq, &seq));
     FAILS(KVC_ERR_OUT_OF_SEQUENCES, "3", kvc_seq_start(cache, prompt, 20, 0, &seq, &cached));
 
+    // Equal tokens with other images share what is before the first of them.
+    {
+        kvc_media images[2] = {{18, {1}}, {30, {2}}};
+        kvc_media wrong[2] = {{5, {1}}, {5, {2}}};
+        kvc_media outside = {40, {1}};
+        OK(kvc_seq_release(cache, extra));
+        OK(kvc_seq_start_media(cache, prompt, 40, images, 2, 0, &extra, &cached));
+        CHECK(cached == 18);
+        toy_feed(cache, step, extra, prompt, cached, 40 - cached);
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "media", kvc_seq_truncate(cache, extra, 30));
+        OK(kvc_seq_release(cache, extra));
+        OK(kvc_seq_start_media(cache, prompt, 40, images, 2, 0, &extra, &cached));
+        CHECK(cached == 32);
+        OK(kvc_seq_release(cache, extra));
+        images[0].digest[31] = 1;
+        OK(kvc_seq_start_media(cache, prompt, 40, images, 2, 0, &extra, &cached));
+        CHECK(cached == 18);
+        OK(kvc_seq_release(cache, extra));
+        OK(kvc_seq_start_media(cache, prompt, 40, NULL, 0, 0, &extra, &cached));
+        CHECK(cached == 39);
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
+              kvc_seq_start_media(cache, prompt, 40, wrong, 2, 0, &seq, &cached));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
+              kvc_seq_start_media(cache, prompt, 40, &outside, 1, 0, &seq, &cached));
+        FAILS(KVC_ERR_NULL_POINTER, "media",
+              kvc_seq_start_media(cache, prompt, 40, NULL, 1, 0, &seq, &cached));
+        outside.position = UINT64_MAX;
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
+              kvc_seq_start_media(cache, prompt, 40, &outside, 1, 0, &seq, &cached));
+        CHECK(cached == 39);
+        prompt[39] = UINT32_MAX;
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "tokens", kvc_seq_start(cache, prompt, 40, 0, &seq, &cached));
+        prompt[39] = 49;
+    }
+
     // Ids that are not live: ended, of another cache, invented.
     OK(kvc_seq_release(cache, extra));
     FAILS(KVC_ERR_STALE_HANDLE, "sequence", kvc_seq_release(cache, extra));

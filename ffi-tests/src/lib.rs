@@ -123,7 +123,8 @@ pub fn compiler(cpp: bool) -> Option<Command> {
 /// Whether the compiler knows a standard; one from before it refuses its name.
 pub fn takes(cpp: bool, standard: &str) -> bool {
     let Some(mut command) = compiler(cpp) else { return false };
-    command.args(["-fsyntax-only", "-x", if cpp { "c++" } else { "c" }]);
+    // Not compiled: an empty program is an error of its own in C.
+    command.args(["-E", "-x", if cpp { "c++" } else { "c" }]);
     let output = command.arg(format!("-std={standard}")).arg("/dev/null").output();
     output.is_ok_and(|output| output.status.success())
 }

@@ -108,6 +108,7 @@ fn in_rust() -> Layout {
         kvc_prefix_commit {
             name_space, above, tokens, token_count, blocks, block_ids, out_present, capacity,
         }
+        kvc_media { position, digest }
         kvc_prefix_committed { status, reserved, inserted }
         kvc_prefix_counts { blocks, capacity_blocks, name_spaces, nodes, pins, bytes }
         kvc_prefix_hit { tokens, block_ids, tail_tokens, at }

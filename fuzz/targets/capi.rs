@@ -150,9 +150,12 @@ impl Program<'_> {
                 let (mut seq, mut cached) = (u32::MAX, 0);
                 let (at, count) = (prompt.as_ptr(), prompt.len() as u64);
                 let space = self.input.number() % 3;
+                let digest = [self.input.below(4) as u8; 32];
+                let media = [5, self.input.number()].map(|position| kvc_media { position, digest });
+                let (images, some) = (media.as_ptr(), self.input.below(3) as u32);
                 unsafe {
-                    kvc_seq_start(
-                        self.handle(CACHE), at, count, space, &mut seq, &mut cached,
+                    kvc_seq_start_media(
+                        self.handle(CACHE), at, count, images, some, space, &mut seq, &mut cached,
                     )
                 };
                 let slot = self.input.below(8);

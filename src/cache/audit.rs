@@ -2,6 +2,7 @@
 
 use alloc::vec::Vec;
 
+use super::media::keyed;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, TokenId};
@@ -67,7 +68,8 @@ impl KvCache {
                     known.into_iter().for_each(|seen| seen.tables += 1);
                 }
                 let published = table.blocks().iter().take(sequence.published.blocks());
-                let mut tokens = sequence.tokens.chunks_exact(block_tokens);
+                let tokens = keyed(&sequence.tokens, &sequence.media)?;
+                let mut tokens = tokens.chunks_exact(block_tokens);
                 for id in published {
                     let tokens = tokens.next();
                     let same = *id == BlockId::NONE || seen[id.index()].indexed == tokens;

@@ -4,6 +4,7 @@
 
 use alloc::vec::Vec;
 
+use super::media::MediaKeys;
 use super::reserve;
 use crate::error::Result;
 use crate::events::{Locked, Medium};
@@ -52,24 +53,31 @@ impl Digests {
 
     /// What stands before a chain; `seed` stands before a sequence's first block in its namespace.
     /// `before` are the sequence's tokens before the chain: they are read where no group has the
-    /// last of their blocks any more.
+    /// last of their blocks any more. All tokens are as the index has them.
     pub(super) fn before(
         &self,
         chain: &Chain,
         before: &[TokenId],
         seed: Option<Digest>,
+        media: &MediaKeys,
     ) -> Option<Digest> {
         self.of_entry(chain.above).or_else(|| {
             let blocks = before.chunks_exact(self.block_tokens);
-            blocks.fold(seed, |parent, tokens| Some(Digest::of_block(parent.as_ref(), tokens)))
+            blocks.fold(seed, |parent, tokens| Some(media.digest(parent.as_ref(), tokens)))
         })
     }
 
     /// Computes those of a chain, as for [`before`](Self::before).
-    pub(super) fn fill(&mut self, chain: &Chain, before: &[TokenId], seed: Option<Digest>) {
-        let mut parent = self.before(chain, before, seed);
+    pub(super) fn fill(
+        &mut self,
+        chain: &Chain,
+        before: &[TokenId],
+        seed: Option<Digest>,
+        media: &MediaKeys,
+    ) {
+        let mut parent = self.before(chain, before, seed, media);
         for (ids, tokens) in self.entries(chain) {
-            let digest = Digest::of_block(parent.as_ref(), tokens);
+            let digest = media.digest(parent.as_ref(), tokens);
             for (id, table) in ids.iter().zip(&mut self.tables) {
                 if let Some(place) = table.get_mut(id.index()) {
                     *place = digest;
@@ -82,7 +90,13 @@ impl Digests {
     /// Queues a chain as stored in every group that has its blocks; `seed` is what stands before
     /// the first block in its namespace. A block whose parent nobody has any more is left out: it
     /// cannot be told where it hangs.
-    pub(super) fn tell_stored(&self, chain: &Chain, seed: Option<Digest>, queue: &mut Locked) {
+    pub(super) fn tell_stored(
+        &self,
+        chain: &Chain,
+        seed: Option<Digest>,
+        media: &MediaKeys,
+        queue: &mut Locked,
+    ) {
         // Events name blocks only: what stands for a namespace is in the digests that follow it.
         let start = chain.above.is_empty();
         let first = if start { seed } else { self.of_entry(chain.above) };
@@ -92,11 +106,13 @@ impl Digests {
             for (nth, (ids, tokens)) in self.entries(chain).enumerate() {
                 if let Some(digest) = self.of(group, ids[group]).filter(|_| known) {
                     let named = if start && nth == 0 { None } else { parent };
-                    queue.stored(place, named, &[digest], tokens);
+                    media.tell(tokens, |tokens, media| {
+                        queue.stored_with_media(place, named, digest, tokens, media);
+                    });
                 }
                 parent = self
                     .of_entry(ids)
-                    .or_else(|| known.then(|| Digest::of_block(parent.as_ref(), tokens)));
+                    .or_else(|| known.then(|| media.digest(parent.as_ref(), tokens)));
                 known |= parent.is_some();
             }
         }

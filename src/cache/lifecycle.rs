@@ -1,5 +1,6 @@
 //! Sequences begin, split and end: start from the prefix index, fork, truncate, release.
 
+use super::media::{Media, keyed};
 use super::sequence::Sequence;
 use super::staging::release_raw;
 use super::{KvCache, Started, reserve};
@@ -19,6 +20,25 @@ impl KvCache {
     /// # Errors
     /// `InvalidArgument` for an empty prompt, `OutOfSequences`, `OutOfMemory`. Nothing changed then.
     pub fn start(&mut self, prompt: &[TokenId], namespace: Namespace) -> Result<Started> {
+        self.start_with_media(prompt, &[], namespace)
+    }
+
+    /// The same for a prompt in which tokens stand for `media`, ascending by position: what is
+    /// before the first of them is shared with all prompts, what comes from then on with those that
+    /// have the same media there. Only the first token of each counts. What of them the sequence holds
+    /// cannot be truncated.
+    ///
+    /// A later turn that brings new media is a new sequence, whose prompt begins with this one.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start); `InvalidArgument` for media out of order or past the prompt,
+    /// `Overflow` after 2^31 different ones.
+    pub fn start_with_media(
+        &mut self,
+        prompt: &[TokenId],
+        media: &[Media],
+        namespace: Namespace,
+    ) -> Result<Started> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "must have at least one token"));
         }
@@ -27,7 +47,8 @@ impl KvCache {
         }
         self.has_room()?;
         self.outside.tick();
-        let mut sequence = Sequence { namespace, ..Sequence::default() };
+        let media = self.place_media(prompt, media)?;
+        let mut sequence = Sequence { namespace, media, ..Sequence::default() };
         let mut hit = core::mem::take(&mut self.hit);
         let adopted = self.adopt(&mut sequence, prompt, &mut hit);
         self.hit = hit;
@@ -48,6 +69,7 @@ impl KvCache {
 
     /// Fills a new sequence with what the prefix index has of the prompt.
     fn adopt(&mut self, sequence: &mut Sequence, prompt: &[TokenId], hit: &mut Hit) -> Result<()> {
+        let keys = keyed(prompt, &sequence.media)?;
         let (groups, block_tokens) = (self.pools.len(), self.spec.block_tokens as usize);
         reserve(&mut sequence.tables, groups)?;
         sequence.tables.resize_with(groups, BlockTable::new);
@@ -55,7 +77,7 @@ impl KvCache {
         sequence.raw.resize_with(groups, Vec::new);
         let whole_blocks = self.any_tiled();
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
-        prefix.lookup(sequence.namespace, prompt, prompt.len() - 1, hit);
+        prefix.lookup(sequence.namespace, &keys, keys.len() - 1, hit);
         prefix.touch(hit.at)?;
         self.outside.used(&hit.blocks);
         for (group, table) in sequence.tables.iter_mut().enumerate() {
@@ -66,7 +88,7 @@ impl KvCache {
             let blocks = blocks.map(|(n, &id)| if n < first { BlockId::NONE } else { id });
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
-        let more = match self.onboard(sequence, prompt, hit) {
+        let more = match self.onboard(sequence, &keys, hit) {
             // Of a sealed tile nothing less than all can be taken.
             0 if whole_blocks => 0,
             0 => self.copy_tail(&mut sequence.tables, hit)?,
@@ -142,10 +164,12 @@ impl KvCache {
         let mut child = Sequence { namespace: parent.namespace, ..Sequence::default() };
         child.published = parent.published;
         let mut made = reserve(&mut child.tokens, parent.tokens.len());
+        made = made.and_then(|()| reserve(&mut child.media, parent.media.len()));
         made = made.and_then(|()| reserve(&mut child.tables, parent.tables.len()));
         made = made.and_then(|()| reserve(&mut child.raw, parent.raw.len()));
         if made.is_ok() {
             child.tokens.extend_from_slice(&parent.tokens);
+            child.media.extend_from_slice(&parent.media);
             child.raw.resize_with(parent.raw.len(), Vec::new);
             for (group, staged) in parent.raw.iter().enumerate() {
                 made = made.and_then(|()| reserve(&mut child.raw[group], staged.len()));
@@ -179,12 +203,13 @@ impl KvCache {
     /// # Errors
     /// `StaleHandle`, `InvalidState` while a step holds the sequence or where a window has left
     /// that length behind, `InvalidArgument` past its length, or within a tile that is sealed for
-    /// good. Nothing changed then.
+    /// good, or where a medium that it holds would be cut off. Nothing changed then.
     pub fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<()> {
         let sequence = self.sequences.get_idle(seq)?;
         if tokens as usize > sequence.tokens.len() {
             return Err(Error::invalid("tokens", "must be at most the sequence's length"));
         }
+        sequence.check_media(tokens as usize)?;
         self.check_window(seq, tokens as usize)?;
         self.check_cut(seq, tokens as usize)?;
         self.cut_raw(seq, tokens as usize)?;

@@ -16,6 +16,7 @@
 mod audit;
 mod digests;
 mod lifecycle;
+mod media;
 mod on_device;
 mod outside;
 mod retention;
@@ -30,6 +31,7 @@ mod tiers;
 mod transfer;
 mod windows;
 
+pub use media::Media;
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
@@ -49,6 +51,7 @@ use crate::metrics::Evicted;
 use crate::pool::BlockPool;
 use crate::prefix::{Eviction, Hit, PrefixIndex};
 
+use media::MediaKeys;
 use outside::Outside;
 use sequence::Sequences;
 use store::Store;
@@ -144,6 +147,7 @@ pub struct KvCache {
     prefix: Option<PrefixIndex>,
     scrub: bool,
     sequences: Sequences,
+    media: MediaKeys,
     threads: Threads,
     totals: stats::Totals,
     outside: Outside,
@@ -288,6 +292,7 @@ impl KvCache {
             prefix,
             scrub: options.scrub,
             sequences,
+            media: MediaKeys::new(),
             threads,
             totals: stats::Totals::default(),
             outside,

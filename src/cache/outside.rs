@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 use std::time::Instant;
 
 use super::digests::Digests;
+use super::media::MediaKeys;
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
 use crate::events::{AttentionKind, Locked, Medium, Name, Queue, QueueStats, Shape};
@@ -65,12 +66,12 @@ impl Outside {
     }
 
     /// Blocks were put into the index; `before` are the sequence's tokens before them.
-    pub(super) fn stored(&mut self, chain: &Chain, before: &[TokenId]) {
+    pub(super) fn stored(&mut self, chain: &Chain, before: &[TokenId], media: &MediaKeys) {
         let seed = self.seed(chain.space);
         if let Some(digests) = &mut self.digests {
-            digests.fill(chain, before, seed);
+            digests.fill(chain, before, seed, media);
             if let Some(queue) = &self.queue {
-                digests.tell_stored(chain, seed, &mut queue.lock());
+                digests.tell_stored(chain, seed, media, &mut queue.lock());
             }
         }
         if let Some(watch) = &mut self.watch {
@@ -87,8 +88,13 @@ impl Outside {
     }
 
     /// What stands before a chain; `before` are the sequence's tokens before it.
-    pub(super) fn digest_before(&self, chain: &Chain, before: &[TokenId]) -> Option<Digest> {
-        self.digests.as_ref()?.before(chain, before, self.seed(chain.space))
+    pub(super) fn digest_before(
+        &self,
+        chain: &Chain,
+        before: &[TokenId],
+        media: &MediaKeys,
+    ) -> Option<Digest> {
+        self.digests.as_ref()?.before(chain, before, self.seed(chain.space), media)
     }
 
     /// What stands before the first block of a sequence.
@@ -157,20 +163,20 @@ impl Outside {
     }
 
     /// Queues all that is resident, if events were lost and the publisher has said so.
-    pub(super) fn resync(&self, prefix: Option<&PrefixIndex>) {
+    pub(super) fn resync(&self, prefix: Option<&PrefixIndex>, media: &MediaKeys) {
         if let Some(queue) = &self.queue {
             let mut queue = queue.lock();
             if queue.wants_resync() {
-                self.tell_all(prefix, &mut queue);
+                self.tell_all(prefix, media, &mut queue);
             }
         }
     }
 
-    fn tell_all(&self, prefix: Option<&PrefixIndex>, queue: &mut Locked) {
+    fn tell_all(&self, prefix: Option<&PrefixIndex>, media: &MediaKeys, queue: &mut Locked) {
         queue.restart();
         if let (Some(prefix), Some(digests)) = (prefix, &self.digests) {
             prefix.for_each_chain(&mut |chain| {
-                digests.tell_stored(&chain, self.seed(chain.space), queue);
+                digests.tell_stored(&chain, self.seed(chain.space), media, queue);
             });
         }
     }
@@ -207,7 +213,7 @@ impl KvCache {
             let mut digests = Digests::new(self.spec.block_tokens, groups, blocks)?;
             if let Some(prefix) = &self.prefix {
                 prefix.for_each_chain(&mut |chain| {
-                    digests.fill(&chain, &[], self.outside.seed(chain.space));
+                    digests.fill(&chain, &[], self.outside.seed(chain.space), &self.media);
                 });
             }
             self.outside.digests = Some(digests);
@@ -280,7 +286,7 @@ impl KvCache {
             queue.set_name(space, name.clone());
         }
         self.outside.queue = Some(queue.clone());
-        self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
+        self.outside.tell_all(self.prefix.as_ref(), &self.media, &mut queue.lock());
         Ok(queue)
     }
 
@@ -305,7 +311,7 @@ impl KvCache {
         let Some(queue) = &self.outside.queue else {
             return Err(Error::InvalidState { why: "the cache publishes no events" });
         };
-        self.outside.tell_all(self.prefix.as_ref(), &mut queue.lock());
+        self.outside.tell_all(self.prefix.as_ref(), &self.media, &mut queue.lock());
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 
+use super::media::Placed;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
 use crate::pool::BlockTable;
@@ -23,8 +24,10 @@ pub(super) struct Staged {
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
     pub namespace: Namespace,
-    /// The tokens whose K and V are in the cache.
+    /// The tokens whose K and V are in the cache, as the engine gave them.
     pub tokens: Vec<TokenId>,
+    /// The media of its prompt, ascending by position; some may lie past its tokens yet.
+    pub media: Vec<Placed>,
     /// One table a layer group.
     pub tables: Vec<BlockTable>,
     /// Raw tiles of each layer group, ascending; empty where the format has no tiles.

@@ -1,5 +1,6 @@
 //! Steps: reserve blocks, write keys and values, read attention, commit or cancel.
 
+use super::media::{check_tokens, keyed};
 use super::step::GroupTables;
 use super::store::Crew;
 use super::{KvCache, LayerId, Step, Work, reserve};
@@ -26,7 +27,7 @@ impl KvCache {
         }
         self.check_work(work)?;
         self.outside.tick();
-        self.outside.resync(self.prefix.as_ref());
+        self.outside.resync(self.prefix.as_ref(), &self.media);
         step.clear();
         let mut planned = self.check_staging(work);
         planned =
@@ -63,6 +64,7 @@ impl KvCache {
                 let sequence = self.sequences.get_idle(item.seq)?;
                 rows = rows.saturating_add(item.tokens.len());
                 let length = sequence.tokens.len().saturating_add(item.tokens.len());
+                check_tokens(item.tokens)?;
                 if item.tokens.is_empty() {
                     Err(Error::invalid("tokens", "must have at least one token a sequence"))
                 } else if length.max(rows) > i32::MAX as usize {
@@ -327,9 +329,10 @@ impl KvCache {
             self.ids.extend(sequence.tables.iter().map(|table| table.blocks()[block]));
         }
         let mut above = sequence.published;
+        let tokens = keyed(&sequence.tokens[..whole * block_tokens], &sequence.media)?;
         let inserted = loop {
             let from = above.blocks();
-            let tokens = &sequence.tokens[from * block_tokens..whole * block_tokens];
+            let tokens = &tokens[from * block_tokens..whole * block_tokens];
             let ids = &self.ids[from * groups..];
             let space = sequence.namespace;
             match prefix.insert_below(space, above, tokens, ids, &mut self.canonical) {
@@ -367,16 +370,16 @@ impl KvCache {
         let chain = |above, blocks: core::ops::Range<usize>, ids| Chain {
             space: sequence.namespace,
             above,
-            tokens: &sequence.tokens[blocks.start * block_tokens..blocks.end * block_tokens],
+            tokens: &tokens[blocks.start * block_tokens..blocks.end * block_tokens],
             blocks: ids,
         };
         if refilled > 0 {
             self.ids[..above.blocks() * groups].fill(BlockId::NONE);
             let ids = &self.ids[..refilled * groups];
             let chain = chain(&[], 0..refilled, ids);
-            self.outside.stored(&chain, &[]);
+            self.outside.stored(&chain, &[], &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, &[], &self.outside, &mut self.stores);
+                tiers.stored(&chain, &[], (&self.outside, &self.media), &mut self.stores);
             }
         }
         if stored > 0 {
@@ -387,11 +390,11 @@ impl KvCache {
                 _ => &self.canonical[(present - 1) * groups..],
             };
             let ids = &self.ids[first * groups..(first + stored) * groups];
-            let tokens = &sequence.tokens[..first * block_tokens];
+            let tokens = &tokens[..first * block_tokens];
             let chain = chain(before, first..first + stored, ids);
-            self.outside.stored(&chain, tokens);
+            self.outside.stored(&chain, tokens, &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, tokens, &self.outside, &mut self.stores);
+                tiers.stored(&chain, tokens, (&self.outside, &self.media), &mut self.stores);
             }
         }
         Ok(())

@@ -7,6 +7,7 @@
 use alloc::vec::Vec;
 use std::io::{Read, Write};
 
+use super::media::Media;
 use super::sequence::Sequence;
 use super::{KvCache, reserve};
 use crate::dtype::FormatClass;
@@ -128,6 +129,7 @@ impl KvCache {
             spec: self.spec.clone(),
             slices,
             tokens: sequence.tokens[..blocks * block_tokens].to_vec(),
+            media: self.media.of_sequence(&sequence.media, blocks * block_tokens),
         };
         write_head(out, &head)?;
         let bytes = bytes_of(&self.spec)?;
@@ -174,8 +176,11 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         let blocks = first.head.tokens.len() / block_tokens;
         let tokens = first.head.tokens[..blocks * block_tokens].to_vec();
+        let media: Vec<Media> = first.head.media.iter().map(Media::from_pair).collect();
         self.sequences.has_room()?;
-        let mut sequence = Sequence { namespace: space, tokens, ..Sequence::default() };
+        let media = self.place_media(&first.head.tokens, &media)?;
+        let media = media.into_iter().filter(|placed| (placed.0 as usize) < tokens.len()).collect();
+        let mut sequence = Sequence { namespace: space, tokens, media, ..Sequence::default() };
         sequence.tables.resize_with(self.pools.len(), BlockTable::new);
         sequence.raw.resize_with(self.pools.len(), Vec::new);
         let filled = self.fill(&mut sequence, &mut sources, blocks);
@@ -223,7 +228,9 @@ impl KvCache {
             if head.slices.len() != slices.len() {
                 return Err(Error::invalid("stream", "has other layer groups"));
             }
-            if sources.first().is_some_and(|first| first.head.tokens != head.tokens) {
+            let other =
+                |first: &Source| first.head.tokens != head.tokens || first.head.media != head.media;
+            if sources.first().is_some_and(other) {
                 return Err(Error::invalid("streams", "must be of the same tokens"));
             }
             let theirs = head.spec.layouts()?;

@@ -6,9 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use super::cache::{kvc_cache, open};
 use super::handle::{self, Noun};
 use super::pointer;
+use super::seq::{kvc_media, media};
 use super::status::{guard, kvc_status};
 use crate::cache::{Prefetch, Progress};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::ids::Namespace;
 use crate::tier::Why;
 
@@ -77,38 +78,76 @@ pub unsafe extern "C" fn kvc_prefetch_create(
     out: *mut *mut kvc_prefetch,
     out_decision: *mut kvc_tier_decision,
 ) -> kvc_status {
-    guard(|| {
-        // SAFETY: the caller's promise.
-        let tokens = unsafe { pointer::slice(tokens, token_count.into(), "tokens") }?;
-        // SAFETY: the caller's promise.
-        let out = unsafe { pointer::out(out, "out") }?;
-        // SAFETY: the caller's promise.
-        let out_decision = unsafe { pointer::maybe_out(out_decision, "out_decision") }?;
-        let prefetch = open(cache)?.lock()?.prefetch(tokens, Namespace(name_space))?;
-        let decision = prefetch.decision;
-        let shown = kvc_tier_decision {
-            device_tokens: prefetch.device_tokens as u64,
-            host_tokens: prefetch.host_tokens as u64,
-            found_blocks: decision.found as u64,
-            load_blocks: decision.blocks as u64,
-            load_seconds: decision.load_seconds,
-            compute_seconds: decision.compute_seconds,
-            why: match decision.why {
-                Why::NothingFound => KVC_WHY_NOTHING_FOUND,
-                Why::CostUnknown => KVC_WHY_COST_UNKNOWN,
-                Why::RateUnknown => KVC_WHY_RATE_UNKNOWN,
-                Why::LoadIsFaster => KVC_WHY_LOAD_IS_FASTER,
-                Why::LoadIsFasterAtFirst => KVC_WHY_LOAD_IS_FASTER_AT_FIRST,
-                Why::ComputeIsFaster => KVC_WHY_COMPUTE_IS_FASTER,
-            },
-            reserved: 0,
-        };
-        out.write(handle::publish(Held(Mutex::new(Some(prefetch))))?);
-        if let Some(out_decision) = out_decision {
-            out_decision.write(shown);
-        }
-        Ok(())
-    })
+    let (prompt, media) = ((tokens, token_count), (core::ptr::null(), 0));
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { create(cache, prompt, media, name_space, out, out_decision) })
+}
+
+/// The same for a prompt with media, which kvc_seq_start_media takes: see there.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; inputs are readable, outputs are writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_prefetch_create_media(
+    cache: *mut kvc_cache,
+    tokens: *const u32,
+    token_count: u32,
+    media_in: *const kvc_media,
+    media_count: u32,
+    name_space: u64,
+    out: *mut *mut kvc_prefetch,
+    out_decision: *mut kvc_tier_decision,
+) -> kvc_status {
+    let (prompt, media) = ((tokens, token_count), (media_in, media_count));
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { create(cache, prompt, media, name_space, out, out_decision) })
+}
+
+/// # Safety
+/// As for [`kvc_prefetch_create_media`].
+unsafe fn create(
+    cache: *mut kvc_cache,
+    (tokens, token_count): (*const u32, u32),
+    (media_in, media_count): (*const kvc_media, u32),
+    name_space: u64,
+    out: *mut *mut kvc_prefetch,
+    out_decision: *mut kvc_tier_decision,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let tokens = unsafe { pointer::slice(tokens, token_count.into(), "tokens") }?;
+    // SAFETY: the caller's promise.
+    let media = unsafe { media(media_in, media_count) }?;
+    // SAFETY: the caller's promise.
+    let out = unsafe { pointer::out(out, "out") }?;
+    // SAFETY: the caller's promise.
+    let out_decision = unsafe { pointer::maybe_out(out_decision, "out_decision") }?;
+    let space = Namespace(name_space);
+    let prefetch = open(cache)?.lock()?.prefetch_with_media(tokens, &media, space)?;
+    let decision = prefetch.decision;
+    let shown = kvc_tier_decision {
+        device_tokens: prefetch.device_tokens as u64,
+        host_tokens: prefetch.host_tokens as u64,
+        found_blocks: decision.found as u64,
+        load_blocks: decision.blocks as u64,
+        load_seconds: decision.load_seconds,
+        compute_seconds: decision.compute_seconds,
+        why: match decision.why {
+            Why::NothingFound => KVC_WHY_NOTHING_FOUND,
+            Why::CostUnknown => KVC_WHY_COST_UNKNOWN,
+            Why::RateUnknown => KVC_WHY_RATE_UNKNOWN,
+            Why::LoadIsFaster => KVC_WHY_LOAD_IS_FASTER,
+            Why::LoadIsFasterAtFirst => KVC_WHY_LOAD_IS_FASTER_AT_FIRST,
+            Why::ComputeIsFaster => KVC_WHY_COMPUTE_IS_FASTER,
+        },
+        reserved: 0,
+    };
+    out.write(handle::publish(Held(Mutex::new(Some(prefetch))))?);
+    if let Some(out_decision) = out_decision {
+        out_decision.write(shown);
+    }
+    Ok(())
 }
 
 /// Takes what has arrived for `cache`, after at most `wait_ms` milliseconds of waiting for the rest

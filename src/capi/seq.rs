@@ -1,14 +1,33 @@
 //! The seq noun: the sequences of a cache, by id.
 
+use alloc::vec::Vec;
+
 use super::cache::{kvc_cache, open};
 use super::pointer::{self, Plain};
 use super::retention::{hint, kvc_retention, ranges};
 use super::status::{guard, kvc_status};
+use crate::cache::Media;
 use crate::error::{Error, Result};
 use crate::ids::{Namespace, SeqId};
+use crate::prefix::Digest;
 
 /// A sequence of a cache. The id of a sequence that has ended is refused, not reused at once.
 pub type kvc_seq = u32;
+
+/// Something in a prompt that its tokens do not name: an image, a clip, an embedding. This struct
+/// never grows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvc_media {
+    /// The position in the prompt of the first token that stands for it.
+    pub position: u64,
+    /// SHA-256, or another 32 bytes, of its content, and of how it is processed where that may
+    /// differ. The server computes it: equal digests are taken for equal content.
+    pub digest: [u8; 32],
+}
+
+// SAFETY: integers.
+unsafe impl Plain for kvc_media {}
 
 /// Starts a sequence for `prompt[prompt_tokens]` and writes its id to `out_seq`. It begins with
 /// what the prefix index has of the prompt in `name_space`; how many tokens that is goes to
@@ -41,6 +60,47 @@ pub unsafe extern "C" fn kvc_seq_start(
             )
         };
         let started = cache.lock()?.start(prompt, Namespace(name_space))?;
+        out_seq.write(started.seq.0);
+        out_cached.write(started.cached_tokens);
+        Ok(())
+    })
+}
+
+/// Starts a sequence as kvc_seq_start does, for a prompt in which tokens stand for
+/// `media_in[media_count]`, in the order of their positions: images, clips, embeddings, whose
+/// placeholder tokens do not say which they are. What is before the first of them is shared with all
+/// prompts of the name space; what comes from then on only with those that have the same digests at
+/// the same positions. What of them the sequence holds cannot be truncated, and a later turn that
+/// brings new media is a new sequence, whose prompt begins with this one.
+///
+/// Threads: thread-safe.
+///
+/// # Safety
+/// The module's rules; inputs are readable, outputs are writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvc_seq_start_media(
+    cache: *mut kvc_cache,
+    prompt: *const u32,
+    prompt_tokens: u64,
+    media_in: *const kvc_media,
+    media_count: u32,
+    name_space: u64,
+    out_seq: *mut kvc_seq,
+    out_cached_tokens: *mut u32,
+) -> kvc_status {
+    guard(|| {
+        let cache = open(cache)?;
+        // SAFETY: the caller's promise.
+        let (prompt, out_seq, out_cached) = unsafe {
+            (
+                pointer::slice(prompt, prompt_tokens, "prompt")?,
+                pointer::out(out_seq, "out_seq")?,
+                pointer::out(out_cached_tokens, "out_cached_tokens")?,
+            )
+        };
+        // SAFETY: the caller's promise.
+        let media = unsafe { media(media_in, media_count) }?;
+        let started = cache.lock()?.start_with_media(prompt, &media, Namespace(name_space))?;
         out_seq.write(started.seq.0);
         out_cached.write(started.cached_tokens);
         Ok(())
@@ -187,6 +247,24 @@ pub unsafe extern "C" fn kvc_seq_blocks(
         // SAFETY: the caller's promise; BlockId is transparent over u32.
         unsafe { copy_list(cache.blocks(SeqId(seq), group)?, out.cast(), capacity, out_count) }
     })
+}
+
+/// The media of a call.
+///
+/// # Safety
+/// As for [`pointer::slice`].
+pub(super) unsafe fn media(media: *const kvc_media, count: u32) -> Result<Vec<Media>> {
+    // SAFETY: the caller's promise.
+    let given = unsafe { pointer::slice(media, count.into(), "media_in") }?;
+    let mut list = Vec::new();
+    let bytes = size_of_val(given) as u64;
+    list.try_reserve_exact(given.len()).map_err(|_| Error::OutOfMemory { bytes })?;
+    for medium in given {
+        let position = u32::try_from(medium.position)
+            .map_err(|_| Error::invalid("media_in", "must be within the prompt"))?;
+        list.push(Media { position, digest: Digest(medium.digest) });
+    }
+    Ok(list)
 }
 
 /// Copies a list and its length, or only the length.

@@ -139,6 +139,9 @@ pub enum Event<'a> {
         digests: &'a [Digest],
         /// Their tokens, [`Shape::block_tokens`] a block.
         tokens: &'a [TokenId],
+        /// What begins at some of the tokens that they do not name, such as an image: its token's
+        /// place in `tokens` and the digest of its content, in order.
+        media: &'a [(u32, Digest)],
     },
     /// Blocks are not cached there any more.
     Removed {

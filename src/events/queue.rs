@@ -1,7 +1,7 @@
 //! Events on their way from the cache to the publisher: one buffer that the cache fills and the
 //! publisher swaps for an empty one.
 //!
-//! The buffers are flat (events, digests, tokens) and grow up to a bound, so filling one allocates
+//! The buffers are flat (events, digests, tokens, media) and grow up to a bound, so filling one allocates
 //! nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
 //! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread; a
 //! model checker explores it (`scripts/shuttle`), which is why its locks come through `sync`.
@@ -32,9 +32,10 @@ struct Entry {
     kind: Kind,
     medium: Medium,
     group: u32,
-    /// One past its last digest and token in the batch.
+    /// One past its last digest, token and medium in the batch.
     digests: usize,
     tokens: usize,
+    media: usize,
 }
 
 /// Events in the order in which they happened.
@@ -43,6 +44,7 @@ pub struct Batch {
     entries: Vec<Entry>,
     digests: Vec<Digest>,
     tokens: Vec<TokenId>,
+    media: Vec<(u32, Digest)>,
 }
 
 impl Batch {
@@ -66,6 +68,7 @@ impl Batch {
         self.entries.clear();
         self.digests.clear();
         self.tokens.clear();
+        self.media.clear();
     }
 
     /// Room for an event with so many digests and tokens; false where memory is refused.
@@ -77,11 +80,25 @@ impl Batch {
 
     /// Ends an event whose digests and tokens were pushed: of the last one, if `joins`.
     fn end(&mut self, joins: bool, kind: Kind, medium: Medium, group: u32) {
-        let (digests, tokens) = (self.digests.len(), self.tokens.len());
+        let (digests, tokens, media) = (self.digests.len(), self.tokens.len(), self.media.len());
         match self.entries.last_mut() {
             Some(last) if joins => (last.digests, last.tokens) = (digests, tokens),
-            _ => self.entries.push(Entry { kind, medium, group, digests, tokens }),
+            _ => self.entries.push(Entry { kind, medium, group, digests, tokens, media }),
         }
+    }
+
+    /// Adds media to the last event, by their places in its last `tokens` tokens; false where memory
+    /// is refused.
+    fn add_media(&mut self, tokens: usize, media: &[(u32, Digest)]) -> bool {
+        let before = self.entries.len().checked_sub(2).map_or(0, |at| self.entries[at].tokens);
+        let Some(last) = self.entries.last_mut() else { return true };
+        let first = last.tokens - tokens - before;
+        let room = self.media.try_reserve(media.len()).is_ok();
+        if room {
+            self.media.extend(media.iter().map(|&(at, digest)| (first as u32 + at, digest)));
+            last.media = self.media.len();
+        }
+        room
     }
 
     /// The last event with its digests, if it is of this medium and group and may grow.
@@ -126,15 +143,16 @@ impl<'a> Iterator for Events<'a> {
             return None;
         }
         let entries = &self.batch.entries;
-        let Entry { kind, medium, group, digests, tokens } = entries[self.next];
-        let before = self.next.checked_sub(1).map(|at| (entries[at].digests, entries[at].tokens));
-        let (first_digest, first_token) = before.unwrap_or((0, 0));
-        let digests = &self.batch.digests[first_digest..digests];
-        let tokens = &self.batch.tokens[first_token..tokens];
+        let Entry { kind, medium, group, digests, tokens, media } = entries[self.next];
+        let before = self.next.checked_sub(1).map(|at| &entries[at]);
+        let first = |end: fn(&Entry) -> usize| before.map_or(0, end);
+        let digests = &self.batch.digests[first(|entry| entry.digests)..digests];
+        let tokens = &self.batch.tokens[first(|entry| entry.tokens)..tokens];
+        let media = &self.batch.media[first(|entry| entry.media)..media];
         self.next += 1;
         Some(match kind {
             Kind::Stored { space, parent } => {
-                Event::Stored { medium, group, space, parent, digests, tokens }
+                Event::Stored { medium, group, space, parent, digests, tokens, media }
             }
             Kind::Removed => Event::Removed { medium, group, digests },
             Kind::Cleared => Event::Cleared,
@@ -355,6 +373,22 @@ impl Locked<'_> {
         }
     }
 
+    /// A block is cached in which media begin, given by the places of their tokens.
+    pub fn stored_with_media(
+        &mut self,
+        place: (Medium, u32, Namespace),
+        parent: Option<Digest>,
+        digest: Digest,
+        tokens: &[TokenId],
+        media: &[(u32, Digest)],
+    ) {
+        self.stored(place, parent, &[digest], tokens);
+        let told = media.is_empty() || self.state.flow != Flow::Open;
+        if !told && !self.state.batch.add_media(tokens.len(), media) {
+            self.lose();
+        }
+    }
+
     /// A block is not cached there any more.
     pub fn removed(&mut self, medium: Medium, group: u32, digest: Digest) {
         if self.room(1, 0) {
@@ -384,14 +418,20 @@ impl Locked<'_> {
         {
             return true;
         }
+        self.lose();
+        self.state.dropped_events += 1;
+        false
+    }
+
+    /// Drops everything.
+    fn lose(&mut self) {
+        let state = &mut *self.state;
         if state.flow == Flow::Open {
             state.flow = Flow::Lost;
             state.losses += 1;
             state.dropped_events += state.batch.entries.len() as u64;
             state.batch.clear();
         }
-        state.dropped_events += 1;
-        false
     }
 }
 

@@ -40,9 +40,10 @@ pub fn encode(message: &Message, encoding: Encoding, rank: u32, out: &mut Vec<u8
 /// No less than the bytes that [`encode`] writes.
 pub(super) fn most_bytes(message: &Message) -> usize {
     let bytes = |event| match event {
-        Event::Stored { space, digests, tokens, .. } => {
+        Event::Stored { space, digests, tokens, media, .. } => {
             let name = message.name(space).unwrap_or_default();
-            let extra = name.salt.len() + (digests.len() + 1) * (name.lora.len() + 6);
+            let extra =
+                name.salt.len() + (digests.len() + 1) * (name.lora.len() + 6) + 74 * media.len();
             420 + 9 * digests.len() + 5 * tokens.len() + extra
         }
         Event::Removed { digests, .. } => 100 + 9 * digests.len(),
@@ -53,9 +54,9 @@ pub(super) fn most_bytes(message: &Message) -> usize {
 
 fn map(out: &mut Vec<u8>, event: &Event, message: &Message) {
     match *event {
-        Event::Stored { medium, group, space, parent, digests, tokens } => {
+        Event::Stored { medium, group, space, parent, digests, tokens, media } => {
             let (shape, name) = (message.shape, message.name(space));
-            let extra = Extra::of(name.as_deref(), parent.is_none());
+            let extra = Extra::of(name.as_deref(), parent.is_none(), media, shape.block_tokens);
             let kind = shape.groups.get(group as usize);
             let window = kind.and_then(|kind| kind.window());
             let fields = [kind.is_some(), window.is_some(), extra.is_some()];
@@ -107,8 +108,9 @@ fn map(out: &mut Vec<u8>, event: &Event, message: &Message) {
 
 fn array(out: &mut Vec<u8>, event: &Event, message: &Message) {
     match *event {
-        Event::Stored { medium, group, space, parent, digests, tokens } => {
+        Event::Stored { medium, group, space, parent, digests, tokens, media } => {
             let (shape, name) = (message.shape, message.name(space));
+            let extra = Extra::of(name.as_deref(), parent.is_none(), media, shape.block_tokens);
             let kind = shape.groups.get(group as usize);
             let _ = write_array_len(out, 12);
             let _ = write_str(out, "BlockStored");
@@ -119,7 +121,7 @@ fn array(out: &mut Vec<u8>, event: &Event, message: &Message) {
             let _ = write_nil(out); // lora_id
             let _ = write_str(out, medium.name());
             lora(out, name.as_deref());
-            match Extra::of(name.as_deref(), parent.is_none()) {
+            match extra {
                 Some(extra) => extra.write(out, digests.len()),
                 None => drop(write_nil(out)),
             }
@@ -151,30 +153,53 @@ fn lora(out: &mut Vec<u8>, name: Option<&Name>) {
     };
 }
 
-/// Keys of blocks beside their tokens: the adapter of each, the salt of a sequence's first.
+/// Keys of blocks beside their tokens: the adapter of each, the media that begin in it, the salt of a
+/// sequence's first.
 struct Extra<'a> {
     lora: &'a str,
     salt: &'a str,
+    media: &'a [(u32, Digest)],
+    block_tokens: u32,
 }
 
 impl<'a> Extra<'a> {
     /// Those of an event, if it has any; `first`: it begins a sequence.
-    fn of(name: Option<&'a Name>, first: bool) -> Option<Self> {
-        let Name { salt, lora } = name?;
+    fn of(
+        name: Option<&'a Name>,
+        first: bool,
+        media: &'a [(u32, Digest)],
+        block_tokens: u32,
+    ) -> Option<Self> {
+        let (salt, lora) = name.map_or(("", ""), |name| (&*name.salt, &*name.lora));
         let salt = if first { salt } else { "" };
-        (!salt.is_empty() || !lora.is_empty()).then_some(Extra { lora, salt })
+        let any = !salt.is_empty() || !lora.is_empty() || !media.is_empty();
+        any.then_some(Extra { lora, salt, media, block_tokens })
     }
 
     fn write(&self, out: &mut Vec<u8>, blocks: usize) {
         let _ = write_array_len(out, blocks as u32);
-        for block in 0..blocks {
+        let mut media = self.media;
+        for block in 0..blocks as u32 {
+            let inside = media.partition_point(|&(at, _)| at / self.block_tokens <= block);
+            let (own, later) = media.split_at(inside);
+            media = later;
             let salt = if block == 0 { self.salt } else { "" };
-            let keys = [self.lora, salt].into_iter().filter(|key| !key.is_empty());
-            match keys.clone().count() {
+            let texts = [self.lora, salt].map(|text| u32::from(!text.is_empty()));
+            match texts[0] + own.len() as u32 + texts[1] {
                 0 => drop(write_nil(out)),
-                count => drop(write_array_len(out, count as u32)),
+                count => drop(write_array_len(out, count)),
             }
-            keys.for_each(|key| drop(write_str(out, key)));
+            if texts[0] == 1 {
+                let _ = write_str(out, self.lora);
+            }
+            for &(at, digest) in own {
+                let _ = write_array_len(out, 2);
+                let _ = write_str(out, &alloc::format!("{digest}"));
+                let _ = write_uint(out, (at % self.block_tokens).into());
+            }
+            if texts[1] == 1 {
+                let _ = write_str(out, salt);
+            }
         }
     }
 }
@@ -311,6 +336,21 @@ mod tests {
         let part = bytes("a2 6164 92 92 a26164 a174 91 a26164 00");
         let out = encoded(&queue, Encoding::Array);
         assert!(out.windows(part.len()).any(|w| w == part), "{out:x?}");
+    }
+
+    #[test]
+    fn media_are_extra_keys_of_the_block_in_which_they_begin() {
+        let queue = queue(2, AttentionKind::Full);
+        let tokens = [1, 2];
+        queue.lock().stored(PLACE, None, &[digest(A)], &tokens);
+        let media = [(1, digest(B))];
+        queue.lock().stored_with_media(PLACE, Some(digest(A)), digest(B), &tokens, &media);
+        // [nil, [[the digest in 64 digits, the place in the block]]]
+        let part = bytes("aa65787472615f6b657973 92 c0 91 92 d940");
+        let out = encoded(&queue, Encoding::Map);
+        let at = out.windows(part.len()).position(|w| w == part).unwrap() + part.len();
+        assert_eq!(out[at..at + 64], *alloc::format!("{}", digest(B)).as_bytes());
+        assert_eq!((out[at + 64], out[11]), (1, 0x8b));
     }
 
     #[test]

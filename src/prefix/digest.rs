@@ -46,6 +46,24 @@ impl Digest {
         Digest(hash.finalize().into())
     }
 
+    /// The same for a block in which tokens stand for `media`, each given by its token's place in the
+    /// block and the digest of its content. Without any it is [`Self::of_block`].
+    pub fn of_block_with_media(
+        parent: Option<&Digest>,
+        tokens: &[TokenId],
+        media: &[(u32, Digest)],
+    ) -> Digest {
+        let block = Self::of_block(parent, tokens);
+        if media.is_empty() {
+            return block;
+        }
+        let mut hash = Sha256::new();
+        hash.update(b"kvcache media 1");
+        hash.update(block.0);
+        Self::update_media(&mut hash, media);
+        Digest(hash.finalize().into())
+    }
+
     /// What stands before the first block of a namespace of which nothing but the number is known:
     /// nothing for namespace 0.
     pub fn of_namespace(space: Namespace) -> Option<Digest> {
@@ -75,6 +93,29 @@ impl Digest {
         Some(Digest(hash.finalize().into()))
     }
 
+    /// What an object of a block says of its keys: those of the namespace (`before`) and of the
+    /// `media` in the block, as for [`Self::of_block_with_media`].
+    pub fn of_media(before: Option<&Digest>, media: &[(u32, Digest)]) -> Option<Digest> {
+        if media.is_empty() {
+            return before.copied();
+        }
+        let mut hash = Sha256::new();
+        hash.update(b"kvcache keys and media 1");
+        hash.update([u8::from(before.is_some())]);
+        if let Some(Digest(bytes)) = before {
+            hash.update(bytes);
+        }
+        Self::update_media(&mut hash, media);
+        Some(Digest(hash.finalize().into()))
+    }
+
+    fn update_media(hash: &mut Sha256, media: &[(u32, Digest)]) {
+        for (at, Digest(bytes)) in media {
+            hash.update(at.to_le_bytes());
+            hash.update(bytes);
+        }
+    }
+
     /// What stands before the first block where K and V are not stored as they were given: `before`
     /// (that of the namespace), and `storage`, all that says what the stored bytes mean.
     pub fn of_storage(before: Option<&Digest>, storage: &[u8]) -> Digest {
@@ -96,15 +137,22 @@ impl Digest {
     }
 }
 
+/// In hexadecimal.
+impl core::fmt::Display for Digest {
+    fn fmt(&self, to: &mut core::fmt::Formatter) -> core::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(to, "{byte:02x}"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use alloc::format;
-    use alloc::string::String;
+    use alloc::string::{String, ToString};
     use alloc::vec::Vec;
 
     fn hex(digest: &Digest) -> String {
-        digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        digest.to_string()
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Blocks of a sequence as a stream of bytes, from one cache to another.
 //!
 //! ```text
-//! "KVCSTRM1"  u32 bytes of the head  head  u32 CRC-32C of the head
+//! "KVCSTRM2"  u32 bytes of the head  head  u32 CRC-32C of the head
 //! for each block: the block of each layer group  u32 CRC-32C of those
 //! "KVCSTEND"
 //!
@@ -10,6 +10,7 @@
 //!       for each group: u32 format  k_dim  v_dim  v_in_k  window  first_layer  layers
 //!                       first_head  heads
 //!       u32 for each token
+//!       for each medium: u32 position  32 B digest of its content
 //! ```
 //!
 //! Little-endian. The head says all that is needed to know whose blocks they are, so that a cache of
@@ -26,11 +27,12 @@ use crate::layout::slice::GroupSlice;
 use crate::layout::{CacheSpec, GroupSpec, MAX_GROUPS};
 use crate::prefix::Digest;
 
-const MAGIC: &[u8; 8] = b"KVCSTRM1";
+const MAGIC: &[u8; 8] = b"KVCSTRM2";
 const END: &[u8; 8] = b"KVCSTEND";
 /// A head of more bytes is no head: 64 Mi tokens.
 const MOST_HEAD_BYTES: u32 = 1 << 28;
 const GROUP_WORDS: usize = 9;
+const MEDIUM_WORDS: usize = 9;
 
 /// What a stream holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub struct StreamHead {
     pub slices: Vec<GroupSlice>,
     /// The tokens of all blocks.
     pub tokens: Vec<TokenId>,
+    /// What begins at some of them that they do not name: position and digest of the content.
+    pub media: Vec<(u32, Digest)>,
 }
 
 fn io(error: std::io::Error) -> Error {
@@ -87,6 +91,10 @@ pub fn write_head(out: &mut dyn Write, head: &StreamHead) -> Result<()> {
     }
     words.extend(&head.tokens);
     words.iter().for_each(|word| bytes.extend(word.to_le_bytes()));
+    for (position, digest) in &head.media {
+        bytes.extend(position.to_le_bytes());
+        bytes.extend(digest.0);
+    }
     let length = count(bytes.len())?;
     if length > MOST_HEAD_BYTES {
         return Err(Error::Overflow { what: "stream head" });
@@ -166,9 +174,12 @@ fn parse(bytes: &[u8]) -> Option<StreamHead> {
     let (model, rest) = rest.split_at_checked(name)?;
     let words = rest.chunks_exact(4).map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
     let words: Vec<u32> = words.collect();
-    if rest.len() % 4 != 0 || words.len() != groups.checked_mul(GROUP_WORDS)?.checked_add(tokens)? {
+    let before_media = groups.checked_mul(GROUP_WORDS)?.checked_add(tokens)?;
+    let (words, media) = words.split_at_checked(before_media)?;
+    if rest.len() % 4 != 0 || media.len() % MEDIUM_WORDS != 0 {
         return None;
     }
+    let media: Vec<(u32, Digest)> = media.chunks_exact(MEDIUM_WORDS).map(medium).collect();
     let (shapes, tokens) = words.split_at(groups * GROUP_WORDS);
     let (mut specs, mut slices) = (Vec::new(), Vec::new());
     for shape in shapes.chunks_exact(GROUP_WORDS) {
@@ -192,7 +203,15 @@ fn parse(bytes: &[u8]) -> Option<StreamHead> {
     let whole = spec.layouts().is_ok() && tokens.len().is_multiple_of(block_tokens as usize);
     let model = String::from_utf8(model.to_vec()).ok()?;
     let keys = (keys != Digest::default()).then_some(keys);
-    whole.then(|| StreamHead { model, keys, spec, slices, tokens: tokens.to_vec() })
+    whole.then(|| StreamHead { model, keys, spec, slices, tokens: tokens.to_vec(), media })
+}
+
+fn medium(words: &[u32]) -> (u32, Digest) {
+    let mut digest = Digest::default();
+    for (bytes, word) in digest.0.chunks_exact_mut(4).zip(&words[1..]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    (words[0], digest)
 }
 
 /// Reads a block of `block.len()` bytes.

@@ -330,6 +330,13 @@ static void tiers() {
         CHECK(started.seq.release() && cache.flush_tiers(60000).value());
         CHECK(shelf.size() == 3 && cache.tier_stats(1)->down == 0);
         CHECK(kvc::prefetch::create(cache, prompt).has_value());
+        // With an image at 20, only what is before it.
+        kvc::media image{};
+        image.position = 20;
+        const kvc::span<const kvc::media> images(&image, 1);
+        CHECK(kvc::prefetch::create(cache, prompt, images, 0, &decision)->wait(60000).value());
+        CHECK(decision.device_tokens == 16 && decision.host_tokens == 0);
+        CHECK(cache.start(prompt, images).value().cached_tokens == 20);
         CHECK(cache.close());
     }
 }

@@ -16,7 +16,7 @@ from .arrays import floats
 from .arrays import tokens as token_ids
 from .errors import check
 from .layout import GroupSpec, groups_array
-from .prefix import Retention, retention_array
+from .prefix import Retention, media_list, retention_array
 
 if TYPE_CHECKING:
     from .events import Event, Events
@@ -123,13 +123,23 @@ class Cache:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def start(self, prompt: Any, *, name_space: int = 0) -> Sequence:
+    def start(self, prompt: Any, *, name_space: int = 0, media: Any = ()) -> Sequence:
         """Starts a sequence with what the prefix index has of `prompt`: its `cached_tokens`, fewer
         than the prompt has. Feed the rest to a step. `name_space` separates what may share prefixes
-        from what may not (tenant, adapter)."""
+        from what may not (tenant, adapter).
+
+        `media` are pairs of a position in the prompt and 32 bytes, in order: there begins what the
+        tokens do not name (an image, a clip, an embedding), whose content has that digest. What is
+        before the first is shared with all prompts, what comes from then on only with those that have
+        the same media there."""
         ids, n = token_ids(prompt, "prompt")
         seq, cached = ffi.new("kvc_seq *"), ffi.new("uint32_t *")
-        check(lib.kvc_seq_start(self._handle, ids, n, _structs.uint(name_space, "name_space", 64), seq, cached))
+        space = _structs.uint(name_space, "name_space", 64)
+        if len(media) == 0:
+            check(lib.kvc_seq_start(self._handle, ids, n, space, seq, cached))
+        else:
+            given = media_list(media)
+            check(lib.kvc_seq_start_media(self._handle, ids, n, given, len(given), space, seq, cached))
         return Sequence(self, seq[0], cached[0])
 
     def step(self, work: Any) -> Step:
@@ -218,11 +228,11 @@ class Cache:
 
         return stats(self)
 
-    def prefetch(self, prompt: Any, *, name_space: int = 0) -> Prefetch:
+    def prefetch(self, prompt: Any, *, name_space: int = 0, media: Any = ()) -> Prefetch:
         """Begins to load what lower tiers have of a prompt, for a `start` that comes later: see `Prefetch`."""
         from .tier import Prefetch
 
-        return Prefetch(self, prompt, name_space)
+        return Prefetch(self, prompt, name_space, media)
 
     def export_blocks(self, seq: Sequence, model: str, file: Any, *, slices: Iterable[TierSlice] | None = None) -> int:
         """Writes the full blocks of a sequence to `file`, a descriptor or whatever has `fileno()` (a file, a

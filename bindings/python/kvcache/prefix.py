@@ -115,6 +115,19 @@ def retention_array(ranges: Iterable[Retention]) -> tuple[Any, int]:
     return out, len(listed)
 
 
+def media_list(media: Iterable[tuple[int, bytes]]) -> Any:
+    """A `kvc_media[]` of pairs of a position and 32 bytes."""
+    listed = list(media)
+    out = ffi.new("kvc_media[]", len(listed))
+    for struct, (position, digest) in zip(out, listed):
+        digest = bytes(digest)
+        if len(digest) != 32:
+            raise ValueError(f"the digest of a medium must have 32 bytes, not {len(digest)}")
+        struct.position = _structs.uint(position, "position", 64)
+        struct.digest = digest
+    return out
+
+
 class Prefix:
     """An exact radix index over token ids, with one block id for each of `groups` layer groups."""
 

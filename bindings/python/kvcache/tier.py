@@ -15,6 +15,7 @@ from . import _structs, names
 from ._native import ffi, lib
 from .arrays import tokens as token_ids
 from .errors import check
+from .prefix import media_list
 
 if TYPE_CHECKING:
     from .cache import Cache, Sequence
@@ -179,13 +180,17 @@ def _descriptor(file: Any, read: bool = False) -> int:
 
 class Prefetch:
     """A prompt whose blocks are on their way from lower tiers to host memory, from where
-    `Cache.start` takes them. `decision` says what was found and what is loaded. One call at a time."""
+    `Cache.start` takes them, given the same media. `decision` says what was found and what is loaded. One call at a time."""
 
-    def __init__(self, cache: Cache, prompt: Any, name_space: int = 0) -> None:
+    def __init__(self, cache: Cache, prompt: Any, name_space: int = 0, media: Any = ()) -> None:
         ids, n = token_ids(prompt, "prompt")
         out, decision = ffi.new("kvc_prefetch **"), ffi.new("kvc_tier_decision *")
         space = _structs.uint(name_space, "name_space", 64)
-        check(lib.kvc_prefetch_create(cache._handle, ids, n, space, out, decision))
+        if len(media) == 0:
+            check(lib.kvc_prefetch_create(cache._handle, ids, n, space, out, decision))
+        else:
+            given = media_list(media)
+            check(lib.kvc_prefetch_create_media(cache._handle, ids, n, given, len(given), space, out, decision))
         self.cache = cache
         self.decision = _structs.record(decision, TierDecision)._replace(why=names.word(names.WHYS, decision.why))
         self._handle = out[0]

@@ -75,6 +75,11 @@ def test_prefix_fork_truncate():
     second = toy.cache.start(prompt)
     assert second.cached_tokens == 32
     assert toy.cache.start(prompt, name_space=1).cached_tokens == 0
+    assert toy.cache.start(prompt, media=[(5, bytes(32))]).cached_tokens == 5
+    with pytest.raises(ValueError, match="32 bytes"):
+        toy.cache.start(prompt, media=[(5, b"short")])
+    with pytest.raises(kvcache.Error, match="media"):
+        toy.cache.start(prompt, media=[(len(prompt), bytes(32))])
     third = first.fork()
     assert third.blocks() == first.blocks() and third.tokens() == prompt
     toy.kv[third.id] = list(toy.kv[first.id])

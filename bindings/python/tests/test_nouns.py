@@ -274,6 +274,8 @@ def test_tiers(tmp_path):
             step.attend(0, 0, q, out)
             assert np.abs(out - reference(q, rows, rows, 1)).max() < 1e-5
         assert cache.prefetch([9] * 99).decision.why == "nothing_found"
+        # With an image at 20, only what is before it.
+        assert cache.prefetch(prompt, media=[(20, bytes(32))]).decision.device_tokens == 16
 
 
 def test_import_is_fast():

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use core::time::Duration;
 
 use super::{Demotion, LowerTier, TierOptions};
+use crate::cache::media::MediaKeys;
 use crate::cache::outside::Outside;
 use crate::cache::reserve;
 use crate::cache::store::Store;
@@ -47,9 +48,11 @@ pub(in crate::cache) struct Tiers {
     pub last: Option<Decision>,
 }
 
-/// The labels of the blocks of a prompt from some block on, computed as they are asked for.
+/// The labels of the blocks of a prompt from some block on, computed as they are asked for. Tokens
+/// are as the index has them.
 pub(super) struct Labels<'a> {
     config: &'a Configuration,
+    media: &'a MediaKeys,
     keys: Option<Digest>,
     parent: Option<Digest>,
     tokens: core::slice::ChunksExact<'a, TokenId>,
@@ -61,10 +64,13 @@ impl Iterator for Labels<'_> {
     fn next(&mut self) -> Option<Label> {
         let tokens = self.tokens.next()?;
         let parent = self.parent;
-        let block = Digest::of_block(parent.as_ref(), tokens);
-        self.parent = Some(block);
-        let key = self.config.key(&block);
-        Some(Label { key, block, parent, keys: self.keys, tokens: tokens.into() })
+        Some(self.media.tell(tokens, |tokens, media| {
+            let block = Digest::of_block_with_media(parent.as_ref(), tokens, media);
+            self.parent = Some(block);
+            let key = self.config.key(&block);
+            let keys = Digest::of_media(self.keys.as_ref(), media);
+            Label { key, block, parent, keys, tokens: tokens.into() }
+        }))
     }
 }
 
@@ -121,13 +127,13 @@ impl Tiers {
         &mut self,
         chain: &Chain,
         before: &[TokenId],
-        outside: &Outside,
+        (outside, media): (&Outside, &MediaKeys),
         stores: &mut [Store],
     ) {
         let keys = outside.seed(chain.space);
-        let parent = outside.digest_before(chain, before);
+        let parent = outside.digest_before(chain, before, media);
         let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
-        let labels = Labels { config: &self.config, keys, parent, tokens };
+        let labels = Labels { config: &self.config, media, keys, parent, tokens };
         for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 let label = Some(Box::new(label));
@@ -272,10 +278,11 @@ impl Tiers {
         }
     }
 
-    /// Blocks after the first `skip` of a prompt, by label.
+    /// Blocks after the first `skip` of a prompt as the index has it, by label.
     pub(super) fn labels<'a>(
         &'a self,
         prompt: &'a [TokenId],
+        media: &'a MediaKeys,
         skip: usize,
         above: Option<Digest>,
         keys: Option<Digest>,
@@ -288,7 +295,7 @@ impl Tiers {
         // Without the digest of what comes before, nothing has a name.
         let known = skip == 0 || above.is_some();
         let tokens = if known { tokens } else { [].chunks_exact(block_tokens) };
-        Labels { config: &self.config, keys, parent, tokens }
+        Labels { config: &self.config, media, keys, parent, tokens }
     }
 
     pub(super) fn land(&mut self, ticket: &Ticket) {

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::{Prefetch, Progress, TierOptions, Tiers};
 use crate::cache::KvCache;
+use crate::cache::media::{Media, keyed};
 use crate::cache::sequence::Sequence;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, TokenId};
@@ -85,9 +86,25 @@ impl KvCache {
     /// # Errors
     /// `InvalidArgument` for an empty prompt, `InvalidState` without tiers.
     pub fn prefetch(&mut self, prompt: &[TokenId], space: Namespace) -> Result<Prefetch> {
+        self.prefetch_with_media(prompt, &[], space)
+    }
+
+    /// The same for a prompt with media, as for
+    /// [`start_with_media`](KvCache::start_with_media).
+    ///
+    /// # Errors
+    /// As for both.
+    pub fn prefetch_with_media(
+        &mut self,
+        prompt: &[TokenId],
+        media: &[Media],
+        space: Namespace,
+    ) -> Result<Prefetch> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "must have at least one token"));
         }
+        let placed = self.place_media(prompt, media)?;
+        let prompt = &*keyed(prompt, &placed)?;
         let (Some(tiers), Some(prefix)) = (&mut self.tiers, &self.prefix) else {
             return Err(Error::InvalidState { why: "the cache has no tiers" });
         };
@@ -100,7 +117,7 @@ impl KvCache {
         let mut runs: Vec<(Option<usize>, Vec<Label>)> = Vec::new();
         let room = tiers.host.capacity();
         let mut recalled = Vec::new();
-        for label in tiers.labels(prompt, device, above, keys).take(room) {
+        for label in tiers.labels(prompt, &self.media, device, above, keys).take(room) {
             let lower = &tiers.lower;
             let place = if tiers.host.contains(&label.key) {
                 None
@@ -229,8 +246,8 @@ impl KvCache {
         tiers.lower.iter().all(|(tier, _)| tier.flush(left()))
     }
 
-    /// Loads the blocks after `hit` that the host has into new blocks at the end of `tables`; how
-    /// many tokens that are. What cannot be loaded is computed, so nothing here fails.
+    /// Loads the blocks after `hit` that the host has of a prompt, given as the index has it, into new
+    /// blocks at the end of `tables`; how many tokens that are. What cannot be loaded is computed, so nothing here fails.
     pub(in crate::cache) fn onboard(
         &mut self,
         sequence: &mut Sequence,
@@ -249,7 +266,7 @@ impl KvCache {
         let labels: Vec<Label> = {
             // Computed up to the first that is not there.
             let host = &tiers.host;
-            let labels = tiers.labels(prompt, skip, above, keys);
+            let labels = tiers.labels(prompt, &self.media, skip, above, keys);
             labels.take_while(|label| host.contains(&label.key)).collect()
         };
         for label in labels.iter().take(most.unwrap_or(0) as usize) {

@@ -36,7 +36,7 @@ impl Sink for Callback {
             };
             let above;
             match event {
-                Event::Stored { medium, group, space, parent, digests, tokens } => {
+                Event::Stored { medium, group, space, parent, digests, tokens, .. } => {
                     above = parent;
                     (shown.kind, shown.medium) = (KVC_EVENT_STORED, medium_id(medium));
                     (shown.group, shown.name_space) = (group, space.0);
