@@ -310,8 +310,24 @@ unsafe fn rotate<V: Words>(y: *mut f32, dim: usize) {
                 V::load(y).mul(V::splat(-1.0)).store(y);
             }
         }
+        // Two steps at a time: half as much goes through memory, and sums are the same.
         let mut half = 1;
-        while half < n {
+        while 2 * half < n {
+            for first in (0..dim).step_by(4 * half) {
+                for at in first..first + half {
+                    let p = |i: usize| y.add((at + i * half) * V::LANES);
+                    let (a, b) = (V::load(p(0)), V::load(p(1)));
+                    let (c, d) = (V::load(p(2)), V::load(p(3)));
+                    let (a, b, c, d) = (a.add(b), a.sub(b), c.add(d), c.sub(d));
+                    a.add(c).store(p(0));
+                    b.add(d).store(p(1));
+                    a.sub(c).store(p(2));
+                    b.sub(d).store(p(3));
+                }
+            }
+            half *= 4;
+        }
+        if half < n {
             for first in (0..dim).step_by(2 * half) {
                 for at in first..first + half {
                     let (a, b) = (y.add(at * V::LANES), y.add((at + half) * V::LANES));
@@ -320,7 +336,6 @@ unsafe fn rotate<V: Words>(y: *mut f32, dim: usize) {
                     low.sub(high).store(b);
                 }
             }
-            half *= 2;
         }
         let scale = V::splat(quant::hadamard_scale(n));
         for c in 0..dim {
@@ -433,19 +448,22 @@ unsafe fn pack<V: Words, const BITS: u32>(
             }
             let mut ordered = [0u8; 16];
             V::permute16(from, pattern, ordered.as_mut_ptr());
-            let p = ordered.as_ptr().cast::<[u8; 4]>();
-            let p = [0, 1, 2, 3].map(|i| u32::from_le_bytes(p.add(i).read()));
+            let word =
+                |i: usize| u32::from_le_bytes(ordered.as_ptr().cast::<[u8; 4]>().add(i).read());
+            // Written out: a map of the array becomes a call here.
+            let p = [word(0), word(1), word(2), word(3)];
             if BITS == 4 {
-                to.cast::<[u8; 4]>().write((p[0] | p[1] << 4).to_le_bytes());
-                to.add(4).cast::<[u8; 4]>().write((p[2] | p[3] << 4).to_le_bytes());
+                let words = u64::from(p[0] | p[1] << 4) | u64::from(p[2] | p[3] << 4) << 32;
+                to.cast::<[u8; 8]>().write(words.to_le_bytes());
                 continue;
             }
-            let low = p.map(|x| x & 0x0303_0303);
+            let two = 0x0303_0303;
+            let low = [p[0] & two, p[1] & two, p[2] & two, p[3] & two];
             let word = low[0] | low[1] << 2 | low[2] << 4 | low[3] << 6;
             to.cast::<[u8; 4]>().write(word.to_le_bytes());
             if BITS == 3 {
-                let third = p.map(|x| x >> 2 & 0x0101_0101);
-                let nibbles = third[0] | third[1] << 1 | third[2] << 2 | third[3] << 3;
+                let third = |i: usize| (p[i] >> 2 & 0x0101_0101) << i;
+                let nibbles = third(0) | third(1) | third(2) | third(3);
                 let half = nibbles & 0x000f_000f | (nibbles & 0x0f00_0f00) >> 4;
                 let to = plane.add(group / 2 * 4).cast::<[u8; 4]>();
                 let word =
