@@ -5,8 +5,6 @@
 use core::slice;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use half::slice::HalfFloatSliceExt;
-
 use super::Executor;
 use super::args::{KvView, RowsView, check_ptr};
 use super::kernels::Kernels;
@@ -14,7 +12,6 @@ use super::level::CpuLevel;
 use super::rope::{MAX_ROPE_PAIRS, Rope};
 use super::scales::stride_bytes;
 use crate::attention::HeadShape;
-use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
 use crate::layout::{MAX_HEAD_DIM, Strides};
 
@@ -197,32 +194,14 @@ impl AppendArgs<'_> {
             }
             let mut wide = [0.0; MAX_HEAD_DIM as usize];
             let wide = &mut wide[..dim];
-            match source {
-                DType::F32 => wide.copy_from_slice(slice::from_raw_parts(from.cast::<f32>(), dim)),
-                DType::F16 => {
-                    slice::from_raw_parts(from.cast::<f16>(), dim).convert_to_f32_slice(wide);
-                }
-                DType::Bf16 => {
-                    slice::from_raw_parts(from.cast::<bf16>(), dim).convert_to_f32_slice(wide);
-                }
-            }
+            (kernels.widen)(source, from, wide);
             if let Some((rope, turn)) = turn {
                 rope.rotate_head(wide, turn);
             }
             if quantised {
                 return self.encode(side, wide, to, (slot, head), kernels);
             }
-            match target {
-                DType::F32 => {
-                    slice::from_raw_parts_mut(to.cast::<f32>(), dim).copy_from_slice(wide)
-                }
-                DType::F16 => {
-                    slice::from_raw_parts_mut(to.cast::<f16>(), dim).convert_from_f32_slice(wide);
-                }
-                DType::Bf16 => {
-                    slice::from_raw_parts_mut(to.cast::<bf16>(), dim).convert_from_f32_slice(wide);
-                }
-            }
+            (kernels.narrow)(target, wide, to);
         }
         true
     }

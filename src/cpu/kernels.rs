@@ -21,6 +21,12 @@ pub(crate) type Finish = unsafe fn(&[Part], Option<f32>, DType, *mut u8, usize) 
 /// [`encode`](super::quant::encode), compiled for a level.
 pub(crate) type Encode = unsafe fn(&RowCodec, &mut [f32], &mut [u8], &mut [u8]) -> bool;
 
+/// [`widen`](super::rows::widen), compiled for a level.
+pub(crate) type Widen = unsafe fn(DType, *const u8, &mut [f32]);
+
+/// [`narrow`](super::rows::narrow), compiled for a level.
+pub(crate) type Narrow = unsafe fn(DType, &[f32], *mut u8);
+
 /// The kernels of one level and format.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels {
@@ -34,6 +40,10 @@ pub(crate) struct Kernels {
     pub finish_rotated: Finish,
     /// Encodes a row of a quantised format.
     pub encode: Encode,
+    /// Widens a row that a caller holds.
+    pub widen: Widen,
+    /// Rounds a row to what is stored.
+    pub narrow: Narrow,
 }
 
 /// Instantiates the generic kernels at one level: `instantiate!(vector, "features")` makes a
@@ -45,7 +55,7 @@ macro_rules! instantiate {
             use $crate::cpu::finish::{Part, finish_row, finish_turned};
             use $crate::cpu::{
                 decode, dot::Widened, job::Job, kernels::{Kernel, Kernels}, prefill, quant,
-                vector::Stored,
+                rows, vector::Stored,
             };
             use $crate::dtype::{DType, bf16, f16};
             use $crate::quant::RowCodec;
@@ -102,7 +112,19 @@ macro_rules! instantiate {
                 // SAFETY: the caller's promise.
                 unsafe { quant::encode::<$vector>(codec, row, codes, scales) }
             }
-            let with = |decode: Kernel, tile: Kernel| Kernels { decode, tile, finish, finish_rotated, encode };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn widen(dtype: DType, from: *const u8, to: &mut [f32]) {
+                // SAFETY: the caller's promise.
+                unsafe { rows::widen::<$vector>(dtype, from, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn narrow(dtype: DType, from: &[f32], to: *mut u8) {
+                // SAFETY: the caller's promise.
+                unsafe { rows::narrow::<$vector>(dtype, from, to) }
+            }
+            let with = |decode: Kernel, tile: Kernel| Kernels {
+                decode, tile, finish, finish_rotated, encode, widen, narrow,
+            };
             match (format.is_float(), format.dtype()) {
                 // Of quantised formats those with tiles have been refused.
                 (false, _) => with(decode_codes, tile_codes),

@@ -26,6 +26,7 @@ mod plan;
 mod prefill;
 mod quant;
 mod rope;
+mod rows;
 mod scalar;
 mod scales;
 mod sealed;

@@ -31,6 +31,18 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn load_f16(p: *const u16) -> Self;
     /// Reads and widens `n < LANES` f16 and nothing after them; the other lanes are 0.
     unsafe fn load_f16_part(p: *const u16, n: usize) -> Self;
+    /// Rounds to nearest even and writes `LANES` f16.
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        let mut lanes = [0.0f32; 16];
+        // SAFETY: the caller's promise; a vector has at most 16 lanes.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            for (i, x) in lanes[..Self::LANES].iter().enumerate() {
+                p.add(i).write(f16::from_f32(*x).to_bits());
+            }
+        }
+    }
     /// Reads and widens `LANES` bf16.
     unsafe fn load_bf16(p: *const u16) -> Self;
     /// Reads and widens `n < LANES` bf16 and nothing after them; the other lanes are 0.

@@ -67,6 +67,10 @@ unsafe impl Vector for F32x8 {
         Self(unsafe { _mm256_cvtph_ps(part16(p, n)) })
     }
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0>(self.0)) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Self {
         unsafe { widen(_mm_loadu_si128(p.cast())) }
     }

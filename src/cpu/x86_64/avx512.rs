@@ -54,6 +54,10 @@ unsafe impl Vector for F32x16 {
         Self(unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(below(n), p.cast())) })
     }
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0>(self.0)) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Self {
         unsafe { widen(_mm256_loadu_si256(p.cast())) }
     }
