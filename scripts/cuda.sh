@@ -89,5 +89,8 @@ if [ "${1:-}" = --write ]; then cp "$out/table" "$table"; fi
 diff -u "$table" "$out/table" || { echo "cuda/resources.txt is stale: scripts/cuda.sh --write"; exit 1; }
 cat "$table"
 
+# What packs the tests for a GPU machine, and runs them there, names what there is.
+scripts/gpu/pack.sh --check
+
 # The same through the build script: compiled, embedded, aligned.
 KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc cargo test "${UNOPTIMISED[@]}" -p libkvcache --features cuda --lib kernels::

@@ -72,6 +72,27 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     println!("device copy: {copy:.1} GB/s (read + write)\n");
     println!("{:<52} {:>9} {:>9} {:>9} {:>8} {:>7}", "call", "us", "p10", "p90", "GB/s", "copy");
 
+    // Written anew after every line: a run that is cut short leaves what it had.
+    let save = |lines: &[Value]| {
+        let Some(folder) = std::env::var_os("OUT") else { return };
+        let all = json!({
+            "device": facts.name,
+            "multiprocessors": facts.multiprocessors,
+            "capability": facts.capability,
+            "max_clock_khz": facts.clocks_khz.0,
+            "memory_clock_khz": facts.clocks_khz.1,
+            "driver": facts.driver,
+            "kernels": kvcache::kernels::image::build_text(),
+            "copy_gb_per_s": copy,
+            "lines": lines,
+        });
+        let (path, part) = ("kernels.json", "kernels.json.part");
+        let [path, part] = [path, part].map(|name| std::path::Path::new(&folder).join(name));
+        let written = std::fs::write(&part, format!("{all:#}"));
+        if let Err(error) = written.and_then(|()| std::fs::rename(&part, &path)) {
+            eprintln!("cuda: {}: {error}", path.display());
+        }
+    };
     let mut lines = Vec::new();
     let mut report = |line: Line| {
         let seconds = line.sample.median_us * 1e-6;
@@ -96,27 +117,12 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
             "share_of_copy": rate / copy,
             "tflops": if line.flops == 0 { Value::Null } else { json!(teraflops) },
         }));
+        save(&lines);
     };
     attend::run(gpu, filter, &mut report)?;
     append::run(gpu, filter, &mut report)?;
     copy::run(gpu, filter, &mut report)?;
     lookup::run(gpu, filter, &mut report)?;
     codes::run(gpu, filter, &mut report)?;
-
-    if let Some(folder) = std::env::var_os("OUT") {
-        let all = json!({
-            "device": facts.name,
-            "multiprocessors": facts.multiprocessors,
-            "capability": facts.capability,
-            "max_clock_khz": facts.clocks_khz.0,
-            "memory_clock_khz": facts.clocks_khz.1,
-            "driver": facts.driver,
-            "kernels": kvcache::kernels::image::build_text(),
-            "copy_gb_per_s": copy,
-            "lines": lines,
-        });
-        let path = std::path::Path::new(&folder).join("kernels.json");
-        std::fs::write(path, serde_json::to_string_pretty(&all)?)?;
-    }
     Ok(())
 }

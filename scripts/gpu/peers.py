@@ -5,12 +5,13 @@
     KVCACHE_LIB=libkvcache.so FLASHINFER_READY=DIR python3 peers.py --compile BACKEND...
 
 Ours is called through the C ABI with PyTorch's pointers and stream. Peers: PyTorch's
-scaled_dot_product_attention on contiguous K and V, and FlashInfer where it can be imported, with
-the best of its back ends for each shape (CUDA cores, fa2, fa3 and XQA). They are compiled when they
-are first called, which takes minutes: `--compile` does it beside other work, and a back end that is
-not ready by then is named as missing and not waited for. Calls are captured in a CUDA graph over as many sets of
-buffers as exceed the level-2 cache, and timed by events. `--dry` needs neither a GPU nor PyTorch:
-it checks this file's structs against the library.
+scaled_dot_product_attention on contiguous K and V (of ragged lengths: padded under a mask, or one
+call a sequence), and FlashInfer where it can be imported (CUDA cores, fa2, fa3 and XQA); the best of
+each for a shape is what ours is compared with. FlashInfer's are compiled when they are first called,
+which takes minutes: `--compile` does it beside other work, and a back end that is not ready by then
+is named as missing and not waited for. Calls are captured in a CUDA graph over as many sets of
+buffers as exceed the level-2 cache, and timed by events. FILE is written anew after each shape.
+`--dry` needs neither a GPU nor PyTorch: it checks this file's structs against the library.
 """
 
 import argparse
@@ -109,25 +110,69 @@ def describe(library, shape):
     desc.k_dim = desc.v_dim = DIM
     desc.format = desc.q_dtype = desc.out_dtype = BF16
     desc.block_tokens, desc.seqs = BLOCK, shape["batch"]
-    desc.num_blocks = shape["batch"] * math.ceil(shape["context"] / BLOCK)
-    options.max_q_tokens, options.max_kv_tokens = shape["tokens"], shape["context"]
+    lens = lengths(shape)
+    desc.num_blocks = sum(math.ceil(length / BLOCK) for length in lens)
+    options.max_q_tokens, options.max_kv_tokens = shape["tokens"], max(lens)
     return desc, options
 
 
+def lengths(shape):
+    """Cached tokens of each sequence. Ragged ones go from a quarter of the context to seven
+    quarters, as in benches/cuda/attend.rs."""
+    batch, context = shape["batch"], shape["context"]
+    if not shape.get("ragged"):
+        return [context] * batch
+    return [context // 4 + s * (context * 3 // 2) // max(batch - 1, 1) for s in range(batch)]
+
+
 def grid():
-    for q_heads, kv_heads in ((32, 8), (64, 8), (32, 32)):
+    """Shapes, in the order of what would be missed most where time runs out."""
+    def decodes(q_heads, kv_heads):
         for batch in (1, 8, 64, 256):
             for context in (1024, 4096, 16384, 32768):
                 yield dict(op="decode", q_heads=q_heads, kv_heads=kv_heads, batch=batch,
                            context=context, tokens=1)
+
+    yield from decodes(32, 8)
+    for batch, context in ((8, 4096), (64, 4096), (64, 16384)):
+        yield dict(op="decode", q_heads=32, kv_heads=8, batch=batch, context=context, tokens=1,
+                   ragged=True)
     for context in (2048, 4096, 8192, 16384):
         yield dict(op="prefill", q_heads=32, kv_heads=8, batch=1, context=context, tokens=context)
     yield dict(op="prefill", q_heads=32, kv_heads=8, batch=1, context=16384, tokens=512)
+    yield from decodes(64, 8)
+    yield from decodes(32, 32)
 
 
 def name_of(shape):
-    return "{op} {q_heads}/{kv_heads} batch {batch} context {context} tokens {tokens}".format(
-        **shape)
+    name = "{op} {q_heads}/{kv_heads} batch {batch} context {context} tokens {tokens}"
+    return name.format(**shape) + (" ragged" if shape.get("ragged") else "")
+
+
+def ratios(us):
+    """The fastest peer of each family: name, microseconds, and how many times ours it takes."""
+    found = {}
+    for family in ("flashinfer", "torch"):
+        names = [name for name in us if name.split()[0] == family]
+        if names:
+            name = min(names, key=us.get)
+            found[family] = dict(name=name, us=us[name], ratio=us[name] / us["ours"])
+    return found
+
+
+HEADER = (f"{'call':<56} {'ours us':>9} {'FlashInfer':>10} {'ratio':>6} {'torch us':>9} {'ratio':>6}"
+          "  FlashInfer's back end")
+
+
+def line(result):
+    """A line of the table; a dash where a peer has no figure."""
+    text = f"{result['name']:<56} {result['us']['ours']:>9.2f}"
+    for family, width in (("flashinfer", 10), ("torch", 9)):
+        best = result["best"].get(family)
+        text += (f" {best['us']:>{width}.2f} {best['ratio']:>6.2f}" if best
+                 else f" {'-':>{width}} {'-':>6}")
+    best = result["best"].get("flashinfer")
+    return text + (f"  {best['name'].split(maxsplit=1)[1]}" if best else "  -")
 
 
 def dry():
@@ -142,35 +187,103 @@ def dry():
     print("peers: the structs agree with the library")
 
 
-class Peers:
-    """One shape's tensors, and the calls on them."""
+def round_up(length):
+    return math.ceil(length / BLOCK)
+
+
+class Tensors:
+    """One shape's tensors on a device, `sets` times: pages and queries with random content, the
+    tables of all sets, and PyTorch's own attention on them."""
+
+    def __init__(self, torch, shape, sets, device):
+        self.torch, self.shape, self.sets = torch, shape, sets
+        self.lengths = lengths(shape)
+        used = [round_up(length) for length in self.lengths]
+        blocks, width = sum(used), max(used)
+        generator = torch.Generator(device=device).manual_seed(1)
+        draw = lambda *dims: torch.randn(*dims, device=device, dtype=torch.bfloat16,
+                                         generator=generator)
+        cache = lambda: draw(blocks, shape["kv_heads"], BLOCK, DIM)
+        rows = shape["batch"] * shape["tokens"]
+        self.k, self.v = ([cache() for _ in range(sets)] for _ in range(2))
+        self.q = [draw(rows, shape["q_heads"], DIM) for _ in range(sets)]
+        self.out = [torch.full_like(q, float("nan")) for q in self.q]
+        ints = lambda values: torch.tensor(values, device=device, dtype=torch.int32)
+        # Sequence after sequence, as FlashInfer takes them; in rows of a table, as ours does.
+        self.pages = torch.randperm(blocks, device=device, generator=generator).to(torch.int32)
+        self.pages_indptr = ints([sum(used[:s]) for s in range(shape["batch"] + 1)])
+        self.table = torch.full((shape["batch"], width), -1, device=device, dtype=torch.int32)
+        first = 0
+        for s, count in enumerate(used):
+            self.table[s, :count] = self.pages[first : first + count]
+            first += count
+        self.lens = ints(self.lengths)
+        self.last_page = ints([(length - 1) % BLOCK + 1 for length in self.lengths])
+        self.q_indptr = ints([i * shape["tokens"] for i in range(shape["batch"] + 1)])
+
+    def contiguous(self, cache):
+        """`[batch][kv_heads][longest][dim]` of a paged cache; what is past a length is any of it."""
+        s = self.shape
+        rows = cache[self.table.clamp(min=0).long()].transpose(1, 2)
+        rows = rows.reshape(s["batch"], s["kv_heads"], -1, DIM)
+        return rows[:, :, : max(self.lengths)].contiguous()
+
+    def sdpa_of(self, each):
+        """PyTorch on contiguous K and V, which have no pages to follow: all sequences padded to
+        the longest, or each by itself."""
+        torch, s = self.torch, self.shape
+        sets = [(self.contiguous(k), self.contiguous(v)) for k, v in zip(self.k, self.v)]
+        queries = [q.reshape(s["batch"], s["tokens"], s["q_heads"], DIM).transpose(1, 2)
+                   for q in self.q]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        if each:
+            parts = [[(queries[i][b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+                      for b, length in enumerate(self.lengths)] for i, (k, v) in enumerate(sets)]
+            return lambda i: [attend(q, k, v, enable_gqa=True) for q, k, v in parts[i]]
+        if s.get("ragged"):
+            past = torch.arange(max(self.lengths), device=self.lens.device)
+            how = dict(attn_mask=(past < self.lens[:, None])[:, None, None, :])
+        elif s["tokens"] == 1:
+            how = {}
+        elif s["tokens"] == s["context"]:
+            how = dict(is_causal=True)
+        else:
+            from torch.nn.attention.bias import causal_lower_right
+            how = dict(attn_mask=causal_lower_right(s["tokens"], s["context"]))
+        return lambda i: attend(queries[i], *sets[i], enable_gqa=True, **how)
+
+    def sdpa(self):
+        """PyTorch's ways of a shape: name -> how to make the call."""
+        ways = {"torch sdpa": lambda: self.sdpa_of(each=False)}
+        if self.shape.get("ragged"):
+            ways["torch sdpa, one by one"] = lambda: self.sdpa_of(each=True)
+        return ways
+
+    def rows_of_sdpa(self, out):
+        """`[rows][q_heads][dim]` of what a call of `sdpa` gave."""
+        out = self.torch.cat(out) if isinstance(out, list) else out
+        return out.transpose(1, 2).reshape(self.q[0].shape)
+
+
+class Peers(Tensors):
+    """One shape's tensors on the GPU, and the calls of the library and FlashInfer on them."""
 
     def __init__(self, torch, library, device, shape):
-        self.torch, self.library, self.device, self.shape = torch, library, device, shape
-        s, cuda, bf16 = shape, "cuda", torch.bfloat16
-        width = math.ceil(s["context"] / BLOCK)
-        blocks, rows = s["batch"] * width, s["batch"] * s["tokens"]
-        bytes_of_a_set = 2 * (2 * blocks * BLOCK * s["kv_heads"] * DIM + 2 * rows * s["q_heads"] * DIM)
+        lens = lengths(shape)
+        blocks, width = sum(map(round_up, lens)), max(map(round_up, lens))
+        of_a_block = 2 * 2 * BLOCK * shape["kv_heads"] * DIM
+        queries = 2 * 2 * shape["batch"] * shape["tokens"] * shape["q_heads"] * DIM
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.sets = max(1, min(64, math.ceil(2 * max(l2, 50 << 20) / bytes_of_a_set)))
+        sets = max(1, min(64, math.ceil(2 * max(l2, 50 << 20) / (blocks * of_a_block + queries))))
         # Paged sets, and the same content contiguous for those that take no pages.
-        free = torch.cuda.mem_get_info()[0]
-        if self.sets * bytes_of_a_set * 2.2 > free:
+        needed = sets * ((blocks + shape["batch"] * width) * of_a_block + 2 * queries)
+        if 1.1 * needed > torch.cuda.mem_get_info()[0]:
             raise MemoryError("does not fit")
-        generator = torch.Generator(device=cuda).manual_seed(1)
-        draw = lambda *dims: torch.randn(*dims, device=cuda, dtype=bf16, generator=generator)
-        cache = lambda: draw(blocks, s["kv_heads"], BLOCK, DIM)
-        self.k, self.v = ([cache() for _ in range(self.sets)] for _ in range(2))
-        self.q = [draw(rows, s["q_heads"], DIM) for _ in range(self.sets)]
-        self.out = [torch.full_like(q, float("nan")) for q in self.q]
-        order = torch.randperm(blocks, device=cuda, generator=generator)
-        self.table = order.to(torch.int32).reshape(s["batch"], width).contiguous()
-        ints = lambda values: torch.tensor(values, device=cuda, dtype=torch.int32)
-        self.lens = ints([s["context"]] * s["batch"])
-        self.q_indptr = ints([i * s["tokens"] for i in range(s["batch"] + 1)])
+        super().__init__(torch, shape, sets, "cuda")
+        self.library, self.device = library, device
         self.desc, self.options = describe(library, shape)
         needed, self.kernel = library.plan(device, self.desc, self.options)
-        self.workspace = torch.empty(max(needed, 256), device=cuda, dtype=torch.uint8)
+        self.workspace = torch.empty(max(needed, 256), device="cuda", dtype=torch.uint8)
 
     def ours(self, i):
         d = self.desc
@@ -183,46 +296,21 @@ class Peers:
         self.library.call("kvc_device_attend", self.device, ctypes.byref(d),
                           ctypes.byref(self.options), stream)
 
-    def contiguous(self, cache):
-        """`[batch][kv_heads][context][dim]` of a paged cache."""
-        s = self.shape
-        rows = cache[self.table.long()].transpose(1, 2)
-        return rows.reshape(s["batch"], s["kv_heads"], -1, DIM)[:, :, : s["context"]].contiguous()
-
-    def sdpa(self):
-        """PyTorch on contiguous K and V: no pages to follow."""
-        torch, s = self.torch, self.shape
-        sets = [(self.contiguous(k), self.contiguous(v)) for k, v in zip(self.k, self.v)]
-        queries = [q.reshape(s["batch"], s["tokens"], s["q_heads"], DIM).transpose(1, 2)
-                   for q in self.q]
-        attend = torch.nn.functional.scaled_dot_product_attention
-        if s["tokens"] == 1:
-            how = {}
-        elif s["tokens"] == s["context"]:
-            how = dict(is_causal=True)
-        else:
-            from torch.nn.attention.bias import causal_lower_right
-            how = dict(attn_mask=causal_lower_right(s["tokens"], s["context"]))
-        return lambda i: attend(queries[i], *sets[i], enable_gqa=True, **how)
-
     def flashinfer(self, **backend):
         """FlashInfer on the same pages."""
         import flashinfer
 
         torch, s = self.torch, self.shape
         workspace = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
-        width = self.table.shape[1]
-        indptr = torch.arange(s["batch"] + 1, device="cuda", dtype=torch.int32) * width
-        last = torch.full_like(self.lens, (s["context"] - 1) % BLOCK + 1)
+        pages = (self.pages_indptr, self.pages, self.last_page)
         heads = (s["q_heads"], s["kv_heads"], DIM)
         types = dict(q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
         if s["tokens"] == 1:
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", **backend)
-            wrapper.plan(indptr, self.table.flatten(), last, *heads, BLOCK, **types)
+            wrapper.plan(*pages, *heads, BLOCK, **types)
         else:
             wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", **backend)
-            wrapper.plan(self.q_indptr, indptr, self.table.flatten(), last, *heads, BLOCK,
-                         causal=True, **types)
+            wrapper.plan(self.q_indptr, *pages, *heads, BLOCK, causal=True, **types)
         return lambda i: wrapper.run(self.q[i], (self.k[i], self.v[i]))
 
     def xqa(self):
@@ -324,7 +412,7 @@ def measure(torch, library, device, shape, has_flashinfer):
     peers.options.planned = 1
     result["us"]["ours"], _ = peers.time(peers.ours)
     ours = peers.out[0].float()
-    candidates = {"torch sdpa": peers.sdpa}
+    candidates = peers.sdpa()
     if has_flashinfer:
         for name, make in backends(shape).items():
             if compiled(name):
@@ -338,15 +426,11 @@ def measure(torch, library, device, shape, has_flashinfer):
             result.setdefault("failed", {})[name] = str(error).splitlines()[0][:200]
             continue
         result["us"][name] = us
-        if name == "torch sdpa":
-            out = out.transpose(1, 2)
+        if name.startswith("torch"):
+            out = peers.rows_of_sdpa(out)
         difference = (out.reshape(ours.shape).float() - ours).abs().max().item()
         result.setdefault("difference", {})[name] = difference
-    others = {name: us for name, us in result["us"].items() if name != "ours"}
-    flash = {name: us for name, us in others.items() if name.startswith("flashinfer")}
-    best = min(flash or others, key=(flash or others).get, default=None)
-    if best:
-        result["best"], result["ratio"] = best, others[best] / result["us"]["ours"]
+    result["best"] = ratios(result["us"])
     return result
 
 
@@ -374,7 +458,7 @@ def main():
     library = Library()
     device = library.open()
     begin, results, wrong = time.monotonic(), [], 0
-    print(f"{'call':<58} {'ours us':>9} {'best us':>9} {'ratio':>6}  peer")
+    print(HEADER)
     for shape in grid():
         if args.filter not in name_of(shape):
             continue
@@ -384,13 +468,15 @@ def main():
         try:
             result = measure(torch, library, device, shape, version is not None)
         except MemoryError as error:
-            print(f"{name_of(shape):<58} {error}")
+            print(f"{name_of(shape):<56} {error}")
+            continue
+        except Exception as error:  # Ours failed: that is wrong, and the other shapes are to be seen.
+            wrong += 1
+            print(f"  WRONG: {name_of(shape)}: {str(error).splitlines()[0][:200]}")
             continue
         torch.cuda.empty_cache()
         results.append(result)
-        best = result.get("best")
-        print(f"{result['name']:<58} {result['us']['ours']:>9.2f} "
-              f"{result['us'].get(best, math.nan):>9.2f} {result.get('ratio', math.nan):>6.2f}  {best}")
+        print(line(result))
         for name, difference in result.get("difference", {}).items():
             # Outputs are means of values drawn from a normal distribution, rounded to bf16.
             if not difference <= 0.05:
@@ -398,10 +484,11 @@ def main():
                 print(f"  WRONG: {difference} from {name}")
         for name, why in result.get("failed", {}).items():
             print(f"  failed: {name}: {why}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(dict(torch=torch.__version__, flashinfer=version, lines=results), file,
-                      indent=1)
+        if args.json:
+            with open(args.json + ".part", "w") as file:
+                json.dump(dict(torch=torch.__version__, flashinfer=version, lines=results), file,
+                          indent=1)
+            os.replace(args.json + ".part", args.json)
     return 1 if wrong else 0
 
 
