@@ -47,18 +47,17 @@ TEXT
 }
 
 pack() {
-    local dir=$1 profile=${PROFILE:-dev} built stage name packages=()
+    local dir=$1 profile=${PROFILE:-dev} name targets=()
     mkdir -p "$dir"
     dir=$(cd "$dir" && pwd)
-    stage=$(mktemp -d)
-    built=$(mktemp)
+    stage=$(mktemp -d) built=$(mktemp)
     trap 'rm -rf "$stage" "$built"' EXIT
     mkdir "$stage/bin" "$stage/model"
     NVCC=${NVCC:-$(scripts/cuda-toolchain.sh "$TOOLS/cuda")}
     export NVCC KVCACHE_REQUIRE_NVCC=1
-    for name in "${tests[@]}"; do packages+=(--test "$name"); done
+    for name in "${tests[@]}"; do targets+=(--test "$name"); done
     cargo test -p libkvcache --profile "$profile" --features cuda --no-run \
-        --message-format=json-render-diagnostics --lib "${packages[@]}" --bench "$bench" >"$built"
+        --message-format=json-render-diagnostics --lib "${targets[@]}" --bench "$bench" >"$built"
     cargo build -p libkvcache --profile "$profile" --features cuda --example "$example" \
         --message-format=json-render-diagnostics >>"$built"
     # What peers.py calls with PyTorch's pointers.

@@ -48,6 +48,7 @@ class AttendDesc(ctypes.Structure):
         + [("out_token_stride", ctypes.c_int64), ("out_head_stride", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("lse", "sinks", "alibi", "bad_block", "workspace")]
         + [("workspace_bytes", ctypes.c_uint64)]
+        + [(name, ctypes.c_void_p) for name in ("scales", "tiles")]
     )
 
 

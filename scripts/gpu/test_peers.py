@@ -1,9 +1,11 @@
-"""Tests of what peers.py and report.py do without a GPU: the shapes, the ratios and the table, a report
+"""Tests of what peers.py and report.py do without a GPU: structs as in the header, the shapes, the ratios and the table, a report
 of a run that was cut short; with PyTorch (on the CPU) the paged and the contiguous tensors too."""
 
+import ctypes
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,26 @@ class Shapes(unittest.TestCase):
         self.assertEqual((lens[0], lens[-1], len(lens)), (1024, 7168, 8))
         self.assertLess(abs(sum(lens) / 8 - 4096), 1)
         self.assertEqual(peers.lengths(dict(batch=2, context=5)), [5, 5])
+
+
+class Structs(unittest.TestCase):
+    """Structs grow, and this file's must grow with them."""
+
+    types = {"uint32_t": ctypes.c_uint32, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
+             "float": ctypes.c_float}
+
+    def test_the_fields_of_the_header(self):
+        here = os.path.dirname(os.path.abspath(__file__))
+        with open(os.path.join(here, "..", "..", "include", "kvcache.h")) as file:
+            header = re.sub(r"/\*.*?\*/|//[^\n]*", "", file.read(), flags=re.S)
+        for struct, name in ((peers.AttendDesc, "kvc_attend_desc"),
+                             (peers.AttendOptions, "kvc_device_attend_options")):
+            body = header[: header.index(f"}} {name};")].rsplit("{", 1)[1]
+            fields = []
+            for field in filter(None, map(str.strip, body.split(";"))):
+                kind, called = re.fullmatch(r"(.*?)(\w+)", field).groups()
+                fields.append((called, ctypes.c_void_p if "*" in kind else self.types[kind.strip()]))
+            self.assertEqual(struct._fields_, fields, name)
 
 
 class Ratios(unittest.TestCase):
