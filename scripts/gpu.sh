@@ -170,17 +170,18 @@ report() { python3 "$REPORT" "$WORK" "$OUT" "$HERE/VERSION"; }
 
 # Runs parts one after another, each as a process of its own, and reports after each.
 all() {
-    local name code start failed=0
+    local name code start failed=0 part
     ended() { echo "$name $1 $((SECONDS - start))" >>"$WORK/parts"; }
     # Whoever stops this run has what the part under way has written.
-    trap 'ended interrupted; report; exit 143' TERM INT
+    trap 'kill "$part" 2>/dev/null || true; ended interrupted; report; exit 143' TERM INT
     for name in "$@"; do
         printf '\n== %s\n' "$name"
         start=$SECONDS code=0
         # To a file: what a killed command leaves behind cannot hold that open. Waited for, so that
         # a signal is heard at once.
         "${BASH_SOURCE[0]}" --part "$name" >"$WORK/$name.log" 2>&1 &
-        wait $! || code=$?
+        part=$!
+        wait "$part" || code=$?
         cat "$WORK/$name.log"
         case $code in
             0) ended passed ;;
