@@ -50,6 +50,7 @@ mod header {
         ("pool", "pool: blocks, references, nothing else"),
         ("prefix", "prefix: which token sequences are cached in which blocks"),
         ("prefix_step", "prefix: what a step wants of it, in one call"),
+        ("prefix_windows", "prefix: layer groups with a sliding window"),
         ("retention", "prefix: what stays in an index, and what goes"),
         ("cache", "cache: the whole KV cache"),
         ("cache_scales", "cache: the scales of fp8 and nvfp4"),

@@ -1030,6 +1030,32 @@ kvc_status kvc_prefix_batch_init(kvc_prefix_batch *out, uint32_t bytes);
 kvc_status kvc_prefix_run(kvc_prefix *prefix, const kvc_prefix_batch *batch);
 
 // ----------------------------------------------------------------------------------------------
+// prefix: layer groups with a sliding window
+// ----------------------------------------------------------------------------------------------
+// Gives the layer groups of an empty index (KVC_ERR_INVALID_STATE) their sliding windows:
+// `windows[groups]`, one for each of its groups, at most 16, in tokens, the query's own included; 0
+// for a group that sees everything. From then on a hit ends where every group can serve it: one with
+// a window needs the blocks that its window reaches, the others all. An id of -1 stands for the block
+// that a group with a window has not, in what is looked up, inserted and evicted; who inserts such a
+// block again puts it back.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_set_windows(kvc_prefix *prefix,
+                                  const uint32_t *windows,
+                                  uint32_t groups);
+
+// Takes `blocks[count]` of a group with a window out of their entries, which stay for the other
+// groups: for the caller to free, once no sequence's window reaches them. How many of them an entry
+// had goes to `out_forgotten`, and those to the front of `blocks`; the rest is behind them.
+//
+// Threads: thread-safe.
+kvc_status kvc_prefix_forget(kvc_prefix *prefix,
+                             uint32_t group,
+                             int32_t *blocks,
+                             uint64_t count,
+                             uint64_t *out_forgotten);
+
+// ----------------------------------------------------------------------------------------------
 // prefix: what stays in an index, and what goes
 // ----------------------------------------------------------------------------------------------
 // Order of eviction: the least recently used first.

@@ -234,6 +234,11 @@ impl Caller<'_> {
         fair!(self, kvc_prefix_hint(prefix, &done.at, 0, KVC_HINT_WAITED, 0));
         ok!(self, kvc_prefix_advance(prefix, round as u64));
         let mut evicted = 0;
+        let status = call!(self, kvc_prefix_set_windows(prefix, [0].as_ptr(), 1));
+        assert!([KVC_OK, KVC_ERR_INVALID_STATE].contains(&status), "empty or not");
+        let (mut ids, mut none) = ([1i32, 2, 3], 99);
+        ok!(self, kvc_prefix_forget(prefix, 0, ids.as_mut_ptr(), 3, &mut none));
+        assert_eq!(none, 0, "no group has a window");
         ok!(self, kvc_prefix_evict(prefix, 3, out, room, &mut evicted));
         let mut counts: kvc_prefix_counts = zeroed();
         ok!(self, kvc_prefix_stats(prefix, &mut counts, size_of::<kvc_prefix_counts>() as u64));

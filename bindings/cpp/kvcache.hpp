@@ -630,6 +630,18 @@ class prefix : public detail::handle<kvc_prefix, kvc_prefix_destroy> {
                                            &evicted);
         return detail::answer(code, evicted);
     }
+    // The sliding windows of the groups of an empty index, in tokens; 0 for none.
+    result<void> set_windows(span<const uint32_t> windows) {
+        return detail::done(
+            kvc_prefix_set_windows(get(), windows.data(), detail::count32(windows.size())));
+    }
+    // How many of `blocks` an entry had: those come first then.
+    result<uint64_t> forget(uint32_t group, span<int32_t> blocks) {
+        uint64_t forgotten = 0;
+        const auto code =
+            kvc_prefix_forget(get(), group, blocks.data(), blocks.size(), &forgotten);
+        return detail::answer(code, forgotten);
+    }
     // Unlocks, commits and queries of a step, in one crossing.
     result<void> run(const kvc_prefix_batch &batch) {
         return detail::done(kvc_prefix_run(get(), &batch));

@@ -85,6 +85,18 @@ func TestPrefix(t *testing.T) {
 		t.Fatal(s)
 	}
 	ok(t, p.Close())
+	// The second group sees five tokens.
+	h := must[*Prefix](t)(NewPrefix(PrefixOptions{BlockTokens: 4, Groups: 2, CapacityBlocks: 16, Eviction: EvictionLRU}))
+	ok(t, h.SetWindows([]uint32{0, 5}))
+	must[Inserted](t)(h.Insert(0, tokens, []int32{0, 10, 1, 11, 2, 12}))
+	if gone := must[[]int32](t)(h.Forget(1, []int32{7, 11})); !slices.Equal(gone, []int32{11}) {
+		t.Fatal(gone)
+	}
+	if hit := must[Hit](t)(h.Lookup(0, tokens, 12)); !slices.Equal(hit.Blocks, []int32{0, 10, 1, -1, 2, 12}) {
+		t.Fatalf("%+v", hit)
+	}
+	refused(t, h.SetWindows([]uint32{0, 0}), ErrInvalidState)
+	ok(t, h.Close())
 }
 
 func TestKernelsOnForeignMemory(t *testing.T) {

@@ -192,6 +192,26 @@ func (p *Prefix) Evict(want int) ([]int32, error) {
 	return out[:int(evicted)*p.groups], err
 }
 
+// SetWindows gives the groups of an empty index their sliding windows, in tokens; 0 for none. An id of
+// -1 stands for a block that a group with a window has not.
+func (p *Prefix) SetWindows(windows []uint32) error {
+	defer runtime.KeepAlive(p)
+	return try(func() C.kvc_status {
+		return C.kvc_prefix_set_windows(p.h, (*C.uint32_t)(at(windows)), C.uint32_t(len(windows)))
+	})
+}
+
+// Forget takes blocks of a group with a window out of their entries, which stay for the other groups,
+// and returns those that an entry had, for the caller to free. It reorders blocks.
+func (p *Prefix) Forget(group uint32, blocks []int32) ([]int32, error) {
+	defer runtime.KeepAlive(p)
+	var forgotten C.uint64_t
+	err := try(func() C.kvc_status {
+		return C.kvc_prefix_forget(p.h, C.uint32_t(group), (*C.int32_t)(at(blocks)), C.uint64_t(len(blocks)), &forgotten)
+	})
+	return blocks[:int(forgotten)], err
+}
+
 // Advance sets the time in ms, and ends the priorities and expectations that end by then.
 func (p *Prefix) Advance(nowMS uint64) error {
 	defer runtime.KeepAlive(p)

@@ -143,6 +143,39 @@ int main(void) {
     }
     OK(kvc_prefix_destroy(steered));
 
+    // Two groups, one with a window of two blocks: what it has left is free for others.
+    {
+        kvc_prefix *hybrid = NULL;
+        kvc_prefix_inserted stored;
+        kvc_prefix_hit found;
+        const uint32_t windows[3] = {0, BLOCK + 1, 0};
+        const int32_t given[6] = {10, 20, 11, 21, 12, 22};
+        int32_t gone[4] = {99, 21, 22, 21};
+        int32_t ids[6];
+        uint64_t forgotten = 77;
+        OK(kvc_prefix_create(BLOCK, 2, 8, &hybrid));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "windows", kvc_prefix_set_windows(hybrid, windows, 3));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "windows", kvc_prefix_set_windows(hybrid, windows, 17));
+        FAILS(KVC_ERR_NULL_POINTER, "windows", kvc_prefix_set_windows(hybrid, NULL, 2));
+        OK(kvc_prefix_set_windows(hybrid, windows, 2));
+        OK(kvc_prefix_insert(hybrid, 0, tokens, 3 * BLOCK, given, 6, NULL, 0, &stored));
+        CHECK(stored.stored_blocks == 3);
+        FAILS(KVC_ERR_INVALID_STATE, "in use", kvc_prefix_set_windows(hybrid, windows, 2));
+        FAILS(KVC_ERR_INVALID_ARGUMENT, "group", kvc_prefix_forget(hybrid, 2, gone, 4, &forgotten));
+        FAILS(KVC_ERR_NULL_POINTER, "blocks", kvc_prefix_forget(hybrid, 1, NULL, 4, &forgotten));
+        CHECK(forgotten == 77);
+        OK(kvc_prefix_forget(hybrid, 0, gone, 4, &forgotten));
+        CHECK(forgotten == 0);
+        OK(kvc_prefix_forget(hybrid, 1, gone, 2, &forgotten));
+        CHECK(forgotten == 1 && gone[0] == 21 && gone[1] == 99);
+        // Three blocks need the window's last one; two would need the one that is gone.
+        OK(kvc_prefix_lookup(hybrid, 0, tokens, 3 * BLOCK, 3 * BLOCK, ids, 6, NULL, &found));
+        CHECK(found.tokens == 3 * BLOCK && ids[2] == 11 && ids[3] == -1 && ids[5] == 22);
+        OK(kvc_prefix_lookup(hybrid, 0, tokens, 2 * BLOCK, 2 * BLOCK, ids, 6, NULL, &found));
+        CHECK(found.tokens == BLOCK && ids[0] == 10 && ids[1] == 20);
+        OK(kvc_prefix_destroy(hybrid));
+    }
+
     FAILS(KVC_ERR_NULL_POINTER, "tokens",
           kvc_prefix_lookup(prefix, 7, NULL, 12, 12, out, 6, tail, &hit));
     FAILS(KVC_ERR_OVERFLOW, "tokens",

@@ -104,7 +104,8 @@ int main(void) {
         CHECK(cached == 18);
         OK(kvc_seq_release(cache, extra));
         OK(kvc_seq_start_media(cache, prompt, 40, NULL, 0, 0, &extra, &cached));
-        CHECK(cached == 39);
+        CHECK(cached == 32);
+        OK(kvc_seq_release(cache, extra));
         FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
               kvc_seq_start_media(cache, prompt, 40, wrong, 2, 0, &seq, &cached));
         FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
@@ -114,10 +115,11 @@ int main(void) {
         outside.position = UINT64_MAX;
         FAILS(KVC_ERR_INVALID_ARGUMENT, "media",
               kvc_seq_start_media(cache, prompt, 40, &outside, 1, 0, &seq, &cached));
-        CHECK(cached == 39);
+        CHECK(cached == 32);
         prompt[39] = UINT32_MAX;
         FAILS(KVC_ERR_INVALID_ARGUMENT, "tokens", kvc_seq_start(cache, prompt, 40, 0, &seq, &cached));
         prompt[39] = 49;
+        OK(kvc_seq_start(cache, prompt, 20, 0, &extra, &cached));
     }
 
     // Ids that are not live: ended, of another cache, invented.

@@ -212,7 +212,18 @@ impl Program<'_> {
         let (prefix, at) = (self.handle(PREFIX), self.positions[self.input.below(4)]);
         let number = self.input.number();
         unsafe {
-            match self.input.below(6) {
+            match self.input.below(8) {
+                6 => {
+                    let windows = [self.input.number32() % 70, 0, 40];
+                    let groups = self.input.below(4) as u32;
+                    kvc_prefix_set_windows(prefix, windows.as_ptr(), groups);
+                }
+                7 => {
+                    let (group, count) = (self.input.below(3) as u32, self.capacity());
+                    let mut forgotten = 0;
+                    let ids = self.ids.as_mut_ptr();
+                    kvc_prefix_forget(prefix, group, ids, count, &mut forgotten);
+                }
                 0 => _ = kvc_prefix_advance(prefix, number),
                 1 => _ = kvc_prefix_touch(prefix, &at),
                 2 => _ = kvc_prefix_release(prefix, self.pins[self.input.below(4)]),

@@ -39,6 +39,7 @@ pub mod pool;
 pub mod prefetch;
 pub mod prefix;
 pub mod prefix_step;
+pub mod prefix_windows;
 pub mod retention;
 pub mod scales;
 #[cfg(feature = "std")]
@@ -84,6 +85,7 @@ pub use pool::*;
 pub use prefetch::*;
 pub use prefix::*;
 pub use prefix_step::*;
+pub use prefix_windows::*;
 pub use retention::*;
 pub use scales::*;
 #[cfg(feature = "std")]

@@ -138,6 +138,10 @@ static void prefix() {
     CHECK(prefix.stats()->pins == 0);
     CHECK(prefix.evict(3, found).value() == 3);
     REFUSED(prefix.lock(hit->at), kvc::status::stale_handle, "");
+    const std::array<uint32_t, 1> windows{20};
+    std::array<int32_t, 2> gone{99, 100};
+    CHECK(prefix.set_windows(windows) && prefix.forget(0, gone).value() == 0);
+    REFUSED(prefix.forget(1, gone), kvc::status::invalid_argument, "group");
 }
 
 static void cache() {

@@ -213,6 +213,20 @@ class Prefix:
         check(lib.kvc_prefix_evict(self._handle, min(want_blocks, room // self.groups), blocks, room, evicted))
         return ffi.unpack(blocks, evicted[0] * self.groups)
 
+    def set_windows(self, windows: Iterable[int]) -> None:
+        """Gives the groups of an empty index their sliding windows, in tokens; 0 for none. An id of -1
+        stands for a block that a group with a window has not."""
+        listed = list(windows)
+        check(lib.kvc_prefix_set_windows(self._handle, ffi.new("uint32_t[]", listed), len(listed)))
+
+    def forget(self, group: int, blocks: Iterable[int]) -> list[int]:
+        """Takes blocks of a group with a window out of their entries, which stay for the other groups.
+        Returns those that an entry had, to be freed."""
+        listed, forgotten = list(blocks), ffi.new("uint64_t *")
+        array = ffi.new("int32_t[]", listed or 1)
+        check(lib.kvc_prefix_forget(self._handle, _structs.uint(group, "group"), array, len(listed), forgotten))
+        return ffi.unpack(array, forgotten[0])
+
     def advance(self, now_ms: int) -> None:
         """Sets the time in ms, and ends the priorities and expectations that end by then."""
         check(lib.kvc_prefix_advance(self._handle, now_ms))

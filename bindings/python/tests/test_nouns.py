@@ -66,6 +66,14 @@ def test_prefix():
         assert ran.answers[1].hit.tokens == 0 and ran.answers[1].pin == 0
         prefix.unlock(ran.answers[0].pin)
         assert prefix.evict(100) == [3, 13, 2, 12, 1, 11, 0, 10]
+        # The second group sees five tokens.
+        prefix.set_windows([0, 5])
+        prefix.insert(tokens, [0, 10, 1, 11, 2, 12])
+        assert prefix.forget(1, [7, 11]) == [11] and prefix.forget(0, [1]) == []
+        assert prefix.lookup([*tokens, 9]).blocks == [0, 10, 1, -1, 2, 12]
+        assert prefix.lookup(tokens[:9]).tokens == 4
+        with pytest.raises(errors.InvalidState):
+            prefix.set_windows([0, 0])
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
