@@ -10,7 +10,8 @@
 //! 32   key, 32 bytes
 //! 64   digest of the configuration
 //! 96   digest of the block before; zeros where there is none
-//! 128  digest of the namespace's keys (salt, adapter, images); zeros where there are none
+//! 128  digest of the namespace's keys (salt, adapter) and of the media in the block; zeros where there
+//!      are none
 //! 160  the tokens, u32 each; zeros up to the head's end
 //! 4096 payload: the block of each layer group, one after the other; zeros up to a multiple of 4,096
 //! ```
