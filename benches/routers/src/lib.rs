@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvcache::cache::{CacheOptions, KvCache, Step, Work};
+use kvcache::cache::{CacheOptions, KvCache, Media, Step, Work};
 use kvcache::dtype::KvFormat;
 use kvcache::events::{Encoding, Publisher, Subscribers, ZmqOptions, ZmqSink};
 use kvcache::ids::Namespace;
@@ -52,7 +52,12 @@ impl Worker {
 
     /// Serves a prompt; returns how many of its tokens were cached.
     pub fn serve(&mut self, prompt: &[u32], space: Namespace) -> u32 {
-        let started = self.cache.start(prompt, space).unwrap();
+        self.serve_with_media(prompt, &[], space)
+    }
+
+    /// The same for a prompt with media.
+    pub fn serve_with_media(&mut self, prompt: &[u32], media: &[Media], space: Namespace) -> u32 {
+        let started = self.cache.start_with_media(prompt, media, space).unwrap();
         let new = &prompt[started.cached_tokens as usize..];
         self.cache.begin(&mut self.step, &[Work { seq: started.seq, tokens: new }]).unwrap();
         self.cache.commit(&mut self.step).unwrap();
@@ -63,7 +68,7 @@ impl Worker {
     /// How many leading blocks of a prompt are cached; changes nothing that is.
     pub fn cached_blocks(&mut self, prompt: &[u32], space: Namespace) -> u32 {
         // A token that no block has: the prompt is found whole, and no part of a block is copied.
-        let longer = [prompt, &[u32::MAX]].concat();
+        let longer = [prompt, &[i32::MAX as u32]].concat();
         let started = self.cache.start(&longer, space).unwrap();
         self.cache.release(started.seq).unwrap();
         assert!(started.cached_tokens.is_multiple_of(BLOCK_TOKENS));

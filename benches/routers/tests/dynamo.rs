@@ -7,9 +7,10 @@ use std::time::Duration;
 use dynamo_kv_router::RadixTree;
 use dynamo_kv_router::protocols::{BlockHashOptions, WorkerWithDpRank, compute_block_hash_for_seq};
 use dynamo_kv_router::zmq_wire::{ZmqEventNormalizer, decode_event_batch};
+use kvcache::cache::Media;
 use kvcache::events::Encoding;
 use kvcache::ids::Namespace;
-use kvcache::prefix::Keys;
+use kvcache::prefix::{Digest, Keys};
 use routers::{BLOCK_TOKENS, Worker, prompts, wait};
 use tokio::time::timeout;
 use zeromq::{DealerSocket, Socket, SocketRecv, SocketSend, SubSocket, ZmqMessage};
@@ -195,6 +196,39 @@ fn the_router_keeps_salts_apart() {
         apart += u32::from(salted != router.overlap(prompt));
     }
     assert!(apart > 10);
+}
+
+/// Prompts with images: the router takes their events, and has as many blocks as the cache.
+#[test]
+fn the_router_takes_blocks_with_media() {
+    let mut worker = Worker::new(256, Encoding::Map, RANK);
+    let mut router = Router::new();
+    runtime().block_on(async {
+        let mut socket = SubSocket::new();
+        socket.connect(&worker.endpoint).await.unwrap();
+        socket.subscribe("").await.unwrap();
+        while worker.subscribers.count() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let next = worker.settle();
+        let prompt: Vec<u32> = (0..64).collect();
+        for n in 0..3 {
+            // Sixteen digits and zeros, as the router knows them.
+            let mut digest = Digest::default();
+            digest.0[..8].fill(n);
+            let media = [Media { position: 20, digest }];
+            let cached = worker.serve_with_media(&prompt, &media, SPACE);
+            assert_eq!(cached, if n == 0 { 0 } else { 20 });
+        }
+        for seq in next..worker.settle() {
+            let message = receive(&mut socket).await;
+            assert_eq!(seq_of(&message, 1), seq);
+            router.take(message.get(2).unwrap());
+        }
+    });
+    // One before the image, three from it on for each.
+    assert_eq!(worker.cache.stats().cached_blocks, 10);
+    assert_eq!(router.tree.current_size(), 10);
 }
 
 /// A subscriber that ends without a word, and one that comes after it.
