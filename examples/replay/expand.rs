@@ -27,12 +27,15 @@ pub struct Prompts {
     spare: Vec<Prompt>,
 }
 
+/// What a token of a cache may have.
+const TOKEN_BITS: u32 = (1 << 31) - 1;
+
 /// Appends the tokens of a block.
 pub fn block(id: u32, tokens: &mut [u32]) {
-    // Odd factors: one token tells all ids apart.
+    // Odd factors: one token tells all ids below 2^31 apart.
     let base = id.wrapping_mul(0x9e37_79b1);
     for (n, token) in tokens.iter_mut().enumerate() {
-        *token = base ^ (n as u32).wrapping_mul(0x85eb_ca6b);
+        *token = (base ^ (n as u32).wrapping_mul(0x85eb_ca6b)) & TOKEN_BITS;
     }
 }
 

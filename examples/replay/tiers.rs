@@ -20,7 +20,7 @@ use crate::trace::Trace;
 
 const BLOCK: usize = 16;
 /// What no block of a trace begins with: the token that is left to compute.
-const LAST: u32 = u32::MAX;
+const LAST: u32 = (1 << 31) - 1;
 
 /// Sizes, and the model that bytes and seconds are of.
 #[derive(Debug, Clone, Copy)]

@@ -53,6 +53,8 @@ impl Input<'_> {
     /// Token ids that often agree with each other.
     pub fn tokens(&mut self, most: usize) -> Vec<u32> {
         let count = self.below(most + 1);
-        (0..count).map(|_| [0, 0, 0, 1, 2, u32::MAX][self.below(6)]).collect()
+        // A cache refuses those past 2^31, the whole prompt with them.
+        let last = if self.seldom() { u32::MAX } else { (1 << 31) - 1 };
+        (0..count).map(|_| [0, 0, 0, 1, 2, last][self.below(6)]).collect()
     }
 }
