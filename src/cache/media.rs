@@ -101,15 +101,6 @@ impl MediaKeys {
         self.sorted.sort_unstable_by_key(|&place| entries[place as usize].1);
     }
 
-    /// The token that the engine gave where the index has `token`.
-    #[inline]
-    fn plain(&self, token: TokenId) -> TokenId {
-        match token {
-            FIRST_KEY.. => self.content(token).map_or(token, |content| content.token),
-            _ => token,
-        }
-    }
-
     /// Shows some of the index's tokens as the engine gave them, and the media among them.
     pub(super) fn tell<R>(
         &self,
@@ -119,10 +110,14 @@ impl MediaKeys {
         if all_plain(tokens) {
             return see(tokens, &[]);
         }
-        let plain: Vec<TokenId> = tokens.iter().map(|&token| self.plain(token)).collect();
-        let keys = (0..).zip(tokens).filter(|(_, token)| **token >= FIRST_KEY);
-        let media: Vec<_> =
-            keys.filter_map(|(at, &key)| Some((at, self.content(key)?.digest))).collect();
+        let (mut plain, mut media) = (tokens.to_vec(), Vec::new());
+        for (at, token) in (0..).zip(&mut plain) {
+            // Of tokens below there is none.
+            if let Some(content) = self.content(*token) {
+                *token = content.token;
+                media.push((at, content.digest));
+            }
+        }
         see(&plain, &media)
     }
 
@@ -147,14 +142,6 @@ fn all_plain(tokens: &[TokenId]) -> bool {
 /// Refuses tokens that could be taken for keys.
 pub(super) fn check_tokens(tokens: &[TokenId]) -> Result<()> {
     if all_plain(tokens) { Ok(()) } else { Err(Error::invalid("tokens", "must be below 2^31")) }
-}
-
-/// Puts keys over the tokens from position `first` on.
-fn put_keys(placed: &[Placed], first: usize, tokens: &mut [TokenId]) {
-    for &(position, key) in placed {
-        let place = (position as usize).checked_sub(first).and_then(|at| tokens.get_mut(at));
-        place.into_iter().for_each(|token| *token = key);
-    }
 }
 
 /// Tokens as the index has them: borrowed where nothing in them is a medium.
@@ -183,7 +170,9 @@ pub(super) fn keyed<'a>(tokens: &'a [TokenId], placed: &[Placed]) -> Result<Keye
     let mut keys = Vec::new();
     reserve(&mut keys, tokens.len())?;
     keys.extend_from_slice(tokens);
-    put_keys(placed, 0, &mut keys);
+    for &(position, key) in placed {
+        keys.get_mut(position as usize).into_iter().for_each(|token| *token = key);
+    }
     Ok(Keyed::Keys(keys))
 }
 
@@ -269,8 +258,7 @@ mod tests {
         let made = made.map(|(n, token)| keys.key(content(n, token)).unwrap());
         assert_eq!(made, [0, 1, 2, 3].map(|n| FIRST_KEY + n));
         assert_eq!(keys.key(content(1, 7)).unwrap(), made[1]);
-        assert_eq!(keys.plain(made[2]), 8);
-        assert_eq!(keys.plain(12), 12);
+        keys.tell(&[made[2], 12], |tokens, _| assert_eq!(tokens, [8, 12]));
         keys.retain(&[made[0], made[3]]);
         assert_eq!(keys.key(content(2, 7)).unwrap(), made[3]);
         assert_eq!(keys.key(content(3, 7)).unwrap(), made[0]);

@@ -49,21 +49,9 @@ pub unsafe extern "C" fn kvc_seq_start(
     out_seq: *mut kvc_seq,
     out_cached_tokens: *mut u32,
 ) -> kvc_status {
-    guard(|| {
-        let cache = open(cache)?;
-        // SAFETY: the caller's promise.
-        let (prompt, out_seq, out_cached) = unsafe {
-            (
-                pointer::slice(prompt, prompt_tokens, "prompt")?,
-                pointer::out(out_seq, "out_seq")?,
-                pointer::out(out_cached_tokens, "out_cached_tokens")?,
-            )
-        };
-        let started = cache.lock()?.start(prompt, Namespace(name_space))?;
-        out_seq.write(started.seq.0);
-        out_cached.write(started.cached_tokens);
-        Ok(())
-    })
+    let (prompt, media) = ((prompt, prompt_tokens), (core::ptr::null(), 0));
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { start(cache, prompt, media, name_space, out_seq, out_cached_tokens) })
 }
 
 /// Starts a sequence as kvc_seq_start does, for a prompt in which tokens stand for
@@ -88,23 +76,35 @@ pub unsafe extern "C" fn kvc_seq_start_media(
     out_seq: *mut kvc_seq,
     out_cached_tokens: *mut u32,
 ) -> kvc_status {
-    guard(|| {
-        let cache = open(cache)?;
-        // SAFETY: the caller's promise.
-        let (prompt, out_seq, out_cached) = unsafe {
-            (
-                pointer::slice(prompt, prompt_tokens, "prompt")?,
-                pointer::out(out_seq, "out_seq")?,
-                pointer::out(out_cached_tokens, "out_cached_tokens")?,
-            )
-        };
-        // SAFETY: the caller's promise.
-        let media = unsafe { media(media_in, media_count) }?;
-        let started = cache.lock()?.start_with_media(prompt, &media, Namespace(name_space))?;
-        out_seq.write(started.seq.0);
-        out_cached.write(started.cached_tokens);
-        Ok(())
-    })
+    let (prompt, media) = ((prompt, prompt_tokens), (media_in, media_count));
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { start(cache, prompt, media, name_space, out_seq, out_cached_tokens) })
+}
+
+/// # Safety
+/// As for [`kvc_seq_start_media`].
+unsafe fn start(
+    cache: *mut kvc_cache,
+    (prompt, prompt_tokens): (*const u32, u64),
+    (media_in, media_count): (*const kvc_media, u32),
+    name_space: u64,
+    out_seq: *mut kvc_seq,
+    out_cached_tokens: *mut u32,
+) -> Result<()> {
+    let cache = open(cache)?;
+    // SAFETY: the caller's promise.
+    let (prompt, media, out_seq, out_cached) = unsafe {
+        (
+            pointer::slice(prompt, prompt_tokens, "prompt")?,
+            media(media_in, media_count)?,
+            pointer::out(out_seq, "out_seq")?,
+            pointer::out(out_cached_tokens, "out_cached_tokens")?,
+        )
+    };
+    let started = cache.lock()?.start_with_media(prompt, &media, Namespace(name_space))?;
+    out_seq.write(started.seq.0);
+    out_cached.write(started.cached_tokens);
+    Ok(())
 }
 
 /// Makes a second sequence with the same tokens, sharing every block, and writes its id to

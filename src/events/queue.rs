@@ -1,8 +1,8 @@
 //! Events on their way from the cache to the publisher: one buffer that the cache fills and the
 //! publisher swaps for an empty one.
 //!
-//! The buffers are flat (events, digests, tokens, media) and grow up to a bound, so filling one allocates
-//! nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
+//! The buffers are flat (events, digests, tokens, media) and grow up to a bound, so filling one
+//! allocates nothing once it has been full, and costs a lock that the publisher holds only for the swap. What
 //! happens where the bound is hit, or memory is refused, is in the module above. Knows no thread; a
 //! model checker explores it (`scripts/shuttle`), which is why its locks come through `sync`.
 

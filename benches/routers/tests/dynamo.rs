@@ -75,15 +75,21 @@ async fn receive(socket: &mut impl SocketRecv) -> ZmqMessage {
     timeout(Duration::from_secs(20), socket.recv()).await.expect("a message").unwrap()
 }
 
-async fn sees_the_same_blocks(encoding: Encoding) {
-    let mut worker = Worker::new(48, encoding, RANK);
+/// A socket that the worker knows of.
+async fn subscribed(worker: &Worker, topic: &str) -> SubSocket {
     let mut socket = SubSocket::new();
     socket.connect(&worker.endpoint).await.unwrap();
-    socket.subscribe("").await.unwrap();
+    socket.subscribe(topic).await.unwrap();
     // The crate's handshake runs on this thread's runtime.
     while worker.subscribers.count() == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+    socket
+}
+
+async fn sees_the_same_blocks(encoding: Encoding) {
+    let mut worker = Worker::new(48, encoding, RANK);
+    let mut socket = subscribed(&worker, "").await;
     // Before the subscription the stream began with a clear: that is only in the replay.
     let mut next = worker.settle();
     let mut router = Router::new();
@@ -168,12 +174,7 @@ fn the_router_keeps_salts_apart() {
     let prompts = prompts(30, 3);
     let mut router = Router::new();
     runtime().block_on(async {
-        let mut socket = SubSocket::new();
-        socket.connect(&worker.endpoint).await.unwrap();
-        socket.subscribe("").await.unwrap();
-        while worker.subscribers.count() == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let mut socket = subscribed(&worker, "").await;
         let next = worker.settle();
         for (n, prompt) in prompts.iter().enumerate() {
             // In pieces, so that later events have parents.
@@ -204,12 +205,7 @@ fn the_router_takes_blocks_with_media() {
     let mut worker = Worker::new(256, Encoding::Map, RANK);
     let mut router = Router::new();
     runtime().block_on(async {
-        let mut socket = SubSocket::new();
-        socket.connect(&worker.endpoint).await.unwrap();
-        socket.subscribe("").await.unwrap();
-        while worker.subscribers.count() == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let mut socket = subscribed(&worker, "").await;
         let next = worker.settle();
         let prompt: Vec<u32> = (0..64).collect();
         for n in 0..3 {
@@ -237,12 +233,7 @@ fn subscribers_come_and_go() {
     let mut worker = Worker::new(48, Encoding::Map, RANK);
     for _ in 0..3 {
         runtime().block_on(async {
-            let mut socket = SubSocket::new();
-            socket.connect(&worker.endpoint).await.unwrap();
-            socket.subscribe("kv").await.unwrap();
-            while worker.subscribers.count() == 0 {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
+            let mut socket = subscribed(&worker, "kv").await;
             let next = worker.settle();
             worker.serve(&prompts(5, next)[4], SPACE);
             assert_eq!(seq_of(&receive(&mut socket).await, 1), next);
