@@ -5,7 +5,7 @@
 //! kernel for bf16, a few rows at a time, so that these bits do not depend on the call either.
 
 use super::args::{TileAttendArgs, TileSequence};
-use super::kernel::{self, SealedJob, is_sealed};
+use super::kernel::{self, Reads, SealedJob, is_sealed};
 use super::plan::{Cell, Cut, SeqCut, Start, Workspace};
 use super::{SealedKernels, args::RawBlock};
 use crate::cpu::decode::DECODE_ROWS;
@@ -47,12 +47,14 @@ pub unsafe fn attend_tiles(
     // SAFETY: the caller's promise.
     unsafe { args.check() }?;
     let bad = AtomicU32::new(0);
-    let call = Call {
+    let mut call = Call {
         args,
         cut: Cut::new(&args.shape, args.tiles.layout),
         sealed: SealedKernels::of(level),
         raw: Kernels::of(level, KvFormat::Bf16),
         bad: &bad,
+        workers: executor.workers().max(1) as u64,
+        units: 0,
     };
     let mut totals = Start::default();
     for s in 0..args.seqs {
@@ -60,6 +62,7 @@ pub unsafe fn attend_tiles(
         let seq = unsafe { args.sequence(s)? };
         totals = call.after(totals, &seq)?;
     }
+    call.units = totals.units;
     let (layout, workers) = (args.tiles.layout, executor.workers().max(1));
     let memory = Workspace::new(workspace, &args.shape, layout, args.seqs, workers, totals.floats)?;
     let mut start = Start::default();
@@ -93,6 +96,9 @@ struct Call<'a> {
     sealed: SealedKernels,
     raw: Kernels,
     bad: &'a AtomicU32,
+    workers: u64,
+    /// Units of the first pass.
+    units: u64,
 }
 
 /// A cell of a sequence.
@@ -140,24 +146,40 @@ impl Call<'_> {
     unsafe fn run_unit(&self, memory: &Workspace, worker: usize, unit: u64) {
         // SAFETY: the caller's promise.
         unsafe {
-            let (s, start) = memory.find(unit, |start| start.units);
-            let unit = unit - start.units;
-            let index = |cut: &SeqCut| unit / u64::from(cut.ranges);
-            let Some(place) = self.place(s, start, index) else { return };
+            let Some((place, range)) = self.unit(memory, unit) else { return };
             let (scratch, totals, part) = memory.worker(worker);
-            let (rows, ranges) = (place.cell.rows(), place.cut.ranges);
-            if ranges > 1 {
-                let range = (unit % u64::from(ranges)) as u32;
-                return self.range(&place, range, self.waiting(memory, &place, range), scratch);
+            let rows = place.cell.rows();
+            if place.cut.ranges > 1 {
+                // Workers take units in turn: what this one takes next is a guess.
+                let after = unit + self.workers;
+                let after = if after < self.units { self.unit(memory, after) } else { None };
+                let after = after.map(|(place, range)| self.reads(&place, range));
+                let states = self.waiting(memory, &place, range);
+                return self.range(&place, range, after, states, scratch);
             }
             let totals = self.own(totals, rows);
             clear(&totals, rows, self.v_dim());
             for range in 0..place.cut.ranges_of(&place.cell) {
-                let part = self.own(part, rows);
-                self.range(&place, range, part, scratch);
+                let (part, after) = (self.own(part, rows), self.reads(&place, range + 1));
+                self.range(&place, range, Some(after), part, scratch);
                 fold(&totals, &part, rows, self.v_dim());
             }
             self.complete(&place, totals, self.own(part, rows), scratch);
+        }
+    }
+
+    /// The cell of a unit, and which of its ranges.
+    ///
+    /// # Safety
+    /// As for [`run_unit`](Self::run_unit).
+    unsafe fn unit(&self, memory: &Workspace, unit: u64) -> Option<(Place<'_>, u32)> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (s, start) = memory.find(unit, |start| start.units);
+            let unit = unit - start.units;
+            let place = self.place(s, start, |cut| unit / u64::from(cut.ranges))?;
+            let range = (unit % u64::from(place.cut.ranges)) as u32;
+            Some((place, range))
         }
     }
 
@@ -202,28 +224,44 @@ impl Call<'_> {
         }
     }
 
-    /// Runs a range of sealed tiles of a cell.
+    /// What a range of a cell reads.
+    fn reads(&self, place: &Place, range: u32) -> Reads {
+        let tiles = &self.args.tiles;
+        let head_bytes = (i64::from(place.cell.kv_head) * tiles.head_bytes) as isize;
+        let window = self.args.scoring.window.unwrap_or(u32::MAX);
+        Reads {
+            records: tiles.records.wrapping_offset(head_bytes),
+            table: place.seq.table,
+            tiles: place.cut.range(&place.cell, range, window),
+        }
+    }
+
+    /// Runs a range of sealed tiles of a cell; `after` is what may come next.
     ///
     /// # Safety
     /// As for [`run_unit`](Self::run_unit).
-    unsafe fn range(&self, place: &Place, range: u32, states: States, scratch: *mut u8) {
+    unsafe fn range(
+        &self,
+        place: &Place,
+        range: u32,
+        after: Option<Reads>,
+        states: States,
+        scratch: *mut u8,
+    ) {
         let (args, cell, seq) = (self.args, &place.cell, &place.seq);
-        let window = args.scoring.window.unwrap_or(u32::MAX);
-        let tiles = place.cut.range(cell, range, window);
-        if tiles.is_empty() || seq.kv_len == 0 {
+        let now = self.reads(place, range);
+        if now.tiles.is_empty() || seq.kv_len == 0 {
             // SAFETY: the caller's promise.
             return unsafe { clear(&states, cell.rows(), self.v_dim()) };
         }
         let q_bytes = args.q.dtype.bytes() as isize;
         let heads = cell.head as usize..(cell.head + cell.heads) as usize;
-        let head_bytes = (i64::from(cell.kv_head) * args.tiles.head_bytes) as isize;
         let job = SealedJob {
             layout: args.tiles.layout,
-            records: args.tiles.records.wrapping_offset(head_bytes),
+            now,
+            after,
             block_bytes: args.tiles.block_bytes as isize,
             num_blocks: args.tiles.num_blocks,
-            table: seq.table,
-            tiles,
             raw: seq.raw,
             q: args.q.row(seq.q_start + cell.token, cell.head),
             q_dtype: args.q.dtype,
@@ -233,7 +271,7 @@ impl Call<'_> {
             tokens: cell.tokens as usize,
             q_pos: cell.position,
             scale: args.scoring.scale,
-            window,
+            window: args.scoring.window.unwrap_or(u32::MAX),
             softcap: args.scoring.softcap,
             alibi: args.scoring.alibi.map(|slopes| &slopes[heads]),
             states,

@@ -20,7 +20,7 @@ pub(super) const fn parts(bits: u32) -> usize {
 
 /// Where in sixteen elements each byte of their packed words comes from: word by word, part by
 /// part.
-pub(super) const fn pattern(bits: u32) -> [u8; 16] {
+pub(in crate::cpu) const fn pattern(bits: u32) -> [u8; 16] {
     match bits {
         8 => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
         4 => [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15],
@@ -44,7 +44,7 @@ pub(super) const fn inverse(bits: u32) -> [u8; 16] {
 /// # Safety
 /// As for [`Words`].
 #[inline(always)]
-pub(super) unsafe fn bytes<V: Words, const BITS: u32>(
+pub(in crate::cpu) unsafe fn bytes<V: Words, const BITS: u32>(
     word: V::Word,
     plane: V::Word,
     index: usize,

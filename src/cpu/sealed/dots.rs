@@ -9,7 +9,7 @@ use crate::quant::value_step;
 
 /// The largest whole number that a query or probability of two bytes is rounded to: its high byte
 /// stays within 127.
-pub(super) const WIDE: f32 = 32639.0;
+pub(in crate::cpu) const WIDE: f32 = 32639.0;
 
 /// What a row's rounding to whole numbers leaves to be undone.
 #[derive(Clone, Copy, Default)]

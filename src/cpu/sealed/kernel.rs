@@ -15,21 +15,21 @@ use crate::cpu::vector::{One, prefetch};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, f16};
 use crate::layout::tile::TileLayout;
+use crate::quant::value_step;
 
 /// One range of sealed tiles for some rows of one KV head. Row `r` is query token `r / heads` and
 /// query head `r % heads`.
 pub(crate) struct SealedJob<'a> {
     pub layout: &'a TileLayout,
-    /// Record of block 0 of the head.
-    pub records: *const u8,
+    /// What it reads: all before the tile of the queries.
+    pub now: Reads,
+    /// What the worker is likely to read after that, for what prefetches.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub after: Option<Reads>,
     /// Bytes from a block to the next.
     pub block_bytes: isize,
     /// Blocks that exist.
     pub num_blocks: u32,
-    /// The sequence's block table.
-    pub table: *const i32,
-    /// Tiles of the range: all before the tile of the queries.
-    pub tiles: core::ops::Range<u32>,
     /// Raw tiles: those are left to others where their records are not sealed.
     pub raw: &'a [RawBlock],
     /// Row of the first token and head.
@@ -54,6 +54,17 @@ pub(crate) struct SealedJob<'a> {
     pub scratch: *mut u8,
     /// Set to true where a tile of the range is neither sealed nor raw.
     pub bad: &'a core::sync::atomic::AtomicU32,
+}
+
+/// Some tiles of one KV head of a sequence.
+#[derive(Debug, Clone)]
+pub(crate) struct Reads {
+    /// Record of block 0 of the head.
+    pub records: *const u8,
+    /// The sequence's block table.
+    pub table: *const i32,
+    /// Tiles of the sequence.
+    pub tiles: core::ops::Range<u32>,
 }
 
 /// Whether a record is sealed in the layout's format: one that is not says so in its header.
@@ -108,12 +119,12 @@ unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
         for t in 0..tokens {
             s.count.add(t).write(t as f32);
         }
-        let mut record = find(job, job.tiles.start);
-        for tile in job.tiles.clone() {
-            let next = if tile + 1 < job.tiles.end { find(job, tile + 1) } else { None };
-            if tile + 2 < job.tiles.end {
-                let block = job.table.add(tile as usize + 2).read();
-                let record = job.records.wrapping_offset(block as isize * job.block_bytes);
+        let mut record = find(job, job.now.tiles.start);
+        for tile in job.now.tiles.clone() {
+            let next = if tile + 1 < job.now.tiles.end { find(job, tile + 1) } else { None };
+            if tile + 2 < job.now.tiles.end {
+                let block = job.now.table.add(tile as usize + 2).read();
+                let record = job.now.records.wrapping_offset(block as isize * job.block_bytes);
                 // Read at the next turn; any address may be prefetched.
                 prefetch(record.wrapping_add(job.layout.header.start));
             }
@@ -180,12 +191,12 @@ unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
 
 /// The record of a tile; `None` where it is not sealed, or has none.
 #[inline(always)]
-unsafe fn find(job: &SealedJob<'_>, tile: u32) -> Option<*const u8> {
+pub(in crate::cpu) unsafe fn find(job: &SealedJob<'_>, tile: u32) -> Option<*const u8> {
     // SAFETY: the caller's promise.
     unsafe {
-        let block = job.table.add(tile as usize).read();
+        let block = job.now.table.add(tile as usize).read();
         if block >= 0 && (block as u32) < job.num_blocks {
-            let record = job.records.wrapping_offset(block as isize * job.block_bytes);
+            let record = job.now.records.wrapping_offset(block as isize * job.block_bytes);
             if is_sealed(job.layout, record) {
                 return Some(record);
             }
@@ -199,7 +210,12 @@ unsafe fn find(job: &SealedJob<'_>, tile: u32) -> Option<*const u8> {
 
 /// Widens a query row.
 #[inline(always)]
-unsafe fn widen<V: Words>(job: &SealedJob<'_>, row: usize, to: *mut f32, k_dim: usize) {
+pub(in crate::cpu) unsafe fn widen<V: Words>(
+    job: &SealedJob<'_>,
+    row: usize,
+    to: *mut f32,
+    k_dim: usize,
+) {
     let (token, head) = ((row / job.heads) as isize, (row % job.heads) as isize);
     let from = job.q.wrapping_offset(token * job.q_token_bytes + head * job.q_head_bytes);
     for c in (0..k_dim).step_by(V::LANES) {
@@ -314,6 +330,12 @@ unsafe fn latent_rows<V: Words, const BITS: u32>(
             }
         }
     }
+}
+
+/// The step of value codes of `bits`.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+pub(in crate::cpu) const fn value_unit(bits: u32) -> f32 {
+    if bits == 8 { 1.0 } else { value_step(bits) }
 }
 
 /// Formats whose values are summed up rotated.

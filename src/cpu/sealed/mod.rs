@@ -11,7 +11,10 @@
 //! fewer, to 16 bits before codes of 8. What that adds to a logit is at most
 //! `scale * a / 2 * n / 2 * k_dim`, with `a` that largest channel over 127 or 32639 and `n` the
 //! largest code: a tenth of what the rounding of the keys themselves has done, where the channels
-//! are alike. Probabilities times token scales are rounded to 15 bits of the tile's largest.
+//! are alike. Probabilities times token scales are rounded to 15 bits of the tile's largest, or to 16.
+//!
+//! With AVX512_VNNI most layouts have a kernel of their own, `x86_64/tiles`: what it computes is the
+//! same, but it multiplies records as they lie.
 //!
 //! | file | job |
 //! |---|---|
@@ -45,8 +48,18 @@ pub use seal::seal_tiles;
 #[cfg(feature = "std")]
 pub(crate) use store::{RawRows, TileStore};
 
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(super) use codes::bytes;
 pub(super) use kernel::{SealedJob, tiles};
+// What the kernel of `x86_64/tiles` shares.
 pub(super) use seal::{SealJob, seal_record};
+#[cfg(target_arch = "x86_64")]
+pub(super) use {
+    codes::pattern,
+    dots::WIDE,
+    kernel::{Reads, find, value_unit, widen},
+    scratch::{Dims, Scratch},
+};
 
 /// The kernels of one level.
 #[derive(Clone, Copy)]

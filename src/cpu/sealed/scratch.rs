@@ -9,7 +9,7 @@ pub(super) const JOB_ROWS: usize = 64;
 pub(super) const GROUP: usize = 4;
 /// The parts of a job's scratch; f32s and words.
 #[derive(Clone, Copy)]
-pub(super) struct Scratch {
+pub(in crate::cpu) struct Scratch {
     /// Packed keys and their third bits in lanes.
     pub k: *mut u32,
     pub k_plane: *mut u32,
@@ -36,13 +36,16 @@ pub(super) struct Scratch {
     pub s: *mut f32,
     /// `[group row][high, low][tokens]` probabilities as bytes.
     pub p_bytes: *mut u32,
+    /// `[group row][v_dim]` whole sums of values.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub sums: *mut i32,
     /// Bytes on their way into order.
     pub buffer: *mut u8,
 }
 
 /// The dimensions of a job, as indices.
 #[derive(Clone, Copy)]
-pub(super) struct Dims {
+pub(in crate::cpu) struct Dims {
     pub k_dim: usize,
     pub v_dim: usize,
     pub tokens: usize,
@@ -111,6 +114,7 @@ impl Scratch {
             q_bytes: next(GROUP * 2 * k_dim / 4),
             s: next(GROUP * tokens).cast(),
             p_bytes: next(GROUP * 2 * tokens / 4),
+            sums: next(GROUP * v_dim).cast(),
             buffer: next(2 * k_dim.max(tokens) / 4).cast(),
         };
         (scratch, at * 4)

@@ -2,13 +2,14 @@
 
 use core::arch::x86_64::*;
 
-use super::vnni;
+use super::{tiles, vnni};
 use crate::cpu::decode::{self, InPairs, OneByOne};
 use crate::cpu::dot::{Pairs, SplitPairs, Widened};
 use crate::cpu::job::Job;
 use crate::cpu::kernels::Kernels;
 use crate::cpu::prefill;
 use crate::cpu::quant::{self, CodePairs, E4m3, E5m2};
+use crate::cpu::sealed::{SealedJob, SealedKernels};
 use crate::cpu::vector::{PairDot, Vector};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, bf16};
@@ -353,11 +354,26 @@ crate::cpu::sealed::instantiate_sealed!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,sse4.2"
 );
 crate::cpu::sealed::instantiate_sealed!(
-    sealed_vnni,
+    sealed_any_vnni,
     F32x16,
     Vnni,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,sse4.2"
 );
+
+/// The kernels of the level with VNNI: those that read records as they lie, where they can.
+pub(crate) fn sealed_vnni() -> SealedKernels {
+    unsafe fn attend(job: &SealedJob<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if tiles::takes(job.layout) {
+                tiles::attend(job)
+            } else {
+                (sealed_any_vnni().attend)(job)
+            }
+        }
+    }
+    SealedKernels { attend, ..sealed_any_vnni() }
+}
 
 crate::cpu::kernels::instantiate!(
     kernels,

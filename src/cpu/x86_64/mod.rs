@@ -3,6 +3,7 @@
 pub(super) mod avx2;
 pub(super) mod avx512;
 mod codes;
+mod tiles;
 mod vnni;
 
 use core::arch::x86_64::*;

@@ -1,0 +1,158 @@
+//! What is prefetched while tiles are worked on: no hardware foresees the next block of a table.
+//!
+//! As in the decode kernel for rows, every line of codes is asked for twice: by the second-level
+//! cache tens of KiB ahead, by the first shortly before its use. Each load of codes sends the hints
+//! for one line, so that they need no branch and keep the pace of the work. Computes nothing.
+
+use core::ops::Range;
+
+use super::rows::Rows;
+use crate::cpu::sealed::{Reads, SealedJob};
+use crate::cpu::vector::{prefetch, prefetch_far};
+use crate::layout::tile::TileLayout;
+
+/// How far ahead the hints to the first-level and to the second-level cache run, about.
+const NEAR_BYTES: usize = 2 << 10;
+const FAR_BYTES: usize = 32 << 10;
+/// Bytes of records whose pages are asked for together, about.
+const PAGES_BYTES: usize = 80 << 10;
+/// The smallest page that a system may have.
+const PAGE: usize = 4 << 10;
+
+/// What is asked for while one side of a tile is worked on: from where on, a line for each that
+/// is read.
+#[derive(Clone, Copy)]
+pub(super) struct Hints {
+    /// The side's own codes, and what is read after them.
+    pub codes: *const u8,
+    pub then: *const u8,
+    /// The side's codes of a tile some way ahead.
+    pub far: *const u8,
+}
+
+/// The hints for the lines of sixteen rows.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    near: *const u8,
+    far: *const u8,
+}
+
+impl Hints {
+    /// Those of group `group` of `groups`, each of which has `lines` lines.
+    #[inline(always)]
+    pub fn group(&self, group: usize, groups: usize, lines: usize) -> Lines {
+        let lead = (NEAR_BYTES / 64 / lines).max(1);
+        let (at, from) = if group + lead < groups {
+            (group + lead, self.codes)
+        } else {
+            (group + lead - groups, self.then)
+        };
+        Lines {
+            near: from.wrapping_add(64 * at * lines),
+            far: self.far.wrapping_add(64 * group * lines),
+        }
+    }
+}
+
+impl Lines {
+    /// Asks for line `at`.
+    #[inline(always)]
+    pub fn hint(&self, at: usize) {
+        prefetch(self.near.wrapping_add(64 * at));
+        prefetch_far(self.far.wrapping_add(64 * at));
+    }
+}
+
+/// Tiles of a job and of what comes after it.
+pub(super) struct Ahead<'a, 'b> {
+    job: &'a SealedJob<'b>,
+    /// Tiles that second-level hints run ahead.
+    far: usize,
+    /// Tiles whose pages are asked for together.
+    pages: usize,
+}
+
+impl<'a, 'b> Ahead<'a, 'b> {
+    /// Asks for the start of the first tile.
+    ///
+    /// # Safety
+    /// As for [`attend`](super::attend).
+    pub unsafe fn new(job: &'a SealedJob<'b>) -> Self {
+        let tiles = |bytes: usize| (bytes / job.layout.bytes()).max(1);
+        let ahead = Self { job, far: tiles(FAR_BYTES), pages: tiles(PAGES_BYTES) };
+        // SAFETY: the caller's promise.
+        let first = unsafe { ahead.record(0) };
+        let codes = &job.layout.k_codes;
+        each(first, &(codes.start..codes.end.min(codes.start + NEAR_BYTES)), prefetch);
+        each(first, &rest(job.layout), prefetch);
+        ahead
+    }
+
+    /// Record `at` of the job, or of what comes after; the last there is where there are fewer.
+    ///
+    /// # Safety
+    /// As for [`attend`](super::attend).
+    unsafe fn record(&self, at: usize) -> *const u8 {
+        let job = self.job;
+        let of = |reads: &Reads, at: usize| {
+            // SAFETY: the caller's promise. Any address may be prefetched.
+            let block = unsafe { reads.table.add(reads.tiles.start as usize + at).read() };
+            reads.records.wrapping_offset(block as isize * job.block_bytes)
+        };
+        match &job.after {
+            _ if at < job.now.tiles.len() => of(&job.now, at),
+            Some(after) if !after.tiles.is_empty() => {
+                of(after, (at - job.now.tiles.len()).min(after.tiles.len() - 1))
+            }
+            _ => of(&job.now, job.now.tiles.len() - 1),
+        }
+    }
+
+    /// What to ask for while tile `at` of the job is worked on, keys and values. Asks for what is
+    /// not codes.
+    ///
+    /// # Safety
+    /// As for [`attend`](super::attend).
+    pub unsafe fn tile(&self, at: usize, k: &Rows, v: &Rows) -> [Hints; 2] {
+        let layout = self.job.layout;
+        // SAFETY: the caller's promise.
+        let (next, far) = unsafe { (self.record(at + 1), self.record(at + self.far)) };
+        // Nothing retires while the address of a hint is looked up, and several are looked up at
+        // once: so the pages of some tiles first, each by its first line.
+        if at.is_multiple_of(self.pages) {
+            for tile in 0..self.pages {
+                // SAFETY: the caller's promise.
+                let record = unsafe { self.record(at + self.far + tile) };
+                for byte in (0..layout.bytes()).step_by(PAGE) {
+                    prefetch_far(record.wrapping_add(byte));
+                }
+            }
+        }
+        each(next, &rest(layout), prefetch);
+        for range in [&layout.k_plane, &layout.v_plane, &rest(layout)] {
+            each(far, range, prefetch_far);
+        }
+        let (k_start, v_start) = (layout.k_codes.start, layout.v_codes.start);
+        [
+            Hints { codes: k.codes, then: v.codes, far: far.wrapping_add(k_start) },
+            Hints {
+                codes: v.codes,
+                then: next.wrapping_add(k_start),
+                far: far.wrapping_add(v_start),
+            },
+        ]
+    }
+}
+
+/// What a record holds after its codes.
+fn rest(layout: &TileLayout) -> Range<usize> {
+    layout.k_steps.start..layout.bytes()
+}
+
+/// Asks for each line of a range.
+#[inline(always)]
+fn each(record: *const u8, range: &Range<usize>, hint: fn(*const u8)) {
+    for at in range.clone().step_by(64) {
+        hint(record.wrapping_add(at));
+    }
+}
