@@ -1,6 +1,6 @@
 //! Products of packed rows against sums of their codes, one by one.
 
-use alloc::{vec, vec::Vec};
+use alloc::vec::Vec;
 use core::arch::x86_64::*;
 
 use super::ahead::Hints;
