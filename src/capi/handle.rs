@@ -57,6 +57,8 @@ pub(crate) trait Noun: Send + Sized {
     const KIND: usize;
     /// The parameter's name in errors.
     const NAME: &'static str;
+    /// Whether calls may share it: where not, nobody looks for those that do.
+    const SHAREABLE: bool = true;
 }
 
 struct Slot {
@@ -173,7 +175,8 @@ fn enter_shared<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, &'s
 /// Marks an exclusive borrow.
 fn enter_exclusive<T: Noun>(handle: *const T::Handle) -> Result<&'static Slot> {
     let (index, live) = slot_of::<T>(handle)?;
-    let (slot, counts) = (&SLOTS[index], SHARED[index].iter().map(|count| &count.0));
+    let shards: &[Padded<AtomicU32>] = if T::SHAREABLE { &SHARED[index] } else { &[] };
+    let (slot, counts) = (&SLOTS[index], shards.iter().map(|count| &count.0));
     gate::enter_exclusive(&slot.word, counts, live, EXCLUSIVE)
         .map_err(|seen| refused::<T>(seen, live))?;
     Ok(slot)
@@ -257,6 +260,7 @@ impl<T> DerefMut for Exclusive<T> {
 
 /// Borrows the object of a live handle beside other shared borrows.
 pub(crate) fn shared<T: Noun + Sync>(handle: *const T::Handle) -> Result<Shared<T>> {
+    const { assert!(T::SHAREABLE) };
     let (slot, count) = enter_shared::<T>(handle)?;
     Borrow::new(slot, Some(count)).map(Shared)
 }

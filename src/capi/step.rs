@@ -29,12 +29,15 @@ pub(super) struct OpenStep {
     /// The handle of the cache that has it open, to be cancelled with the step: a number, which is
     /// checked like any other handle.
     cache: usize,
+    /// Empty between calls: room for the work of the next kvc_step_begin.
+    room: Vec<Work<'static>>,
 }
 
 impl Noun for OpenStep {
     type Handle = kvc_step;
     const KIND: usize = 4;
     const NAME: &'static str = "step";
+    const SHAREABLE: bool = false;
 }
 
 /// New tokens of one sequence. This struct never grows.
@@ -156,7 +159,7 @@ pub unsafe extern "C" fn kvc_step_create(out: *mut *mut kvc_step) -> kvc_status 
     guard(|| {
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
-        out.write(handle::publish(OpenStep { step: Step::new(), cache: 0 })?);
+        out.write(handle::publish(OpenStep { step: Step::new(), cache: 0, room: Vec::new() })?);
         Ok(())
     })
 }
@@ -214,7 +217,7 @@ pub unsafe extern "C" fn kvc_step_begin(
         let mut step = handle::exclusive::<OpenStep>(step)?;
         // SAFETY: the caller's promise.
         let given = unsafe { pointer::slice(work, u64::from(work_count), "work") }?;
-        let mut work = Vec::new();
+        let mut work: Vec<Work<'_>> = core::mem::take(&mut step.room);
         let bytes = (given.len() * size_of::<Work<'_>>()) as u64;
         work.try_reserve_exact(given.len()).map_err(|_| Error::OutOfMemory { bytes })?;
         for item in given {
@@ -223,7 +226,11 @@ pub unsafe extern "C" fn kvc_step_begin(
             let tokens: &[TokenId] = unsafe { pointer::slice(item.tokens, count, "tokens") }?;
             work.push(Work { seq: SeqId(item.seq), tokens });
         }
-        locked.lock()?.begin(&mut step.step, &work)?;
+        let begun = locked.lock()?.begin(&mut step.step, &work);
+        work.clear();
+        // Collected in place: the same memory, and nothing in it that the caller's tokens are.
+        step.room = work.into_iter().map(|_| Work { seq: SeqId(0), tokens: &[] }).collect();
+        begun?;
         step.cache = cache.addr();
         Ok(())
     })
