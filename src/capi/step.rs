@@ -5,8 +5,8 @@ use core::ffi::c_void;
 
 use super::append::{kvc_rope, read_rope};
 use super::attend::per_head;
-use super::cache::{Locked, kvc_cache, open};
-use super::handle::{self, Noun};
+use super::cache::{kvc_cache, open};
+use super::handle::{self, Noun, Sharing};
 use super::pointer::{self, Plain, Sized32, flag};
 use super::seq::kvc_seq;
 use super::status::{guard, kvc_status};
@@ -37,7 +37,7 @@ impl Noun for OpenStep {
     type Handle = kvc_step;
     const KIND: usize = 4;
     const NAME: &'static str = "step";
-    const SHAREABLE: bool = false;
+    const SHARING: Sharing = Sharing::Refuses;
 }
 
 /// New tokens of one sequence. This struct never grows.
@@ -189,8 +189,8 @@ impl OpenStep {
         if !self.step.is_open() {
             return Ok(());
         }
-        match handle::shared::<Locked>(core::ptr::without_provenance(self.cache)) {
-            Ok(cache) => cache.lock()?.cancel(&mut self.step),
+        match handle::waited::<KvCache>(core::ptr::without_provenance(self.cache)) {
+            Ok(mut cache) => cache.cancel(&mut self.step),
             Err(Error::StaleHandle { .. } | Error::Poisoned) => Ok(()),
             Err(error) => Err(error),
         }
