@@ -117,8 +117,8 @@ impl<'a, 'b> Ahead<'a, 'b> {
         let layout = self.job.layout;
         // SAFETY: the caller's promise.
         let (next, far) = unsafe { (self.record(at + 1), self.record(at + self.far)) };
-        // Nothing retires while the address of a hint is looked up, and several are looked up at
-        // once: so the pages of some tiles first, each by its first line.
+        // It seems that nothing retires while a page is looked up, and several are looked up at
+        // once: so the pages of some tiles come first, each by one line.
         if at.is_multiple_of(self.pages) {
             for tile in 0..self.pages {
                 // SAFETY: the caller's promise.
