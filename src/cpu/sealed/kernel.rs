@@ -102,23 +102,10 @@ unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
     let (s, _) = Scratch::new(job.scratch, &dims);
     let rows = job.heads * job.tokens;
     let padded = rows.next_multiple_of(R);
-    let Dims { k_dim, v_dim, tokens, .. } = dims;
+    let v_dim = dims.v_dim;
     // SAFETY: the caller's promise; scratch is laid out for the job.
     unsafe {
-        for row in 0..padded {
-            let q = s.q.add(row * k_dim);
-            if row < rows {
-                widen::<V>(job, row, q, k_dim)
-            } else {
-                q.write_bytes(0, k_dim)
-            }
-            s.m.add(row).write(f32::NEG_INFINITY);
-            s.l.add(row).write(0.0);
-        }
-        s.o.write_bytes(0, padded * v_dim);
-        for t in 0..tokens {
-            s.count.add(t).write(t as f32);
-        }
+        begin::<V>(job, &dims, &s, padded);
         let mut record = find(job, job.now.tiles.start);
         for tile in job.now.tiles.clone() {
             let next = if tile + 1 < job.now.tiles.end { find(job, tile + 1) } else { None };
@@ -189,6 +176,34 @@ unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
     }
 }
 
+/// Widens the queries, those past the job's as zeros, and starts the states of `padded` rows.
+#[inline(always)]
+pub(in crate::cpu) unsafe fn begin<V: Words>(
+    job: &SealedJob<'_>,
+    dims: &Dims,
+    s: &Scratch,
+    padded: usize,
+) {
+    let (rows, k_dim) = (job.heads * job.tokens, dims.k_dim);
+    // SAFETY: the caller's promise; scratch is laid out for the job.
+    unsafe {
+        for row in 0..padded {
+            let q = s.q.add(row * k_dim);
+            if row < rows {
+                widen::<V>(job, row, q, k_dim)
+            } else {
+                q.write_bytes(0, k_dim)
+            }
+            s.m.add(row).write(f32::NEG_INFINITY);
+            s.l.add(row).write(0.0);
+        }
+        s.o.write_bytes(0, padded * dims.v_dim);
+        for t in 0..dims.tokens {
+            s.count.add(t).write(t as f32);
+        }
+    }
+}
+
 /// The record of a tile; `None` where it is not sealed, or has none.
 #[inline(always)]
 pub(in crate::cpu) unsafe fn find(job: &SealedJob<'_>, tile: u32) -> Option<*const u8> {
@@ -210,12 +225,7 @@ pub(in crate::cpu) unsafe fn find(job: &SealedJob<'_>, tile: u32) -> Option<*con
 
 /// Widens a query row.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn widen<V: Words>(
-    job: &SealedJob<'_>,
-    row: usize,
-    to: *mut f32,
-    k_dim: usize,
-) {
+unsafe fn widen<V: Words>(job: &SealedJob<'_>, row: usize, to: *mut f32, k_dim: usize) {
     let (token, head) = ((row / job.heads) as isize, (row % job.heads) as isize);
     let from = job.q.wrapping_offset(token * job.q_token_bytes + head * job.q_head_bytes);
     for c in (0..k_dim).step_by(V::LANES) {

@@ -57,7 +57,7 @@ pub(super) use seal::{SealJob, seal_record};
 pub(super) use {
     codes::pattern,
     dots::WIDE,
-    kernel::{Reads, find, value_unit, widen},
+    kernel::{Reads, begin, find, value_unit},
     scratch::{Dims, Scratch},
 };
 

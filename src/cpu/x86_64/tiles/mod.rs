@@ -15,7 +15,7 @@ mod tests;
 
 use core::arch::x86_64::*;
 
-use crate::cpu::sealed::{Dims, Scratch, SealedJob, find, value_unit, widen};
+use crate::cpu::sealed::{Dims, Scratch, SealedJob, begin, find, value_unit};
 use crate::dtype::f16;
 use crate::layout::tile::TileLayout;
 use ahead::{Ahead, Hints};
@@ -147,20 +147,7 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
     let mut weights: Weights<GROUP> = [[[zero; MOST]; 2]; GROUP];
     // SAFETY: the caller's promise; scratch is laid out for the job.
     unsafe {
-        for row in 0..padded {
-            let q = s.q.add(row * k_dim);
-            if row < rows {
-                widen::<F32x16>(job, row, q, k_dim)
-            } else {
-                q.write_bytes(0, k_dim)
-            }
-            s.m.add(row).write(f32::NEG_INFINITY);
-            s.l.add(row).write(0.0);
-        }
-        s.o.write_bytes(0, padded * v_dim);
-        for t in 0..tokens {
-            s.count.add(t).write(t as f32);
-        }
+        begin::<F32x16>(job, &dims, &s, padded);
         let ahead = Ahead::new(job);
         for (at, tile) in job.now.tiles.clone().enumerate() {
             if let Some(record) = find(job, tile) {
