@@ -2,7 +2,6 @@
 //! it, and a cache on it with rows on either side.
 #![cfg(feature = "emulate")]
 
-use std::ffi::c_void;
 use std::ptr;
 
 use kvcache::attention::{HeadShape, PagedKv, Scoring, reference_attention};
@@ -12,62 +11,7 @@ use kvcache::layout::Strides;
 
 mod device;
 use device::Rng;
-
-fn ok(status: kvc_status) {
-    let mut text = [0u8; 256];
-    // SAFETY: the buffer has its length.
-    let len = unsafe { kvc_last_error(text.as_mut_ptr().cast(), 256) } as usize;
-    assert_eq!(status, KVC_OK, "{}", String::from_utf8_lossy(&text[..len.min(255)]));
-}
-
-/// Device memory with numbers in it.
-struct Memory {
-    device: *mut kvc_device,
-    at: *mut c_void,
-    bytes: usize,
-}
-
-impl Memory {
-    fn of<T: Copy>(device: *mut kvc_device, values: &[T]) -> Self {
-        let (mut at, bytes) = (ptr::null_mut(), size_of_val(values));
-        // SAFETY: the pointers are to live memory of these sizes.
-        unsafe {
-            ok(kvc_device_alloc(device, bytes as u64, &mut at));
-            ok(kvc_device_upload(
-                device,
-                at,
-                values.as_ptr().cast(),
-                bytes as u64,
-                ptr::null_mut(),
-            ));
-        }
-        Memory { device, at, bytes }
-    }
-
-    fn read<T: Copy + Default>(&self) -> Vec<T> {
-        let mut values = vec![T::default(); self.bytes / size_of::<T>()];
-        let to = values.as_mut_ptr().cast();
-        // SAFETY: the vector has these bytes, and any bytes are numbers.
-        ok(unsafe {
-            kvc_device_download(self.device, to, self.at, self.bytes as u64, ptr::null_mut())
-        });
-        values
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated on this device, freed once.
-        ok(unsafe { kvc_device_free(self.device, self.at) });
-    }
-}
-
-fn open() -> *mut kvc_device {
-    let mut device = ptr::null_mut();
-    // SAFETY: the pointer is to a live handle.
-    ok(unsafe { kvc_device_open(KVC_DEVICE_EMU, 0, &mut device) });
-    device
-}
+use device::capi::{Memory, ok, open};
 
 fn halves(rng: &mut Rng, count: usize) -> Vec<f16> {
     (0..count).map(|_| f16::from_f32(rng.normal())).collect()
