@@ -61,11 +61,11 @@ func (c *DevicePrefix) Sync(stream uintptr) (uint64, error) {
 // DeviceLookup is a batch of lookups: the fields of kvc_device_lookup_desc. Leave is how many tokens at
 // the end of each request are not looked up; 0 looks all of them up.
 type DeviceLookup struct {
-	Requests, Leave, MaxBlocks                 uint32
-	Tokens, Indptr, NameSpaces                 uintptr
-	Matched, Blocks, TailTokens, TailBlocks    uintptr
-	ErrorFlag                                  uintptr
-	BlockStride                                int64
+	Requests, Leave, MaxBlocks              uint32
+	Tokens, Indptr, NameSpaces              uintptr
+	Matched, Blocks, TailTokens, TailBlocks uintptr
+	ErrorFlag                               uintptr
+	BlockStride                             int64
 }
 
 // Lookup enqueues lookups in the copy on a stream.
@@ -87,13 +87,13 @@ func (c *DevicePrefix) Lookup(l *DeviceLookup, stream uintptr) error {
 // DeviceMerge is partial results of attention to be made one: the fields of kvc_device_merge_desc, 0 for
 // their defaults.
 type DeviceMerge struct {
-	Count, Rows, Heads, Dim                            uint32
-	PartType, OutType                                  DType
-	Parts, LSE, Out, OutLSE, Sinks                     uintptr
-	PartStride, RowStride, HeadStride                  int64
-	LSEPartStride, LSERowStride, LSEHeadStride         int64
-	OutRowStride, OutHeadStride                        int64
-	OutLSERowStride, OutLSEHeadStride                  int64
+	Count, Rows, Heads, Dim                    uint32
+	PartType, OutType                          DType
+	Parts, LSE, Out, OutLSE, Sinks             uintptr
+	PartStride, RowStride, HeadStride          int64
+	LSEPartStride, LSERowStride, LSEHeadStride int64
+	OutRowStride, OutHeadStride                int64
+	OutLSERowStride, OutLSEHeadStride          int64
 }
 
 // Merge enqueues a merge of partial results on a stream.

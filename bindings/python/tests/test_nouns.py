@@ -199,6 +199,8 @@ def test_device_under_the_emulator():
             assert matched[0] == 4 and back[0] == 11
             with pytest.raises(ValueError, match="indptr"):
                 copied.lookup(tokens, indptr, found, ids, requests=2, max_blocks=1)
+            for memory in (tokens, indptr, found, ids):
+                memory.free()
 
 
 def test_events():
