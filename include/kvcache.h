@@ -1749,8 +1749,8 @@ typedef struct {
 kvc_status kvc_device_attend_options_init(kvc_device_attend_options *options, uint32_t struct_size);
 
 // Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
-// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
-// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and at most the maxima
+// of `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
 // NULL where the options say how many multiprocessors it has.
 //
 // Threads: thread-safe.
@@ -1795,7 +1795,8 @@ kvc_status kvc_device_append_options_init(kvc_device_append_options *options, ui
 // Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
 // default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 // bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
-// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+// which may be NULL for none, to the positions of `desc`. A row with slot -1 stores nothing; its queries
+// are rotated and written all the same. Slots past the blocks are skipped, and
 // raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
 // `scales` itself is on the host, the addresses in it are the device's.
 //

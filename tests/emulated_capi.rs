@@ -209,6 +209,37 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
     let got = other.read::<u32>();
     assert!(got[8..16].iter().chain(&got[24..]).all(|&x| x == 0) && got[..8] == blocks[40..]);
 
+    // An engine's own pools, one allocation a layer: K and V of three layers, by their addresses.
+    let layers = |first: u32| -> Vec<Memory> {
+        (0..3).map(|i| Memory::of(device, &[first + i; 5 * 8])).collect()
+    };
+    let (own, others) = (layers(10), layers(20));
+    let addresses = |layers: &[Memory]| {
+        layers.iter().map(|m| m.at.expose_provenance() as u64).collect::<Vec<_>>()
+    };
+    let own_at = Memory::of(device, &addresses(&own));
+    let others_at = Memory::of(device, &addresses(&others));
+    let pairs = Memory::of(device, &[4i32, 0, 1, 2]);
+    let apart = kvc_device_copy_desc {
+        count: 2,
+        planes: 3,
+        from_blocks: 5,
+        to_blocks: 5,
+        list: pairs.at,
+        from: ptr::null(),
+        to: ptr::null_mut(),
+        from_planes: own_at.at.cast(),
+        to_planes: others_at.at.cast(),
+        ..copy
+    };
+    // SAFETY: see above.
+    ok(unsafe { kvc_device_copy(device, &apart, ptr::null_mut()) });
+    for (i, layer) in others.iter().enumerate() {
+        let got = layer.read::<u32>();
+        let block = |at: usize| got[at * 8..][..8].iter().all(|&x| x == 10 + i as u32);
+        assert!(block(0) && block(2) && !block(1) && !block(3) && !block(4), "{got:?}");
+    }
+
     for (bad, status) in [
         (kvc_device_copy_desc { run_bytes: 20, ..copy }, KVC_ERR_INVALID_ARGUMENT),
         (kvc_device_copy_desc { list: ptr::null(), ..copy }, KVC_ERR_NULL_POINTER),
@@ -218,7 +249,7 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
         // SAFETY: see above; these are refused.
         assert_eq!(unsafe { kvc_device_copy(device, &bad, ptr::null_mut()) }, status);
     }
-    drop((pool, other, list, flag, ids));
+    drop((pool, other, list, flag, ids, own, others, own_at, others_at, pairs));
     // SAFETY: open, and closed once.
     ok(unsafe { kvc_device_close(device) });
 }

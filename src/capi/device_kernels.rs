@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernels::params::{AppendParams, In, Out};
 use crate::kernels::{
     AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, ScaleArgs, append_launch,
-    append_token_launch, append_token_params,
+    append_token_launch, append_token_params, most_workspace_bytes,
 };
 
 /// What kvc_device_attend must know beside the call's description.
@@ -209,8 +209,8 @@ pub unsafe extern "C" fn kvc_device_attend_options_init(
 }
 
 /// Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
-/// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
-/// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+/// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and at most the maxima
+/// of `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
 /// NULL where the options say how many multiprocessors it has.
 ///
 /// Threads: thread-safe.
@@ -228,8 +228,8 @@ pub unsafe extern "C" fn kvc_device_attend_workspace_size(
         // SAFETY: the caller's promise.
         let (desc, out) = unsafe { (pointer::read(desc)?, pointer::out(out_bytes, "out_bytes")?) };
         // SAFETY: the caller's promise.
-        let (plan, _) = unsafe { plan(device, &desc, options) }?;
-        out.write(plan.workspace_bytes());
+        let (bounds, _) = unsafe { bounds(device, &desc, options) }?;
+        out.write(most_workspace_bytes(&bounds)?);
         Ok(())
     })
 }
@@ -326,7 +326,8 @@ pub unsafe extern "C" fn kvc_device_append_options_init(
 /// Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
 /// default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 /// bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
-/// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+/// which may be NULL for none, to the positions of `desc`. A row with slot -1 stores nothing; its queries
+/// are rotated and written all the same. Slots past the blocks are skipped, and
 /// raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
 /// `scales` itself is on the host, the addresses in it are the device's.
 ///

@@ -188,7 +188,7 @@ pub unsafe extern "C" fn kvc_device_prefix_size(
     guard(|| {
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out_bytes, "out_bytes") }?;
-        out.write(read(prefix, |index| LookupImage::new(index))?.bytes());
+        out.write(read(prefix, LookupImage::new)?.bytes());
         Ok(())
     })
 }
@@ -211,7 +211,7 @@ pub unsafe extern "C" fn kvc_device_prefix_create(
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
         let backend = opened(device)?.0.clone();
-        let image = read(prefix, |index| LookupImage::new(index))?;
+        let image = read(prefix, LookupImage::new)?;
         let mut memory = DeviceMemory::new(&backend, image.bytes())?;
         // Of zeros nothing is found, until there is more.
         memory.zero(Stream::DEFAULT)?;

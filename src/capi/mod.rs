@@ -26,6 +26,8 @@ pub mod device;
 mod device_args;
 #[cfg(feature = "std")]
 pub mod device_cascade;
+#[cfg(all(test, feature = "std"))]
+mod device_contract;
 #[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]

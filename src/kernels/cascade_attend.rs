@@ -6,6 +6,7 @@
 //! segments alone: they are made once for all layers. What a half cannot know (a window, ALiBi) is
 //! refused; sinks join in the merge.
 
+use super::attend::most_workspace_bytes;
 use super::cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
 use super::params::{
     Any, CascadeSegment, CascadeSplitParams, DecodePlanParams, In, MergeParams, Out,
@@ -60,14 +61,15 @@ impl CascadeAttendPlan {
             segments,
             block_tokens,
         })?;
-        let shared = AttendPlan::new(&AttendBounds { seqs: segments, q_len: b.q_tokens, ..*b })?;
+        let of_shared = AttendBounds { seqs: segments, q_len: b.q_tokens, ..*b };
+        let shared = AttendPlan::new(&of_shared)?;
         let overflow = Error::Overflow { what: "cascade workspace" };
         let after = |at: u64, bytes: u64| {
             at.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(256)).ok_or(overflow)
         };
         let shared_at = cascade.workspace_bytes();
-        let own_at = after(shared_at, shared.workspace_bytes())?;
-        let workspace_bytes = after(own_at, own.workspace_bytes())?;
+        let own_at = after(shared_at, most_workspace_bytes(&of_shared)?)?;
+        let workspace_bytes = after(own_at, most_workspace_bytes(b)?)?;
         Ok(Self { bounds: *b, cascade, shared, own, shared_at, own_at, workspace_bytes })
     }
 

@@ -39,7 +39,9 @@ mod split;
 
 pub use append::append_launch;
 pub use append_token::{append_token_launch, append_token_params};
-pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan, ScaleArgs};
+pub use attend::{
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, ScaleArgs, most_workspace_bytes,
+};
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
 pub use cascade_attend::{CascadeAttendPlan, CascadeLaunches};
 pub use cascade_choice::{

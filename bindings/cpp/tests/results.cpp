@@ -459,8 +459,8 @@ static void device() {
     const std::array<uint32_t, 8> tokens{1, 2, 3, 4, 5, 6, 7, 8}, request{1, 2, 3, 4, 5, 6, 9, 9};
     const std::array<int32_t, 2> blocks{11, 12}, offsets{0, 8};
     CHECK(index.insert(0, tokens, blocks));
-    auto copy = kvc::device_prefix::create(device, index);
-    CHECK(copy && copy->sync().value() > 0);
+    auto mirror = kvc::device_prefix::create(device, index);
+    CHECK(mirror && mirror->sync().value() > 0);
     REFUSED(kvc::device_prefix::create(device, index), kvc::status::invalid_state, "a copy");
     const auto tokens_at = device.alloc(32).value(), offsets_at = device.alloc(8).value();
     const auto found = device.alloc(16).value();
@@ -473,7 +473,7 @@ static void device() {
     lookup.indptr = static_cast<const int32_t *>(offsets_at.get());
     lookup.matched = words, lookup.blocks = static_cast<int32_t *>(found.get()) + 2;
     lookup.tail_tokens = words + 1;
-    CHECK(copy->lookup(lookup));
+    CHECK(mirror->lookup(lookup));
     std::array<uint32_t, 3> answer{};
     CHECK(device.download(kvc::span<uint32_t>(answer), found));
     CHECK(answer[0] == 4 && answer[1] == 2 && answer[2] == 11);
