@@ -2148,15 +2148,18 @@ kvc_status kvc_device_prefix_destroy(kvc_device_prefix *copy);
 // Brings the copy up to what its index is now: enqueues the upload of what changed since the last
 // call (of everything, the first time) on `stream` (a CUstream; NULL for the default stream), and
 // writes how many bytes that was to `out_bytes`, which may be NULL. Waits for calls that change the
-// index, and they for it; not for the device, unless more has changed than ever before and the
-// memory that it goes through must grow. KVC_ERR_STALE_HANDLE where the index has been ended. Where
-// the call fails the copy is as it was or in part newer, and the next call uploads everything.
+// index, and they for it; not for what it enqueues. The driver may wait for the stream while it takes
+// the bytes, and so does the memory that they go through where it must grow. KVC_ERR_STALE_HANDLE
+// where the index has been ended. Where the call fails the copy is as it was or in part newer, and
+// the next call uploads everything.
 //
 // Syncs and lookups of one copy must be in one order on the device: on one stream, or by events. A
 // sync cannot be captured in a graph.
 //
 // Threads: thread-safe.
-kvc_status kvc_device_prefix_sync(kvc_device_prefix *copy, void *stream, uint64_t *out_bytes);
+kvc_status kvc_device_prefix_sync(kvc_device_prefix *copy,
+                                  void *stream,
+                                  uint64_t *out_bytes);
 
 // Fills a kvc_device_lookup_desc of `struct_size` bytes with its defaults.
 //

@@ -10,7 +10,7 @@ use core::ffi::{CStr, c_void};
 use core::ptr::{null, null_mut, without_provenance, without_provenance_mut};
 use std::sync::Mutex;
 
-use super::append::{kvc_append_desc, kvc_append_desc_init};
+use super::append::kvc_append_desc_init;
 use super::attend::{kvc_attend_desc, kvc_attend_desc_init};
 use super::device::{OpenDevice, kvc_device, kvc_device_close};
 use super::device_cascade::{kvc_device_cascade, kvc_device_cascade_workspace_size};
