@@ -41,7 +41,7 @@ build() { # source, architecture
         file == 2 && /HMMA/ { hmma[kernel]++ }
         file == 2 && /LDSM/ { ldsm[kernel]++ }
         file == 2 && /MOVM/ { movm[kernel]++ }
-        file == 2 && /LDGSTS.*\.128 / { copy[kernel]++ }
+        file == 2 && /LDGSTS.*\.128(\.ZFILL)? / { copy[kernel]++ }
         file == 2 && /LDG\.[.A-Z0-9_]*\.128/ { load[kernel]++ }
         file == 2 && /STG\.[.A-Z0-9_]*\.128/ { store[kernel]++ }
         file == 2 && /UBLKCP/ { bulk[kernel]++ }
