@@ -34,7 +34,7 @@ impl Distances {
         let piece = PIECE * bytes;
         // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
         let near = match NEAR_BYTES / piece {
-            0 if piece % 64 == 0 => (0, NEAR_BYTES / 64),
+            0 if piece.is_multiple_of(64) => (0, NEAR_BYTES / 64),
             pieces => (pieces.max(1), 0),
         };
         Self { near, far: (FAR_BYTES / piece).max(near.0 + 1) }
