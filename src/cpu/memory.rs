@@ -3,7 +3,7 @@
 //! A cache is read by streaming through gigabytes of it; with 4 KiB pages the address translation
 //! alone costs bandwidth. Knows nothing of blocks.
 
-use alloc::alloc::{Layout, alloc_zeroed, dealloc};
+use alloc::alloc::{Layout, alloc, dealloc};
 use core::ptr::NonNull;
 
 use crate::error::{Error, Result};
@@ -34,14 +34,17 @@ impl Memory {
         let align = if size >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { PAGE_BYTES };
         let layout = Layout::from_size_align(size, align).map_err(|_| overflow)?;
         // SAFETY: the size is not zero.
-        let start =
-            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Error::OutOfMemory { bytes })?;
+        let start = NonNull::new(unsafe { alloc(layout) }).ok_or(Error::OutOfMemory { bytes })?;
+        // Before the first byte is written: a page that is there already stays as small as it is.
         #[cfg(all(feature = "std", target_os = "linux"))]
         if align == HUGE_PAGE_BYTES {
             // Advice only: where it is refused, the memory works as it is.
             // SAFETY: the range was just allocated.
             unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
         }
+        // SAFETY: as above. Written and not only asked for, so that no page is missing later, in the
+        // middle of a step.
+        unsafe { start.as_ptr().write_bytes(0, size) };
         Ok(Self { start, layout })
     }
 
@@ -60,5 +63,56 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout, and owned.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+#[cfg(all(test, feature = "std", target_os = "linux", not(miri)))]
+mod tests {
+    use std::string::String;
+
+    use super::*;
+
+    /// KiB of huge pages in the mapping that has `address`.
+    fn huge_kib(address: usize) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+        let mut inside = false;
+        for line in maps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let ends =
+                range.map(|(a, b)| (usize::from_str_radix(a, 16), usize::from_str_radix(b, 16)));
+            if let Some((Ok(start), Ok(end))) = ends {
+                inside = (start..end).contains(&address);
+            } else if let Some(kib) = line.strip_prefix("AnonHugePages:").filter(|_| inside) {
+                return kib.trim().trim_end_matches(" kB").parse().unwrap();
+            }
+        }
+        0
+    }
+
+    #[test]
+    fn memory_is_zero_and_in_huge_pages_where_the_system_gives_them() {
+        const BYTES: usize = 16 << 20;
+        let memory = Memory::zeroed(BYTES as u64).unwrap();
+        // SAFETY: its own bytes.
+        let bytes = unsafe { core::slice::from_raw_parts(memory.start(), BYTES) };
+        assert!(bytes.iter().all(|&byte| byte == 0));
+        let ours = huge_kib(memory.start().addr());
+        // What a mapping of its own gets that asks before it writes; none where there are none.
+        // SAFETY: a new mapping, unmapped below; nothing outside it is written.
+        let theirs = unsafe {
+            let (read_write, private) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let start = libc::mmap(core::ptr::null_mut(), 2 * BYTES, read_write, private, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            libc::madvise(start, 2 * BYTES, libc::MADV_HUGEPAGE);
+            start.cast::<u8>().write_bytes(0, 2 * BYTES);
+            let kib = huge_kib(start.addr());
+            libc::munmap(start, 2 * BYTES);
+            kib
+        };
+        let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        std::println!("{ours} KiB and {theirs} KiB; {}", text.unwrap_or_else(|_| String::new()));
+        // Half of it, as memory may run out of huge pages between the two.
+        assert!(theirs < 2 * BYTES / 1024 || ours >= BYTES / 1024 / 2, "{ours} KiB of {theirs}");
     }
 }
