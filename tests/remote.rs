@@ -143,7 +143,7 @@ fn keeps_what_it_is_given(store: &dyn Store) {
     store.remove(&keys);
     let mut outcomes = [Outcome::None; 2];
     let puts: Vec<Put> =
-        keys.iter().zip(&objects).map(|(&key, object)| Put { key, object }).collect();
+        keys.iter().zip(&objects).map(|(&key, object)| Put { key, object, label: None }).collect();
     store.put(&puts, &mut outcomes);
     assert_eq!(outcomes, [Outcome::Done; 2], "{store:?}");
     let mut found = [false; 3];
@@ -190,8 +190,10 @@ fn serves_the_next_process(open: &dyn Fn() -> Arc<dyn Store>) {
     let (outcome, mut changed) = get(&*store, parent[1], bytes.unwrap() as usize);
     assert_eq!(outcome, Outcome::Done);
     changed[5000] ^= 1;
-    let puts =
-        [Put { key: parent[0], object: b"garbage" }, Put { key: parent[1], object: &changed }];
+    let puts = [
+        Put { key: parent[0], object: b"garbage", label: None },
+        Put { key: parent[1], object: &changed, label: None },
+    ];
     store.put(&puts, &mut [Outcome::None; 2]);
     drop(cache);
     let mut cache = with_store(open());
@@ -234,7 +236,7 @@ fn s3_keeps_objects_and_serves_the_next_process() {
     // A bucket that is not there is a failure, and no missing object.
     let none = open(&format!("{address}-none"), &options()).unwrap();
     let mut outcomes = [Outcome::None];
-    none.put(&[Put { key: ObjectKey::default(), object: &object(1) }], &mut outcomes);
+    none.put(&[Put { key: ObjectKey::default(), object: &object(1), label: None }], &mut outcomes);
     assert_eq!(outcomes, [Outcome::Failed]);
 }
 

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ObjectKey;
-use super::store::{Get, Outcome, Put, Store};
+use super::store::{Get, Outcome, Put, Store, Watcher};
 
 /// The store.
 pub(super) struct Guarded {
@@ -67,6 +67,10 @@ impl Guarded {
 
     pub fn remove(&self, keys: &[ObjectKey]) {
         self.call_silent(|store| store.remove(keys));
+    }
+
+    pub fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        self.call_silent(|store| store.watch(watcher)).unwrap_or(false)
     }
 
     pub fn used(&self) -> Option<(u64, u64)> {

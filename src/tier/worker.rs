@@ -65,7 +65,11 @@ impl Shared {
         state.counters.missed += (loads.len() - have) as u64;
         let rest = loads.split_off(have);
         if asked {
-            rest.iter().for_each(|load| state.seen.remove(&load.want.label.key));
+            // What comes after the first that is missing may be there.
+            let missing = rest.iter().zip(&found[have..]).filter(|(_, found)| !**found);
+            let gone: Vec<ObjectKey> = missing.map(|(load, _)| load.want.label.key).collect();
+            gone.iter().for_each(|key| state.seen.remove(key));
+            self.tell(&gone, &[]);
         }
         state.reading.extend(loads.iter().map(|load| load.want.label.key));
         state.loads.extend(loads);
@@ -124,13 +128,21 @@ impl Shared {
             arrived.push((ticket, want.at, result));
         }
         let mut state = self.state();
+        let (mut gone, mut seen) = (Vec::new(), Vec::new());
         for ((_, _, result), key) in arrived.iter().zip(&keys) {
             match result {
-                Ok(_) => state.seen.insert(*key),
-                Err(Missed::Absent | Missed::Bad) => state.seen.remove(key),
+                Ok(block) => {
+                    state.seen.insert(*key);
+                    seen.push(&block.label);
+                }
+                Err(Missed::Absent | Missed::Bad) => {
+                    state.seen.remove(key);
+                    gone.push(*key);
+                }
                 Err(_) => {}
             }
         }
+        self.tell(&gone, &seen);
         state.counters.loaded += done;
         state.counters.missed += missed;
         state.counters.bad += bad.len() as u64;
@@ -201,7 +213,11 @@ impl Shared {
         }
         let puts: Vec<Put> = sealed
             .iter()
-            .map(|block| Put { key: block.label.key, object: &block.buffer })
+            .map(|block| Put {
+                key: block.label.key,
+                object: &block.buffer,
+                label: Some(&block.label),
+            })
             .collect();
         let mut outcomes = alloc::vec![Outcome::None; puts.len()];
         let begin = Instant::now();
@@ -222,11 +238,14 @@ impl Shared {
             0 => {}
             _ => state.failed(),
         }
-        for (put, outcome) in puts.iter().zip(&outcomes) {
+        let mut seen = Vec::new();
+        for (block, outcome) in sealed.iter().zip(&outcomes) {
             if *outcome == Outcome::Done {
-                state.seen.insert(put.key);
+                state.seen.insert(block.label.key);
+                seen.push(&block.label);
             }
         }
+        self.tell(&[], &seen);
         for key in &keys {
             state.writing.remove(key);
         }

@@ -9,7 +9,7 @@ use crate::dtype::KvFormat;
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupSpec};
 use crate::prefix::Digest;
-use crate::tier::object::{self, Label};
+use crate::tier::object::{self, Label, Origin};
 
 fn config() -> Configuration {
     let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 16, KvFormat::F16));
@@ -19,7 +19,14 @@ fn config() -> Configuration {
 fn label(config: &Configuration, n: u32) -> Label {
     let tokens: Box<[u32]> = (n..n + 16).collect();
     let block = Digest::of_block(None, &tokens);
-    Label { key: config.key(&block), block, parent: None, keys: None, tokens }
+    Label {
+        key: config.key(&block),
+        block,
+        parent: None,
+        keys: None,
+        tokens,
+        origin: Origin::default(),
+    }
 }
 
 /// A sealed object whose payload depends on `n`.
@@ -40,8 +47,10 @@ fn open(files: &FaultyFiles, objects: u64) -> Result<(DiskStore, Recovery)> {
 
 fn put(store: &DiskStore, config: &Configuration, numbers: &[u32]) -> Vec<Outcome> {
     let objects: Vec<_> = numbers.iter().map(|&n| sealed(config, n)).collect();
-    let puts: Vec<Put> =
-        objects.iter().map(|(label, object)| Put { key: label.key, object }).collect();
+    let puts: Vec<Put> = objects
+        .iter()
+        .map(|(label, object)| Put { key: label.key, object, label: Some(label) })
+        .collect();
     let mut outcomes = alloc::vec![Outcome::None; puts.len()];
     store.put(&puts, &mut outcomes);
     outcomes
@@ -102,7 +111,7 @@ fn what_was_put_is_found_and_the_oldest_go_first() {
     let mut outcome = [Outcome::None];
     store.get(&mut [Get { key: label(&config, 1).key, object: &mut short }], &mut outcome);
     assert_eq!(outcome, [Outcome::Absent]);
-    store.put(&[Put { key: ObjectKey([1; 32]), object: &short }], &mut outcome);
+    store.put(&[Put { key: ObjectKey([1; 32]), object: &short, label: None }], &mut outcome);
     assert_eq!(outcome, [Outcome::Failed]);
 }
 
@@ -362,8 +371,10 @@ fn a_real_directory_serves_what_was_put_directly_and_through_the_ring() {
                 (label, buffer)
             })
             .collect();
-        let puts: Vec<Put> =
-            objects.iter().map(|(label, object)| Put { key: label.key, object }).collect();
+        let puts: Vec<Put> = objects
+            .iter()
+            .map(|(label, object)| Put { key: label.key, object, label: Some(label) })
+            .collect();
         let mut outcomes = alloc::vec![Outcome::None; puts.len()];
         store.put(&puts, &mut outcomes);
         assert_eq!(outcomes, [Outcome::Done; 20]);
