@@ -169,7 +169,7 @@ fn main() {
         return;
     };
     // 36 KiB, 260 KiB, 1 MiB, 2 MiB.
-    for (layers, objects) in [(1, 512), (8, 256), (32, 128), (64, 64)] {
+    for (layers, objects) in [(1, 2048), (8, 256), (32, 128), (64, 64)] {
         let objects = if test { 32 } else { objects };
         measure(&redis, layers, objects, if test { 1 } else { 12 });
     }

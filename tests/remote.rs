@@ -241,6 +241,26 @@ fn s3_keeps_objects_and_serves_the_next_process() {
 }
 
 /// Through the C ABI, by address: what one cache leaves there the next one finds.
+/// With `KVCACHE_S3_REFUSES` the store is one that does not take the environment's credentials.
+#[test]
+fn s3_with_a_wrong_secret_fails_and_is_counted() {
+    let Some(address) = s3().filter(|_| std::env::var_os("KVCACHE_S3_REFUSES").is_some()) else {
+        return;
+    };
+    let store = open(&address, &options()).unwrap();
+    let key = ObjectKey([9; 32]);
+    assert!(!store.exists(&[key], &mut [false]), "not found out, which is not absent");
+    let mut outcomes = [Outcome::None];
+    store.put(&[Put { key, object: &object(1), label: None }], &mut outcomes);
+    assert_eq!((outcomes[0], get(&*store, key, 20_000).0), (Outcome::Failed, Outcome::Failed));
+    let mut cache = with_store(store);
+    let prompt = prompt(1, 8);
+    assert_eq!(serve(&mut cache, &prompt).1, expected(&prompt));
+    cache.flush_tiers(LONG);
+    let counted = counters(&cache);
+    assert!(counted.failures > 0 && counted.stored == 0 && counted.down, "{counted:?}");
+}
+
 #[test]
 fn the_c_abi_opens_redis_by_address() {
     use kvcache::capi::*;

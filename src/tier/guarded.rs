@@ -59,8 +59,13 @@ impl Guarded {
         }
     }
 
-    pub fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
-        if self.call(|store| store.get(objects, outcomes)).is_none() {
+    pub fn get_each(
+        &self,
+        objects: &mut [Get],
+        outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
+    ) {
+        if self.call(|store| store.get_each(objects, outcomes, see)).is_none() {
             outcomes.fill(Outcome::Failed);
         }
     }

@@ -73,6 +73,22 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// consequence.
     fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]);
 
+    /// The same, and shows each object that is done, by its number: as soon as it is there, where the
+    /// store can, so that it is looked at while others are on their way. May show one twice.
+    fn get_each(
+        &self,
+        objects: &mut [Get],
+        outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
+    ) {
+        self.get(objects, outcomes);
+        for (n, (get, outcome)) in objects.iter().zip(outcomes).enumerate() {
+            if *outcome == Outcome::Done {
+                see(n, get.object);
+            }
+        }
+    }
+
     /// Removes objects; those it does not have are no failure.
     fn remove(&self, keys: &[ObjectKey]);
 

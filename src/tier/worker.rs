@@ -82,18 +82,23 @@ impl Shared {
     fn load(&self, mut loads: Vec<Load>) {
         let begin = Instant::now();
         let live: Vec<bool> = loads.iter().map(|load| !load.ticket.is_cancelled()).collect();
-        let mut gets: Vec<Get> = loads
-            .iter_mut()
-            .zip(&live)
-            .filter(|(_, live)| **live)
-            .map(|(load, _)| Get { key: load.want.label.key, object: &mut load.buffer })
-            .collect();
+        let (mut gets, mut labels) = (Vec::new(), Vec::new());
+        for (load, _) in loads.iter_mut().zip(&live).filter(|(_, live)| **live) {
+            gets.push(Get { key: load.want.label.key, object: &mut load.buffer });
+            labels.push(&load.want.label);
+        }
         let mut outcomes = alloc::vec![Outcome::None; gets.len()];
+        let mut whole = alloc::vec![false; gets.len()];
         if !gets.is_empty() {
-            self.store.get(&mut gets, &mut outcomes);
+            let mut see = |n: usize, object: &[u8]| {
+                if let (Some(whole), Some(label)) = (whole.get_mut(n), labels.get(n)) {
+                    *whole = object::verify(object, &self.config, label).is_ok();
+                }
+            };
+            self.store.get_each(&mut gets, &mut outcomes, &mut see);
         }
         let time = begin.elapsed();
-        let mut outcomes = outcomes.into_iter();
+        let mut outcomes = outcomes.into_iter().zip(whole);
         let (mut done, mut bad, mut missed, mut failed) = (0u64, Vec::new(), 0, false);
         let keys: Vec<ObjectKey> = loads.iter().map(|load| load.want.label.key).collect();
         let mut arrived = Vec::with_capacity(loads.len());
@@ -101,25 +106,20 @@ impl Shared {
             let Load { want, buffer, ticket } = load;
             let outcome = if live { outcomes.next() } else { None };
             let result = match outcome {
-                Some(Outcome::Done) => match object::verify(&buffer, &self.config, &want.label) {
-                    Ok(()) => {
-                        done += 1;
-                        Ok(Arc::new(HostBlock { label: want.label, buffer }))
-                    }
-                    Err(_) => {
-                        bad.push(want.label.key);
-                        Err(Missed::Bad)
-                    }
-                },
-                Some(Outcome::Bad) => {
+                Some((Outcome::Done, true)) => {
+                    done += 1;
+                    Ok(Arc::new(HostBlock { label: want.label, buffer }))
+                }
+                // Whole as the store says, and not what was asked for; or nothing of it was seen.
+                Some((Outcome::Done | Outcome::Bad, _)) => {
                     bad.push(want.label.key);
                     Err(Missed::Bad)
                 }
-                Some(Outcome::Failed | Outcome::Full) => {
+                Some((Outcome::Failed | Outcome::Full, _)) => {
                     (missed, failed) = (missed + 1, true);
                     Err(Missed::Down)
                 }
-                Some(Outcome::Absent | Outcome::None) => {
+                Some((Outcome::Absent | Outcome::None, _)) => {
                     missed += 1;
                     Err(Missed::Absent)
                 }

@@ -399,3 +399,46 @@ fn a_directory_that_cannot_be_is_answered_with_the_systems_words() {
     assert!(matches!(error, Error::TierFailed { os_code, .. } if os_code != 0), "{error}");
     let _ = std::fs::remove_file(&scratch.0);
 }
+
+/// Collects what is told.
+#[derive(Debug, Default)]
+struct Told(Mutex<Vec<ObjectKey>>);
+
+impl Watcher for Told {
+    fn changed(&self, gone: &[ObjectKey], stored: &[&Label]) {
+        let mut keys = self.0.lock().unwrap();
+        keys.retain(|key| !gone.contains(key));
+        keys.extend(stored.iter().map(|label| label.key));
+    }
+}
+
+#[test]
+fn what_is_there_is_told_and_a_damaged_label_costs_only_that() {
+    let (config, files) = (config(), FaultyFiles::default());
+    let (store, _) = open(&files, 40).unwrap();
+    put(&store, &config, &[1, 2, 3, 4, 5, 6]);
+    store.remove(&[label(&config, 2).key]);
+    drop(store);
+    let files = files.after_kill();
+    // The third slot's, whose object is still there.
+    let record = 256 + 16 * 4;
+    files.edit("labels", |bytes| bytes[2 * record + 200] ^= 4);
+    let (store, _) = open(&files, 40).unwrap();
+    let told = Arc::new(Told::default());
+    assert!(store.watch(told.clone()));
+    let keys = |numbers: &[u32]| -> Vec<ObjectKey> {
+        numbers.iter().map(|&n| label(&config, n).key).collect()
+    };
+    assert_eq!(*told.0.lock().unwrap(), keys(&[1, 4, 5, 6]));
+    assert_eq!(get(&store, &config, 3), (Outcome::Done, true));
+    put(&store, &config, &[7]);
+    store.remove(&keys(&[4]));
+    assert_eq!(*told.0.lock().unwrap(), keys(&[1, 5, 6, 7]));
+    for n in 100..200 {
+        put(&store, &config, &[n]);
+    }
+    let mut told = told.0.lock().unwrap().clone();
+    let mut there = store.keys();
+    (told.sort_unstable(), there.sort_unstable());
+    assert_eq!(told, there, "evictions are told");
+}
