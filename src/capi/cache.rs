@@ -1,12 +1,10 @@
 //! The cache noun: `crate::cache::KvCache` behind a handle and a lock.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use alloc::vec::Vec;
 use core::ffi::c_void;
 
 use super::device::{KVC_DEVICE_CPU, named};
-use super::handle::{self, Noun, Shared};
+use super::handle::{self, Noun, Sharing, Waited};
 use super::plan::{kvc_group_spec, read_spec};
 use super::pointer::{self, Plain, Sized32, flag};
 use super::retention::{KVC_EVICTION_LRU, eviction};
@@ -19,26 +17,27 @@ use crate::error::{Error, Result};
 /// their own. Calls on it are thread-safe: one runs at a time and the others wait.
 pub struct kvc_cache(());
 
-/// What a cache handle holds.
-pub(super) struct Locked(Mutex<KvCache>);
-
-impl Noun for Locked {
+impl Noun for KvCache {
     type Handle = kvc_cache;
     const KIND: usize = 3;
     const NAME: &'static str = "cache";
+    const SHARING: Sharing = Sharing::Waits;
 }
 
-impl Locked {
+/// A handle that was live when the call came.
+pub(super) struct Open(*const kvc_cache);
+
+impl Open {
     /// Waits for the calls of other threads.
-    pub(super) fn lock(&self) -> Result<MutexGuard<'_, KvCache>> {
-        // Poisoned while this call was waiting; the handle is poisoned too.
-        self.0.lock().map_err(|_: PoisonError<_>| Error::Poisoned)
+    pub(super) fn lock(&self) -> Result<Waited<KvCache>> {
+        handle::waited::<KvCache>(self.0)
     }
 }
 
-/// The cache of a handle.
-pub(super) fn open(cache: *const kvc_cache) -> Result<Shared<Locked>> {
-    handle::shared::<Locked>(cache)
+/// The cache of a handle, which is refused before anything else that the caller gave is looked at.
+pub(super) fn open(cache: *const kvc_cache) -> Result<Open> {
+    handle::live::<KvCache>(cache)?;
+    Ok(Open(cache))
 }
 
 /// Sizes and policies of a cache.
@@ -226,7 +225,7 @@ pub unsafe extern "C" fn kvc_cache_create(
             scrub: flag(options.scrub, "scrub")?,
         };
         let cache = KvCache::new(&spec, &options)?;
-        out.write(handle::publish(Locked(Mutex::new(cache)))?);
+        out.write(handle::publish(cache)?);
         Ok(())
     })
 }
@@ -240,7 +239,7 @@ pub unsafe extern "C" fn kvc_cache_create(
 /// The module's rules.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvc_cache_destroy(cache: *mut kvc_cache) -> kvc_status {
-    guard(|| handle::destroy::<Locked>(cache))
+    guard(|| handle::destroy::<KvCache>(cache))
 }
 
 /// Waits for everything that the cache has enqueued on its device. KVC_ERR_DEVICE_FAILED where some

@@ -10,11 +10,14 @@
 //! a handle is live when it agrees with its slot's word above the low bits. Borrows are marked, so
 //! that two calls on a per-handle noun at once, or a destroy during a call, is an error instead of a
 //! race. Shared borrows are counted in shards, so that threads that share an object do not share a
-//! cache line; `gate` has the protocol. Nothing here locks, and this file knows no noun.
+//! cache line; `gate` has the protocol. A noun may have its calls wait for each other instead: `turns`.
+//! Nothing else here locks, and this file knows no noun.
 //!
 //! A generation returns after 2^32 reuses of one slot (2^16 on 32-bit machines).
 
 mod gate;
+#[cfg(feature = "std")]
+mod turns;
 mod sync {
     pub(super) use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 }
@@ -27,6 +30,8 @@ use core::ops::{Deref, DerefMut};
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
+#[cfg(feature = "std")]
+pub(crate) use self::turns::{Waited, live, waited};
 use super::shard::{Padded, SHARDS, own_shard};
 use crate::error::{Error, Result};
 
@@ -57,12 +62,29 @@ pub(crate) trait Noun: Send + Sized {
     const KIND: usize;
     /// The parameter's name in errors.
     const NAME: &'static str;
+    /// What calls do that meet in one object.
+    const SHARING: Sharing = Sharing::Counts;
 }
 
+/// What calls do that meet in one object.
+pub(crate) enum Sharing {
+    /// Some share it ([`shared`]); who wants it alone ([`exclusive`]) is refused meanwhile.
+    Counts,
+    /// All want it alone: nobody looks for those who share it.
+    Refuses,
+    /// All want it alone, and wait for it ([`waited`]).
+    #[cfg(feature = "std")]
+    Waits,
+}
+
+/// In a cache line of its own: what is done to one handle slows no other.
+#[repr(align(64))]
 struct Slot {
     word: AtomicUsize,
     object: AtomicPtr<()>,
     poisoned: AtomicBool,
+    #[cfg(feature = "std")]
+    turn: std::sync::Mutex<()>,
 }
 
 impl Slot {
@@ -71,6 +93,8 @@ impl Slot {
             word: AtomicUsize::new(0),
             object: AtomicPtr::new(ptr::null_mut()),
             poisoned: AtomicBool::new(false),
+            #[cfg(feature = "std")]
+            turn: std::sync::Mutex::new(()),
         }
     }
 }
@@ -159,6 +183,10 @@ fn refused<T: Noun>(seen: usize, live: usize) -> Error {
     if seen & !LOW_MASK != live {
         return Error::StaleHandle { what: T::NAME };
     }
+    busy()
+}
+
+fn busy() -> Error {
     Error::InvalidState { why: "the handle is in use by another call" }
 }
 
@@ -173,7 +201,11 @@ fn enter_shared<T: Noun>(handle: *const T::Handle) -> Result<(&'static Slot, &'s
 /// Marks an exclusive borrow.
 fn enter_exclusive<T: Noun>(handle: *const T::Handle) -> Result<&'static Slot> {
     let (index, live) = slot_of::<T>(handle)?;
-    let (slot, counts) = (&SLOTS[index], SHARED[index].iter().map(|count| &count.0));
+    let shards: &[Padded<AtomicU32>] = match T::SHARING {
+        Sharing::Counts => &SHARED[index],
+        _ => &[],
+    };
+    let (slot, counts) = (&SLOTS[index], shards.iter().map(|count| &count.0));
     gate::enter_exclusive(&slot.word, counts, live, EXCLUSIVE)
         .map_err(|seen| refused::<T>(seen, live))?;
     Ok(slot)
@@ -257,6 +289,7 @@ impl<T> DerefMut for Exclusive<T> {
 
 /// Borrows the object of a live handle beside other shared borrows.
 pub(crate) fn shared<T: Noun + Sync>(handle: *const T::Handle) -> Result<Shared<T>> {
+    const { assert!(matches!(T::SHARING, Sharing::Counts)) };
     let (slot, count) = enter_shared::<T>(handle)?;
     Borrow::new(slot, Some(count)).map(Shared)
 }
@@ -278,13 +311,20 @@ pub(crate) fn destroy<T: Noun>(handle: *mut T::Handle) -> Result<()> {
     if handle.is_null() {
         return Ok(());
     }
+    #[cfg(feature = "std")]
+    let turn = match T::SHARING {
+        Sharing::Waits => Some(turns::last::<T>(handle)?),
+        _ => None,
+    };
     let slot = enter_exclusive::<T>(handle)?;
     let object = slot.object.swap(ptr::null_mut(), Ordering::Relaxed).cast::<T>();
     let generation = generation_of(slot.word.load(Ordering::Relaxed)).wrapping_add(1);
     slot.word.store(word(FREE, generation, 0), Ordering::Release);
+    #[cfg(feature = "std")]
+    drop(turn);
     // SAFETY: publish made it from a box of T (the kind says so), and the exclusive borrow that
     // the store ended made this the only place that has it. The slot is free before the drop, so
-    // that a panic there leaks no slot.
+    // that a panic there leaks no slot, and who waited for its turn is not kept.
     drop(unsafe { Box::from_raw(object) });
     Ok(())
 }

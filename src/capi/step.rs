@@ -5,8 +5,8 @@ use core::ffi::c_void;
 
 use super::append::{kvc_rope, read_rope};
 use super::attend::per_head;
-use super::cache::{Locked, kvc_cache, open};
-use super::handle::{self, Noun};
+use super::cache::{kvc_cache, open};
+use super::handle::{self, Noun, Sharing};
 use super::pointer::{self, Plain, Sized32, flag};
 use super::seq::kvc_seq;
 use super::status::{guard, kvc_status};
@@ -29,12 +29,15 @@ pub(super) struct OpenStep {
     /// The handle of the cache that has it open, to be cancelled with the step: a number, which is
     /// checked like any other handle.
     cache: usize,
+    /// Empty between calls: room for the work of the next kvc_step_begin.
+    room: Vec<Work<'static>>,
 }
 
 impl Noun for OpenStep {
     type Handle = kvc_step;
     const KIND: usize = 4;
     const NAME: &'static str = "step";
+    const SHARING: Sharing = Sharing::Refuses;
 }
 
 /// New tokens of one sequence. This struct never grows.
@@ -156,7 +159,7 @@ pub unsafe extern "C" fn kvc_step_create(out: *mut *mut kvc_step) -> kvc_status 
     guard(|| {
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out, "out") }?;
-        out.write(handle::publish(OpenStep { step: Step::new(), cache: 0 })?);
+        out.write(handle::publish(OpenStep { step: Step::new(), cache: 0, room: Vec::new() })?);
         Ok(())
     })
 }
@@ -186,8 +189,8 @@ impl OpenStep {
         if !self.step.is_open() {
             return Ok(());
         }
-        match handle::shared::<Locked>(core::ptr::without_provenance(self.cache)) {
-            Ok(cache) => cache.lock()?.cancel(&mut self.step),
+        match handle::waited::<KvCache>(core::ptr::without_provenance(self.cache)) {
+            Ok(mut cache) => cache.cancel(&mut self.step),
             Err(Error::StaleHandle { .. } | Error::Poisoned) => Ok(()),
             Err(error) => Err(error),
         }
@@ -214,7 +217,7 @@ pub unsafe extern "C" fn kvc_step_begin(
         let mut step = handle::exclusive::<OpenStep>(step)?;
         // SAFETY: the caller's promise.
         let given = unsafe { pointer::slice(work, u64::from(work_count), "work") }?;
-        let mut work = Vec::new();
+        let mut work: Vec<Work<'_>> = core::mem::take(&mut step.room);
         let bytes = (given.len() * size_of::<Work<'_>>()) as u64;
         work.try_reserve_exact(given.len()).map_err(|_| Error::OutOfMemory { bytes })?;
         for item in given {
@@ -223,7 +226,11 @@ pub unsafe extern "C" fn kvc_step_begin(
             let tokens: &[TokenId] = unsafe { pointer::slice(item.tokens, count, "tokens") }?;
             work.push(Work { seq: SeqId(item.seq), tokens });
         }
-        locked.lock()?.begin(&mut step.step, &work)?;
+        let begun = locked.lock()?.begin(&mut step.step, &work);
+        work.clear();
+        // Collected in place: the same memory, and nothing in it that the caller's tokens are.
+        step.room = work.into_iter().map(|_| Work { seq: SeqId(0), tokens: &[] }).collect();
+        begun?;
         step.cache = cache.addr();
         Ok(())
     })

@@ -7,6 +7,7 @@ The nouns are those of the C header:
 | `Cache`, `Sequence`, `Step`, `Batch`, `Scoring` | `kvc_cache_*`, `kvc_seq_*`, `kvc_step_*` |
 | `Pool`, `Prefix` | `kvc_pool_*`, `kvc_prefix_*` |
 | `attend`, `append`, `merge_states`, `Rope` | `kvc_attend*`, `kvc_append*`, `kvc_rope_*` |
+| `Rows` | none: an array that is looked at once |
 | `GroupSpec`, `plan` | `kvc_group_spec`, `kvc_plan_*` |
 | `Device` | `kvc_device_*` |
 | `Prefetch`, `TierCounts` | `kvc_prefetch_*`, `kvc_tier_*` |
@@ -18,6 +19,7 @@ copy. Calls release the interpreter's lock. `kvcache.transformers` puts Hugging 
 """
 
 from . import errors
+from .arrays import Rows
 from .cache import Cache, CacheCounts, Sequence
 from .device import Device, DeviceFacts, DeviceMemory
 from .errors import Error, OutOfBlocks
@@ -78,6 +80,7 @@ __all__ = [
     "Ran",
     "Retention",
     "Rope",
+    "Rows",
     "Scales",
     "Scoring",
     "Sequence",

@@ -6,6 +6,8 @@ tensors, whatever has the buffer protocol (NumPy, `array`, `memoryview`), and wh
 object) or a `ValueError` (a layout, a device, read-only memory), never converted.
 
 It knows nothing of caches. An address is good while its `keep` lives.
+
+What is used again and again may be looked at once: `Rows`.
 """
 
 from __future__ import annotations
@@ -38,8 +40,30 @@ class Array(NamedTuple):
     keep: Any
 
 
+class Rows:
+    """An array that is looked at once, for many calls: an engine's buffers of Q, K, V and outputs stay
+    where they are from step to step. Taken wherever rows are, in less time than the array itself.
+
+    It keeps the array alive, and what it says is true of the array as it was: the array must not be
+    resized or given other storage. On a GPU a
+    tensor's calls are ordered with torch's stream as ever; another library's array must be ready on
+    the cache's stream.
+    """
+
+    __slots__ = ("_found", "_glance", "shape")
+
+    def __init__(self, x: Any) -> None:
+        found = rows(x, "x")
+        if type(found.dtype) is not int:
+            raise TypeError(f"x has elements of type {found.dtype}: rows are f32, f16 or bf16")
+        self._found, self.shape = found, found.shape
+        self._glance = (found.address, found.dtype) if found.device == CPU else None
+
+
 def array(x: Any, name: str, stream: int | None = None) -> Array:
     """The memory of `x`, whatever its layout. `stream` is where a GPU's data must be ready."""
+    if type(x) is Rows:
+        return x._found
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _torch(x, name, torch)
@@ -71,12 +95,16 @@ def rows(x: Any, name: str, writable: bool = False, stream: int | None = None) -
     return found
 
 
-def quick(x: Any, shape: tuple[int, ...], flat: tuple[int, ...], writable: bool) -> tuple[Any, Any] | None:
-    """Address and element type of rows on the CPU, of either shape, where a glance is enough; where it
-    is not, None, and `rows` finds out what the matter is. A step makes a few of these for each layer."""
+def quick(x: Any, shapes: tuple[tuple[int, ...], ...] | None, writable: bool) -> tuple[Any, Any] | None:
+    """Address and element type of rows on the CPU, of one of `shapes` or any, where a glance is enough;
+    where it is not, None, and `rows` finds out what the matter is. A step makes a few of these for each
+    layer."""
     kind = type(x)
-    if kind is _quick.numpy:
-        if x.shape == shape or x.shape == flat:
+    if kind is Rows:
+        if (shapes is None or x.shape in shapes) and (not writable or x._found.writable):
+            return x._glance
+    elif kind is _quick.numpy:
+        if shapes is None or x.shape in shapes:
             dtype = _FLOATS.get(x.dtype.char)
             if dtype is not None:
                 try:
@@ -84,8 +112,7 @@ def quick(x: Any, shape: tuple[int, ...], flat: tuple[int, ...], writable: bool)
                 except (ValueError, BufferError):
                     return None
     elif kind is _quick.torch:
-        size = x.shape
-        if (size == shape or size == flat) and x.is_cpu and not x.requires_grad and not x.is_neg():
+        if (shapes is None or x.shape in shapes) and x.is_cpu and not x.requires_grad and not x.is_neg():
             dtype = _torch_dtypes.get(x.dtype)
             if dtype.__class__ is int and x.layout is _quick.strided and x.is_contiguous():
                 return _cast(_VOID, x.data_ptr()), dtype

@@ -19,6 +19,8 @@ from .errors import InvalidState, check, error
 from .rope import Rope
 
 _NULL = ffi.NULL
+# Shapes of which one is asked for.
+_Shapes = tuple[tuple[int, ...], ...]
 # The hot calls, looked up once.
 _quick, _append, _attend = arrays.quick, lib.kvc_step_append, lib.kvc_step_attend
 
@@ -92,8 +94,10 @@ class Step:
         self._end = weakref.finalize(self, lib.kvc_step_destroy, out[0])
         self.cache: Cache | None = None
         self.rows = 0
-        # By group: the shapes of keys and values, heads and channels apart and together.
-        self._shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
+        # By group: the shapes of keys and of values, heads and channels apart and together.
+        self._shapes: dict[int, tuple[_Shapes, _Shapes]] = {}
+        # By group and shape of the queries: their heads, and the shapes of the outputs.
+        self._queries: dict[tuple[int, tuple[int, ...]], tuple[int, _Shapes]] = {}
 
     def close(self) -> None:
         """Ends the step, cancelling it where it is open. Again does nothing."""
@@ -110,6 +114,7 @@ class Step:
         check(lib.kvc_step_begin(cache._handle, self._handle, work._work, work._count))
         self.cache, self.rows = cache, work._rows
         self._shapes.clear()
+        self._queries.clear()
         return self
 
     def __enter__(self) -> Step:
@@ -124,17 +129,26 @@ class Step:
             raise InvalidState("the step is not open")
         return self.cache
 
-    def _shape(self, group: int) -> tuple[tuple[int, ...], ...]:
+    def _shape(self, group: int) -> tuple[_Shapes, _Shapes]:
         groups, n = self._open().groups, self.rows
         if not 0 <= group < len(groups):
             raise ValueError(f"group {group} is not one of the cache's")
         spec = groups[group]
-        heads, k = spec.kv_heads, spec.k_dim
-        v = k if spec.v_dim is None else spec.v_dim
-        shapes = ((n, heads, k), (n, heads * k), (n, heads, v), (n, heads * v))
         # Where values lie in keys there are none to look at: the slow path knows.
-        self._shapes[group] = shapes if not spec.v_in_k else (shapes[0], shapes[1], (-1,), (-1,))
-        return self._shapes[group]
+        v = () if spec.v_in_k else _either(n, spec.kv_heads, spec.k_dim if spec.v_dim is None else spec.v_dim)
+        found = self._shapes[group] = _either(n, spec.kv_heads, spec.k_dim), v
+        return found
+
+    def _query(self, group: int, shape: tuple[int, ...]) -> tuple[int, _Shapes]:
+        """The query heads of queries of a shape, and the shapes of their outputs; none where the
+        shape is not of this step."""
+        self._shape(group)
+        spec, n = self._open().groups[group], self.rows
+        heads = shape[1] if len(shape) == 3 else shape[1] // spec.k_dim if len(shape) == 2 else 0
+        fits = shape in _either(n, heads, spec.k_dim)
+        out = _either(n, heads, spec.k_dim if spec.v_dim is None else spec.v_dim) if fits else ()
+        found = self._queries[group, tuple(shape)] = heads, out
+        return found
 
     def positions(self) -> list[int]:
         """The position of each row in its sequence."""
@@ -153,9 +167,9 @@ class Step:
         cache = self.cache or self._open()
         shapes = self._shapes.get(group) or self._shape(group)
         rotation = _NULL if rope is None else rope._struct
-        one = _quick(k, shapes[0], shapes[1], False)
+        one = _quick(k, shapes[0], False)
         if one is not None and v is not None:
-            two = _quick(v, shapes[2], shapes[3], False)
+            two = _quick(v, shapes[1], False)
             if two is not None and one[1] == two[1]:
                 status = _append(cache._handle, self._handle, group, layer, one[0], two[0], one[1], rotation)
                 if status:
@@ -192,17 +206,12 @@ class Step:
         `[rows, q_heads]` natural logarithms of the softmax denominators in f32.
         """
         cache = self.cache or self._open()
-        if group not in self._shapes:
-            self._shape(group)
-        spec = cache.groups[group]
         if lse is None and (scoring is None or not scoring._heads):
-            shape: Any = getattr(q, "shape", ())
-            n, dim = self.rows, spec.k_dim
-            heads = shape[1] if len(shape) == 3 else shape[1] // dim if len(shape) == 2 else 0
-            one = _quick(q, (n, heads, dim), (n, heads * dim), False)
+            one = _quick(q, None, False)
             if one is not None:
-                dim = dim if spec.v_dim is None else spec.v_dim
-                two = _quick(out, (n, heads, dim), (n, heads * dim), True)
+                shape = q.shape
+                heads, results = self._queries.get((group, shape)) or self._query(group, shape)
+                two = _quick(out, results, True)
                 if two is not None:
                     how = _NULL if scoring is None else scoring._struct
                     status = _attend(
@@ -211,7 +220,8 @@ class Step:
                     if status:
                         raise error(status)
                     return
-        stream = cache.stream
+        self._shape(group)
+        spec, stream = cache.groups[group], cache.stream
         query = arrays.rows(q, "q", False, stream)
         shape = query.shape
         heads = shape[1] if len(shape) == 3 else shape[1] // spec.k_dim if len(shape) == 2 else 0
@@ -265,6 +275,11 @@ class Step:
         """Closes the step without its tokens: the sequences are as before."""
         check(lib.kvc_step_cancel(self._open()._handle, self._handle))
         self.cache = None
+
+
+def _either(n: int, heads: int, dim: int) -> _Shapes:
+    """The shapes that rows may have."""
+    return (n, heads, dim), (n, heads * dim)
 
 
 def _one_cache(seqs: list[Sequence]) -> Cache | None:

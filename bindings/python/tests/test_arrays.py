@@ -133,3 +133,47 @@ def test_torch(step):
             step.append(0, 0, x, k)
     with torch.no_grad():
         step.append(0, 0, torch.randn(3, 2, 64, requires_grad=True), k)
+
+
+@pytest.mark.parametrize("torch", [False, True])
+def test_rows_are_looked_at_once(step, torch):
+    library = pytest.importorskip("torch") if torch else None
+    wrap = library.from_numpy if torch else lambda x: x
+    k, q, out = rows(), rows(4), np.zeros((3, 4, 64), "f4")
+    held = kvcache.Rows(wrap(k))
+    step.append(0, 0, held, held)
+    step.attend(0, 0, kvcache.Rows(wrap(q)), kvcache.Rows(wrap(out)))
+    plain = np.zeros_like(out)
+    step.append(0, 0, k, k)
+    step.attend(0, 0, q, plain)
+    assert np.array_equal(out, plain) and np.array_equal(out[0], np.repeat(k[0], 2, axis=0))
+    # Written where it lies, and seen with what is there now.
+    k[...] = rows() * 2
+    step.append(0, 0, held, held)
+    step.attend(0, 0, q, kvcache.Rows(wrap(out)))
+    assert np.array_equal(out[0], np.repeat(k[0], 2, axis=0))
+
+
+def test_rows_keep_their_array_and_are_refused_like_it(step):
+    k = kvcache.Rows(rows())
+    wide = kvcache.Rows(rows(3))
+    with pytest.raises(ValueError, match="shape"):
+        step.append(0, 0, wide, wide)
+    with pytest.raises(TypeError, match="f32 and v is f16"):
+        step.append(0, 0, k, kvcache.Rows(rows(dtype="f2")))
+    with pytest.raises(ValueError, match="shape"):
+        step.attend(0, 0, kvcache.Rows(rows(4, n=2)), rows(4))
+    with pytest.raises(ValueError, match="shape"):
+        step.attend(0, 0, kvcache.Rows(rows(4)), kvcache.Rows(rows(2)))
+    frozen = rows(4)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        step.attend(0, 0, kvcache.Rows(rows(4)), kvcache.Rows(frozen))
+    with pytest.raises(ValueError, match="not contiguous"):
+        kvcache.Rows(rows(4)[:, ::2])
+    with pytest.raises(TypeError, match="f32, f16 or bf16"):
+        kvcache.Rows(rows().view("u4"))
+    grown = rows()
+    held = kvcache.Rows(grown)
+    del grown
+    step.append(0, 0, held, held)

@@ -1,7 +1,7 @@
 //! Who may be inside an object: the protocol on a slot's word and its counts of shared borrows.
 //!
 //! Whoever borrows beside others counts first and looks at the word then; whoever borrows alone
-//! marks the word first and looks at the counts then. All of it is sequentially consistent, so that
+//! marks the word first and looks at the counts then. Entering is sequentially consistent, so that
 //! of two at least one sees the other. Knows no handles and no objects; a model checker explores it
 //! (`scripts/shuttle`), which is why its atomics come through `sync`.
 
@@ -47,6 +47,7 @@ pub(super) fn enter_exclusive<'a>(
     Ok(())
 }
 
+/// Only who is alone writes the word, so that it takes no exchange.
 pub(super) fn leave_exclusive(word: &AtomicUsize, mark: usize) {
-    word.fetch_sub(mark, Ordering::SeqCst);
+    word.store(word.load(Ordering::Relaxed) & !mark, Ordering::Release);
 }

@@ -142,3 +142,85 @@ fn threads_race_for_one_handle_and_one_wins() {
         assert_eq!(wins + usize::from(destroy::<Thing>(handle).is_ok()), 1);
     }
 }
+
+#[cfg(feature = "std")]
+struct Turned {
+    inside: core::sync::atomic::AtomicUsize,
+    _alive: Arc<()>,
+}
+#[cfg(feature = "std")]
+struct TurnedHandle;
+#[cfg(feature = "std")]
+impl Noun for Turned {
+    type Handle = TurnedHandle;
+    const KIND: usize = 12;
+    const NAME: &'static str = "turned";
+    const SHARING: Sharing = Sharing::Waits;
+}
+
+#[cfg(feature = "std")]
+#[test]
+fn who_waits_is_alone_then_or_hears_that_the_object_ended() {
+    use core::sync::atomic::AtomicUsize;
+    use core::sync::atomic::Ordering::SeqCst;
+    let _table = TABLE.read();
+    let alive = Arc::new(());
+    let value =
+        publish(Turned { inside: AtomicUsize::new(0), _alive: alive.clone() }).unwrap().addr();
+    let handle = || ptr::without_provenance_mut::<TurnedHandle>(value);
+    let rounds = if cfg!(miri) { 10 } else { 1000 };
+    let (entered, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..rounds {
+                    match waited::<Turned>(handle()) {
+                        Ok(object) => {
+                            assert_eq!(object.inside.fetch_add(1, SeqCst), 0, "two are inside");
+                            std::thread::yield_now();
+                            assert_eq!(object.inside.fetch_sub(1, SeqCst), 1);
+                            entered.fetch_add(1, SeqCst);
+                        }
+                        Err(error) => {
+                            assert_ne!(ended.load(SeqCst), 0, "refused before its end: {error}");
+                            assert!(live::<Turned>(handle()).is_err());
+                        }
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while entered.load(SeqCst) < rounds {
+                std::thread::yield_now();
+            }
+            ended.store(1, SeqCst);
+            while let Err(error) = destroy::<Turned>(handle()) {
+                assert_eq!(error, super::busy());
+            }
+        });
+    });
+    assert_eq!(Arc::strong_count(&alive), 1);
+    assert_eq!(error(waited::<Turned>(handle())), Error::StaleHandle { what: "turned" });
+}
+
+#[cfg(feature = "std")]
+#[test]
+fn an_object_is_not_ended_while_a_call_is_inside() {
+    let _table = TABLE.read();
+    let object = Turned { inside: Default::default(), _alive: Arc::new(()) };
+    let handle = publish(object).unwrap();
+    let inside = waited::<Turned>(handle).unwrap();
+    assert_eq!(error(destroy::<Turned>(handle)), super::busy());
+    drop(inside);
+    let value = handle.addr();
+    let unwound = std::panic::catch_unwind(|| {
+        let _inside = waited::<Turned>(ptr::without_provenance(value)).unwrap();
+        std::panic::resume_unwind(alloc::boxed::Box::new(()));
+    });
+    assert!(unwound.is_err());
+    assert_eq!(error(waited::<Turned>(handle)), Error::Poisoned);
+    destroy::<Turned>(handle).unwrap();
+    let again = publish(Turned { inside: Default::default(), _alive: Arc::new(()) }).unwrap();
+    assert!(waited::<Turned>(again).is_ok(), "a slot is clean when it is used again");
+    destroy::<Turned>(again).unwrap();
+}

@@ -1,7 +1,7 @@
 //! The order in which the decode kernel walks the memory, and what it prefetches of it.
 //!
 //! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice: to the second-level cache about 32 KiB ahead, to the first about 4 KiB ahead.
+//! software, and twice: to the second-level cache about 32 KiB ahead, to the first about 2 KiB ahead.
 //! A core has few buffers for misses of its first-level cache, and one that waits for memory holds
 //! its buffer all the while; the hints to the second level do not hold them, and those that follow
 //! wait for that level only. Computes nothing.
@@ -14,15 +14,31 @@ pub(in crate::cpu) const TILE: usize = 64;
 /// Keys of a piece, the unit in which prefetching runs ahead.
 pub(in crate::cpu) const PIECE: usize = 16;
 /// How far the second hint, to the first-level cache, runs ahead, about.
-const NEAR_BYTES: usize = 4 << 10;
+const NEAR_BYTES: usize = 2 << 10;
 /// How far the first hint, to the second-level cache, runs ahead, about.
 const FAR_BYTES: usize = 32 << 10;
 
-/// Pieces of rows of `bytes` between use and the second hint, and the first.
-#[inline(always)]
-pub(in crate::cpu) fn distances(bytes: usize) -> (usize, usize) {
-    let near = (NEAR_BYTES / (PIECE * bytes)).max(1);
-    (near, (FAR_BYTES / (PIECE * bytes)).max(near + 1))
+/// How far the hints for rows of some length run ahead.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Distances {
+    /// Whole pieces between use and the second hint, and lines beyond.
+    near: (usize, usize),
+    /// Pieces between use and the first hint.
+    far: usize,
+}
+
+impl Distances {
+    /// For rows of `bytes`.
+    #[inline(always)]
+    pub(in crate::cpu) fn of(bytes: usize) -> Self {
+        let piece = PIECE * bytes;
+        // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
+        let near = match NEAR_BYTES / piece {
+            0 if piece % 64 == 0 => (0, NEAR_BYTES / 64),
+            pieces => (pieces.max(1), 0),
+        };
+        Self { near, far: (FAR_BYTES / piece).max(near.0 + 1) }
+    }
 }
 
 /// Row addresses of one tile in the first KV head of the job.
@@ -233,13 +249,22 @@ impl Walk<'_, '_> {
     }
 }
 
+/// The next lines of two runs of memory.
+struct Lines {
+    near: *const u8,
+    far: *const u8,
+    /// Where the near ones go on after `left` more.
+    then: *const u8,
+    left: isize,
+}
+
 /// Hints that go out while a piece of keys or of values is worked on: those for two pieces ahead of
 /// it, at the pace of the work.
 pub(in crate::cpu) struct Hints<'a> {
     near: Ahead<'a>,
     far: Ahead<'a>,
-    /// The next lines, where both pieces are runs of memory.
-    lines: Option<[*const u8; 2]>,
+    /// Where the pieces are runs of memory.
+    lines: Option<Lines>,
     /// The next row, where they are not.
     row: usize,
     /// Steps a row, and steps until the next.
@@ -269,11 +294,17 @@ impl<'a> Hints<'a> {
         pace: usize,
         even: bool,
     ) -> Self {
-        let (near, far) = distances(if side == Side::Keys { walk.k_bytes } else { walk.v_bytes });
-        let near = walk.ahead(side, head, piece + near);
+        let bytes = if side == Side::Keys { walk.k_bytes } else { walk.v_bytes };
+        let Distances { near: (pieces, beyond), far } = Distances::of(bytes);
         let far = walk.ahead(side, head, piece + far);
-        let lines = match (near.run(), far.run()) {
-            (Some(near), Some(far)) if even && walk.k_bytes == walk.v_bytes => Some([near, far]),
+        // A part of a piece beyond: the rest of one piece, then the beginning of the next.
+        let near = walk.ahead(side, head, piece + pieces + usize::from(beyond != 0));
+        let first = if beyond == 0 { near } else { walk.ahead(side, head, piece + pieces) };
+        let lines = match (first.run(), near.run(), far.run()) {
+            (Some(first), Some(then), Some(far)) if even && walk.k_bytes == walk.v_bytes => {
+                let left = (PIECE * bytes / 64 - beyond) as isize;
+                Some(Lines { near: first.wrapping_add(beyond * 64), far, then, left })
+            }
             _ => None,
         };
         Hints { near, far, lines, row: 0, pace, wait: 1 }
@@ -282,13 +313,18 @@ impl<'a> Hints<'a> {
     /// Goes one step on, which takes `lines` lines or some part of a row.
     #[inline(always)]
     pub(in crate::cpu) fn step(&mut self, lines: usize) {
-        if let Some([near, far]) = &mut self.lines {
-            for _ in 0..lines {
-                prefetch(*near);
-                prefetch_far(*far);
-                *near = near.wrapping_add(64);
-                *far = far.wrapping_add(64);
+        if let Some(Lines { near, far, then, left }) = &mut self.lines {
+            // Between steps alone: a check a line costs more than the few lines it would save.
+            if *left <= 0 {
+                (*near, *left) = (*then, isize::MAX);
             }
+            for line in 0..lines {
+                prefetch(near.wrapping_add(64 * line));
+                prefetch_far(far.wrapping_add(64 * line));
+            }
+            *near = near.wrapping_add(64 * lines);
+            *far = far.wrapping_add(64 * lines);
+            *left -= lines as isize;
             return;
         }
         self.wait -= 1;
