@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::{Demotion, LowerTier, TierOptions};
 use crate::cache::{CacheOptions, KvCache, Media, Step, Work};
 use crate::dtype::KvFormat;
-use crate::events::{Event, Medium, Message, Publisher, Queue};
+use crate::events::{Event, Medium, Message, Publisher};
 use crate::ids::{BlockId, Namespace, TokenId};
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupSpec};
@@ -71,7 +71,6 @@ impl Store for Remote {
 #[derive(Debug, Default)]
 struct Listener {
     blocks: Blocks,
-    cleared: usize,
 }
 
 impl Listener {
@@ -102,10 +101,7 @@ impl Listener {
                         assert!(known, "{medium:?} removed unknown");
                     }
                 }
-                Event::Cleared => {
-                    self.blocks.clear();
-                    self.cleared += 1;
-                }
+                Event::Cleared => self.blocks.clear(),
             }
         }
     }
@@ -173,12 +169,11 @@ impl Bed {
         self.cache.describe_namespace(TENANT, &KEYS).unwrap();
     }
 
-    fn listen(&mut self, capacity: usize) -> Arc<Queue> {
+    fn listen(&mut self, capacity: usize) {
         let queue = self.cache.enable_events(capacity).unwrap();
         let listener = self.listener.clone();
         let take = move |message: &Message| listener.lock().unwrap().take(message);
-        self.publisher = Some(Publisher::start(queue.clone(), vec![Box::new(take)]).unwrap());
-        queue
+        self.publisher = Some(Publisher::start(queue, vec![Box::new(take)]).unwrap());
     }
 
     fn serve(&mut self, prompt: &[TokenId], media: &[Media], space: Namespace) -> u32 {
@@ -334,7 +329,6 @@ fn after_a_restart_the_blocks_on_disk_are_told() {
         drop(bed);
         let mut bed = Bed::new(&scratch, [12, 6, 400], true);
         bed.known = known;
-        // A namespace of another number that this process has described otherwise.
         if before {
             bed.describe();
         }
