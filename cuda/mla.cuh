@@ -185,7 +185,7 @@ KVC_UNROLL
 // The columns whose softmax a warp keeps: the largest score, and a lane's part of the sum.
 template <uint32_t Columns> struct MlaRows {
     static constexpr int kOwn = Columns / kMlaWarps;
-    int64_t low[kOwn], high[kOwn];
+    uint32_t low[kOwn], after[kOwn]; // tokens seen: [low, after), in 32 bits for their registers
     float m[kOwn], l[kOwn];
 };
 
@@ -193,13 +193,13 @@ template <uint32_t Columns> struct MlaRows {
 template <typename T, uint32_t Columns>
 KVC_DEVICE void mla_weights(const kvc_mla_params &p, uint32_t first, bool readable,
                             MlaRows<Columns> &rows, MlaShared<Columns> &shared) {
-    const int64_t token = static_cast<int64_t>(first) + lane_id();
+    const uint32_t token = first + lane_id();
 KVC_UNROLL
     for (int c = 0; c < MlaRows<Columns>::kOwn; ++c) {
         const uint32_t column = warp_id() * MlaRows<Columns>::kOwn + c, lane = lane_id();
         const float dot = shared.scores[0][column * kScoreRow + lane] +
                           shared.scores[1][column * kScoreRow + lane];
-        const bool seen = readable && token >= rows.low[c] && token <= rows.high[c];
+        const bool seen = readable && token >= rows.low[c] && token < rows.after[c];
         const float x = seen ? dot * p.scale * kLog2e : -infinity();
         const float top = max_f32(rows.m[c], max_over_lanes(x));
         const float scale = weight(rows.m[c], top), w = weight(x, top);
@@ -293,8 +293,8 @@ KVC_UNROLL
 KVC_UNROLL
     for (int c = 0; c < MlaRows<Columns>::kOwn; ++c) {
         const MlaColumn column = find_mla_column(p, u, warp * MlaRows<Columns>::kOwn + c);
-        rows.low[c] = column.low;
-        rows.high[c] = column.high;
+        rows.low[c] = column.low > 0 ? static_cast<uint32_t>(column.low) : 0;
+        rows.after[c] = column.high >= 0 ? static_cast<uint32_t>(column.high) + 1 : 0;
         rows.m[c] = -infinity();
         rows.l[c] = 0.0f;
     }

@@ -1749,8 +1749,8 @@ typedef struct {
 kvc_status kvc_device_attend_options_init(kvc_device_attend_options *options, uint32_t struct_size);
 
 // Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
-// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
-// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and at most the maxima
+// of `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
 // NULL where the options say how many multiprocessors it has.
 //
 // Threads: thread-safe.
@@ -1795,7 +1795,8 @@ kvc_status kvc_device_append_options_init(kvc_device_append_options *options, ui
 // Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
 // default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 // bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
-// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+// which may be NULL for none, to the positions of `desc`. A row with slot -1 stores nothing; its queries
+// are rotated and written all the same. Slots past the blocks are skipped, and
 // raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
 // `scales` itself is on the host, the addresses in it are the device's.
 //
@@ -1804,6 +1805,208 @@ kvc_status kvc_device_append(const kvc_device *device,
                              const kvc_append_desc *desc,
                              const kvc_device_append_options *options,
                              void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// device: a prefix that sequences share attended once for all of them
+// ----------------------------------------------------------------------------------------------
+// One layer's attention, and what the device does in a microsecond: what the cost model of
+// kvc_device_cascade_choose goes by. Nothing but q_tokens has a default.
+typedef struct {
+    // sizeof(kvc_device_cascade_query); kvc_device_cascade_query_init sets it.
+    uint32_t struct_size;
+    // Query heads, a multiple of kv_heads.
+    uint32_t q_heads;
+    // KV heads.
+    uint32_t kv_heads;
+    // Channels of a head.
+    uint32_t head_dim;
+    // Tokens of a block.
+    uint32_t block_tokens;
+    // Bytes of one token's keys and values of all KV heads in a layer.
+    uint32_t token_bytes;
+    // Query tokens of a sequence. 1 by default.
+    uint32_t q_tokens;
+    // Sequences.
+    uint32_t seqs;
+    // Cached tokens of all sequences together, shared ones counted in each; an estimate will do.
+    uint64_t kv_tokens;
+    // Bytes from memory in a microsecond.
+    double memory_bytes;
+    // Bytes from the second-level cache in a microsecond.
+    double cache_bytes;
+    // Size of that cache, in bytes.
+    uint64_t cache_size;
+    // Operations (two a multiplication and addition) of the prefill kernel in a microsecond.
+    double operations;
+    // Microseconds from one launch's end to the next one's work.
+    double launch;
+    // Multiprocessors.
+    uint32_t multiprocessors;
+    // 0.
+    uint32_t reserved;
+} kvc_device_cascade_query;
+
+// Neighbouring sequences whose tables begin with the same blocks. This struct never grows.
+typedef struct {
+    // The first sequence.
+    uint32_t first_seq;
+    // How many.
+    uint32_t seqs;
+    // Blocks that all of them begin with, whole ones before every query.
+    uint32_t blocks;
+    // 0.
+    uint32_t reserved;
+} kvc_device_cascade_prefix;
+
+// Neighbouring sequences of a batch that share a prefix, or none of whose prefixes is used. This
+// struct never grows.
+typedef struct {
+    // The first sequence.
+    uint32_t first_seq;
+    // How many; 0 in an entry that only fills the list up, whose first_seq is the batch.
+    uint32_t seqs;
+    // Blocks at the start of their tables that all of them share; 0 for none.
+    uint32_t shared_blocks;
+    // 0.
+    uint32_t reserved;
+} kvc_device_cascade_segment;
+
+// What the cost model says of a batch, for one layer.
+typedef struct {
+    // 1: a cascade is faster, by a margin.
+    uint32_t pays;
+    // 0.
+    uint32_t reserved;
+    // Microseconds of kvc_device_attend, by the model.
+    double plain;
+    // Microseconds of kvc_device_cascade, by the model.
+    double cascade;
+} kvc_device_cascade_estimate;
+
+// Fills a kvc_device_cascade_query of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_cascade_query_init(kvc_device_cascade_query *query, uint32_t struct_size);
+
+// Chooses among `prefixes[prefix_count]`, in order and apart, those that a cascade should split off,
+// by a model of what it saves (a prefix that several sequences share is read once) and what it costs
+// (launches, partial results, arithmetic that may not fill the device). The model is no measurement,
+// and leans towards plain attention. All of it is host memory; no device is needed.
+//
+// `out_segments[segment_count]` (at least 1) receives the list that kvc_device_cascade takes on the
+// device, filled up to its length; where a cascade does not pay it splits nothing off, so a captured
+// graph can be replayed with it. What was weighed goes to `out`, `out_bytes` (its sizeof) at most.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_cascade_choose(const kvc_device_cascade_query *query,
+                                     const kvc_device_cascade_prefix *prefixes,
+                                     uint32_t prefix_count,
+                                     kvc_device_cascade_segment *out_segments,
+                                     uint32_t segment_count,
+                                     kvc_device_cascade_estimate *out,
+                                     uint64_t out_bytes);
+
+// Writes an upper bound of the workspace of kvc_device_cascade to `out_bytes`, as
+// kvc_device_attend_workspace_size does for plain attention; `segment_count` is the length of the
+// list. KVC_ERR_UNSUPPORTED where a half has no kernel.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_cascade_workspace_size(const kvc_device *device,
+                                             const kvc_attend_desc *desc,
+                                             const kvc_device_attend_options *options,
+                                             uint32_t segment_count,
+                                             uint64_t *out_bytes);
+
+// Enqueues what kvc_device_attend computes, on `stream` (a CUstream; NULL for the default stream),
+// as a cascade: the prefix that the sequences of a segment share is attended once for the queries of
+// all of them, then what follows it in each, and the two are merged. `segments` is a device address,
+// of a list as kvc_device_cascade_choose writes it, which covers the sequences in order: what it
+// leaves out has outputs without meaning. No claim is trusted: a prefix is used as far as the tables
+// agree and before every query, and bit 3 of `bad_block` is set where that is less than its segment
+// says. With q_indptr, total_q_tokens rows of out and lse are written; those past the last sequence's
+// mean nothing.
+//
+// Allocates nothing and waits for nothing, so it can be captured in a CUDA graph and replayed with
+// other lengths and another list of the same length. KVC_ERR_UNSUPPORTED with a window or ALiBi.
+//
+// Threads: thread-safe, where calls share no outputs and no workspace.
+kvc_status kvc_device_cascade(const kvc_device *device,
+                              const kvc_attend_desc *desc,
+                              const kvc_device_attend_options *options,
+                              const kvc_device_cascade_segment *segments,
+                              uint32_t segment_count,
+                              void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// device: partial results of attention merged
+// ----------------------------------------------------------------------------------------------
+// Attention over `count` disjoint sets of keys, each with its outputs (normalised) and the natural
+// logarithms of its denominators, to be made one. Every pointer is a device address, strides are in
+// elements; rows of parts and out begin at multiples of 16 bytes and of 8 channels.
+typedef struct {
+    // sizeof(kvc_device_merge_desc); kvc_device_merge_desc_init sets it.
+    uint32_t struct_size;
+    // Parts, at least 1.
+    uint32_t count;
+    // Rows (query tokens).
+    uint32_t rows;
+    // Query heads of a row.
+    uint32_t heads;
+    // Channels of a head, a multiple of 8.
+    uint32_t dim;
+    // KVC_DTYPE_* of parts. KVC_DTYPE_F32 by default.
+    uint32_t part_dtype;
+    // KVC_DTYPE_* of out. KVC_DTYPE_F32 by default.
+    uint32_t out_dtype;
+    // 0.
+    uint32_t reserved;
+    // Outputs `[part][row][head][dim]`.
+    const void *parts;
+    // Elements from a part to the next; of two that were allocated apart the difference of their
+    // addresses. All three 0: contiguous.
+    int64_t part_stride;
+    // Elements from a row to the next.
+    int64_t row_stride;
+    // Elements from a head to the next.
+    int64_t head_stride;
+    // Logarithms `[part][row][head]`, natural. A part that saw no key has -INFINITY, and its outputs
+    // are not read.
+    const float *lse;
+    // Elements from a part to the next. All three 0: contiguous.
+    int64_t lse_part_stride;
+    // Elements from a row to the next.
+    int64_t lse_row_stride;
+    // Elements from a head to the next.
+    int64_t lse_head_stride;
+    // Merged outputs `[row][head][dim]`. Must not overlap parts.
+    void *out;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t out_row_stride;
+    // Elements from a head to the next.
+    int64_t out_head_stride;
+    // NULL, or their logarithms `[row][head]`. Must not overlap lse.
+    float *out_lse;
+    // Elements from a row to the next. Both 0: contiguous.
+    int64_t out_lse_row_stride;
+    // Elements from a head to the next.
+    int64_t out_lse_head_stride;
+    // NULL, or `[heads]` logits that join the denominators: attention sinks, where no part had them.
+    const float *sinks;
+} kvc_device_merge_desc;
+
+// Fills a kvc_device_merge_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_merge_desc_init(kvc_device_merge_desc *desc, uint32_t struct_size);
+
+// Enqueues the merge that `desc` describes on `stream` (a CUstream; NULL for the default stream).
+// Allocates nothing and waits for nothing: it can be captured in a CUDA graph. kvc_merge_states is
+// the same on the host.
+//
+// Threads: thread-safe, where calls share no outputs.
+kvc_status kvc_device_merge(const kvc_device *device,
+                            const kvc_device_merge_desc *desc,
+                            void *stream);
 
 // ----------------------------------------------------------------------------------------------
 // device: blocks copied, swapped and zeroed
@@ -1878,6 +2081,100 @@ kvc_status kvc_device_copy_desc_init(kvc_device_copy_desc *desc, uint32_t struct
 kvc_status kvc_device_copy(const kvc_device *device,
                            const kvc_device_copy_desc *desc,
                            void *stream);
+
+// ----------------------------------------------------------------------------------------------
+// device: a prefix index's copy there, and lookups in it
+// ----------------------------------------------------------------------------------------------
+// A device's copy of a prefix index. It is of the index as it was at its last
+// kvc_device_prefix_sync: a block that has been evicted since can still be found there, so whoever
+// acts on a result holds the evictions back, or takes references first.
+typedef struct kvc_device_prefix kvc_device_prefix;
+
+// A batch of lookups. Every pointer is a device address.
+typedef struct {
+    // sizeof(kvc_device_lookup_desc); kvc_device_lookup_desc_init sets it.
+    uint32_t struct_size;
+    // Requests.
+    uint32_t requests;
+    // Tokens at the end of each request that are not looked up. 1 by default, which leaves the last
+    // one to be computed, whose logits sampling needs.
+    uint32_t leave;
+    // The most blocks that a request matches.
+    uint32_t max_blocks;
+    // Tokens of all requests.
+    const uint32_t *tokens;
+    // `[requests + 1]` offsets into tokens, ascending.
+    const int32_t *indptr;
+    // NULL for 0, or the name space of each request.
+    const uint64_t *name_spaces;
+    // `[requests]`: tokens that whole cached blocks cover.
+    uint32_t *matched;
+    // Their ids `[request][block][group]`; what follows a request's own is not written.
+    int32_t *blocks;
+    // Ids from a request to the next; 0 for max_blocks times the index's groups.
+    int64_t block_stride;
+    // NULL, or `[requests]`: how many tokens after those agree with one more cached block.
+    uint32_t *tail_tokens;
+    // NULL, or `[requests][group]`: the ids of that block, -1 where there is none.
+    int32_t *tail_blocks;
+    // NULL, or a word in which bit 1 is set where offsets do not ascend, and bit 4 where the copy
+    // is not whole (it was never uploaded); such requests match nothing more.
+    uint32_t *error_flag;
+} kvc_device_lookup_desc;
+
+// Writes the bytes of device memory that a copy of the index takes to `out_bytes`, beside what its
+// uploads go through: room for the fullest that the index can become, so that addresses never change
+// and a captured graph sees what was uploaded since.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_prefix_size(const kvc_prefix *prefix,
+                                  uint64_t *out_bytes);
+
+// Makes a copy of the index on a device, of nothing yet: kvc_device_prefix_sync fills it. From then
+// on the index notes what changes in it. KVC_ERR_INVALID_STATE where it has a copy already,
+// KVC_ERR_UNSUPPORTED where it has sliding windows.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_prefix_create(const kvc_device *device,
+                                    kvc_prefix *prefix,
+                                    kvc_device_prefix **out);
+
+// Ends a copy; its index notes changes no more. NULL is accepted. KVC_ERR_INVALID_STATE while
+// another thread is inside it.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_prefix_destroy(kvc_device_prefix *copy);
+
+// Brings the copy up to what its index is now: enqueues the upload of what changed since the last
+// call (of everything, the first time) on `stream` (a CUstream; NULL for the default stream), and
+// writes how many bytes that was to `out_bytes`, which may be NULL. Waits for calls that change the
+// index, and they for it; not for what it enqueues. The driver may wait for the stream while it takes
+// the bytes, and so does the memory that they go through where it must grow. KVC_ERR_STALE_HANDLE
+// where the index has been ended. Where the call fails the copy is as it was or in part newer, and
+// the next call uploads everything.
+//
+// Syncs and lookups of one copy must be in one order on the device: on one stream, or by events. A
+// sync cannot be captured in a graph.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_prefix_sync(kvc_device_prefix *copy,
+                                  void *stream,
+                                  uint64_t *out_bytes);
+
+// Fills a kvc_device_lookup_desc of `struct_size` bytes with its defaults.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_lookup_desc_init(kvc_device_lookup_desc *desc, uint32_t struct_size);
+
+// Enqueues lookups in the copy on `stream` (a CUstream; NULL for the default stream): each request's
+// longest cached prefix, by comparison of tokens, as kvc_prefix_lookup finds it. Allocates nothing
+// and waits for nothing, so it can be captured in a CUDA graph and replayed over other tokens and
+// later uploads. Marks nothing as used in the index.
+//
+// Threads: thread-safe, where calls share no outputs.
+kvc_status kvc_device_prefix_lookup(const kvc_device_prefix *copy,
+                                    const kvc_device_lookup_desc *desc,
+                                    void *stream);
 
 // ----------------------------------------------------------------------------------------------
 // events: what becomes cached and what ceases to be, as it happens

@@ -30,6 +30,9 @@ part_asan() { KVCACHE_CONFORMANCE=full scripts/asan.sh; }
 
 part_aarch64() { KVCACHE_CONFORMANCE=full scripts/aarch64.sh; }
 
+# Every CUDA kernel for every architecture of a release.
+part_cuda() { scripts/cuda.sh --release; }
+
 # The emulated kernels without sanitizers, under more schedules; every unit test with the sockets built in.
 part_emulator() { scripts/emulator.sh --plain; }
 part_zmq() { cargo test -p libkvcache --features zmq --lib; }
@@ -81,8 +84,8 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 emulator zmq tsan shuttle fuzz crashes disk signatures msrv cinstall
-    transformers benches gpu)
+parts=(random levels features asan aarch64 cuda emulator zmq tsan shuttle fuzz crashes disk
+    signatures msrv cinstall transformers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -3,7 +3,7 @@
 # table, a cache on an emulated device and a served prompt, under AddressSanitizer and
 # UndefinedBehaviorSanitizer, with the blocks of a launch on two threads. `--plain` (in deep.sh) does it
 # without sanitizers, with blocks one after another and more schedules; that is also what a compiler
-# without them gets.
+# without them gets. C and C++ programs against a library with an emulated device run there too.
 source "$(dirname "$0")/common.sh"
 CXX=${CXX:-c++}
 command -v "$CXX" >/dev/null || skip "no C++ compiler ($CXX)"
@@ -27,3 +27,4 @@ esac
     --test conformance_device_codes --test cache
 "${run[@]}" cargo run -p libkvcache --features emulate --example generate -- \
     --device emu --check --prompt 'What is a KV cache?' --max-tokens 4
+[ "${1:-}" != --plain ] || cargo test -p ffi-tests --features emulate --test programs --test wrapper

@@ -486,6 +486,45 @@ impl Caller<'_> {
         call!(self, kvc_device_attend(device, &attend, &how, stream));
         call!(self, kvc_device_append(device, &append, &write, stream));
         call!(self, kvc_device_copy(device, &copy, stream));
+        self.shared_on_device(device, &attend, &how);
+    }
+
+    /// The same of what sequences share; the cost model needs no device.
+    fn shared_on_device(
+        &mut self,
+        device: *mut kvc_device,
+        attend: &kvc_attend_desc,
+        how: &kvc_device_attend_options,
+    ) {
+        let (prefix, stream) = (self.shared.prefix as *mut kvc_prefix, null_mut());
+        let (mut bytes, mut copied) = (0, null_mut());
+        ok!(self, kvc_device_prefix_size(prefix, &mut bytes));
+        // An index has one copy: another thread's may be there.
+        call!(self, kvc_device_prefix_create(device, prefix, &mut copied));
+        let (mut lookup, mut merge): (kvc_device_lookup_desc, kvc_device_merge_desc) =
+            (zeroed(), zeroed());
+        let mut query: kvc_device_cascade_query = zeroed();
+        let (lookup_bytes, merge_bytes, query_bytes) = (size(&lookup), size(&merge), size(&query));
+        ok!(self, kvc_device_lookup_desc_init(&mut lookup, lookup_bytes));
+        ok!(self, kvc_device_merge_desc_init(&mut merge, merge_bytes));
+        ok!(self, kvc_device_cascade_query_init(&mut query, query_bytes));
+        call!(self, kvc_device_prefix_sync(copied, stream, null_mut()));
+        call!(self, kvc_device_prefix_lookup(copied, &lookup, stream));
+        call!(self, kvc_device_merge(device, &merge, stream));
+        (query.q_heads, query.kv_heads, query.head_dim) = (8, 8, 64);
+        (query.block_tokens, query.token_bytes, query.seqs) = (16, 2048, 4);
+        (query.memory_bytes, query.cache_bytes, query.operations) = (3e6, 6e6, 3e8);
+        query.multiprocessors = 132;
+        let shared = kvc_device_cascade_prefix { first_seq: 0, seqs: 4, blocks: 9, reserved: 0 };
+        let mut list = [zeroed::<kvc_device_cascade_segment>(); 2];
+        let mut said: kvc_device_cascade_estimate = zeroed();
+        let (out, said_bytes) = (list.as_mut_ptr(), size_of_val(&said) as u64);
+        ok!(self, kvc_device_cascade_choose(&query, &shared, 1, out, 2, &mut said, said_bytes));
+        assert_eq!((list[0].seqs, list[1].first_seq), (4, 4));
+        let list = null();
+        call!(self, kvc_device_cascade_workspace_size(device, attend, how, 2, &mut bytes));
+        call!(self, kvc_device_cascade(device, attend, how, list, 2, stream));
+        call!(self, kvc_device_prefix_destroy(copied));
     }
 }
 

@@ -2,7 +2,6 @@
 //! it, and a cache on it with rows on either side.
 #![cfg(feature = "emulate")]
 
-use std::ffi::c_void;
 use std::ptr;
 
 use kvcache::attention::{HeadShape, PagedKv, Scoring, reference_attention};
@@ -12,62 +11,7 @@ use kvcache::layout::Strides;
 
 mod device;
 use device::Rng;
-
-fn ok(status: kvc_status) {
-    let mut text = [0u8; 256];
-    // SAFETY: the buffer has its length.
-    let len = unsafe { kvc_last_error(text.as_mut_ptr().cast(), 256) } as usize;
-    assert_eq!(status, KVC_OK, "{}", String::from_utf8_lossy(&text[..len.min(255)]));
-}
-
-/// Device memory with numbers in it.
-struct Memory {
-    device: *mut kvc_device,
-    at: *mut c_void,
-    bytes: usize,
-}
-
-impl Memory {
-    fn of<T: Copy>(device: *mut kvc_device, values: &[T]) -> Self {
-        let (mut at, bytes) = (ptr::null_mut(), size_of_val(values));
-        // SAFETY: the pointers are to live memory of these sizes.
-        unsafe {
-            ok(kvc_device_alloc(device, bytes as u64, &mut at));
-            ok(kvc_device_upload(
-                device,
-                at,
-                values.as_ptr().cast(),
-                bytes as u64,
-                ptr::null_mut(),
-            ));
-        }
-        Memory { device, at, bytes }
-    }
-
-    fn read<T: Copy + Default>(&self) -> Vec<T> {
-        let mut values = vec![T::default(); self.bytes / size_of::<T>()];
-        let to = values.as_mut_ptr().cast();
-        // SAFETY: the vector has these bytes, and any bytes are numbers.
-        ok(unsafe {
-            kvc_device_download(self.device, to, self.at, self.bytes as u64, ptr::null_mut())
-        });
-        values
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated on this device, freed once.
-        ok(unsafe { kvc_device_free(self.device, self.at) });
-    }
-}
-
-fn open() -> *mut kvc_device {
-    let mut device = ptr::null_mut();
-    // SAFETY: the pointer is to a live handle.
-    ok(unsafe { kvc_device_open(KVC_DEVICE_EMU, 0, &mut device) });
-    device
-}
+use device::capi::{Memory, ok, open};
 
 fn halves(rng: &mut Rng, count: usize) -> Vec<f16> {
     (0..count).map(|_| f16::from_f32(rng.normal())).collect()
@@ -265,6 +209,37 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
     let got = other.read::<u32>();
     assert!(got[8..16].iter().chain(&got[24..]).all(|&x| x == 0) && got[..8] == blocks[40..]);
 
+    // An engine's own pools, one allocation a layer: K and V of three layers, by their addresses.
+    let layers = |first: u32| -> Vec<Memory> {
+        (0..3).map(|i| Memory::of(device, &[first + i; 5 * 8])).collect()
+    };
+    let (own, others) = (layers(10), layers(20));
+    let addresses = |layers: &[Memory]| {
+        layers.iter().map(|m| m.at.expose_provenance() as u64).collect::<Vec<_>>()
+    };
+    let own_at = Memory::of(device, &addresses(&own));
+    let others_at = Memory::of(device, &addresses(&others));
+    let pairs = Memory::of(device, &[4i32, 0, 1, 2]);
+    let apart = kvc_device_copy_desc {
+        count: 2,
+        planes: 3,
+        from_blocks: 5,
+        to_blocks: 5,
+        list: pairs.at,
+        from: ptr::null(),
+        to: ptr::null_mut(),
+        from_planes: own_at.at.cast(),
+        to_planes: others_at.at.cast(),
+        ..copy
+    };
+    // SAFETY: see above.
+    ok(unsafe { kvc_device_copy(device, &apart, ptr::null_mut()) });
+    for (i, layer) in others.iter().enumerate() {
+        let got = layer.read::<u32>();
+        let block = |at: usize| got[at * 8..][..8].iter().all(|&x| x == 10 + i as u32);
+        assert!(block(0) && block(2) && !block(1) && !block(3) && !block(4), "{got:?}");
+    }
+
     for (bad, status) in [
         (kvc_device_copy_desc { run_bytes: 20, ..copy }, KVC_ERR_INVALID_ARGUMENT),
         (kvc_device_copy_desc { list: ptr::null(), ..copy }, KVC_ERR_NULL_POINTER),
@@ -274,7 +249,7 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
         // SAFETY: see above; these are refused.
         assert_eq!(unsafe { kvc_device_copy(device, &bad, ptr::null_mut()) }, status);
     }
-    drop((pool, other, list, flag, ids));
+    drop((pool, other, list, flag, ids, own, others, own_at, others_at, pairs));
     // SAFETY: open, and closed once.
     ok(unsafe { kvc_device_close(device) });
 }

@@ -161,12 +161,12 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
     .unwrap();
     let words: Vec<u32> =
         segments.iter().flat_map(|s| [s.first_seq, s.seqs, s.shared_blocks, s.reserved]).collect();
-    let mut workspace = Buffer::new(plan.workspace_bytes() as usize).unwrap();
-    assert_eq!(plan.segments_at(workspace.address()).0, workspace.address());
-    workspace.write(0, &words).unwrap();
+    let segments_at = Buffer::of(&words).unwrap();
+    let workspace = Buffer::new(plan.workspace_bytes() as usize).unwrap();
     let base = workspace.address();
     let q_len = case.lengths.iter().map(|l| l.0).max().unwrap() as u32;
     let input = CascadeInput {
+        segments: In::at(segments_at.address()),
         batch: batch as u32,
         seq_lens: In::at(seq_lens.address()),
         q_indptr: if case.ragged { In::at(q_indptr.address()) } else { In::NULL },

@@ -83,7 +83,13 @@ fn any_group_and_block_size() {
         let lengths = vec![(1, 70), (1, 17)];
         assert_eq!(check(Case { q_heads, kv_heads, lengths, ..Case::default() }), 0);
     }
-    for block_tokens in [1, 3, 8, 16, 40, 48, 64, 256] {
+    for q_heads in 1..=64 {
+        assert_eq!(
+            check(Case { q_heads, kv_heads: 1, lengths: vec![(1, 19)], ..Case::default() }),
+            0
+        );
+    }
+    for block_tokens in [1, 3, 8, 16, 32, 40, 48, 64, 128, 256] {
         for (csr, nhd) in [(false, true), (true, false)] {
             assert_eq!(check(Case { block_tokens, csr, nhd, ..Case::default() }), 0);
         }

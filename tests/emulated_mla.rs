@@ -290,6 +290,9 @@ fn any_number_of_heads() {
     for q_heads in [1, 5, 8, 17, 24, 33, 64, 100, 128] {
         assert_eq!(check(Case { q_heads, lengths: vec![(1, 50)], ..Case::default() }), 0);
     }
+    for q_heads in 16..=128 {
+        assert_eq!(check(Case { q_heads, lengths: vec![(1, 5)], ..Case::default() }), 0);
+    }
 }
 
 #[test]

@@ -1061,6 +1061,26 @@ using device_attend_options =
 using device_append_options =
     detail::with_defaults<kvc_device_append_options, kvc_device_append_options_init>;
 using device_copy_desc = detail::with_defaults<kvc_device_copy_desc, kvc_device_copy_desc_init>;
+using device_merge_desc = detail::with_defaults<kvc_device_merge_desc, kvc_device_merge_desc_init>;
+using device_lookup_desc =
+    detail::with_defaults<kvc_device_lookup_desc, kvc_device_lookup_desc_init>;
+using device_cascade_query =
+    detail::with_defaults<kvc_device_cascade_query, kvc_device_cascade_query_init>;
+using device_cascade_prefix = kvc_device_cascade_prefix;
+using device_cascade_segment = kvc_device_cascade_segment;
+using device_cascade_estimate = kvc_device_cascade_estimate;
+
+// Which of `prefixes` a cascade should split off, by the cost model: `out_segments` is filled, for
+// device::cascade; all of it splits nothing off where the answer's `pays` is 0.
+inline result<device_cascade_estimate> choose_cascade(const kvc_device_cascade_query &query,
+                                                      span<const device_cascade_prefix> prefixes,
+                                                      span<device_cascade_segment> out_segments) {
+    device_cascade_estimate out{};
+    const auto code = kvc_device_cascade_choose(
+        &query, prefixes.data(), detail::count32(prefixes.size()), out_segments.data(),
+        detail::count32(out_segments.size()), &out, sizeof out);
+    return detail::answer(code, out);
+}
 
 // Memory of a device, which has to stay open for as long.
 class device_memory {
@@ -1161,7 +1181,25 @@ class device : public detail::handle<kvc_device, kvc_device_close> {
     result<void> copy(const kvc_device_copy_desc &desc, void *stream = nullptr) const {
         return detail::done(kvc_device_copy(get(), &desc, stream));
     }
-    // The two below work without an open device where the options have its multiprocessors.
+    result<void> merge(const kvc_device_merge_desc &desc, void *stream = nullptr) const {
+        return detail::done(kvc_device_merge(get(), &desc, stream));
+    }
+    // attend() with a list of which sequences share what, on the device.
+    result<void> cascade(const kvc_attend_desc &desc, const kvc_device_attend_options &options,
+                         const device_cascade_segment *segments, uint32_t segment_count,
+                         void *stream = nullptr) const {
+        return detail::done(
+            kvc_device_cascade(get(), &desc, &options, segments, segment_count, stream));
+    }
+    // The three below work without an open device where the options have its multiprocessors.
+    result<uint64_t> cascade_workspace_size(const kvc_attend_desc &desc,
+                                            const kvc_device_attend_options &options,
+                                            uint32_t segment_count) const {
+        uint64_t bytes = 0;
+        const auto code = kvc_device_cascade_workspace_size(get(), &desc, &options, segment_count,
+                                                            &bytes);
+        return detail::answer(code, bytes);
+    }
     result<uint64_t> attend_workspace_size(const kvc_attend_desc &desc,
                                            const kvc_device_attend_options &options) const {
         uint64_t bytes = 0;
@@ -1178,6 +1216,33 @@ class device : public detail::handle<kvc_device, kvc_device_close> {
   private:
     static result<void> too_long() {
         return detail::done(KVC_ERR_BUFFER_TOO_SMALL, "more than the device memory holds");
+    }
+};
+
+// A prefix index's copy on a device, kept up by sync() and looked up in there.
+class device_prefix : public detail::handle<kvc_device_prefix, kvc_device_prefix_destroy> {
+  public:
+    using handle::handle;
+    // Bytes of device memory that a copy of `index` takes.
+    static result<uint64_t> size(const prefix &index) {
+        uint64_t bytes = 0;
+        const auto code = kvc_device_prefix_size(index.get(), &bytes);
+        return detail::answer(code, bytes);
+    }
+    static result<device_prefix> create(const device &on, const prefix &index) {
+        kvc_device_prefix *raw = nullptr;
+        const auto code = kvc_device_prefix_create(on.get(), index.get(), &raw);
+        return detail::answer(code, device_prefix(raw));
+    }
+    // Enqueues the upload of what changed; the bytes of it.
+    result<uint64_t> sync(void *stream = nullptr) {
+        uint64_t bytes = 0;
+        const auto code = kvc_device_prefix_sync(get(), stream, &bytes);
+        return detail::answer(code, bytes);
+    }
+    // Of a batch of token sequences; all addresses are the device's.
+    result<void> lookup(const kvc_device_lookup_desc &desc, void *stream = nullptr) const {
+        return detail::done(kvc_device_prefix_lookup(get(), &desc, stream));
     }
 };
 

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 )
 
 func TestPlan(t *testing.T) {
@@ -165,9 +166,32 @@ func TestDeviceQueries(t *testing.T) {
 	if name := must[string](t)(none.AttendKernel(&a)); !strings.Contains(name, "64") {
 		t.Fatal(name)
 	}
+	plain := must[uint64](t)(none.AttendWorkspaceSize(&a))
+	if bytes := must[uint64](t)(none.CascadeWorkspaceSize(&a, 3)); bytes <= plain {
+		t.Fatal(bytes, plain)
+	}
+	refused(t, none.Cascade(&a, 0, 3, 0), ErrNullPointer)
+	refused(t, none.Merge(&DeviceMerge{Count: 2}, 0), ErrNullPointer)
 	a.QHeads = 7
 	_, err := none.AttendKernel(&a)
 	refused(t, err, ErrInvalidArgument)
+
+	q := CascadeQuery{QHeads: 32, KVHeads: 8, HeadDim: 128, BlockTokens: 16, TokenBytes: 4096, Seqs: 128, KVTokens: 128 * 4352,
+		MemoryBytes: 3e6, CacheBytes: 6e6, CacheSize: 50 << 20, Operations: 3e8, Launch: 2.5, Multiprocessors: 132}
+	list, said, err := ChooseCascade(&q, []CascadePrefix{{0, 128, 256}}, 2)
+	ok(t, err)
+	if !said.Pays || said.Plain <= said.Cascade || list[0].SharedBlocks != 256 || list[1].FirstSeq != 128 {
+		t.Fatal(list, said)
+	}
+	_, _, err = ChooseCascade(&q, []CascadePrefix{{0, 129, 256}}, 2)
+	refused(t, err, ErrInvalidArgument)
+
+	p := must[*Prefix](t)(NewPrefix(PrefixOptions{BlockTokens: 4, CapacityBlocks: 16}))
+	if bytes := must[uint64](t)(p.DeviceCopyBytes()); bytes < 16*5*4 {
+		t.Fatal(bytes)
+	}
+	_, err = none.NewDevicePrefix(p)
+	refused(t, err, ErrNullPointer)
 }
 
 func TestDeviceUnderTheEmulator(t *testing.T) {
@@ -188,6 +212,22 @@ func TestDeviceUnderTheEmulator(t *testing.T) {
 	}
 	ok(t, d.Zero(p, 4096, 0))
 	ok(t, d.Sync(0))
+
+	// An index of one prompt, its copy, and a request that agrees for six tokens.
+	index := must[*Prefix](t)(NewPrefix(PrefixOptions{BlockTokens: 4, CapacityBlocks: 16}))
+	_, err = index.Insert(0, []uint32{1, 2, 3, 4, 5, 6, 7, 8}, []int32{11, 12})
+	ok(t, err)
+	copied := must[*DevicePrefix](t)(d.NewDevicePrefix(index))
+	must[uint64](t)(copied.Sync(0))
+	words := []uint32{1, 2, 3, 4, 5, 6, 9, 9, 0, 8}
+	ok(t, d.Upload(p, unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), 40), 0))
+	ok(t, copied.Lookup(&DeviceLookup{Requests: 1, MaxBlocks: 2, Tokens: p, Indptr: p + 32, Matched: p + 64, TailTokens: p + 68, Blocks: p + 72}, 0))
+	var found [3]uint32
+	ok(t, d.Download(unsafe.Slice((*byte)(unsafe.Pointer(&found[0])), 12), p+64, 0))
+	if found != [3]uint32{4, 2, 11} {
+		t.Fatal(found)
+	}
+	ok(t, copied.Close())
 	ok(t, d.Free(p))
 	ok(t, d.Close())
 }

@@ -55,12 +55,13 @@ static void options_and_plans(void) {
     FAILS(KVC_ERR_UNSUPPORTED, "tiles",
           kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.format = KVC_FORMAT_BF16;
-    // More than eight query tokens are prefilled, without a workspace.
+    // More than eight query tokens are prefilled, without a workspace; the bound is that of smaller
+    // calls, which are decoded.
     options.max_q_tokens = 512;
     OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
     CHECK(strcmp(name, "kvc_prefill_bf16_d128") == 0);
     OK(kvc_device_attend_workspace_size(NULL, &desc, &options, &longer));
-    CHECK(longer == 0);
+    CHECK(longer >= bytes);
     options.max_q_tokens = 0;
     FAILS(KVC_ERR_INVALID_ARGUMENT, "q_len",
           kvc_device_attend_workspace_size(NULL, &desc, &options, &bytes));

@@ -24,6 +24,9 @@ GROWING(kvc_cache_options)
 GROWING(kvc_scoring)
 GROWING(kvc_device_attend_options)
 GROWING(kvc_device_append_options)
+GROWING(kvc_device_merge_desc)
+GROWING(kvc_device_lookup_desc)
+GROWING(kvc_device_cascade_query)
 GROWING(kvc_device_copy_desc)
 GROWING(kvc_events_options)
 GROWING(kvc_scales)
@@ -49,6 +52,9 @@ static const struct {
     ENTRY(kvc_scoring),
     ENTRY(kvc_device_attend_options),
     ENTRY(kvc_device_append_options),
+    ENTRY(kvc_device_merge_desc),
+    ENTRY(kvc_device_lookup_desc),
+    ENTRY(kvc_device_cascade_query),
     ENTRY(kvc_device_copy_desc),
     ENTRY(kvc_events_options),
     ENTRY(kvc_scales),

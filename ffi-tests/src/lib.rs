@@ -92,7 +92,11 @@ pub fn cargo(subcommand: &str) -> Command {
 pub fn libraries() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        run(cargo("build").args(["-p", "kvcache-c"]));
+        let mut build = cargo("build");
+        if cfg!(feature = "emulate") {
+            build.args(["--features", "emulate"]);
+        }
+        run(build.args(["-p", "kvcache-c"]));
         let dir = profile_dir();
         for name in ["libkvcache.so", "libkvcache.a"] {
             assert!(dir.join(name).exists(), "cargo build -p kvcache-c made no {name}");
@@ -139,7 +143,12 @@ pub fn build(source: &Path, flavor: Flavor, dir: &Path) -> Option<PathBuf> {
     let program = dir.join(format!("{stem}-{}-{kind}", flavor.standard.replace('+', "p")));
     command.arg(format!("-std={}", flavor.standard)).arg(source).arg("-o").arg(&program);
     if flavor.linked_static {
-        command.arg(libraries.join("libkvcache.a")).args(NATIVE_STATIC_LIBS.split(' '));
+        command.arg(libraries.join("libkvcache.a"));
+        if cfg!(feature = "emulate") {
+            // The emulator is C++.
+            command.arg("-lstdc++");
+        }
+        command.args(NATIVE_STATIC_LIBS.split(' '));
     } else {
         // The program looks for its SONAME, which only an installed library has as a file name.
         let soname = dir.join(soname(&libraries.join("libkvcache.so")));

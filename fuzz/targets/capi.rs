@@ -134,9 +134,7 @@ impl Program<'_> {
                 let (want, capacity) = (self.input.number(), self.capacity());
                 let mut evicted = 0;
                 let out = self.ids.as_mut_ptr();
-                unsafe {
-                    kvc_prefix_evict(self.handle(PREFIX), want, out, capacity, &mut evicted)
-                };
+                unsafe { kvc_prefix_evict(self.handle(PREFIX), want, out, capacity, &mut evicted) };
             }
             13 => unsafe { self.cache_create() },
             14 => unsafe {
@@ -155,7 +153,14 @@ impl Program<'_> {
                 let (images, some) = (media.as_ptr(), self.input.below(3) as u32);
                 unsafe {
                     kvc_seq_start_media(
-                        self.handle(CACHE), at, count, images, some, space, &mut seq, &mut cached,
+                        self.handle(CACHE),
+                        at,
+                        count,
+                        images,
+                        some,
+                        space,
+                        &mut seq,
+                        &mut cached,
                     )
                 };
                 let slot = self.input.below(8);
@@ -212,7 +217,8 @@ impl Program<'_> {
         let (prefix, at) = (self.handle(PREFIX), self.positions[self.input.below(4)]);
         let number = self.input.number();
         unsafe {
-            match self.input.below(8) {
+            match self.input.below(9) {
+                8 => self.copy_prefix(prefix),
                 6 => {
                     let windows = [self.input.number32() % 70, 0, 40];
                     let groups = self.input.below(4) as u32;
@@ -246,6 +252,58 @@ impl Program<'_> {
                         self.keep(PREFIX, made as usize);
                     }
                 }
+            }
+        }
+    }
+
+    /// A copy of an index on a device that is not there, and the cost model of a cascade.
+    unsafe fn copy_prefix(&mut self, prefix: *mut kvc_prefix) {
+        let (device, copied) = (self.handle(POOL), self.handle(PREFIX));
+        unsafe {
+            let (mut bytes, mut made) = (0, null_mut());
+            kvc_device_prefix_size(prefix, &mut bytes);
+            assert_ne!(kvc_device_prefix_create(device, prefix, &mut made), KVC_OK);
+            assert_ne!(kvc_device_prefix_sync(copied, null_mut(), &mut bytes), KVC_OK);
+            let mut lookup = std::mem::zeroed();
+            let size = size_of_val(&lookup) as u32;
+            assert_eq!(kvc_device_lookup_desc_init(&mut lookup, size), KVC_OK);
+            assert_ne!(kvc_device_prefix_lookup(copied, &lookup, null_mut()), KVC_OK);
+            let mut query: kvc_device_cascade_query = std::mem::zeroed();
+            let size = size_of_val(&query) as u32;
+            assert_eq!(kvc_device_cascade_query_init(&mut query, size), KVC_OK);
+            query.q_heads = self.input.number32();
+            query.kv_heads = 1 + self.input.below(8) as u32;
+            query.head_dim = self.input.number32();
+            query.block_tokens = self.input.number32();
+            query.token_bytes = self.input.number32();
+            query.q_tokens = self.input.number32();
+            query.seqs = self.input.number32();
+            query.kv_tokens = self.input.number();
+            query.memory_bytes = f64::from_bits(self.input.number());
+            (query.cache_bytes, query.cache_size) = (6e6, self.input.number());
+            (query.operations, query.launch) = (3e8, self.input.number() as f64);
+            query.multiprocessors = self.input.number32();
+            let prefixes = [(); 3].map(|()| kvc_device_cascade_prefix {
+                first_seq: self.input.number32(),
+                seqs: self.input.number32(),
+                blocks: self.input.number32(),
+                reserved: 0,
+            });
+            let (count, length) = (self.input.below(4) as u32, self.input.below(6) as u32);
+            let mut list = [std::mem::zeroed::<kvc_device_cascade_segment>(); 5];
+            let mut said: kvc_device_cascade_estimate = std::mem::zeroed();
+            let (given, out) = (prefixes.as_ptr(), list.as_mut_ptr());
+            let size = size_of_val(&said) as u64;
+            if kvc_device_cascade_choose(&query, given, count, out, length, &mut said, size)
+                == KVC_OK
+            {
+                // The list covers the batch in order.
+                let mut end = 0;
+                for segment in &list[..length as usize] {
+                    assert!(segment.first_seq == end);
+                    end += segment.seqs;
+                }
+                assert_eq!(end, query.seqs);
             }
         }
     }
@@ -309,7 +367,11 @@ impl Program<'_> {
             max_tokens: max,
             out_blocks: ids,
             capacity: room,
-            out_tail_blocks: if self.input.seldom() { ids.wrapping_add(ROOM / 2) } else { null_mut() },
+            out_tail_blocks: if self.input.seldom() {
+                ids.wrapping_add(ROOM / 2)
+            } else {
+                null_mut()
+            },
             pin: self.input.below(3) as u32,
             reserved: 0,
         };
@@ -417,7 +479,17 @@ impl Program<'_> {
                     let (q, out) = (self.rows.as_ptr().cast(), self.out.as_mut_ptr().cast());
                     let (f32_, none) = (KVC_DTYPE_F32, null());
                     kvc_step_attend(
-                        cache, step, group, layer, heads, q, f32_, out, f32_, none, null_mut(),
+                        cache,
+                        step,
+                        group,
+                        layer,
+                        heads,
+                        q,
+                        f32_,
+                        out,
+                        f32_,
+                        none,
+                        null_mut(),
                     );
                 }
                 4 => _ = kvc_step_commit(cache, step),
@@ -442,8 +514,7 @@ impl Program<'_> {
                     assert!(c.blocks <= c.capacity_blocks);
                 }
                 let mut c: kvc_cache_counts = std::mem::zeroed();
-                let (handle, bytes) =
-                    (self.handles[CACHE][slot] as *mut _, size_of_val(&c) as u64);
+                let (handle, bytes) = (self.handles[CACHE][slot] as *mut _, size_of_val(&c) as u64);
                 if kvc_cache_stats(handle, &mut c, bytes) == KVC_OK {
                     let all = c.free_blocks + c.cached_blocks + c.referenced_blocks;
                     assert_eq!(all, c.blocks);

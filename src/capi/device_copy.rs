@@ -4,10 +4,10 @@
 use core::ffi::c_void;
 
 use super::device::{kvc_device, opened};
-use super::pointer::{self, Plain, Sized32, flag};
+use super::pointer::{self, Plain, Sized32, aligned, flag};
 use super::status::{guard, kvc_status};
 use crate::device::{Stream, launch};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::params::{CopyParams, In, Out};
 use crate::kernels::{copy_launch, zero_launch};
 
@@ -83,26 +83,17 @@ unsafe impl Sized32 for kvc_device_copy_desc {
     }
 }
 
-fn address<T>(pointer: *const T, align: u32, what: &'static str) -> Result<u64> {
-    let address = pointer.expose_provenance() as u64;
-    if address.is_multiple_of(u64::from(align)) {
-        Ok(address)
-    } else {
-        Err(Error::Misaligned { what, align_bytes: align })
-    }
-}
-
 impl kvc_device_copy_desc {
     fn params(&self) -> Result<CopyParams> {
         let wide = flag(self.wide_ids, "wide_ids")?;
         Ok(CopyParams {
-            from: In::at(address(self.from, 16, "from")?),
-            to: Out::at(address(self.to, 16, "to")?),
-            from_planes: In::at(address(self.from_planes, 8, "from_planes")?),
-            to_planes: In::at(address(self.to_planes, 8, "to_planes")?),
-            list: In::at(address(self.list, if wide { 8 } else { 4 }, "list")?),
-            tokens: In::at(address(self.tokens, 4, "tokens")?),
-            error_flag: Out::at(address(self.error_flag, 4, "error_flag")?),
+            from: In::at(aligned(self.from, 16, "from")?),
+            to: Out::at(aligned(self.to, 16, "to")?),
+            from_planes: In::at(aligned(self.from_planes, 8, "from_planes")?),
+            to_planes: In::at(aligned(self.to_planes, 8, "to_planes")?),
+            list: In::at(aligned(self.list, if wide { 8 } else { 4 }, "list")?),
+            tokens: In::at(aligned(self.tokens, 4, "tokens")?),
+            error_flag: Out::at(aligned(self.error_flag, 4, "error_flag")?),
             from_plane: self.from_plane_stride,
             from_block: self.from_block_stride,
             from_run: self.from_run_stride,

@@ -10,7 +10,7 @@ use core::ffi::{c_char, c_void};
 use super::append::{KVC_ROPE_HALVES, KVC_ROPE_INTERLEAVED, kvc_append_desc};
 use super::attend::kvc_attend_desc;
 use super::device::{kvc_device, opened, whole_text};
-use super::pointer::{self, Plain, Sized32, address, flag};
+use super::pointer::{self, Plain, Sized32, address, aligned, flag};
 use super::status::{guard, kvc_status};
 use crate::device::{Stream, launch, launch_attend};
 use crate::dtype::KvFormat;
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernels::params::{AppendParams, In, Out};
 use crate::kernels::{
     AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES, ScaleArgs, append_launch,
-    append_token_launch, append_token_params,
+    append_token_launch, append_token_params, most_workspace_bytes,
 };
 
 /// What kvc_device_attend must know beside the call's description.
@@ -122,15 +122,15 @@ unsafe impl Sized32 for kvc_device_append_options {
     }
 }
 
-/// Maxima and the plan of a call.
+/// The options of a call, and its maxima.
 ///
 /// # Safety
-/// As for [`pointer::read`] of the two structs.
-unsafe fn plan(
+/// As for [`pointer::read`] of the options.
+pub(super) unsafe fn bounds(
     device: *const kvc_device,
     desc: &kvc_attend_desc,
     options: *const kvc_device_attend_options,
-) -> Result<(AttendPlan, kvc_device_attend_options)> {
+) -> Result<(AttendBounds, kvc_device_attend_options)> {
     let options = if options.is_null() {
         kvc_device_attend_options::initial()
     } else {
@@ -165,7 +165,32 @@ unsafe fn plan(
         multiprocessors,
         multiprocessor_shared_bytes: shared,
     };
+    Ok((bounds, options))
+}
+
+/// The plan of a call.
+///
+/// # Safety
+/// As for [`bounds`].
+unsafe fn plan(
+    device: *const kvc_device,
+    desc: &kvc_attend_desc,
+    options: *const kvc_device_attend_options,
+) -> Result<(AttendPlan, kvc_device_attend_options)> {
+    // SAFETY: the caller's promise.
+    let (bounds, options) = unsafe { bounds(device, desc, options) }?;
     Ok((AttendPlan::new(&bounds)?, options))
+}
+
+/// The address of the workspace of `desc`, which is as long as is needed.
+pub(super) fn workspace(desc: &kvc_attend_desc, needed: u64) -> Result<u64> {
+    if desc.workspace_bytes < needed {
+        return Err(Error::BufferTooSmall { what: "workspace", needed });
+    }
+    if needed != 0 && desc.workspace.is_null() {
+        return Err(Error::NullPointer { what: "workspace" });
+    }
+    aligned(desc.workspace, 256, "workspace")
 }
 
 /// Fills a kvc_device_attend_options of `struct_size` bytes with its defaults.
@@ -184,8 +209,8 @@ pub unsafe extern "C" fn kvc_device_attend_options_init(
 }
 
 /// Writes an upper bound of the workspace of kvc_device_attend to `out_bytes`, for every call with
-/// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and the maxima of
-/// `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
+/// the heads, dimensions and format of `desc`, at most `desc->seqs` sequences, and at most the maxima
+/// of `options`, which may be NULL for its defaults. No pointer of `desc` is followed. `device` may be
 /// NULL where the options say how many multiprocessors it has.
 ///
 /// Threads: thread-safe.
@@ -203,8 +228,8 @@ pub unsafe extern "C" fn kvc_device_attend_workspace_size(
         // SAFETY: the caller's promise.
         let (desc, out) = unsafe { (pointer::read(desc)?, pointer::out(out_bytes, "out_bytes")?) };
         // SAFETY: the caller's promise.
-        let (plan, _) = unsafe { plan(device, &desc, options) }?;
-        out.write(plan.workspace_bytes());
+        let (bounds, _) = unsafe { bounds(device, &desc, options) }?;
+        out.write(most_workspace_bytes(&bounds)?);
         Ok(())
     })
 }
@@ -268,17 +293,7 @@ pub unsafe extern "C" fn kvc_device_attend(
         // SAFETY: see above.
         let args = unsafe { desc.device_args() }?;
         let args = AttendArgs { tail_mask: address(options.tail_mask), ..args };
-        let workspace = address(desc.workspace);
-        let needed = plan.workspace_bytes();
-        if desc.workspace_bytes < needed {
-            return Err(Error::BufferTooSmall { what: "workspace", needed });
-        }
-        if needed != 0 && workspace == 0 {
-            return Err(Error::NullPointer { what: "workspace" });
-        }
-        if !workspace.is_multiple_of(256) {
-            return Err(Error::Misaligned { what: "workspace", align_bytes: 256 });
-        }
+        let workspace = workspace(&desc, plan.workspace_bytes())?;
         // Everything is checked before anything is enqueued.
         let first = plan.plan_launch(workspace, &args)?;
         let (second, params) = plan.attend_launch(workspace, &args)?;
@@ -311,7 +326,8 @@ pub unsafe extern "C" fn kvc_device_append_options_init(
 /// Enqueues the writing of new keys and values to their slots on `stream` (a CUstream; NULL for the
 /// default stream). Every pointer of `desc` is a device address, rows begin at multiples of 16
 /// bytes, and `rope` is NULL: keys, and queries if given, are rotated by the tables of `options`,
-/// which may be NULL for none, to the positions of `desc`. Slots past the blocks are skipped, and
+/// which may be NULL for none, to the positions of `desc`. A row with slot -1 stores nothing; its queries
+/// are rotated and written all the same. Slots past the blocks are skipped, and
 /// raise the error flag; so do rows that a quantised format cannot hold (bit 5), and are not written.
 /// `scales` itself is on the host, the addresses in it are the device's.
 ///

@@ -25,9 +25,17 @@ pub mod device;
 #[cfg(feature = "std")]
 mod device_args;
 #[cfg(feature = "std")]
+pub mod device_cascade;
+#[cfg(all(test, feature = "std"))]
+mod device_contract;
+#[cfg(feature = "std")]
 pub mod device_copy;
 #[cfg(feature = "std")]
 pub mod device_kernels;
+#[cfg(feature = "std")]
+pub mod device_merge;
+#[cfg(feature = "std")]
+pub mod device_prefix;
 #[cfg(feature = "std")]
 pub mod events;
 pub mod info;
@@ -71,9 +79,15 @@ pub use cache_scales::*;
 #[cfg(feature = "std")]
 pub use device::*;
 #[cfg(feature = "std")]
+pub use device_cascade::*;
+#[cfg(feature = "std")]
 pub use device_copy::*;
 #[cfg(feature = "std")]
 pub use device_kernels::*;
+#[cfg(feature = "std")]
+pub use device_merge::*;
+#[cfg(feature = "std")]
+pub use device_prefix::*;
 #[cfg(feature = "std")]
 pub use events::*;
 pub use info::*;

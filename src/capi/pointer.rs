@@ -23,6 +23,17 @@ pub(super) fn address<T>(pointer: *const T) -> u64 {
     pointer.expose_provenance() as u64
 }
 
+/// The same, of a pointer that may be NULL and must be aligned to `align_bytes`.
+#[cfg(feature = "std")]
+pub(super) fn aligned<T>(pointer: *const T, align_bytes: u32, what: &'static str) -> Result<u64> {
+    let address = address(pointer);
+    if address.is_multiple_of(u64::from(align_bytes)) {
+        Ok(address)
+    } else {
+        Err(Error::Misaligned { what, align_bytes })
+    }
+}
+
 /// NULL and alignment of a pointer.
 fn check<T>(pointer: *const T, what: &'static str) -> Result<()> {
     if pointer.is_null() {

@@ -214,6 +214,19 @@ pub enum AttendParams {
     Mla(MlaParams),
 }
 
+/// Bytes of workspace that are enough for every call of at most these maxima: which kernel serves a
+/// call, and in how many pieces, depends on its own, and fewer query tokens may need more.
+///
+/// # Errors
+/// Those of [`AttendPlan::new`].
+pub fn most_workspace_bytes(bounds: &AttendBounds) -> Result<u64> {
+    let mut most = AttendPlan::new(bounds)?.workspace_bytes();
+    for q_len in 1..bounds.q_len.min(MAX_DECODE_TOKENS + 1) {
+        most = most.max(AttendPlan::new(&AttendBounds { q_len, ..*bounds })?.workspace_bytes());
+    }
+    Ok(most)
+}
+
 /// Query tokens of a sequence that the decode kernels take.
 const MAX_DECODE_TOKENS: u32 = 8;
 

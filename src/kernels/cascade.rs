@@ -59,6 +59,9 @@ pub struct Half {
 /// What a batch has on the device.
 #[derive(Debug, Clone, Copy)]
 pub struct CascadeInput {
+    /// As many as the bounds say, which cover the sequences in order, as [`super::cascade_choice`]
+    /// lists them.
+    pub segments: In<CascadeSegment>,
     /// Sequences, at most as many as the bounds have.
     pub batch: u32,
     /// Tokens of each sequence, those of the queries included.
@@ -95,20 +98,19 @@ pub struct CascadeOutput<T> {
 }
 
 /// The parts of the workspace, in order.
-const SEGMENTS: usize = 0;
-const OWN_LENS: usize = 1;
-const OWN_INDPTR: usize = 2;
-const SHARED_LENS: usize = 3;
-const SHARED_INDPTR: usize = 4;
-const SHARED_ROWS: usize = 5;
-const OUT: usize = 6;
-const LSE: usize = 7;
+const OWN_LENS: usize = 0;
+const OWN_INDPTR: usize = 1;
+const SHARED_LENS: usize = 2;
+const SHARED_INDPTR: usize = 3;
+const SHARED_ROWS: usize = 4;
+const OUT: usize = 5;
+const LSE: usize = 6;
 
 /// Launches and workspace of a cascade within some bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CascadePlan {
     bounds: CascadeBounds,
-    offsets: [u64; 8],
+    offsets: [u64; 7],
     workspace_bytes: u64,
 }
 
@@ -138,7 +140,6 @@ impl CascadePlan {
         let lines = u64::from(b.rows) * u64::from(b.q_heads);
         let out = lines.checked_mul(u64::from(b.head_dim) * 8).ok_or(overflow)?;
         let parts = [
-            segments * size_of::<CascadeSegment>() as u64,
             batch * 4,
             (batch + 1) * 4,
             segments * 4,
@@ -147,7 +148,7 @@ impl CascadePlan {
             out,
             lines * 8,
         ];
-        let mut offsets = [0; 8];
+        let mut offsets = [0; 7];
         let mut at: u64 = 0;
         for (offset, bytes) in offsets.iter_mut().zip(parts) {
             *offset = at;
@@ -163,17 +164,11 @@ impl CascadePlan {
         self.workspace_bytes
     }
 
-    /// Where in the workspace the list of segments lies: the caller writes all of it, in the
-    /// stream's order, before the split, as [`super::cascade_choice`] gives it.
-    pub fn segments_at(&self, workspace: u64) -> Out<CascadeSegment> {
-        Out::at(workspace + self.offsets[SEGMENTS])
-    }
-
     /// The launch that makes both halves; once for each change of lengths, tables or segments.
     ///
     /// # Errors
-    /// `InvalidArgument` where the batch is 0 or past the bounds, `NullPointer` where lengths or
-    /// tables are missing, `Overflow` where a dense table has more than 2^31 - 1 entries.
+    /// `InvalidArgument` where the batch is 0 or past the bounds, `NullPointer` where segments, lengths
+    /// or tables are missing, `Overflow` where a dense table has more than 2^31 - 1 entries.
     pub fn split_launch(
         &self,
         workspace: u64,
@@ -183,8 +178,8 @@ impl CascadePlan {
         if i.batch == 0 || i.batch > b.batch {
             return Err(Error::invalid("batch", "must be 1 to what the plan was made for"));
         }
-        if i.seq_lens.0 == 0 || i.table.0 == 0 {
-            return Err(Error::NullPointer { what: "seq_lens, table" });
+        if i.segments.0 == 0 || i.seq_lens.0 == 0 || i.table.0 == 0 {
+            return Err(Error::NullPointer { what: "segments, seq_lens, table" });
         }
         let rows = u64::from(i.batch) * u64::from(i.q_len);
         if i.q_indptr.0 == 0 && (i.q_len == 0 || rows > u64::from(b.rows)) {
@@ -201,7 +196,7 @@ impl CascadePlan {
         }
         let at = |part: usize| workspace + self.offsets[part];
         let params = CascadeSplitParams {
-            segments: In::at(at(SEGMENTS)),
+            segments: i.segments,
             seq_lens: i.seq_lens,
             q_indptr: i.q_indptr,
             table: i.table,
@@ -311,6 +306,7 @@ mod tests {
 
     fn input() -> CascadeInput {
         CascadeInput {
+            segments: In::at(128),
             batch: 64,
             seq_lens: In::at(256),
             q_indptr: In::NULL,
@@ -334,7 +330,6 @@ mod tests {
         let (launch, p) = plan.split_launch(base, &input()).unwrap();
         assert_eq!(launch.grid, [9, 1, 1]);
         let mut ends = [
-            (p.segments.0, 9 * 16),
             (p.own_lens.0, 64 * 4),
             (p.own_indptr.0, 65 * 4),
             (p.shared_lens.0, 9 * 4),
@@ -367,6 +362,7 @@ mod tests {
             CascadeInput { q_len: 0, ..input() },
             CascadeInput { q_len: 2, ..input() },
             CascadeInput { table: In::NULL, ..input() },
+            CascadeInput { segments: In::NULL, ..input() },
             CascadeInput { seq_lens: In::NULL, ..input() },
             CascadeInput { table_stride: -1, ..input() },
             CascadeInput { table_stride: 1 << 26, ..input() },

@@ -115,10 +115,11 @@ impl Model<'_> {
         let (mut blocks, mut operations, mut longest, mut bytes) = (0u64, 0.0, 0.0f64, 0.0);
         for prefix in chosen {
             let rows = u64::from(prefix.seqs) * u64::from(s.q_len);
-            let lines = rows * u64::from(s.q_heads / s.kv_heads);
-            let tiles = lines.div_ceil(TILE_ROWS) * u64::from(s.kv_heads);
+            let lines = rows.saturating_mul(u64::from(s.q_heads / s.kv_heads));
+            let tiles = lines.div_ceil(TILE_ROWS).saturating_mul(u64::from(s.kv_heads));
             // Of the keys and of the values, two operations a channel.
-            let tile = (TILE_ROWS * self.tokens(prefix)) as f64 * f64::from(s.head_dim) * 4.0;
+            let tokens = self.tokens(prefix) as f64;
+            let tile = TILE_ROWS as f64 * tokens * f64::from(s.head_dim) * 4.0;
             blocks = blocks.saturating_add(tiles);
             operations += tiles as f64 * tile;
             longest = longest.max(tile);

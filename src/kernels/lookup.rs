@@ -102,6 +102,11 @@ impl LookupImage {
         })
     }
 
+    /// Ids of a block, one a layer group.
+    pub fn groups(&self) -> u32 {
+        self.groups
+    }
+
     /// Bytes of the image, from an address that is a multiple of 128.
     pub fn bytes(&self) -> u64 {
         self.words * 4

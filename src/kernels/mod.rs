@@ -19,6 +19,7 @@ mod append_token;
 mod attend;
 mod attend_params;
 mod cascade;
+mod cascade_attend;
 mod cascade_choice;
 mod copy;
 mod decode;
@@ -38,8 +39,11 @@ mod split;
 
 pub use append::append_launch;
 pub use append_token::{append_token_launch, append_token_params};
-pub use attend::{AttendArgs, AttendBounds, AttendParams, AttendPlan, ScaleArgs};
+pub use attend::{
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, ScaleArgs, most_workspace_bytes,
+};
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
+pub use cascade_attend::{CascadeAttendPlan, CascadeLaunches};
 pub use cascade_choice::{
     CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
 };

@@ -8,6 +8,7 @@ use kvcache::emu::Buffer;
 mod random;
 pub use random::Rng;
 
+pub mod capi;
 pub mod codes;
 pub mod paged;
 

@@ -24,7 +24,8 @@ constexpr bool movable_only = !std::is_copy_constructible_v<T> && !std::is_copy_
                               std::is_nothrow_move_assignable_v<T>;
 static_assert(movable_only<kvc::pool> && movable_only<kvc::prefix> && movable_only<kvc::pin>);
 static_assert(movable_only<kvc::cache> && movable_only<kvc::sequence> && movable_only<kvc::step>);
-static_assert(movable_only<kvc::device> && movable_only<kvc::device_memory>);
+static_assert(movable_only<kvc::device> && movable_only<kvc::device_memory> &&
+              movable_only<kvc::device_prefix>);
 static_assert(movable_only<kvc::events> && movable_only<kvc::prefetch>);
 
 // A failure with this code, whose text has `part`.
@@ -391,6 +392,21 @@ static void kernels() {
     CHECK(none.attend_workspace_size(attend, options).value() > 0);
     CHECK(!none.attend_kernel(attend, options)->empty());
     REFUSED(none.attend(attend, options), kvc::status::null_pointer, "");
+    attend.seqs = 64;
+    CHECK(none.cascade_workspace_size(attend, options, 4).value() >
+          none.attend_workspace_size(attend, options).value());
+    REFUSED(none.cascade(attend, options, nullptr, 4), kvc::status::null_pointer, "");
+    REFUSED(none.merge(kvc::device_merge_desc()), kvc::status::null_pointer, "");
+
+    kvc::device_cascade_query query;
+    query.q_heads = 32, query.kv_heads = 8, query.head_dim = 128, query.block_tokens = 16;
+    query.token_bytes = 4096, query.seqs = 128, query.kv_tokens = 128 * 4352;
+    const std::array<kvc::device_cascade_prefix, 1> shared{{{0, 128, 256, 0}}};
+    std::array<kvc::device_cascade_segment, 2> list{};
+    REFUSED(kvc::choose_cascade(query, shared, list), kvc::status::invalid_argument, "rates");
+    query.memory_bytes = 3e6, query.cache_bytes = 6e6, query.cache_size = 50u << 20;
+    query.operations = 3e8, query.launch = 2.5, query.multiprocessors = 132;
+    CHECK(kvc::choose_cascade(query, shared, list)->pays == 1 && list[0].shared_blocks == 256);
 }
 
 static void device() {
@@ -409,6 +425,12 @@ static void device() {
         REFUSED(none.sync(), kvc::status::null_pointer, "");
         REFUSED(none.append(kvc::append_desc(), nullptr), kvc::status::null_pointer, "");
         REFUSED(none.copy(kvc::device_copy_desc()), kvc::status::null_pointer, "");
+        const kvc::prefix index = kvc::prefix::create(4, 1, 16).value();
+        CHECK(kvc::device_prefix::size(index).value() > 16 * 5 * 4);
+        REFUSED(kvc::device_prefix::create(none, index), kvc::status::null_pointer, "device");
+        kvc::device_prefix copy;
+        REFUSED(copy.sync(), kvc::status::null_pointer, "device_prefix");
+        REFUSED(copy.lookup(kvc::device_lookup_desc()), kvc::status::null_pointer, "");
         return;
     }
     const kvc::device &device = *opened;
@@ -431,6 +453,30 @@ static void device() {
     CHECK(device.zero(to.get(), 512) && device.copy(copy) && device.sync());
     CHECK(device.download(kvc::span<uint32_t>(got), to));
     for (uint32_t i = 0; i < 128; i++) CHECK(got[i] == (i < 64 ? sent[i + 64] : 0));
+
+    // An index of one prompt, its copy, and a request that agrees for six tokens.
+    kvc::prefix index = kvc::prefix::create(4, 1, 16).value();
+    const std::array<uint32_t, 8> tokens{1, 2, 3, 4, 5, 6, 7, 8}, request{1, 2, 3, 4, 5, 6, 9, 9};
+    const std::array<int32_t, 2> blocks{11, 12}, offsets{0, 8};
+    CHECK(index.insert(0, tokens, blocks));
+    auto mirror = kvc::device_prefix::create(device, index);
+    CHECK(mirror && mirror->sync().value() > 0);
+    REFUSED(kvc::device_prefix::create(device, index), kvc::status::invalid_state, "a copy");
+    const auto tokens_at = device.alloc(32).value(), offsets_at = device.alloc(8).value();
+    const auto found = device.alloc(16).value();
+    CHECK(device.upload(tokens_at, kvc::span<const uint32_t>(request)));
+    CHECK(device.upload(offsets_at, kvc::span<const int32_t>(offsets)));
+    kvc::device_lookup_desc lookup;
+    auto *const words = static_cast<uint32_t *>(found.get());
+    lookup.requests = 1, lookup.max_blocks = 2;
+    lookup.tokens = static_cast<const uint32_t *>(tokens_at.get());
+    lookup.indptr = static_cast<const int32_t *>(offsets_at.get());
+    lookup.matched = words, lookup.blocks = static_cast<int32_t *>(found.get()) + 2;
+    lookup.tail_tokens = words + 1;
+    CHECK(mirror->lookup(lookup));
+    std::array<uint32_t, 3> answer{};
+    CHECK(device.download(kvc::span<uint32_t>(answer), found));
+    CHECK(answer[0] == 4 && answer[1] == 2 && answer[2] == 11);
 }
 
 static void chains() {

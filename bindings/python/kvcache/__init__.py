@@ -9,7 +9,7 @@ The nouns are those of the C header:
 | `attend`, `append`, `merge_states`, `Rope` | `kvc_attend*`, `kvc_append*`, `kvc_rope_*` |
 | `Rows` | none: an array that is looked at once |
 | `GroupSpec`, `plan` | `kvc_group_spec`, `kvc_plan_*` |
-| `Device` | `kvc_device_*` |
+| `Device`, `DevicePrefix`, `choose_cascade` | `kvc_device_*` |
 | `Prefetch`, `TierCounts` | `kvc_prefetch_*`, `kvc_tier_*` |
 | `Events`, `Metrics` | `kvc_events_*`, `kvc_metrics_*` |
 | `errors` | `kvc_status` |
@@ -43,6 +43,7 @@ from .prefix import (
 )
 from .quantised import Scales, Tiles, code_bytes, scale_bytes
 from .rope import Rope
+from .shared import CascadeEstimate, CascadePrefix, CascadeSegment, DevicePrefix, choose_cascade
 from .step import Batch, Scoring, Step, Work
 from .tier import Prefetch, TierCounts, TierDecision, TierSlice
 
@@ -54,10 +55,14 @@ __all__ = [
     "Batch",
     "Cache",
     "CacheCounts",
+    "CascadeEstimate",
+    "CascadePrefix",
+    "CascadeSegment",
     "Commit",
     "Device",
     "DeviceFacts",
     "DeviceMemory",
+    "DevicePrefix",
     "Error",
     "Event",
     "Events",
@@ -94,6 +99,7 @@ __all__ = [
     "append",
     "attend",
     "build_info",
+    "choose_cascade",
     "code_bytes",
     "errors",
     "kernel_name",

@@ -174,6 +174,19 @@ class Device:
         the same lengths. `tail_mask`: see `kvc_device_attend_options`."""
         call = kernels._Call(q, k, v, table, kv_lens, out, q_indptr, layout, v_dim, self.kind)
         call.scoring(causal, window, scale, softcap, lse, sinks, alibi)
+        desc, options = self._described(call, workspace, max_q_tokens, max_kv_tokens, piece_tokens, planned, tail_mask)
+        check(lib.kvc_device_attend(self._handle, desc, options, self._stream(stream)))
+
+    def _described(
+        self,
+        call: kernels._Call,
+        workspace: Any,
+        max_q_tokens: int,
+        max_kv_tokens: int,
+        piece_tokens: int,
+        planned: bool,
+        tail_mask: Any = None,
+    ) -> tuple[Any, Any]:
         work = arrays.rows(workspace, "workspace", True)
         if work.dtype != "u8" or work.device != self.kind:
             raise ValueError(f"workspace is {arrays.NAMES[work.dtype]} on {work.device}, not u8 on {self.kind}")
@@ -183,7 +196,7 @@ class Device:
             "kvc_device_attend_options",
             max_q_tokens=max_q_tokens,
             max_kv_tokens=max_kv_tokens,
-            total_q_tokens=call.q_tokens if q_indptr is not None else 0,
+            total_q_tokens=call.q_tokens if desc.q_indptr != ffi.NULL else 0,
             piece_tokens=piece_tokens,
             planned=int(planned),
         )
@@ -192,7 +205,80 @@ class Device:
             if arrays.count(mask.shape) != call.q_tokens:
                 raise ValueError(f"tail_mask has {arrays.count(mask.shape)} words for {call.q_tokens} query tokens")
             options.tail_mask = ffi.cast("uint32_t *", mask.address)
-        check(lib.kvc_device_attend(self._handle, desc, options, self._stream(stream)))
+        return desc, options
+
+    def cascade(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        table: Any,
+        kv_lens: Any,
+        out: Any,
+        segments: Any,
+        *,
+        workspace: Any,
+        max_kv_tokens: int,
+        q_indptr: Any = None,
+        max_q_tokens: int = 1,
+        layout: str = "HND",
+        v_dim: int | None = None,
+        causal: bool = True,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+        lse: Any = None,
+        sinks: Any = None,
+        piece_tokens: int = 0,
+        planned: bool = False,
+        stream: int | None = None,
+    ) -> None:
+        """`attend` as a cascade: `segments` is int32 `[count, 4]` on this GPU, as `choose_cascade` lists
+        them, and `workspace` has `cascade_workspace_size` bytes."""
+        call = kernels._Call(q, k, v, table, kv_lens, out, q_indptr, layout, v_dim, self.kind)
+        call.scoring(causal, 0, scale, softcap, lse, sinks, None)
+        desc, options = self._described(call, workspace, max_q_tokens, max_kv_tokens, piece_tokens, planned)
+        found = kernels._exact(segments, "segments", "i32", self.kind)
+        if len(found.shape) != 2 or found.shape[1] != 4:
+            raise ValueError(f"segments has the shape {found.shape}, not (count, 4)")
+        listed = ffi.cast("kvc_device_cascade_segment *", found.address)
+        check(lib.kvc_device_cascade(self._handle, desc, options, listed, found.shape[0], self._stream(stream)))
+
+    def merge(
+        self, parts: Any, lse: Any, out: Any, *, out_lse: Any = None, sinks: Any = None, stream: int | None = None
+    ) -> None:
+        """Enqueues the merge of attention over disjoint sets of keys: `parts` `[part, row, head, dim]` and
+        f32 `lse` `[part, row, head]` to `out` `[row, head, dim]` and `out_lse` `[row, head]`, all contiguous
+        tensors on this GPU, parts and out of f32, f16 or bf16."""
+        a, b = arrays.rows(parts, "parts"), arrays.rows(out, "out", True)
+        if len(a.shape) != 4 or b.shape != a.shape[1:]:
+            raise ValueError(f"parts is (part, row, head, dim) and out (row, head, dim): {a.shape}, {b.shape}")
+        for found, name in ((a, "parts"), (b, "out")):
+            if found.device != self.kind:
+                raise ValueError(f"{name} is on {found.device}, not {self.kind}")
+        count, rows, heads, dim = a.shape
+        desc = _structs.options(
+            "kvc_device_merge_desc",
+            count=count,
+            rows=rows,
+            heads=heads,
+            dim=dim,
+            part_dtype=kernels._row(a, "parts"),
+            out_dtype=kernels._row(b, "out"),
+            parts=a.address,
+            out=b.address,
+        )
+        lists: list[tuple[str, Any, tuple[int, ...]]] = [
+            ("lse", lse, (count, rows, heads)),
+            ("out_lse", out_lse, (rows, heads)),
+            ("sinks", sinks, (heads,)),
+        ]
+        for name, x, shape in lists:
+            if x is not None:
+                found = kernels._exact(x, name, arrays.F32, self.kind)
+                if found.shape != shape:
+                    raise ValueError(f"{name} has the shape {found.shape}, not {shape}")
+                setattr(desc, name, ffi.cast("float *", found.address))
+        check(lib.kvc_device_merge(self._handle, desc, self._stream(stream)))
 
     def append(
         self,
@@ -318,6 +404,32 @@ def attend_workspace_size(
     out = ffi.new("uint64_t *")
     handle = ffi.NULL if device is None else device._handle
     check(lib.kvc_device_attend_workspace_size(handle, desc, options, out))
+    return out[0]
+
+
+def cascade_workspace_size(
+    segments: int,
+    device: Device | None = None,
+    *,
+    q_heads: int,
+    kv_heads: int,
+    k_dim: int,
+    v_dim: int | None = None,
+    block_tokens: int = 16,
+    format: str = "bf16",
+    v_in_k: bool = False,
+    seqs: int = 1,
+    max_q_tokens: int = 1,
+    max_kv_tokens: int,
+    multiprocessors: int = 0,
+    piece_tokens: int = 0,
+) -> int:
+    """Bytes of workspace for `Device.cascade` within these sizes, with a list of so many segments."""
+    sizes = {name: value for name, value in locals().items() if name not in ("device", "segments")}
+    desc, options = _attend_query(sizes)
+    out = ffi.new("uint64_t *")
+    handle = ffi.NULL if device is None else device._handle
+    check(lib.kvc_device_cascade_workspace_size(handle, desc, options, _structs.uint(segments, "segments"), out))
     return out[0]
 
 

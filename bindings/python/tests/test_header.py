@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import kvcache
-from kvcache import cache, device, events, kernels, layout, metrics, names, pool, prefix, quantised, tier
+from kvcache import cache, device, events, kernels, layout, metrics, names, pool, prefix, quantised, shared, tier
 from kvcache._native import ffi, lib
 from kvcache.errors import BY_NAME
 
@@ -59,6 +59,9 @@ def test_every_field_that_comes_back_has_a_name():
         "kvc_cache_counts": cache.CacheCounts,
         "kvc_plan_group": layout.PlanGroup,
         "kvc_device_facts": device.DeviceFacts,
+        "kvc_device_cascade_estimate": shared.CascadeEstimate,
+        "kvc_device_cascade_prefix": shared.CascadePrefix,
+        "kvc_device_cascade_segment": shared.CascadeSegment,
         "kvc_events_counts": events.EventsCounts,
         "kvc_metrics": metrics.Metrics,
         "kvc_histogram": metrics.Histogram,
@@ -83,6 +86,9 @@ def test_every_option_can_be_given():
         "kvc_attend_desc": kernels,
         "kvc_append_desc": kernels,
         "kvc_tier_options": tier,
+        "kvc_device_cascade_query": shared,
+        "kvc_device_lookup_desc": shared,
+        "kvc_device_merge_desc": device,
         "kvc_scales": quantised,
         "kvc_tile_view": quantised,
         "kvc_seal_desc": quantised,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import device, errors
+from kvcache import device, errors, shared
 
 from test_cache import reference
 
@@ -137,6 +137,23 @@ def test_device_of_a_build_without_kernels():
         opened.close()
     with pytest.raises(ValueError, match="cpu, cuda, emu"):
         kvcache.Device("tpu")
+    assert device.cascade_workspace_size(3, **sizes) > device.attend_workspace_size(**sizes)
+    with pytest.raises(errors.InvalidArgument, match="segments"):
+        device.cascade_workspace_size(0, **sizes)
+    assert shared.copy_bytes(kvcache.Prefix(block_tokens=4, capacity_blocks=16)) > 16 * 5 * 4
+
+
+def test_whether_a_cascade_pays():
+    layer = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "block_tokens": 16, "token_bytes": 4096}
+    layer |= {"seqs": 128, "kv_tokens": 128 * 4352}
+    # Round numbers in the range of large devices, made up for this test.
+    rates = {"memory_bytes": 3e6, "cache_bytes": 6e6, "cache_size": 50 << 20, "operations": 3e8, "launch": 2.5}
+    found, said = kvcache.choose_cascade([(0, 128, 256)], 2, **layer, **rates, multiprocessors=132)
+    assert said.pays and said.plain > said.cascade and found == [(0, 128, 256), (128, 0, 0)]
+    found, said = kvcache.choose_cascade([(0, 128, 2)], 2, **layer, **rates, multiprocessors=132)
+    assert not said.pays and found == [(0, 128, 0), (128, 0, 0)]
+    with pytest.raises(errors.InvalidArgument, match="prefixes"):
+        kvcache.choose_cascade([(0, 129, 256)], 2, **layer, **rates, multiprocessors=132)
 
 
 def test_device_under_the_emulator():
@@ -165,6 +182,25 @@ def test_device_under_the_emulator():
         assert not back.any()
         memory.free()
         memory.free()
+        # An index of one prompt, its copy, and a request that agrees for six tokens.
+        index = kvcache.Prefix(block_tokens=4, capacity_blocks=16)
+        index.insert(list(range(1, 9)), [11, 12])
+        with kvcache.DevicePrefix(opened, index) as copied:
+            assert copied.sync() > 0
+            with pytest.raises(errors.InvalidState):
+                kvcache.DevicePrefix(opened, index)
+            tokens, indptr, found, ids = (opened.alloc(size) for size in (32, 8, 4, 8))
+            tokens.upload(np.array([1, 2, 3, 4, 5, 6, 9, 9], "u4"))
+            indptr.upload(np.array([0, 8], "i4"))
+            copied.lookup(tokens, indptr, found, ids, requests=1, max_blocks=2)
+            matched, back = np.zeros(1, "u4"), np.zeros(2, "i4")
+            found.download(matched)
+            ids.download(back)
+            assert matched[0] == 4 and back[0] == 11
+            with pytest.raises(ValueError, match="indptr"):
+                copied.lookup(tokens, indptr, found, ids, requests=2, max_blocks=1)
+            for memory in (tokens, indptr, found, ids):
+                memory.free()
 
 
 def test_events():
