@@ -16,7 +16,7 @@ use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::Digest;
 use kvcache::tier::buffer::Buffers;
-use kvcache::tier::object::{HEAD_BYTES, Label, object_bytes};
+use kvcache::tier::object::{HEAD_BYTES, Label, Origin, object_bytes};
 use kvcache::tier::remote::{RemoteOptions, open};
 use kvcache::tier::{Configuration, HostBlock, ObjectKey, Tier, TierKind, TierSettings, Want};
 
@@ -99,7 +99,14 @@ fn measure(redis: &Redis, layers: u32, objects: usize, rounds: usize) {
     let label = |n: usize| {
         let tokens: Box<[u32]> = (0..16).map(|t| (n * 16 + t) as u32).collect();
         let block = Digest::of_block(None, &tokens);
-        Label { key: config.key(&block), block, parent: None, keys: None, tokens }
+        Label {
+            key: config.key(&block),
+            block,
+            parent: None,
+            keys: None,
+            tokens,
+            origin: Origin::default(),
+        }
     };
     let mut times: [Vec<f64>; 4] = Default::default();
     for round in 0..rounds + 1 {
@@ -162,7 +169,7 @@ fn main() {
         return;
     };
     // 36 KiB, 260 KiB, 1 MiB, 2 MiB.
-    for (layers, objects) in [(1, 512), (8, 256), (32, 128), (64, 64)] {
+    for (layers, objects) in [(1, 2048), (8, 256), (32, 128), (64, 64)] {
         let objects = if test { 32 } else { objects };
         measure(&redis, layers, objects, if test { 1 } else { 12 });
     }

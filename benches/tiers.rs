@@ -153,7 +153,7 @@ fn disk(test: bool) {
             let objects: Vec<Put> = buffers
                 .iter()
                 .zip(group * each as u64..)
-                .map(|(buffer, n)| Put { key: key(n), object: buffer })
+                .map(|(buffer, n)| Put { key: key(n), object: buffer, label: None })
                 .collect();
             let begin = Instant::now();
             store.put(&objects, &mut outcomes);
@@ -279,7 +279,8 @@ fn restore(objects: u64) {
     let mut outcomes = vec![Outcome::None; 256];
     for first in (0..objects).step_by(256) {
         let last = (first + 256).min(objects);
-        let puts: Vec<Put> = (first..last).map(|n| Put { key: key(n), object: &object }).collect();
+        let puts: Vec<Put> =
+            (first..last).map(|n| Put { key: key(n), object: &object, label: None }).collect();
         store.put(&puts, &mut outcomes[..puts.len()]);
     }
     assert_eq!((store.used().unwrap().1, store.evicted()), (objects, 0));

@@ -2191,13 +2191,13 @@ kvc_status kvc_device_prefix_lookup(const kvc_device_prefix *copy,
 // Medium: the pool that attention reads.
 #define KVC_MEDIUM_GPU 1
 
-// Medium: host memory behind it.
+// Medium: host memory behind it, KVC_TIER_HOST.
 #define KVC_MEDIUM_CPU 2
 
-// Medium: local files or devices.
+// Medium: local files or devices, KVC_TIER_DISK.
 #define KVC_MEDIUM_STORAGE 3
 
-// Medium: another machine.
+// Medium: another machine or the engine's own store, KVC_TIER_STORE.
 #define KVC_MEDIUM_EXTERNAL 4
 
 // Encoding of messages: events as maps, what current routers read.
@@ -2248,9 +2248,9 @@ typedef struct {
     uint32_t struct_size;
     // KVC_ENCODING_*, for ZeroMQ. KVC_ENCODING_MAP by default.
     uint32_t encoding;
-    // Blocks of events that may wait, at least the blocks of all layer groups; 0 (the default)
-    // for twice those, and no less than 65536. Where more wait, all are dropped, and the stream
-    // begins anew.
+    // Blocks of events that may wait, at least the device's blocks of all layer groups; 0 (the
+    // default) for twice those, and no less than 65536. Where more wait, all are dropped, and the
+    // stream begins anew. The blocks of tiers need no room of their own: they are told in turn.
     uint64_t capacity_blocks;
     // NULL (the default) for none.
     kvc_events_fn callback;
@@ -2314,8 +2314,17 @@ kvc_status kvc_events_describe(kvc_cache *cache,
 // then what happens. One kvc_events at a time on a cache (KVC_ERR_INVALID_STATE), which must reuse
 // prefixes. `options` names at least a callback or an endpoint.
 //
+// Of a cache with tiers the blocks of each are told, with the medium that it is: one that moves from
+// the device to the host is stored there and then removed here. What the disk holds from before is
+// told at the beginning, but for name spaces that were not described yet: those when they are. Of
+// stores that say nothing by themselves (remote ones, a kvc_tier_store) is told what this cache put
+// or found there, until it misses it. Takes a few hundred bytes and the
+// tokens of each block in a tier.
+//
 // Threads: thread-safe.
-kvc_status kvc_events_create(kvc_cache *cache, const kvc_events_options *options, kvc_events **out);
+kvc_status kvc_events_create(kvc_cache *cache,
+                             const kvc_events_options *options,
+                             kvc_events **out);
 
 // Publishes what still waits, then KVC_EVENT_CLEARED, and ends the thread and its sockets. NULL is
 // accepted. The cache may have ended before. KVC_ERR_INVALID_STATE from the callback.

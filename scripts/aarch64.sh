@@ -44,7 +44,7 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch
 export KVCACHE_CONFORMANCE=${KVCACHE_CONFORMANCE:-small}
 # Two unit tests take minutes under qemu; the table has both subjects, smaller. deep.sh runs all.
 # Tiers have no code of an instruction set, and qemu's files are not what they are tested on.
-long=(--skip tier::)
+long=(--skip tier:: --skip tiers::)
 if [ "$KVCACHE_CONFORMANCE" = small ]; then
     long+=(--skip cpu::prefill::tests::latents --skip cpu::prefill::tests::a_row_has_the_same_bits)
 fi

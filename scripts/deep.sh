@@ -49,6 +49,12 @@ part_fuzz() { FUZZ_SECONDS=${FUZZ_SECONDS:-300} scripts/fuzz.sh; }
 # A writer to the disk tier is killed 200 times.
 part_crashes() { KVCACHE_CRASHES=${KVCACHE_CRASHES:-200} cargo test --release --test tier_crash; }
 
+# S3 signatures before a server that checks them, which takes minutes to build.
+part_signatures() { scripts/signatures.sh; }
+
+# The disk tier beside fio, which Debian has.
+part_disk() { scripts/disk.sh; }
+
 part_msrv() {
     local version
     version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -78,8 +84,8 @@ if [ "${1:-}" = --one ]; then
     "part_$2"
     exit
 fi
-parts=(random levels features asan aarch64 cuda emulator zmq tsan shuttle fuzz crashes msrv cinstall
-    transformers benches gpu)
+parts=(random levels features asan aarch64 cuda emulator zmq tsan shuttle fuzz crashes disk
+    signatures msrv cinstall transformers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

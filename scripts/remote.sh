@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Remote tiers on real servers, started here and ended here: Redis from Debian, and s3rver (npm), which
-# takes any signature. The served model twice over each of them: the second run skips the system
-# prompt and writes the same.
+# takes any signature (scripts/signatures.sh has a server that does not). The served model twice over
+# each of them: the second run skips the system prompt and writes the same.
 source "$(dirname "$0")/common.sh"
 need_debian redis-server curl
 command -v npm >/dev/null || need_debian nodejs npm

@@ -143,7 +143,7 @@ fn keeps_what_it_is_given(store: &dyn Store) {
     store.remove(&keys);
     let mut outcomes = [Outcome::None; 2];
     let puts: Vec<Put> =
-        keys.iter().zip(&objects).map(|(&key, object)| Put { key, object }).collect();
+        keys.iter().zip(&objects).map(|(&key, object)| Put { key, object, label: None }).collect();
     store.put(&puts, &mut outcomes);
     assert_eq!(outcomes, [Outcome::Done; 2], "{store:?}");
     let mut found = [false; 3];
@@ -190,8 +190,10 @@ fn serves_the_next_process(open: &dyn Fn() -> Arc<dyn Store>) {
     let (outcome, mut changed) = get(&*store, parent[1], bytes.unwrap() as usize);
     assert_eq!(outcome, Outcome::Done);
     changed[5000] ^= 1;
-    let puts =
-        [Put { key: parent[0], object: b"garbage" }, Put { key: parent[1], object: &changed }];
+    let puts = [
+        Put { key: parent[0], object: b"garbage", label: None },
+        Put { key: parent[1], object: &changed, label: None },
+    ];
     store.put(&puts, &mut [Outcome::None; 2]);
     drop(cache);
     let mut cache = with_store(open());
@@ -231,14 +233,39 @@ fn s3_keeps_objects_and_serves_the_next_process() {
     let open_s3 = || open(&address, &options()).unwrap();
     keeps_what_it_is_given(&*open_s3());
     serves_the_next_process(&open_s3);
-    // A bucket that is not there is a failure, and no missing object.
+}
+
+/// No missing object.
+#[test]
+fn a_bucket_that_is_not_there_is_a_failure() {
+    let Some(address) = s3() else { return };
     let none = open(&format!("{address}-none"), &options()).unwrap();
     let mut outcomes = [Outcome::None];
-    none.put(&[Put { key: ObjectKey::default(), object: &object(1) }], &mut outcomes);
+    none.put(&[Put { key: ObjectKey::default(), object: &object(1), label: None }], &mut outcomes);
     assert_eq!(outcomes, [Outcome::Failed]);
 }
 
 /// Through the C ABI, by address: what one cache leaves there the next one finds.
+/// With `KVCACHE_S3_REFUSES` the store is one that does not take the environment's credentials.
+#[test]
+fn s3_with_a_wrong_secret_fails_and_is_counted() {
+    let Some(address) = s3().filter(|_| std::env::var_os("KVCACHE_S3_REFUSES").is_some()) else {
+        return;
+    };
+    let store = open(&address, &options()).unwrap();
+    let key = ObjectKey([9; 32]);
+    assert!(!store.exists(&[key], &mut [false]), "not found out, which is not absent");
+    let mut outcomes = [Outcome::None];
+    store.put(&[Put { key, object: &object(1), label: None }], &mut outcomes);
+    assert_eq!((outcomes[0], get(&*store, key, 20_000).0), (Outcome::Failed, Outcome::Failed));
+    let mut cache = with_store(store);
+    let prompt = prompt(1, 8);
+    assert_eq!(serve(&mut cache, &prompt).1, expected(&prompt));
+    cache.flush_tiers(LONG);
+    let counted = counters(&cache);
+    assert!(counted.failures > 0 && counted.stored == 0 && counted.down, "{counted:?}");
+}
+
 #[test]
 fn the_c_abi_opens_redis_by_address() {
     use kvcache::capi::*;

@@ -22,7 +22,7 @@ use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::Digest;
 use kvcache::tier::buffer::{Buffer, Buffers};
 use kvcache::tier::disk::{DiskOptions, DiskStore, Recovery};
-use kvcache::tier::object::{self, Label};
+use kvcache::tier::object::{self, Label, Origin};
 use kvcache::tier::{Configuration, Get, ObjectKey, Outcome, Put, Store};
 
 const DIR: &str = "KVCACHE_CRASH_DIR";
@@ -40,7 +40,14 @@ fn config() -> Configuration {
 fn label(config: &Configuration, n: u32) -> Label {
     let tokens: Box<[TokenId]> = (n * 100..n * 100 + 16).collect();
     let block = Digest::of_block(None, &tokens);
-    Label { key: config.key(&block), block, parent: None, keys: None, tokens }
+    Label {
+        key: config.key(&block),
+        block,
+        parent: None,
+        keys: None,
+        tokens,
+        origin: Origin::default(),
+    }
 }
 
 fn fill(config: &Configuration, n: u32, object: &mut [u8]) -> Label {
@@ -143,7 +150,7 @@ fn writer() {
         let puts: Vec<Put> = labels
             .iter()
             .zip(&objects)
-            .map(|(label, object)| Put { key: label.key, object })
+            .map(|(label, object)| Put { key: label.key, object, label: Some(label) })
             .collect();
         let mut outcomes = vec![Outcome::None; count];
         say(line("put", &group));

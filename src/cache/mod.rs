@@ -29,6 +29,7 @@ mod steps;
 mod store;
 mod tiers;
 mod transfer;
+mod whereabouts;
 mod windows;
 
 pub use media::Media;

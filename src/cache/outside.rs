@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use super::digests::Digests;
 use super::media::MediaKeys;
+use super::whereabouts::{Seeds, Whereabouts};
 use super::{KvCache, reserve};
 use crate::error::{Error, Result};
 use crate::events::{AttentionKind, Locked, Medium, Name, Queue, QueueStats, Shape};
@@ -31,11 +32,12 @@ const MOST_NAME_BYTES: usize = 255;
 pub(super) struct Outside {
     groups: usize,
     digests: Option<Digests>,
-    /// What the stored bytes mean; empty where all are floats.
-    storage: Vec<u8>,
+    seeds: Seeds,
     /// Namespaces of which more is known than the number.
-    names: BTreeMap<Namespace, (Option<Digest>, Arc<Name>)>,
+    names: BTreeMap<Namespace, Arc<Name>>,
     queue: Option<Arc<Queue>>,
+    /// The blocks of the tiers, where there are tiers and a queue.
+    below: Option<Arc<Whereabouts>>,
     watch: Option<Box<Watch>>,
     /// Where the time comes from; `None`: the caller sets it.
     clock: Option<Instant>,
@@ -48,9 +50,10 @@ impl Outside {
         Outside {
             groups,
             digests: None,
-            storage: Vec::new(),
+            seeds: Seeds::default(),
             names: BTreeMap::new(),
             queue: None,
+            below: None,
             watch: None,
             clock: Some(Instant::now()),
             now_ms: 0,
@@ -99,20 +102,16 @@ impl Outside {
 
     /// What stands before the first block of a sequence.
     pub(super) fn seed(&self, space: Namespace) -> Option<Digest> {
-        let seed = match self.names.get(&space) {
-            Some((seed, _)) => *seed,
-            None => Digest::of_namespace(space),
-        };
-        if self.storage.is_empty() {
-            return seed;
-        }
-        Some(Digest::of_storage(seed.as_ref(), &self.storage))
+        self.seeds.seed(space)
     }
 
     /// Says how K and V are stored, before anything is; empty for floats alone, whose digests are
     /// those that other stores know.
     pub(super) fn set_storage(&mut self, storage: Vec<u8>) {
-        self.storage = storage;
+        if let Some(below) = &self.below {
+            below.set_storage(storage.clone());
+        }
+        self.seeds.storage = storage;
     }
 
     /// Cached entries (`[entry][group]`) were found by a lookup.
@@ -164,20 +163,28 @@ impl Outside {
 
     /// Queues all that is resident, if events were lost and the publisher has said so.
     pub(super) fn resync(&self, prefix: Option<&PrefixIndex>, media: &MediaKeys) {
-        if let Some(queue) = &self.queue {
-            let mut queue = queue.lock();
-            if queue.wants_resync() {
-                self.tell_all(prefix, media, &mut queue);
-            }
+        if self.queue.as_ref().is_some_and(|queue| queue.lock().wants_resync()) {
+            self.tell_all(prefix, media);
         }
     }
 
-    fn tell_all(&self, prefix: Option<&PrefixIndex>, media: &MediaKeys, queue: &mut Locked) {
-        queue.restart();
-        if let (Some(prefix), Some(digests)) = (prefix, &self.digests) {
-            prefix.for_each_chain(&mut |chain| {
-                digests.tell_stored(&chain, self.seed(chain.space), media, queue);
-            });
+    /// Tells everything anew.
+    fn tell_all(&self, prefix: Option<&PrefixIndex>, media: &MediaKeys) {
+        let device = |queue: &mut Locked| {
+            if let (Some(prefix), Some(digests)) = (prefix, &self.digests) {
+                prefix.for_each_chain(&mut |chain| {
+                    digests.tell_stored(&chain, self.seed(chain.space), media, queue);
+                });
+            }
+        };
+        match (&self.queue, &self.below) {
+            (Some(queue), Some(below)) => below.tell_all(queue, device),
+            (Some(queue), None) => {
+                let mut queue = queue.lock();
+                queue.restart();
+                device(&mut queue);
+            }
+            (None, _) => {}
         }
     }
 }
@@ -185,6 +192,9 @@ impl Outside {
 impl Drop for Outside {
     /// What is gone is cleared.
     fn drop(&mut self) {
+        if let Some(below) = &self.below {
+            below.detach();
+        }
         if let Some(queue) = &self.queue {
             queue.lock().restart();
         }
@@ -239,7 +249,12 @@ impl KvCache {
         if let Some(queue) = &self.outside.queue {
             queue.set_name(space, name.clone());
         }
-        self.outside.names.insert(space, (Digest::of_keys(keys), name));
+        let digest = Digest::of_keys(keys);
+        self.outside.names.insert(space, name);
+        self.outside.seeds.described.insert(space, digest);
+        if let Some(below) = &self.outside.below {
+            below.describe(space, digest);
+        }
         Ok(())
     }
 
@@ -282,12 +297,33 @@ impl KvCache {
         groups.extend(self.spec.groups.iter().map(kind));
         let queue = Queue::new(Shape { block_tokens: self.spec.block_tokens, groups }, capacity)?;
         self.enable_digests()?;
-        for (&space, (_, name)) in &self.outside.names {
+        for (&space, name) in &self.outside.names {
             queue.set_name(space, name.clone());
         }
         self.outside.queue = Some(queue.clone());
-        self.outside.tell_all(self.prefix.as_ref(), &self.media, &mut queue.lock());
+        self.watch_tiers();
+        self.outside.tell_all(self.prefix.as_ref(), &self.media);
         Ok(queue)
+    }
+
+    /// Begins to watch the tiers, once there are both tiers and events; whether it begins now.
+    pub(super) fn watch_tiers(&mut self) -> bool {
+        let (Some(tiers), Outside { queue: Some(_), below: below @ None, seeds, .. }) =
+            (&mut self.tiers, &mut self.outside)
+        else {
+            return false;
+        };
+        let all = Whereabouts::new(seeds.clone());
+        tiers.watch(&all);
+        *below = Some(all);
+        true
+    }
+
+    /// The same for tiers that come after the events, and tells what they have.
+    pub(super) fn tell_tiers(&mut self) {
+        if self.watch_tiers() {
+            self.outside.tell_all(self.prefix.as_ref(), &self.media);
+        }
     }
 
     /// Queues no more events to `queue`; the last one says that everything is cleared. Does nothing
@@ -295,6 +331,9 @@ impl KvCache {
     pub fn disable_events(&mut self, queue: &Arc<Queue>) {
         if self.outside.queue.as_ref().is_some_and(|own| Arc::ptr_eq(own, queue)) {
             self.outside.queue = None;
+            if let Some(below) = &self.outside.below {
+                below.detach();
+            }
             queue.lock().restart();
         }
     }
@@ -308,10 +347,10 @@ impl KvCache {
     /// # Errors
     /// `InvalidState` where the cache queues no events.
     pub fn snapshot_events(&self) -> Result<()> {
-        let Some(queue) = &self.outside.queue else {
+        if self.outside.queue.is_none() {
             return Err(Error::InvalidState { why: "the cache publishes no events" });
-        };
-        self.outside.tell_all(self.prefix.as_ref(), &self.media, &mut queue.lock());
+        }
+        self.outside.tell_all(self.prefix.as_ref(), &self.media);
         Ok(())
     }
 

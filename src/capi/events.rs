@@ -29,11 +29,11 @@ pub const KVC_EVENT_CLEARED: u32 = 3;
 
 /// Medium: the pool that attention reads.
 pub const KVC_MEDIUM_GPU: u32 = 1;
-/// Medium: host memory behind it.
+/// Medium: host memory behind it, KVC_TIER_HOST.
 pub const KVC_MEDIUM_CPU: u32 = 2;
-/// Medium: local files or devices.
+/// Medium: local files or devices, KVC_TIER_DISK.
 pub const KVC_MEDIUM_STORAGE: u32 = 3;
-/// Medium: another machine.
+/// Medium: another machine or the engine's own store, KVC_TIER_STORE.
 pub const KVC_MEDIUM_EXTERNAL: u32 = 4;
 
 /// Encoding of messages: events as maps, what current routers read.
@@ -87,9 +87,9 @@ pub struct kvc_events_options {
     pub struct_size: u32,
     /// KVC_ENCODING_*, for ZeroMQ. KVC_ENCODING_MAP by default.
     pub encoding: u32,
-    /// Blocks of events that may wait, at least the blocks of all layer groups; 0 (the default)
-    /// for twice those, and no less than 65536. Where more wait, all are dropped, and the stream
-    /// begins anew.
+    /// Blocks of events that may wait, at least the device's blocks of all layer groups; 0 (the
+    /// default) for twice those, and no less than 65536. Where more wait, all are dropped, and the
+    /// stream begins anew. The blocks of tiers need no room of their own: they are told in turn.
     pub capacity_blocks: u64,
     /// NULL (the default) for none.
     pub callback: kvc_events_fn,
@@ -233,6 +233,13 @@ pub unsafe extern "C" fn kvc_events_describe(
 /// Publishes the events of a cache from now on: first KVC_EVENT_CLEARED and all that is resident,
 /// then what happens. One kvc_events at a time on a cache (KVC_ERR_INVALID_STATE), which must reuse
 /// prefixes. `options` names at least a callback or an endpoint.
+///
+/// Of a cache with tiers the blocks of each are told, with the medium that it is: one that moves from
+/// the device to the host is stored there and then removed here. What the disk holds from before is
+/// told at the beginning, but for name spaces that were not described yet: those when they are. Of
+/// stores that say nothing by themselves (remote ones, a kvc_tier_store) is told what this cache put
+/// or found there, until it misses it. Takes a few hundred bytes and the
+/// tokens of each block in a tier.
 ///
 /// Threads: thread-safe.
 ///

@@ -5,6 +5,14 @@
 //! callback, or under the feature `zmq` sockets that existing routers read. Blocks that follow each
 //! other are one event, as far as they were queued one after the other.
 //!
+//! # Tiers
+//! A block is told where it is, medium by medium: one that moves from the device to the host is
+//! stored there and then removed here, one that is recalled is in both. What a disk tier holds and
+//! loses is told by the thread that writes it, exactly; what it holds from before a restart is told
+//! when events begin, if its namespace was described (or needs no description), else when it is. Of
+//! a store that says nothing by itself (Redis, S3, the engine's own) is told what this cache put
+//! there or found there, until it misses it; of the last 131,072 such blocks.
+//!
 //! # A consumer that does not keep up
 //! The cache never waits. The queue holds a fixed number of blocks; where the next event does not
 //! fit, all that is queued is dropped and counted, and so is what happens after it. Once the
@@ -12,6 +20,9 @@
 //! sinks that everything is cleared; at its next call the cache queues all that is resident as new
 //! and goes on from there. So a consumer may know too little for a while, and never goes on
 //! believing in blocks that are gone.
+//!
+//! What can wait, such as a disk of blocks from before a restart, takes half of the queue at most,
+//! and is asked for more each time that something was published ([`Backlog`]).
 //!
 //! This module knows no cache: it is told digests, tokens and groups.
 
@@ -34,7 +45,7 @@ mod zmq;
 mod zmtp;
 
 pub use publisher::{Message, Publisher, Sink};
-pub use queue::{Batch, Events, Locked, Queue, QueueStats};
+pub use queue::{Backlog, Batch, Events, Locked, Queue, QueueStats};
 #[cfg(feature = "zmq")]
 pub use wire::{Encoding, encode};
 #[cfg(feature = "zmq")]
@@ -51,11 +62,11 @@ use crate::prefix::Digest;
 pub enum Medium {
     /// The pool that attention reads, wherever that is.
     Gpu,
-    /// Host memory behind it.
+    /// Host memory behind it: the host tier.
     Cpu,
-    /// Local files or devices.
+    /// Local files or devices: the disk tier.
     Storage,
-    /// Another machine.
+    /// Another machine, or the engine's own store: remote tiers.
     External,
 }
 

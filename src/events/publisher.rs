@@ -147,6 +147,7 @@ fn run(queue: &Queue, next_seq: &AtomicU64, mut sinks: Vec<Box<dyn Sink>>) {
                 }
             }
         }
+        queue.refill();
         queue.rest(REST);
     }
 }

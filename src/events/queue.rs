@@ -7,7 +7,7 @@
 //! model checker explores it (`scripts/shuttle`), which is why its locks come through `sync`.
 
 use alloc::collections::BTreeMap;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::time::Duration;
 
@@ -206,6 +206,12 @@ pub struct QueueStats {
     pub losses: u64,
 }
 
+/// Who has more to tell than the queue takes at once.
+pub trait Backlog: core::fmt::Debug + Send + Sync {
+    /// Queues as much as there is room for ([`Locked::spare_blocks`]).
+    fn refill(&self);
+}
+
 /// A bounded queue of events, shared by one cache and one publisher.
 #[derive(Debug)]
 pub struct Queue {
@@ -213,6 +219,7 @@ pub struct Queue {
     capacity: usize,
     state: Mutex<State>,
     names: Mutex<BTreeMap<Namespace, Arc<Name>>>,
+    backlog: Mutex<Option<Weak<dyn Backlog>>>,
     wake: Condvar,
 }
 
@@ -249,7 +256,8 @@ impl Queue {
             losses: 0,
         };
         let (state, names, wake) = (Mutex::new(state), Mutex::default(), Condvar::new());
-        Ok(Arc::new(Queue { shape, capacity: capacity_blocks, state, names, wake }))
+        let backlog = Mutex::new(None);
+        Ok(Arc::new(Queue { shape, capacity: capacity_blocks, state, names, backlog, wake }))
     }
 
     /// What all its events share.
@@ -266,6 +274,20 @@ impl Queue {
     /// The name of a namespace, if it has one.
     pub fn name(&self, space: Namespace) -> Option<Arc<Name>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner).get(&space).cloned()
+    }
+
+    /// Says who has more to tell: asked each time that something was published.
+    pub fn set_backlog(&self, backlog: Weak<dyn Backlog>) {
+        *self.backlog.lock().unwrap_or_else(PoisonError::into_inner) = Some(backlog);
+    }
+
+    /// Asks for more, unless it is to stop.
+    pub(super) fn refill(&self) {
+        let backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let stops = self.state().stop;
+        if let Some(backlog) = backlog.filter(|_| !stops).and_then(|backlog| backlog.upgrade()) {
+            backlog.refill();
+        }
     }
 
     /// What it has seen.
@@ -338,10 +360,27 @@ pub struct Locked<'a> {
 }
 
 impl Locked<'_> {
+    /// What all events share.
+    pub fn shape(&self) -> &Shape {
+        &self.queue.shape
+    }
+
     /// Whether events were dropped and the publisher has said so: all that is resident should be
     /// queued, after [`Self::restart`].
     pub fn wants_resync(&self) -> bool {
         self.state.flow == Flow::Resync
+    }
+
+    /// Blocks of events that what can wait may queue now: up to half of the queue, so that what
+    /// cannot wait has room; none while events are being lost.
+    pub fn spare_blocks(&self) -> usize {
+        match self.state.flow {
+            Flow::Open => {
+                let most = (self.queue.capacity / 2).max(self.queue.shape.groups.len());
+                most.saturating_sub(self.state.batch.blocks())
+            }
+            Flow::Lost | Flow::Resync => 0,
+        }
     }
 
     /// Blocks that follow `parent` and each other are cached; `tokens` are theirs.

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ObjectKey;
-use super::store::{Get, Outcome, Put, Store};
+use super::store::{Get, Outcome, Put, Store, Watcher};
 
 /// The store.
 pub(super) struct Guarded {
@@ -59,14 +59,23 @@ impl Guarded {
         }
     }
 
-    pub fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
-        if self.call(|store| store.get(objects, outcomes)).is_none() {
+    pub fn get_each(
+        &self,
+        objects: &mut [Get],
+        outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
+    ) {
+        if self.call(|store| store.get_each(objects, outcomes, see)).is_none() {
             outcomes.fill(Outcome::Failed);
         }
     }
 
     pub fn remove(&self, keys: &[ObjectKey]) {
         self.call_silent(|store| store.remove(keys));
+    }
+
+    pub fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        self.call_silent(|store| store.watch(watcher)).unwrap_or(false)
     }
 
     pub fn used(&self) -> Option<(u64, u64)> {

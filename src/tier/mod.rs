@@ -40,7 +40,7 @@ pub use key::{Configuration, MOST_MODEL_BYTES, ObjectKey};
 pub use queue::{CopyState, Tier, TierSettings};
 pub use rate::Rate;
 pub use report::{TierReport, write_prometheus};
-pub use store::{Get, Outcome, Put, Store};
+pub use store::{Get, Outcome, Put, Store, Watcher};
 pub use ticket::{Missed, Ticket, Want};
 
 /// Where blocks are kept, from the device down.

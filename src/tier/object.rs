@@ -23,7 +23,7 @@ use alloc::boxed::Box;
 
 use super::ObjectKey;
 use super::key::Configuration;
-use crate::ids::TokenId;
+use crate::ids::{Namespace, TokenId};
 use crate::prefix::Digest;
 
 /// Bytes of an object's head; objects are whole pages, so that they can be read past the page cache.
@@ -34,8 +34,20 @@ const CRC_AT: usize = 8;
 const CHECKED_FROM: usize = 12;
 const TOKENS_AT: usize = 160;
 
-/// What an object says of its block beside the payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What KV events say of a block and its object does not carry.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// The namespace, by its number in the cache that labelled the block.
+    pub space: Namespace,
+    /// What stands before a sequence's first block in it; `None` where nothing does.
+    pub seed: Option<Digest>,
+    /// The media that begin in the block: the place of the token, and the digest.
+    pub media: Box<[(u32, Digest)]>,
+}
+
+/// What is known of a block beside its bytes. Equal where an object of the one is an object of the
+/// other: origins are not looked at.
+#[derive(Debug, Clone)]
 pub struct Label {
     /// Its key.
     pub key: ObjectKey,
@@ -47,7 +59,18 @@ pub struct Label {
     pub keys: Option<Digest>,
     /// Its tokens.
     pub tokens: Box<[TokenId]>,
+    /// Where it comes from.
+    pub origin: Origin,
 }
+
+impl PartialEq for Label {
+    fn eq(&self, other: &Self) -> bool {
+        let of = |label: &Self| (label.key, label.block, label.parent, label.keys);
+        of(self) == of(other) && self.tokens == other.tokens
+    }
+}
+
+impl Eq for Label {}
 
 /// Why an object is not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,7 +172,8 @@ mod tests {
         let tokens: Box<[u32]> = (seed..seed + 16).collect();
         let parent = Some(Digest([3; 32]));
         let block = Digest::of_block(parent.as_ref(), &tokens);
-        Label { key: config.key(&block), block, parent, keys: None, tokens }
+        let origin = Origin::default();
+        Label { key: config.key(&block), block, parent, keys: None, tokens, origin }
     }
 
     fn sealed(config: &Configuration, label: &Label) -> Vec<u8> {

@@ -13,7 +13,7 @@ use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use std::collections::HashSet;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use super::key::Configuration;
 use super::object::{self, Label};
 use super::rate::Rate;
 use super::recent::Recent;
-use super::store::Store;
+use super::store::{Store, Watcher};
 use super::ticket::{Missed, Ticket, Want};
 use super::{ObjectKey, TierCounters, TierKind};
 use crate::error::{Error, Result};
@@ -89,6 +89,8 @@ pub(super) struct Shared {
     pub config: Configuration,
     pub store: Guarded,
     pub buffers: Arc<Buffers>,
+    /// Who is told what the store is seen to have, where the store does not tell it.
+    pub watcher: OnceLock<Arc<dyn Watcher>>,
     pub state: Mutex<State>,
     pub work: Condvar,
     pub idle: Condvar,
@@ -128,7 +130,9 @@ impl Tier {
         }
         let (state, work, idle) = (Mutex::default(), Condvar::new(), Condvar::new());
         let store = Guarded::new(store);
-        let shared = Arc::new(Shared { settings, config, store, buffers, state, work, idle });
+        let watcher = OnceLock::new();
+        let shared =
+            Arc::new(Shared { settings, config, store, buffers, watcher, state, work, idle });
         let mut tier = Tier { shared: shared.clone(), threads: Vec::new() };
         for n in 0..readers + writers {
             let shared = shared.clone();
@@ -262,6 +266,17 @@ impl Tier {
         true
     }
 
+    /// Tells `watcher` from now on what the store holds, as far as that is known: all of it for a
+    /// store that tells, else what it is seen to have. Whether the store tells. To be called once.
+    pub fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        let tells = self.shared.store.watch(watcher.clone());
+        if !tells {
+            // A second watcher would be one too many.
+            let _ = self.shared.watcher.set(watcher);
+        }
+        tells
+    }
+
     /// What it counted.
     pub fn counters(&self) -> TierCounters {
         let state = self.shared.state();
@@ -329,6 +344,16 @@ impl Shared {
     /// Every change below leaves the state whole, so that a panic elsewhere does no harm to it.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what the store was seen to have, and not to have. Called with the state locked, so that
+    /// it is told in the order in which it was seen.
+    pub fn tell(&self, gone: &[ObjectKey], stored: &[&Label]) {
+        if let Some(watcher) = self.watcher.get()
+            && !(gone.is_empty() && stored.is_empty())
+        {
+            watcher.changed(gone, stored);
+        }
     }
 
     pub fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {

@@ -6,7 +6,10 @@
 
 use core::fmt;
 
+use alloc::sync::Arc;
+
 use super::ObjectKey;
+use super::object::Label;
 
 /// What became of one object of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,6 +36,16 @@ pub struct Put<'a> {
     pub key: ObjectKey,
     /// Its bytes.
     pub object: &'a [u8],
+    /// What it is of, for stores that tell what they hold ([`Store::watch`]).
+    pub label: Option<&'a Label>,
+}
+
+/// Is told what a tier holds as that changes. Called with locks held: it calls neither the store nor
+/// the tier, and returns soon.
+pub trait Watcher: fmt::Debug + Send + Sync {
+    /// First `gone` went, then `stored` came; what was there already may come again, and what was
+    /// not may go.
+    fn changed(&self, gone: &[ObjectKey], stored: &[&Label]);
 }
 
 /// An object to get.
@@ -60,8 +73,32 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// consequence.
     fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]);
 
+    /// The same, and shows each object that is done, by its number: as soon as it is there, where the
+    /// store can, so that it is looked at while others are on their way. May show one twice.
+    fn get_each(
+        &self,
+        objects: &mut [Get],
+        outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
+    ) {
+        self.get(objects, outcomes);
+        for (n, (get, outcome)) in objects.iter().zip(outcomes).enumerate() {
+            if *outcome == Outcome::Done {
+                see(n, get.object);
+            }
+        }
+    }
+
     /// Removes objects; those it does not have are no failure.
     fn remove(&self, keys: &[ObjectKey]);
+
+    /// Tells `watcher` what it holds, as far as it knows what that is of, and from then on what
+    /// changes, in the order in which it does. False for a store that cannot know: then the tier
+    /// tells what it sees.
+    fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        let _ = watcher;
+        false
+    }
 
     /// Bytes and objects that it holds, where it knows.
     fn used(&self) -> Option<(u64, u64)> {

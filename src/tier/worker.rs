@@ -65,7 +65,11 @@ impl Shared {
         state.counters.missed += (loads.len() - have) as u64;
         let rest = loads.split_off(have);
         if asked {
-            rest.iter().for_each(|load| state.seen.remove(&load.want.label.key));
+            // What comes after the first that is missing may be there.
+            let missing = rest.iter().zip(&found[have..]).filter(|(_, found)| !**found);
+            let gone: Vec<ObjectKey> = missing.map(|(load, _)| load.want.label.key).collect();
+            gone.iter().for_each(|key| state.seen.remove(key));
+            self.tell(&gone, &[]);
         }
         state.reading.extend(loads.iter().map(|load| load.want.label.key));
         state.loads.extend(loads);
@@ -78,18 +82,23 @@ impl Shared {
     fn load(&self, mut loads: Vec<Load>) {
         let begin = Instant::now();
         let live: Vec<bool> = loads.iter().map(|load| !load.ticket.is_cancelled()).collect();
-        let mut gets: Vec<Get> = loads
-            .iter_mut()
-            .zip(&live)
-            .filter(|(_, live)| **live)
-            .map(|(load, _)| Get { key: load.want.label.key, object: &mut load.buffer })
-            .collect();
+        let (mut gets, mut labels) = (Vec::new(), Vec::new());
+        for (load, _) in loads.iter_mut().zip(&live).filter(|(_, live)| **live) {
+            gets.push(Get { key: load.want.label.key, object: &mut load.buffer });
+            labels.push(&load.want.label);
+        }
         let mut outcomes = alloc::vec![Outcome::None; gets.len()];
+        let mut whole = alloc::vec![false; gets.len()];
         if !gets.is_empty() {
-            self.store.get(&mut gets, &mut outcomes);
+            let mut see = |n: usize, object: &[u8]| {
+                if let (Some(whole), Some(label)) = (whole.get_mut(n), labels.get(n)) {
+                    *whole = object::verify(object, &self.config, label).is_ok();
+                }
+            };
+            self.store.get_each(&mut gets, &mut outcomes, &mut see);
         }
         let time = begin.elapsed();
-        let mut outcomes = outcomes.into_iter();
+        let mut outcomes = outcomes.into_iter().zip(whole);
         let (mut done, mut bad, mut missed, mut failed) = (0u64, Vec::new(), 0, false);
         let keys: Vec<ObjectKey> = loads.iter().map(|load| load.want.label.key).collect();
         let mut arrived = Vec::with_capacity(loads.len());
@@ -97,25 +106,20 @@ impl Shared {
             let Load { want, buffer, ticket } = load;
             let outcome = if live { outcomes.next() } else { None };
             let result = match outcome {
-                Some(Outcome::Done) => match object::verify(&buffer, &self.config, &want.label) {
-                    Ok(()) => {
-                        done += 1;
-                        Ok(Arc::new(HostBlock { label: want.label, buffer }))
-                    }
-                    Err(_) => {
-                        bad.push(want.label.key);
-                        Err(Missed::Bad)
-                    }
-                },
-                Some(Outcome::Bad) => {
+                Some((Outcome::Done, true)) => {
+                    done += 1;
+                    Ok(Arc::new(HostBlock { label: want.label, buffer }))
+                }
+                // Whole as the store says, and not what was asked for; or nothing of it was seen.
+                Some((Outcome::Done | Outcome::Bad, _)) => {
                     bad.push(want.label.key);
                     Err(Missed::Bad)
                 }
-                Some(Outcome::Failed | Outcome::Full) => {
+                Some((Outcome::Failed | Outcome::Full, _)) => {
                     (missed, failed) = (missed + 1, true);
                     Err(Missed::Down)
                 }
-                Some(Outcome::Absent | Outcome::None) => {
+                Some((Outcome::Absent | Outcome::None, _)) => {
                     missed += 1;
                     Err(Missed::Absent)
                 }
@@ -124,13 +128,21 @@ impl Shared {
             arrived.push((ticket, want.at, result));
         }
         let mut state = self.state();
+        let (mut gone, mut seen) = (Vec::new(), Vec::new());
         for ((_, _, result), key) in arrived.iter().zip(&keys) {
             match result {
-                Ok(_) => state.seen.insert(*key),
-                Err(Missed::Absent | Missed::Bad) => state.seen.remove(key),
+                Ok(block) => {
+                    state.seen.insert(*key);
+                    seen.push(&block.label);
+                }
+                Err(Missed::Absent | Missed::Bad) => {
+                    state.seen.remove(key);
+                    gone.push(*key);
+                }
                 Err(_) => {}
             }
         }
+        self.tell(&gone, &seen);
         state.counters.loaded += done;
         state.counters.missed += missed;
         state.counters.bad += bad.len() as u64;
@@ -201,7 +213,11 @@ impl Shared {
         }
         let puts: Vec<Put> = sealed
             .iter()
-            .map(|block| Put { key: block.label.key, object: &block.buffer })
+            .map(|block| Put {
+                key: block.label.key,
+                object: &block.buffer,
+                label: Some(&block.label),
+            })
             .collect();
         let mut outcomes = alloc::vec![Outcome::None; puts.len()];
         let begin = Instant::now();
@@ -222,11 +238,14 @@ impl Shared {
             0 => {}
             _ => state.failed(),
         }
-        for (put, outcome) in puts.iter().zip(&outcomes) {
+        let mut seen = Vec::new();
+        for (block, outcome) in sealed.iter().zip(&outcomes) {
             if *outcome == Outcome::Done {
-                state.seen.insert(put.key);
+                state.seen.insert(block.label.key);
+                seen.push(&block.label);
             }
         }
+        self.tell(&[], &seen);
         for key in &keys {
             state.writing.remove(key);
         }

@@ -147,9 +147,7 @@ fn removals(stored: &[RouterEvent]) -> Vec<RouterEvent> {
         event((1 << 40) + n as u64, KvCacheEventData::Removed(KvCacheRemoveData { block_hashes }))
     };
     // Leaves first; the roots are the events without a parent.
-    let is_root = |event: &RouterEvent| {
-        matches!(&event.event.data, KvCacheEventData::Stored(data) if data.parent_hash.is_none())
-    };
+    let is_root = |event: &RouterEvent| matches!(&event.event.data, KvCacheEventData::Stored(data) if data.parent_hash.is_none());
     let (roots, leaves): (Vec<_>, Vec<_>) = stored.iter().partition(|event| is_root(event));
     leaves.into_iter().chain(roots).enumerate().map(removal).collect()
 }
@@ -267,7 +265,9 @@ fn main() {
         for n in 0..prompts.count {
             prompts.write(n, &mut prompt);
             let start = Instant::now();
-            fresh.insert(SPACE, &prompt, &ids[n % 1000..][..prompt.len() / BLOCK], &mut same).unwrap();
+            fresh
+                .insert(SPACE, &prompt, &ids[n % 1000..][..prompt.len() / BLOCK], &mut same)
+                .unwrap();
             spent += start.elapsed().as_nanos();
         }
         ours_root.ns.push(spent as f64 / prompts.blocks() as f64);

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvcache::cache::{CacheOptions, KvCache, Media, Step, Work};
+use kvcache::cache::{CacheOptions, KvCache, Media, Step, TierOptions, Work};
 use kvcache::dtype::KvFormat;
 use kvcache::events::{Encoding, Publisher, Subscribers, ZmqOptions, ZmqSink};
 use kvcache::ids::Namespace;
@@ -27,9 +27,17 @@ impl Worker {
     pub fn new(blocks: u32, encoding: Encoding, rank: u32) -> Self {
         let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
         let window = GroupSpec { window: Some(64), ..full.clone() };
-        let spec = CacheSpec { block_tokens: BLOCK_TOKENS, groups: vec![full, window] };
-        let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
-        let mut cache = KvCache::new(&spec, &options).unwrap();
+        Self::of(cache(vec![full, window], blocks), encoding, rank)
+    }
+
+    /// With one group, and tiers below it.
+    pub fn with_tiers(blocks: u32, tiers: TierOptions, encoding: Encoding, rank: u32) -> Self {
+        let mut cache = cache(vec![GroupSpec::uniform(1, 1, 8, KvFormat::F16)], blocks);
+        cache.attach_tiers(tiers).unwrap();
+        Self::of(cache, encoding, rank)
+    }
+
+    fn of(mut cache: KvCache, encoding: Encoding, rank: u32) -> Self {
         let queue = cache.enable_events(0).unwrap();
         let sink = ZmqSink::bind(&ZmqOptions {
             endpoint: "tcp://127.0.0.1:0".into(),
@@ -83,6 +91,12 @@ impl Worker {
         });
         self.publisher.next_seq()
     }
+}
+
+fn cache(groups: Vec<GroupSpec>, blocks: u32) -> KvCache {
+    let spec = CacheSpec { block_tokens: BLOCK_TOKENS, groups };
+    let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
+    KvCache::new(&spec, &options).unwrap()
 }
 
 /// Prompts of whole blocks, each block one token over and over, that share beginnings.

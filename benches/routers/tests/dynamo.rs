@@ -2,15 +2,26 @@
 //! crate `zeromq`) received, its own index takes it in, and then finds the blocks that are cached,
 //! and no others.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use dynamo_kv_router::RadixTree;
-use dynamo_kv_router::protocols::{BlockHashOptions, WorkerWithDpRank, compute_block_hash_for_seq};
+use dynamo_kv_router::indexer::{
+    KvIndexerInterface, LowerTierIndexers, LowerTierQueryOptions, query_lower_tiers_with_options,
+};
+use dynamo_kv_router::protocols::{
+    BlockHashOptions, StorageTier, WorkerWithDpRank, compute_block_hash_for_seq,
+};
 use dynamo_kv_router::zmq_wire::{ZmqEventNormalizer, decode_event_batch};
-use kvcache::cache::Media;
+use kvcache::cache::{Demotion, LowerTier, Media, TierOptions};
+use kvcache::dtype::KvFormat;
 use kvcache::events::Encoding;
 use kvcache::ids::Namespace;
+use kvcache::layout::slice::Slice;
+use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::{Digest, Keys};
+use kvcache::tier::disk::{DiskOptions, DiskStore};
+use kvcache::tier::{Configuration, TierKind, TierSettings};
 use routers::{BLOCK_TOKENS, Worker, prompts, wait};
 use tokio::time::timeout;
 use zeromq::{DealerSocket, Socket, SocketRecv, SocketSend, SubSocket, ZmqMessage};
@@ -22,6 +33,8 @@ const SPACE: Namespace = Namespace(0);
 /// The router's view of one worker.
 struct Router {
     tree: RadixTree,
+    /// What is not on the device.
+    below: LowerTierIndexers,
     normalizer: ZmqEventNormalizer,
     events: u64,
 }
@@ -29,7 +42,8 @@ struct Router {
 impl Router {
     fn new() -> Self {
         let normalizer = ZmqEventNormalizer::new(BLOCK_TOKENS);
-        Router { tree: RadixTree::new(), normalizer, events: 0 }
+        let below = LowerTierIndexers::new(1, BLOCK_TOKENS);
+        Router { tree: RadixTree::new(), below, normalizer, events: 0 }
     }
 
     /// Takes a payload; returns how many of its events the index took.
@@ -48,6 +62,39 @@ impl Router {
             }
         }
         taken
+    }
+
+    /// The same with the events of lower tiers, for the index of each.
+    async fn take_tiers(&mut self, payload: &[u8]) {
+        for raw in decode_event_batch(payload).expect("a payload that the router decodes").events {
+            assert!(!raw.is_ignored(), "{raw:?}");
+            let event = self.normalizer.normalize(raw, self.events, WORKER).expect("an event");
+            self.events += 1;
+            let event = event.into_router_event().expect("an event of a worker");
+            if event.targets_primary().expect("a tier that it knows") {
+                self.tree.apply_event(event).expect("an event that the index takes");
+            } else {
+                self.below.get_or_create(event.storage_tier).apply_event(event).await;
+            }
+        }
+    }
+
+    /// Leading blocks of a prompt that it believes to be on the device, then in the host, then on
+    /// disk.
+    async fn tiers(&self, prompt: &[u32]) -> [usize; 3] {
+        for tier in self.below.all() {
+            tier.flush().await;
+        }
+        let hashes = compute_block_hash_for_seq(prompt, BLOCK_TOKENS, BlockHashOptions::default());
+        let device = self.tree.find_match_details(hashes.clone(), false);
+        let below = LowerTierQueryOptions::default();
+        let below = query_lower_tiers_with_options(&self.below, &hashes, &device, below);
+        let hits = |tier| below.get(&tier).and_then(|found| found.hits.get(&WORKER)).copied();
+        [
+            device.overlap_scores.scores.get(&WORKER).map_or(0, |blocks| *blocks as usize),
+            hits(StorageTier::HostPinned).unwrap_or(0),
+            hits(StorageTier::Disk).unwrap_or(0),
+        ]
     }
 
     /// Leading blocks of a prompt that the router believes to be cached.
@@ -162,6 +209,101 @@ fn the_router_sees_the_same_blocks_in_maps() {
 #[test]
 fn the_router_sees_the_same_blocks_in_arrays() {
     runtime().block_on(sees_the_same_blocks(Encoding::Array));
+}
+
+async fn sees_the_same_tiers(encoding: Encoding) {
+    let dir = std::env::temp_dir().join(format!("kvcache-routers-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    let spec = CacheSpec::uniform(BLOCK_TOKENS, GroupSpec::uniform(1, 1, 8, KvFormat::F16));
+    let config = Configuration::new("m", &spec, &Slice::whole(&spec)).unwrap();
+    let disk = DiskOptions::new(&dir, 1 << 20);
+    let tiers = |host_blocks| {
+        let store = Arc::new(DiskStore::open(&disk, &config).unwrap().0);
+        let settings =
+            TierSettings { kind: TierKind::Disk, readers: 1, writers: 1, queued_blocks: 256 };
+        let demotion = Demotion::default();
+        let lower = LowerTier { store: store.clone(), settings, demotion };
+        (store, TierOptions { lower: vec![lower], ..TierOptions::host("m", host_blocks) })
+    };
+    let (store, options) = tiers(24);
+    let mut worker = Worker::with_tiers(48, options, encoding, RANK);
+    let mut socket = subscribed(&worker, "").await;
+    let (mut next, mut router) = (worker.settle(), Router::new());
+    let prompts = prompts(60, 7);
+    let mut seen = [0; 3];
+    for round in 0..150 {
+        worker.serve(&prompts[(round * 37) % prompts.len()], SPACE);
+        if round % 10 == 9 {
+            assert!(worker.cache.flush_tiers(Duration::from_secs(20)));
+        }
+        if round == 100 {
+            worker.cache.snapshot_events().unwrap();
+        }
+        // Which blocks follow each other where: asked of the cache, and of the router. Twice: the
+        // first may take what still waits for the disk back into the host.
+        let prompt = &prompts[(round * 11) % prompts.len()];
+        let longer = [&prompt[..], &[i32::MAX as u32]].concat();
+        drop(worker.cache.prefetch(&longer, SPACE).unwrap());
+        let prefetch = worker.cache.prefetch(&longer, SPACE).unwrap();
+        let block = BLOCK_TOKENS as usize;
+        let (device, host) = (prefetch.device_tokens / block, prefetch.host_tokens / block);
+        drop(prefetch);
+        let end = worker.settle();
+        while next < end {
+            router.take_tiers(receive(&mut socket).await.get(2).unwrap()).await;
+            next += 1;
+        }
+        let told = router.tiers(prompt).await;
+        assert_eq!((told[0], told[1]), (device, host), "round {round}");
+        seen.iter_mut().zip(told).for_each(|(seen, told)| *seen += told);
+    }
+    assert!(seen.iter().all(|&blocks| blocks > 20), "{seen:?}");
+    // What waits is written.
+    drop(worker);
+    let on_disk = store.keys().len();
+    assert!(on_disk > 50, "{on_disk} on disk");
+    drop(store);
+
+    // Another process finds them there, and a router finds them with it.
+    let (store, options) = tiers(24);
+    assert_eq!(store.keys().len(), on_disk);
+    let worker = Worker::with_tiers(48, options, encoding, RANK);
+    let mut dealer = DealerSocket::new();
+    dealer.connect(&worker.replay).await.unwrap();
+    let mut request = ZmqMessage::from(Vec::new());
+    request.push_back(0u64.to_be_bytes().to_vec().into());
+    dealer.send(request).await.unwrap();
+    let mut router = Router::new();
+    loop {
+        let message = receive(&mut dealer).await;
+        if message.get(3).unwrap().is_empty() {
+            break;
+        }
+        router.take_tiers(message.get(3).unwrap()).await;
+    }
+    let keys: std::collections::BTreeSet<_> = store.keys().into_iter().collect();
+    let mut found = 0;
+    for prompt in &prompts {
+        let mut above = None;
+        let there = prompt.chunks_exact(BLOCK_TOKENS as usize).take_while(|tokens| {
+            let digest = Digest::of_block(above.as_ref(), tokens);
+            above = Some(digest);
+            keys.contains(&config.key(&digest))
+        });
+        let there = there.count();
+        assert_eq!(router.tiers(prompt).await, [0, 0, there]);
+        found += there;
+    }
+    assert!(found > 50, "{found} found");
+    drop((worker, store));
+    let _ = std::fs::remove_dir_all(&dir);
+}
+
+#[test]
+fn the_router_sees_the_same_tiers() {
+    for encoding in [Encoding::Map, Encoding::Array] {
+        runtime().block_on(sees_the_same_tiers(encoding));
+    }
 }
 
 /// Tenants with salts, with the same prompts: the router keeps them apart as the cache does.

@@ -11,14 +11,15 @@ use crate::cache::media::MediaKeys;
 use crate::cache::outside::Outside;
 use crate::cache::reserve;
 use crate::cache::store::Store;
+use crate::cache::whereabouts::{Shelf, Whereabouts};
 use crate::error::{Error, Result};
-use crate::ids::{BlockId, TokenId};
+use crate::ids::{BlockId, Namespace, TokenId};
 use crate::prefix::{Chain, DEFAULT_PRIORITY, Digest};
 use crate::tier::buffer::{Buffer, Buffers};
-use crate::tier::object::{HEAD_BYTES, Label, object_bytes};
+use crate::tier::object::{HEAD_BYTES, Label, Origin, object_bytes};
 use crate::tier::{
     Configuration, CopyState, Decision, HostBlock, HostTier, PrefillCost, Rate, Ticket, Tier,
-    TierCounters,
+    TierCounters, TierKind, Watcher,
 };
 
 /// What is remembered of each cached block, by the id of its first group.
@@ -43,6 +44,8 @@ pub(in crate::cache) struct Tiers {
     pub buffers: Arc<Buffers>,
     pub cost: PrefillCost,
     notes: Vec<Note>,
+    /// Where the host's blocks are told, if they are.
+    shelf: Option<Arc<Shelf>>,
     pub groups: usize,
     /// Why the last start loaded as much as it did.
     pub last: Option<Decision>,
@@ -53,6 +56,7 @@ pub(in crate::cache) struct Tiers {
 pub(super) struct Labels<'a> {
     config: &'a Configuration,
     media: &'a MediaKeys,
+    space: Namespace,
     keys: Option<Digest>,
     parent: Option<Digest>,
     tokens: core::slice::ChunksExact<'a, TokenId>,
@@ -69,7 +73,8 @@ impl Iterator for Labels<'_> {
             self.parent = Some(block);
             let key = self.config.key(&block);
             let keys = Digest::of_media(self.keys.as_ref(), media);
-            Label { key, block, parent, keys, tokens: tokens.into() }
+            let origin = Origin { space: self.space, seed: self.keys, media: media.into() };
+            Label { key, block, parent, keys, tokens: tokens.into(), origin }
         }))
     }
 }
@@ -115,9 +120,24 @@ impl Tiers {
             buffers,
             cost: options.prefill_cost,
             notes,
+            shelf: None,
             groups,
             last: None,
         })
+    }
+
+    /// Tells from now on which blocks the tiers have, and before that which they have now.
+    pub(in crate::cache) fn watch(&mut self, all: &Arc<Whereabouts>) {
+        let shelf = all.shelf(0, TierKind::Host);
+        let labels: Vec<&Label> = self.host.iter().map(|block| &block.label).collect();
+        shelf.changed(&[], &labels);
+        self.shelf = Some(shelf);
+        for ((tier, _), number) in self.lower.iter().zip(1..) {
+            let shelf = all.shelf(number, tier.kind());
+            if !tier.watch(shelf.clone()) {
+                shelf.unsure();
+            }
+        }
     }
 
     /// Entries were put into the index, or blocks back into entries that had lost them;
@@ -133,7 +153,8 @@ impl Tiers {
         let keys = outside.seed(chain.space);
         let parent = outside.digest_before(chain, before, media);
         let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
-        let labels = Labels { config: &self.config, media, keys, parent, tokens };
+        let space = chain.space;
+        let labels = Labels { config: &self.config, media, space, keys, parent, tokens };
         for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 let label = Some(Box::new(label));
@@ -202,10 +223,25 @@ impl Tiers {
 
     /// Puts a block into the host tier; what goes for it goes further down.
     pub(super) fn keep(&mut self, block: Arc<HostBlock>) {
-        if let Some(gone) = self.host.insert(block) {
+        let gone = self.host.insert(block.clone());
+        if let Some(shelf) = &self.shelf {
+            let key = gone.as_ref().map(|gone| gone.label.key);
+            shelf.changed(key.as_slice(), &[&block.label]);
+        }
+        if let Some(gone) = gone {
             self.host_counters.evicted += 1;
             self.pass_down(gone);
         }
+    }
+
+    /// Takes the block out of the host that was not used for longest.
+    pub(super) fn pop_oldest(&mut self) -> Option<Arc<HostBlock>> {
+        let gone = self.host.pop_oldest()?;
+        self.host_counters.evicted += 1;
+        if let Some(shelf) = &self.shelf {
+            shelf.changed(&[gone.label.key], &[]);
+        }
+        Some(gone)
     }
 
     /// A block that left the host goes to the first tier below that takes it or has it. What it was
@@ -272,9 +308,7 @@ impl Tiers {
                 return Some(buffer);
             }
             // What is on its way down still has its buffer: then others have to go for this one.
-            let gone = self.host.pop_oldest()?;
-            self.host_counters.evicted += 1;
-            drop(gone);
+            drop(self.pop_oldest()?);
         }
     }
 
@@ -285,7 +319,7 @@ impl Tiers {
         media: &'a MediaKeys,
         skip: usize,
         above: Option<Digest>,
-        keys: Option<Digest>,
+        (space, keys): (Namespace, Option<Digest>),
     ) -> Labels<'a> {
         let block_tokens = self.config.block_tokens() as usize;
         // The last token is left to compute, since its logits are needed.
@@ -295,7 +329,7 @@ impl Tiers {
         // Without the digest of what comes before, nothing has a name.
         let known = skip == 0 || above.is_some();
         let tokens = if known { tokens } else { [].chunks_exact(block_tokens) };
-        Labels { config: &self.config, media, keys, parent, tokens }
+        Labels { config: &self.config, media, space, keys, parent, tokens }
     }
 
     pub(super) fn land(&mut self, ticket: &Ticket) {

@@ -10,6 +10,8 @@
 
 mod demote;
 mod onboard;
+#[cfg(all(test, unix))]
+mod tests;
 
 use alloc::string::String;
 use alloc::sync::Arc;

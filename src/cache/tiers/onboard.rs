@@ -34,6 +34,7 @@ impl KvCache {
         let tiers = Tiers::new(options, config, groups, blocks)?;
         self.enable_digests()?;
         self.tiers = Some(Box::new(tiers));
+        self.tell_tiers();
         Ok(())
     }
 
@@ -112,7 +113,7 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         let device = self.hit.tokens / block_tokens;
         let above = self.outside.digest_of(last_entry(&self.hit.blocks, self.pools.len()));
-        let keys = self.outside.seed(space);
+        let keys = (space, self.outside.seed(space));
         // Runs of blocks in the same place: `None` for the host, else a lower tier.
         let mut runs: Vec<(Option<usize>, Vec<Label>)> = Vec::new();
         let room = tiers.host.capacity();
@@ -166,8 +167,7 @@ impl KvCache {
                     // Buffers that the host can spare for it.
                     let lacking = wants.len().saturating_sub(tiers.buffers.spare());
                     for _ in 0..lacking.min(tiers.host.len().saturating_sub(wants.len())) {
-                        if let Some(gone) = tiers.host.pop_oldest() {
-                            tiers.host_counters.evicted += 1;
+                        if let Some(gone) = tiers.pop_oldest() {
                             tiers.pass_down(gone);
                         }
                     }
@@ -259,7 +259,7 @@ impl KvCache {
         let Some(tiers) = &mut self.tiers else { return 0 };
         tiers.used(&hit.blocks);
         let above = self.outside.digest_of(last_entry(&hit.blocks, groups));
-        let keys = self.outside.seed(sequence.namespace);
+        let keys = (sequence.namespace, self.outside.seed(sequence.namespace));
         let skip = hit.tokens / block_tokens;
         let most = self.pools.iter().map(|pool| pool.free_blocks() + pool.cached_blocks()).min();
         let mut found = Vec::new();

@@ -4,6 +4,7 @@
 //! DIR/<configuration's name>/lock           held by the process that uses it
 //!                            configuration  what the objects are of
 //!                            journal        which slot has which object
+//!                            labels         of what block each slot's object is
 //!                            segment-0000   slots, all of one size, room taken when it is made
 //! ```
 //!
@@ -11,8 +12,8 @@
 //! flushed together. So after a crash every put that was done is found, and none that was not: what
 //! the journal names was written before it was named. A slot is used again only after the record
 //! that its object is gone has been flushed; slots are freed ahead of need, in the same flush as
-//! other records. Nothing but the journal is read at restart. Objects are verified by whoever gets
-//! them.
+//! other records. Nothing but the journal is read at restart, and the labels where somebody wants to
+//! know which blocks there are. Objects are verified by whoever gets them.
 //!
 //! After a flush that failed nothing more is written (what the disk has is not known then); what is
 //! known to be there is still read.
@@ -20,6 +21,7 @@
 mod files;
 mod io;
 mod journal;
+mod labels;
 mod recovery;
 #[cfg(target_os = "linux")]
 mod sys;
@@ -48,11 +50,12 @@ pub use recovery::Recovery;
 
 use super::key::Configuration;
 use super::lru::Lru;
-use super::object::object_bytes;
-use super::{Get, ObjectKey, Outcome, Put, Store};
+use super::object::{Label, object_bytes};
+use super::{Get, ObjectKey, Outcome, Put, Store, Watcher};
 use crate::error::{Error, Result};
 use io::{Bytes, Lane, Transfer};
 use journal::{Journal, Record};
+use labels::Labels;
 
 /// Room is taken in pieces of about so many bytes.
 const SEGMENT_BYTES: u64 = 256 << 20;
@@ -89,6 +92,9 @@ struct Index {
 #[derive(Debug)]
 struct Writer {
     journal: Journal,
+    labels: Labels,
+    /// Who is told what changes. All that does, does with the writer locked.
+    watcher: Option<Arc<dyn Watcher>>,
     free: Vec<u32>,
     lane: Lane,
     /// A flush failed: nothing more is written.
@@ -176,8 +182,11 @@ impl DiskStore {
             options.direct,
         )?;
         let readers = alloc::vec![0; found.segments.len() * segment_slots as usize];
+        let labels = Labels::open(&*files, config);
         let writer = Writer {
             journal: found.journal,
+            labels,
+            watcher: None,
             free: found.free,
             lane: Lane::new(options.uring),
             broken: false,
@@ -225,6 +234,20 @@ impl DiskStore {
         let file = segments.get((slot / self.segment_slots) as usize)?;
         Some((file.clone(), u64::from(slot % self.segment_slots) * self.slot_bytes))
     }
+}
+
+impl Writer {
+    fn tell(&self, gone: &[ObjectKey], stored: &[&Label]) {
+        if let Some(watcher) = &self.watcher
+            && !(gone.is_empty() && stored.is_empty())
+        {
+            watcher.changed(gone, stored);
+        }
+    }
+}
+
+fn keys_of(objects: &[(ObjectKey, u32)]) -> Vec<ObjectKey> {
+    objects.iter().map(|(key, _)| *key).collect()
 }
 
 impl Store for DiskStore {
@@ -311,11 +334,23 @@ impl Store for DiskStore {
         }
         let records: Vec<Record> =
             gone.iter().map(|&(key, slot)| Record::Removed { key, slot }).collect();
+        writer.tell(&keys_of(&gone), &[]);
         // Where this fails the slots are not used again before a restart, which finds the object
         // that was removed, and whoever gets it finds it bad.
         if !records.is_empty() && !writer.broken && writer.journal.append(&records).is_ok() {
             writer.free.extend(gone.into_iter().map(|(_, slot)| slot));
         }
+    }
+
+    /// Reads the labels, in the caller's thread.
+    fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
+        let mut writer = locked(&self.writer);
+        writer.labels.read(
+            |key, slot| locked(&self.index).slots.peek_mut(key).is_some_and(|at| *at == slot),
+            |labels| watcher.changed(&[], &labels.iter().collect::<Vec<_>>()),
+        );
+        writer.watcher = Some(watcher);
+        true
     }
 
     fn used(&self) -> Option<(u64, u64)> {

@@ -9,7 +9,7 @@ use crate::dtype::KvFormat;
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupSpec};
 use crate::prefix::Digest;
-use crate::tier::object::{self, Label};
+use crate::tier::object::{self, Label, Origin};
 
 fn config() -> Configuration {
     let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 16, KvFormat::F16));
@@ -19,7 +19,14 @@ fn config() -> Configuration {
 fn label(config: &Configuration, n: u32) -> Label {
     let tokens: Box<[u32]> = (n..n + 16).collect();
     let block = Digest::of_block(None, &tokens);
-    Label { key: config.key(&block), block, parent: None, keys: None, tokens }
+    Label {
+        key: config.key(&block),
+        block,
+        parent: None,
+        keys: None,
+        tokens,
+        origin: Origin::default(),
+    }
 }
 
 /// A sealed object whose payload depends on `n`.
@@ -40,8 +47,10 @@ fn open(files: &FaultyFiles, objects: u64) -> Result<(DiskStore, Recovery)> {
 
 fn put(store: &DiskStore, config: &Configuration, numbers: &[u32]) -> Vec<Outcome> {
     let objects: Vec<_> = numbers.iter().map(|&n| sealed(config, n)).collect();
-    let puts: Vec<Put> =
-        objects.iter().map(|(label, object)| Put { key: label.key, object }).collect();
+    let puts: Vec<Put> = objects
+        .iter()
+        .map(|(label, object)| Put { key: label.key, object, label: Some(label) })
+        .collect();
     let mut outcomes = alloc::vec![Outcome::None; puts.len()];
     store.put(&puts, &mut outcomes);
     outcomes
@@ -102,7 +111,7 @@ fn what_was_put_is_found_and_the_oldest_go_first() {
     let mut outcome = [Outcome::None];
     store.get(&mut [Get { key: label(&config, 1).key, object: &mut short }], &mut outcome);
     assert_eq!(outcome, [Outcome::Absent]);
-    store.put(&[Put { key: ObjectKey([1; 32]), object: &short }], &mut outcome);
+    store.put(&[Put { key: ObjectKey([1; 32]), object: &short, label: None }], &mut outcome);
     assert_eq!(outcome, [Outcome::Failed]);
 }
 
@@ -362,8 +371,10 @@ fn a_real_directory_serves_what_was_put_directly_and_through_the_ring() {
                 (label, buffer)
             })
             .collect();
-        let puts: Vec<Put> =
-            objects.iter().map(|(label, object)| Put { key: label.key, object }).collect();
+        let puts: Vec<Put> = objects
+            .iter()
+            .map(|(label, object)| Put { key: label.key, object, label: Some(label) })
+            .collect();
         let mut outcomes = alloc::vec![Outcome::None; puts.len()];
         store.put(&puts, &mut outcomes);
         assert_eq!(outcomes, [Outcome::Done; 20]);
@@ -387,4 +398,48 @@ fn a_directory_that_cannot_be_is_answered_with_the_systems_words() {
     let error = DiskStore::open(&DiskOptions::new(&scratch.0, 1 << 20), &config).unwrap_err();
     assert!(matches!(error, Error::TierFailed { os_code, .. } if os_code != 0), "{error}");
     let _ = std::fs::remove_file(&scratch.0);
+}
+
+/// Collects what is told.
+#[derive(Debug, Default)]
+struct Told(Mutex<Vec<ObjectKey>>);
+
+impl Watcher for Told {
+    fn changed(&self, gone: &[ObjectKey], stored: &[&Label]) {
+        let mut keys = self.0.lock().unwrap();
+        keys.retain(|key| !gone.contains(key));
+        keys.extend(stored.iter().map(|label| label.key));
+    }
+}
+
+#[test]
+fn what_is_there_is_told_and_a_damaged_label_costs_only_that() {
+    let (config, files) = (config(), FaultyFiles::default());
+    let (store, _) = open(&files, 40).unwrap();
+    put(&store, &config, &[1, 2, 3, 4, 5, 6]);
+    store.remove(&[label(&config, 2).key]);
+    drop(store);
+    let files = files.after_kill();
+    // The third slot's, whose object is still there.
+    let record = 256 + 16 * 4;
+    files.edit("labels", |bytes| bytes[2 * record + 200] ^= 4);
+    let (store, _) = open(&files, 40).unwrap();
+    let told = Arc::new(Told::default());
+    assert!(store.watch(told.clone()));
+    let keys = |numbers: &[u32]| -> Vec<ObjectKey> {
+        numbers.iter().map(|&n| label(&config, n).key).collect()
+    };
+    assert_eq!(*told.0.lock().unwrap(), keys(&[1, 4, 5, 6]));
+    assert_eq!(get(&store, &config, 3), (Outcome::Done, true));
+    put(&store, &config, &[7]);
+    store.remove(&keys(&[4]));
+    assert_eq!(*told.0.lock().unwrap(), keys(&[1, 5, 6, 7]));
+    for n in 100..200 {
+        put(&store, &config, &[n]);
+    }
+    let mut told = told.0.lock().unwrap().clone();
+    let mut there = store.keys();
+    told.sort_unstable();
+    there.sort_unstable();
+    assert_eq!(told, there, "evictions are told");
 }

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 
 use super::io::{Bytes, Transfer};
 use super::journal::Record;
-use super::{DiskStore, Index, Writer, locked, segment_name};
+use super::{DiskStore, Index, Writer, keys_of, locked, segment_name};
 use crate::tier::{ObjectKey, Outcome, Put};
 
 /// Records beyond twice those needed before the journal is written anew.
@@ -92,6 +92,7 @@ impl DiskStore {
             return false;
         }
         *locked(&self.evicted) += victims.len() as u64;
+        writer.tell(&keys_of(&victims), &[]);
         writer.free.extend(victims.into_iter().map(|(_, slot)| slot));
         let mut index = locked(&self.index);
         for &(key, slot) in puts {
@@ -184,6 +185,11 @@ impl DiskStore {
             .filter_map(|segment| self.place(segment * self.segment_slots))
             .all(|(file, _)| file.sync().is_ok());
         writer.broken |= !synced;
+        for &(n, slot) in &placed {
+            if let Some(label) = objects[n].label {
+                writer.labels.write(slot, label);
+            }
+        }
         let done = synced && {
             let victims = self.victims(self.ahead(writer, objects.len()));
             self.settle(writer, &puts, victims)
@@ -191,11 +197,14 @@ impl DiskStore {
         if !done {
             writer.free.extend(puts.iter().map(|&(_, slot)| slot));
         }
+        let mut stored = Vec::new();
         for (n, _) in placed {
             if outcomes[n] == Outcome::None {
                 outcomes[n] = if done { Outcome::Done } else { Outcome::Failed };
+                stored.extend(objects[n].label.filter(|_| done));
             }
         }
+        writer.tell(&[], &stored);
         for n in 0..outcomes.len() {
             if outcomes[n] == Outcome::None {
                 let first = objects.iter().position(|other| other.key == objects[n].key);

@@ -129,6 +129,7 @@ impl RedisStore {
         names: &[String],
         objects: &mut [Get],
         outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
     ) -> io::Result<()> {
         self.call(|connection| {
             outcomes.fill(Outcome::None);
@@ -136,10 +137,11 @@ impl RedisStore {
                 connection.command(&[b"GET", name.as_bytes()])?;
             }
             connection.send()?;
-            for (get, outcome) in objects.iter_mut().zip(&mut *outcomes) {
+            for (n, (get, outcome)) in objects.iter_mut().zip(&mut *outcomes).enumerate() {
                 *outcome = match connection.reply()? {
                     Reply::Bytes(bytes) if bytes == get.object.len() as u64 => {
                         connection.take(get.object)?;
+                        see(n, get.object);
                         Outcome::Done
                     }
                     Reply::Bytes(bytes) => {
@@ -216,8 +218,17 @@ impl Store for RedisStore {
     }
 
     fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
+        self.get_each(objects, outcomes, &mut |_, _| {});
+    }
+
+    fn get_each(
+        &self,
+        objects: &mut [Get],
+        outcomes: &mut [Outcome],
+        see: &mut dyn FnMut(usize, &[u8]),
+    ) {
         let names: Vec<String> = objects.iter().map(|get| self.name(&get.key)).collect();
-        let result = self.try_get(&names, objects, outcomes);
+        let result = self.try_get(&names, objects, outcomes, see);
         close(result, outcomes);
     }
 

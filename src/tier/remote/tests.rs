@@ -94,7 +94,7 @@ fn puts_say_when_there_is_no_room() {
     let answer = alloc::format!("{HELLO}+OK\r\n-OOM command not allowed\r\n-READONLY\r\n");
     let store = server("redis", answers(answer.as_bytes()));
     let object = vec![0; BYTES];
-    let puts = [1, 2, 3].map(|n| Put { key: ObjectKey([n; 32]), object: &object });
+    let puts = [1, 2, 3].map(|n| Put { key: ObjectKey([n; 32]), object: &object, label: None });
     let mut outcomes = [Outcome::None; 3];
     store.put(&puts, &mut outcomes);
     assert_eq!(outcomes, [Outcome::Done, Outcome::Full, Outcome::Failed]);
@@ -160,7 +160,10 @@ fn servers_that_are_silent_slow_or_gone_are_not_waited_for() {
         let gone = gone.unwrap();
         assert_eq!(get_two(&*gone), [Outcome::Failed; 2], "{scheme}");
         let mut outcomes = [Outcome::None];
-        gone.put(&[Put { key: ObjectKey::default(), object: &[0; BYTES] }], &mut outcomes);
+        gone.put(
+            &[Put { key: ObjectKey::default(), object: &[0; BYTES], label: None }],
+            &mut outcomes,
+        );
         assert_eq!(outcomes, [Outcome::Failed]);
         gone.remove(&[ObjectKey::default()]);
     }

@@ -1,8 +1,9 @@
-//! A connection whose reads and writes end by a deadline: every wait of the socket is for no longer
-//! than what is left of it, so that a peer that sends a byte now and then gains nothing.
+//! A connection whose reads and writes end by a deadline: every wait of the socket is for hardly
+//! longer than what is left of it (a tenth, since to say how long is a call of the system, too), so
+//! that a peer that sends a byte now and then gains nothing.
 
 use alloc::boxed::Box;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSliceMut, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 #[cfg(unix)]
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,10 @@ pub(super) enum Endpoint {
     Tcp(String, u16),
     Unix(PathBuf),
 }
+
+/// Bytes that are read beyond what is asked for: enough for the reply between two objects, so that of
+/// the objects little is copied twice.
+const AHEAD: usize = 512;
 
 #[derive(Debug)]
 enum Stream {
@@ -31,6 +36,8 @@ pub(super) struct Wire {
     buffer: Box<[u8]>,
     from: usize,
     to: usize,
+    /// How long the socket waits for reads and for writes, as it was last told.
+    waits: [Duration; 2],
     /// When what is being done must be done.
     pub deadline: Instant,
 }
@@ -68,7 +75,8 @@ impl Wire {
             Endpoint::Unix(_) => return Err(ErrorKind::Unsupported.into()),
         };
         let buffer = alloc::vec![0; 16 << 10].into_boxed_slice();
-        Ok(Self { stream, buffer, from: 0, to: 0, deadline })
+        let waits = [Duration::ZERO; 2];
+        Ok(Self { stream, buffer, from: 0, to: 0, waits, deadline })
     }
 
     /// Whether something came that nobody has read.
@@ -78,46 +86,65 @@ impl Wire {
 
     pub fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let left = Some(left(self.deadline)?);
+            self.stream.wait_for(&mut self.waits[1], self.deadline, Stream::set_write_timeout)?;
             let written = match &mut self.stream {
-                Stream::Tcp(s) => s.set_write_timeout(left).and_then(|()| s.write(bytes)),
+                Stream::Tcp(stream) => stream.write(bytes),
                 #[cfg(unix)]
-                Stream::Unix(s) => s.set_write_timeout(left).and_then(|()| s.write(bytes)),
+                Stream::Unix(stream) => stream.write(bytes),
             };
             match written {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(n) => bytes = &bytes[n..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => self.retry(error)?,
             }
         }
         Ok(())
     }
 
-    /// Reads at least a byte.
-    fn read_some(stream: &mut Stream, deadline: Instant, into: &mut [u8]) -> io::Result<usize> {
+    /// Reads at least a byte into `into`, and what comes with it into the first `ahead` bytes of the
+    /// buffer, which is empty; how much is in `into`.
+    fn read_some(&mut self, into: &mut [u8], ahead: usize) -> io::Result<usize> {
         loop {
-            let left = Some(left(deadline)?);
-            let read = match stream {
-                Stream::Tcp(s) => s.set_read_timeout(left).and_then(|()| s.read(into)),
+            self.stream.wait_for(&mut self.waits[0], self.deadline, Stream::set_read_timeout)?;
+            let (bytes, buffer) = (into.len(), &mut self.buffer[..ahead]);
+            let parts = &mut [IoSliceMut::new(into), IoSliceMut::new(buffer)];
+            let read = match &mut self.stream {
+                Stream::Tcp(stream) => stream.read_vectored(parts),
                 #[cfg(unix)]
-                Stream::Unix(s) => s.set_read_timeout(left).and_then(|()| s.read(into)),
+                Stream::Unix(stream) => stream.read_vectored(parts),
             };
             match read {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                read => return read,
+                Ok(count) => {
+                    (self.from, self.to) = (0, count.saturating_sub(bytes));
+                    return Ok(count.min(bytes));
+                }
+                Err(error) => self.retry(error)?,
             }
         }
     }
 
-    /// Fills `into`: what is not buffered comes straight from the socket.
+    /// Whether a call that failed is to be made again: it was interrupted, or the socket waited for
+    /// as long as it was told before there was more time.
+    fn retry(&mut self, error: io::Error) -> io::Result<()> {
+        match error.kind() {
+            ErrorKind::Interrupted => Ok(()),
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                self.waits = [Duration::ZERO; 2];
+                left(self.deadline).map(drop)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Fills `into`: what is not buffered comes straight from the socket, and with its end the
+    /// beginning of what follows.
     pub fn read_exact(&mut self, into: &mut [u8]) -> io::Result<()> {
         let mut done = into.len().min(self.to - self.from);
         into[..done].copy_from_slice(&self.buffer[self.from..self.from + done]);
         self.from += done;
         while done < into.len() {
-            done += Self::read_some(&mut self.stream, self.deadline, &mut into[done..])?;
+            done += self.read_some(&mut into[done..], AHEAD)?;
         }
         Ok(())
     }
@@ -137,12 +164,49 @@ impl Wire {
                 self.buffer.copy_within(self.from..self.to, 0);
                 (self.from, self.to) = (0, self.to - self.from);
             }
-            if self.to == self.buffer.len() {
+            let had = self.to;
+            if had == self.buffer.len() {
                 return Err(ErrorKind::InvalidData.into());
             }
-            looked = self.to;
-            let room = &mut self.buffer[self.to..];
-            self.to += Self::read_some(&mut self.stream, self.deadline, room)?;
+            looked = had;
+            let mut more = [0; AHEAD];
+            let room = AHEAD.min(self.buffer.len() - had);
+            let count = self.read_some(&mut more[..room], 0)?;
+            self.buffer[had..had + count].copy_from_slice(&more[..count]);
+            (self.from, self.to) = (0, had + count);
         }
+    }
+}
+
+impl Stream {
+    fn set_read_timeout(&self, limit: Duration) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.set_read_timeout(Some(limit)),
+            #[cfg(unix)]
+            Stream::Unix(stream) => stream.set_read_timeout(Some(limit)),
+        }
+    }
+
+    fn set_write_timeout(&self, limit: Duration) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.set_write_timeout(Some(limit)),
+            #[cfg(unix)]
+            Stream::Unix(stream) => stream.set_write_timeout(Some(limit)),
+        }
+    }
+
+    /// Makes the socket wait until the deadline, if what it was told last is not about that.
+    fn wait_for(
+        &self,
+        told: &mut Duration,
+        deadline: Instant,
+        tell: fn(&Self, Duration) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let left = left(deadline)?;
+        if told.abs_diff(left) > left / 10 {
+            tell(self, left)?;
+            *told = left;
+        }
+        Ok(())
     }
 }
