@@ -23,7 +23,7 @@ use kvcache::cpu::{
 };
 use kvcache::dtype::{DType, KvFormat, bf16, f16};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{encode, median, random_kv, read_all, read_blocks, seconds};
+use support::{encode, huge, median, random_kv, read_all, read_blocks, seconds};
 
 /// A batch of equal sequences over one layer in native layout, its blocks in random order or their own.
 struct Batch {
@@ -165,26 +165,6 @@ impl Batch {
         let dims = f64::from(self.shape.k_dim + self.shape.v_dim);
         2.0 * pairs * dims * f64::from(self.shape.q_heads) * self.seqs as f64
     }
-}
-
-/// Zeroed memory, on huge pages where the system gives them.
-fn huge(words: usize) -> Vec<u64> {
-    let mut memory = Vec::with_capacity(words);
-    #[cfg(target_os = "linux")]
-    {
-        unsafe extern "C" {
-            fn madvise(at: *mut u8, bytes: usize, advice: i32) -> i32;
-        }
-        let spare: &mut [std::mem::MaybeUninit<u64>] = memory.spare_capacity_mut();
-        let at = spare.as_mut_ptr().cast::<u8>();
-        let skip = at.align_offset(4096);
-        if std::env::var_os("SMALL_PAGES").is_none() && words * 8 > skip + 4096 {
-            // SAFETY: advice about our own pages; MADV_HUGEPAGE changes no contents.
-            unsafe { madvise(at.wrapping_add(skip), (words * 8 - skip) & !4095, 14) };
-        }
-    }
-    memory.resize(words, 0);
-    memory
 }
 
 fn fill(dtype: DType, memory: &mut [u64], seed: u64) {

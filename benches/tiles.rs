@@ -17,7 +17,7 @@ use kvcache::cpu::{
 use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::layout::{GroupLayout, GroupSpec};
-use support::{encode, median, random_kv, read_all, seconds};
+use support::{encode, huge, median, random_kv, read_all, seconds};
 
 const TOKENS: u32 = 64;
 const SHAPE: HeadShape =
@@ -29,7 +29,7 @@ const CODES: [KvFormat; 5] =
 
 /// Zeroed memory, aligned to words of 16 bytes.
 fn memory(bytes: usize) -> Vec<u128> {
-    vec![0; bytes.div_ceil(16)]
+    huge(bytes.div_ceil(16))
 }
 
 fn fill(memory: &mut [u128], seed: u64) {

@@ -21,6 +21,29 @@ pub fn random_kv(elements: usize, seed: u64, mut put: impl FnMut(usize, f32)) {
     }
 }
 
+/// Zeros, in huge pages where the system has them, as a cache's memory is; in small ones with
+/// SMALL_PAGES in the environment.
+#[allow(dead_code, reason = "not every bench has so much memory")]
+pub fn huge<T: Clone + From<u8>>(count: usize) -> Vec<T> {
+    let mut memory: Vec<T> = Vec::with_capacity(count);
+    #[cfg(target_os = "linux")]
+    {
+        unsafe extern "C" {
+            fn madvise(at: *mut u8, bytes: usize, advice: i32) -> i32;
+        }
+        let spare: &mut [std::mem::MaybeUninit<T>] = memory.spare_capacity_mut();
+        let bytes = count * size_of::<T>();
+        let at = spare.as_mut_ptr().cast::<u8>();
+        let skip = at.align_offset(4096);
+        if std::env::var_os("SMALL_PAGES").is_none() && bytes > skip + 4096 {
+            // SAFETY: advice about our own pages; MADV_HUGEPAGE changes no contents.
+            unsafe { madvise(at.wrapping_add(skip), (bytes - skip) & !4095, 14) };
+        }
+    }
+    memory.resize(count, T::from(0));
+    memory
+}
+
 /// Reads every byte of `memory` once, with `pool`'s threads: with hints to the memory a little
 /// ahead, or without. Returns a checksum.
 pub fn read_all(pool: &Threads, memory: &[u64], hints: bool) -> u64 {
