@@ -71,6 +71,7 @@ pub(crate) enum Sharing {
     /// Some share it ([`shared`]); who wants it alone ([`exclusive`]) is refused meanwhile.
     Counts,
     /// All want it alone: nobody looks for those who share it.
+    #[cfg_attr(not(feature = "std"), allow(dead_code))] // its nouns need std
     Refuses,
     /// All want it alone, and wait for it ([`waited`]).
     #[cfg(feature = "std")]
