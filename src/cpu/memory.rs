@@ -68,8 +68,6 @@ impl Drop for Memory {
 
 #[cfg(all(test, feature = "std", target_os = "linux", not(miri)))]
 mod tests {
-    use std::string::String;
-
     use super::*;
 
     /// KiB of huge pages in the mapping that has `address`.
@@ -89,15 +87,16 @@ mod tests {
         0
     }
 
-    #[test]
-    fn memory_is_zero_and_in_huge_pages_where_the_system_gives_them() {
-        const BYTES: usize = 16 << 20;
+    const BYTES: usize = 64 << 20;
+
+    /// Whether ours has all the huge pages that a mapping of its own gets which asks for them before it
+    /// writes; on a system that gives it none, so does ours.
+    fn as_huge_as_can_be() -> bool {
         let memory = Memory::zeroed(BYTES as u64).unwrap();
         // SAFETY: its own bytes.
         let bytes = unsafe { core::slice::from_raw_parts(memory.start(), BYTES) };
         assert!(bytes.iter().all(|&byte| byte == 0));
         let ours = huge_kib(memory.start().addr());
-        // What a mapping of its own gets that asks before it writes; none where there are none.
         // SAFETY: a new mapping, unmapped below; nothing outside it is written.
         let theirs = unsafe {
             let (read_write, private) =
@@ -110,9 +109,13 @@ mod tests {
             libc::munmap(start, 2 * BYTES);
             kib
         };
-        let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-        std::println!("{ours} KiB and {theirs} KiB; {}", text.unwrap_or_else(|_| String::new()));
-        // Half of it, as memory may run out of huge pages between the two.
-        assert!(theirs < 2 * BYTES / 1024 || ours >= BYTES / 1024 / 2, "{ours} KiB of {theirs}");
+        std::println!("{ours} KiB of {}, {theirs} KiB of {}", BYTES >> 10, BYTES >> 9);
+        theirs < BYTES >> 9 || ours >= BYTES >> 10
+    }
+
+    #[test]
+    fn memory_is_zero_and_in_huge_pages_where_the_system_gives_them() {
+        // The system may be out of huge pages for a moment.
+        assert!((0..3).any(|_| as_huge_as_can_be()));
     }
 }

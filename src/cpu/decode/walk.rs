@@ -20,7 +20,7 @@ const FAR_BYTES: usize = 32 << 10;
 
 /// How far the hints for rows of some length run ahead.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Distances {
+struct Distances {
     /// Whole pieces between use and the second hint, and lines beyond.
     near: (usize, usize),
     /// Pieces between use and the first hint.
@@ -30,7 +30,7 @@ pub(in crate::cpu) struct Distances {
 impl Distances {
     /// For rows of `bytes`.
     #[inline(always)]
-    pub(in crate::cpu) fn of(bytes: usize) -> Self {
+    fn of(bytes: usize) -> Self {
         let piece = PIECE * bytes;
         // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
         let near = match NEAR_BYTES / piece {

@@ -97,7 +97,7 @@ impl<'a, 'b> Ahead<'a, 'b> {
         let of = |reads: &Reads, at: usize| {
             // SAFETY: the caller's promise. Any address may be prefetched.
             let block = unsafe { reads.table.add(reads.tiles.start as usize + at).read() };
-            reads.records.wrapping_offset(block as isize * job.block_bytes)
+            reads.records.wrapping_offset((block as isize).wrapping_mul(job.block_bytes))
         };
         match &job.after {
             _ if at < job.now.tiles.len() => of(&job.now, at),
