@@ -110,7 +110,8 @@ mod tests {
             kib
         };
         std::println!("{ours} KiB of {}, {theirs} KiB of {}", BYTES >> 10, BYTES >> 9);
-        theirs < BYTES >> 9 || ours >= BYTES >> 10
+        // Less a page or two: an allocator that checks what it gives may write to the ends.
+        theirs < BYTES >> 9 || ours >= (BYTES - 2 * HUGE_PAGE_BYTES) >> 10
     }
 
     #[test]
