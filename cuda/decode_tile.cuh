@@ -170,7 +170,7 @@ template <typename Codes> KVC_DEVICE uint32_t strip_token(uint32_t s, uint32_t m
 }
 
 template <typename Format, int HeadDim>
-KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const kvc_decode_item &item,
+KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const Piece &item,
                                 const Unit &u, const Column (&columns)[2],
                                 const QueryRows<HeadDim> &queries, const unsigned char *record,
                                 uint32_t tile, CodeState<HeadDim> &state) {
@@ -328,7 +328,7 @@ KVC_UNROLL
 }
 
 template <typename Format, int HeadDim>
-KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc_decode_item &item,
+KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Piece &item,
                                  uint32_t unit, TileRing &ring) {
     const kvc_decode_params &p = params.call;
     const Unit u = find_unit(p, item.seq, unit);
@@ -395,12 +395,9 @@ template <typename Format, int HeadDim>
 KVC_DEVICE void decode_tile(const kvc_decode_tile_params &params) {
     const kvc_decode_params &p = params.call;
     TileRing ring(params);
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_tile_unit<Format, HeadDim>(params, item, static_cast<uint32_t>(work % p.units), ring);
-        sync_threads();
-    }
+    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_tile_unit<Format, HeadDim>(params, item, unit, ring);
+    });
 }
 
 } // namespace kvc

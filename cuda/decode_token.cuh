@@ -194,7 +194,7 @@ KVC_UNROLL
 
 template <typename Format, int HeadDim, typename Pipe>
 KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
-                                  const kvc_decode_item &item, uint32_t unit, Pipe &pipe) {
+                                  const Piece &item, uint32_t unit, Pipe &pipe) {
     using Codes = typename Format::Codes;
     const kvc_decode_params &p = params.call;
     const Unit u = find_unit(p, item.seq, unit);
@@ -259,12 +259,9 @@ KVC_DEVICE void decode_token(const kvc_decode_token_params &params) {
     const kvc_decode_params &p = params.call;
     TokenPipeline<RowWords<typename Format::Codes, HeadDim>::kBytes, scale_bytes<Format>(HeadDim)> pipe(
         params);
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_token_unit<Format, HeadDim>(params, item, static_cast<uint32_t>(work % p.units), pipe);
-        sync_threads();
-    }
+    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_token_unit<Format, HeadDim>(params, item, unit, pipe);
+    });
 }
 
 } // namespace kvc
