@@ -259,7 +259,7 @@ KVC_DEVICE void decode_token(const kvc_decode_token_params &params) {
     const kvc_decode_params &p = params.call;
     TokenPipeline<RowWords<typename Format::Codes, HeadDim>::kBytes, scale_bytes<Format>(HeadDim)> pipe(
         params);
-    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
         decode_token_unit<Format, HeadDim>(params, item, unit, pipe);
     });
 }
