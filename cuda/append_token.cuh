@@ -257,9 +257,7 @@ template <int HeadDim> KVC_DEVICE void append_token(const kvc_append_token_param
                                 wanted ? scales + scales_at : nullptr, wanted);
         if (wanted && !fits && channel == 0) raise(p.error_flag, kFlagRow);
     }
-    const uint32_t q_items = p.q_heads * (p.k_dim / 8);
-    for (uint32_t i = thread_x(); i < tokens * q_items; i += block_threads())
-        append_chunk(p, first + i / q_items, i % q_items);
+    if (p.q_heads != 0) turn_queries(p);
 }
 
 } // namespace kvc

@@ -57,7 +57,7 @@ struct kvc_append_params {
     int64_t v_cache_token;
     // Tokens of the call.
     uint32_t tokens;
-    // Tokens that one thread block takes.
+    // Tokens that one thread block takes, a power of two.
     uint32_t tokens_per_block;
     // Query heads; 0 without `q`.
     uint32_t q_heads;

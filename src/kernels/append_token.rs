@@ -68,7 +68,7 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
         return Ok(None);
     }
     let rows = (2 * p.call.kv_heads).min(ROWS_PER_BLOCK);
-    p.call.tokens_per_block = (ROWS_PER_BLOCK / rows).clamp(1, p.call.tokens);
+    p.call.tokens_per_block = 1 << (ROWS_PER_BLOCK / rows).ilog2();
     let blocks = p.call.tokens.div_ceil(p.call.tokens_per_block);
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });
