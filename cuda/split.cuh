@@ -38,22 +38,26 @@ struct Place {
 // does not wait for the answer; that holds a register meanwhile.
 template <bool Ahead, typename Params, typename Each>
 KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
+    // The first range is read beside the summary, not after it.
+    const uint32_t own = block_x() / p.units;
+    const kvc_decode_range *at = p.ranges + (own < p.max_slots ? own : p.max_slots - 1);
+    kvc_decode_range from = at[0], to = at[1];
     const uint32_t total = p.head->ranges * p.units; // below 2^32, as the host sees to
     const bool more = total > grid_x();
     for (uint32_t work = block_x(); work < total;) {
         uint32_t next = 0;
         if (Ahead && more && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
-        for (uint32_t seq = p.ranges[work / p.units].seq;; ++seq) {
+        for (;;) {
             // Found again for each piece: registers are scarcer.
             const uint32_t range = work / p.units, unit = work % p.units;
-            const kvc_decode_range from = p.ranges[range], to = p.ranges[range + 1];
-            if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
-            const kvc_decode_span span = p.spans[seq];
-            const Piece piece = {seq,
-                                 span.begin + (seq == from.seq ? from.offset : 0),
-                                 seq == to.seq ? span.begin + to.offset : span.end, range};
+            const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
             each(piece, unit);
             sync_threads();
+            const uint32_t seq = piece.seq + 1;
+            to = p.ranges[range + 1];
+            if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
+            const kvc_decode_span span = p.spans[seq];
+            from = {seq, 0, span.begin, span.end};
         }
         if (!more) return;
         if (thread_x() == 0) *shared = Ahead ? next : atomic_add(&p.head->taken, 1);
@@ -62,6 +66,9 @@ KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
         // Bulk copies may write there next.
         fence_bulk();
         sync_threads();
+        if (work >= total) break;
+        from = p.ranges[work / p.units];
+        to = p.ranges[work / p.units + 1];
     }
     if (more && thread_x() == 0 && atomic_add(&p.head->done, 1) + 1 == grid_x()) {
         p.head->taken = 0;
