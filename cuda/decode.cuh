@@ -34,7 +34,8 @@ KVC_UNROLL
         ldmatrix_x4(a, part.k + i * 16);
         T::mma(i % 2 == 0 ? s : odd, a, q[i]);
     }
-    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+    const float factor = score_factor(p);
+    for (int i = 0; i < 4; ++i) s[i] = (s[i] + odd[i]) * factor;
     make_scores(p, u, columns, part.tokens, part.readable, s);
     float scale[2];
 KVC_UNROLL
