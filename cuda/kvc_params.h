@@ -474,7 +474,9 @@ static_assert(sizeof(kvc_decode_tile_params) == 464, "layout of kvc_decode_tile_
 
 // Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_decode_token_params {
-    // The call. Strides of `k` and `v` are in bytes, multiples of 16; `bulk` means nothing.
+    // The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
+    // of a head and their scales follow each other within a block of a multiple of 16 tokens, and
+    // scales begin at multiples of 16 bytes; `stages`, 1 to 4, is then of tiles of 128 tokens.
     kvc_decode_params call;
     // Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
     // f16 at an even address; null where the format has none.
@@ -503,8 +505,8 @@ struct kvc_decode_token_params {
     uint32_t v_rotated;
     // Byte of shared memory from which the queries lie.
     uint32_t query_at;
-    // Keeps the size a multiple of 8. Zero.
-    uint32_t reserved;
+    // Stages of the pipeline without bulk copies, 2 to 4, in the same shared memory.
+    uint32_t copy_stages;
 };
 static_assert(sizeof(kvc_decode_token_params) == 392, "layout of kvc_decode_token_params");
 
