@@ -122,7 +122,7 @@ KVC_UNROLL
 
 template <typename T, int HeadDim, typename Pipe>
 KVC_DEVICE void decode_with(const kvc_decode_params &p, Pipe &&pipe) {
-    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
         decode_unit<T, HeadDim>(p, item, unit, pipe);
         pipe.give_back();
     });

@@ -127,16 +127,20 @@ KVC_DEVICE void decode_plan(const kvc_decode_plan_params &p) {
                 else
                     low = middle + 1;
             }
-            p.ranges[range].seq = base + low;
-            p.ranges[range].offset = static_cast<uint32_t>((at - (low == 0 ? 0 : ends[low - 1])) * granule);
+            const uint64_t before = (at - (low == 0 ? 0 : ends[low - 1])) * granule;
+            const Span whole = seen(p, base + low);
+            kvc_decode_range *entry = p.ranges + range;
+            entry->seq = base + low;
+            entry->offset = static_cast<uint32_t>(before);
+            entry->begin = whole.begin + static_cast<uint32_t>(before);
+            entry->end = whole.end;
         }
         first = past;
     }
     for (uint64_t i = t; i < static_cast<uint64_t>(cuts.count) * p.units; i += kPlanThreads)
         p.tickets[i] = 0;
     if (t == 0) {
-        p.ranges[cuts.count].seq = p.batch;
-        p.ranges[cuts.count].offset = 0;
+        p.ranges[cuts.count] = {p.batch, 0, 0, 0};
         p.head->ranges = cuts.count;
         p.head->slots = fixed ? 1 : 2;
         p.head->taken = 0;

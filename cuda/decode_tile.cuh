@@ -405,7 +405,7 @@ template <typename Format, int HeadDim>
 KVC_DEVICE void decode_tile(const kvc_decode_tile_params &params) {
     const kvc_decode_params &p = params.call;
     TileRing ring(params);
-    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
         decode_tile_unit<Format, HeadDim>(params, item, unit, ring);
     });
 }

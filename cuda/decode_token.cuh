@@ -393,7 +393,7 @@ KVC_UNROLL
 template <typename Format, int HeadDim, typename Pipe>
 KVC_DEVICE void decode_token_with(const kvc_decode_token_params &params, Pipe &&pipe) {
     const kvc_decode_params &p = params.call;
-    for_each_piece(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
         decode_token_unit<Format, HeadDim>(params, item, unit, pipe);
         pipe.give_back();
     });

@@ -57,7 +57,7 @@ struct kvc_append_params {
     int64_t v_cache_token;
     // Tokens of the call.
     uint32_t tokens;
-    // Tokens that one thread block takes.
+    // Tokens that one thread block takes, a power of two.
     uint32_t tokens_per_block;
     // Query heads; 0 without `q`.
     uint32_t q_heads;
@@ -234,8 +234,12 @@ struct kvc_decode_range {
     uint32_t seq;
     // Tokens of its span before the range.
     uint32_t offset;
+    // The range's first token.
+    uint32_t begin;
+    // One past the last token of the sequence.
+    uint32_t end;
 };
-static_assert(sizeof(kvc_decode_range) == 8, "layout of kvc_decode_range");
+static_assert(sizeof(kvc_decode_range) == 16, "layout of kvc_decode_range");
 
 // What a plan says of a sequence.
 struct kvc_decode_span {

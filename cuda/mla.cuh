@@ -344,6 +344,7 @@ KVC_UNROLL
             }
     sync_threads();
 
+    const Place place(p, item);
     constexpr uint32_t kQuads = kMlaValues / 4;
     const Partials<Columns, kMlaValues> partials = {p.partial, p.max_slots, p.units};
     for (uint32_t i = thread_x(); i < Columns * kQuads; i += kMlaThreads) {
@@ -352,26 +353,26 @@ KVC_UNROLL
         if (!column.exists) continue;
         const float *at = values + c * kValueRow + channel;
         const Quad quad = {tops[c], denominators[c], {at[0], at[1], at[2], at[3]}};
-        if (item.pieces == 1)
+        if (place.pieces == 1)
             write_mla_row(p, column, channel, quad);
         else
-            store_partial(partials, item.slot(item.piece), unit, c, channel, quad);
+            store_partial(partials, place.slot(place.piece), unit, c, channel, quad);
     }
-    if (item.pieces == 1) return;
+    if (place.pieces == 1) return;
 
-    uint32_t *ticket = p.tickets + static_cast<int64_t>(item.first) * p.units + unit;
-    if (!last_to_arrive(ticket, item.pieces, shared.arrived)) return;
+    uint32_t *ticket = p.tickets + static_cast<int64_t>(place.first) * p.units + unit;
+    if (!last_to_arrive(ticket, place.pieces, shared.arrived)) return;
     for (uint32_t i = thread_x(); i < Columns * kQuads; i += kMlaThreads) {
         const uint32_t c = i / kQuads, channel = i % kQuads * 4;
         const MlaColumn column = find_mla_column(p, u, c);
         if (!column.exists) continue;
         write_mla_row(p, column, channel,
-                      merge_partials(partials, item, unit, c, channel));
+                      merge_partials(partials, place, unit, c, channel));
     }
 }
 
 template <typename T, uint32_t Columns> KVC_DEVICE void mla_decode(const kvc_mla_params &p) {
-    for_each_piece(p, KVC_SMEM(uint32_t),
+    for_each_piece<false>(p, KVC_SMEM(uint32_t),
                    [&](const Piece &item, uint32_t unit) { mla_unit<T, Columns>(p, item, unit); });
 }
 

@@ -8,13 +8,23 @@
 
 namespace kvc {
 
-// The part of a sequence that lies in a range.
+// The part of a sequence that lies in a range: its tokens.
 struct Piece {
-    uint32_t seq, begin, end;
-    uint32_t first;         // range of the sequence's first piece
-    uint32_t pieces, piece; // that the sequence has, and which this is
+    uint32_t seq, begin, end, range;
+};
+// Where a piece stands among those of its sequence. Read when its sums are there, not held meanwhile.
+struct Place {
+    uint32_t first;         // range of the first
+    uint32_t pieces, piece; // how many, and which this is
     uint32_t slots;         // of a range
 
+    template <typename Params>
+    KVC_DEVICE Place(const Params &p, const Piece &of) : slots(p.head->slots) {
+        const kvc_decode_span span = p.spans[of.seq];
+        first = span.first;
+        pieces = span.last - span.first + 1;
+        piece = of.range - span.first;
+    }
     // Where the partial result of piece `i` lies: a range that the sequence does not begin in can
     // have another's beginning too.
     KVC_DEVICE uint32_t slot(uint32_t i) const {
@@ -24,38 +34,41 @@ struct Piece {
 
 // Calls `each(piece, unit)` for what this block works on. A block begins with its own range; where
 // there are more than blocks, the next are taken one by one. All threads call this, with `shared` a
-// word that `each` may use as well.
-template <typename Params, typename Each>
+// word that `each` may use as well. Ahead: a block asks for its next range when it begins one, and
+// does not wait for the answer; that holds a register meanwhile.
+template <bool Ahead, typename Params, typename Each>
 KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
-    const uint64_t total = static_cast<uint64_t>(p.head->ranges) * p.units;
-    const uint32_t slots = p.head->slots;
+    // The first range is read beside the summary, not after it.
+    const uint32_t own = block_x() / p.units;
+    const kvc_decode_range *at = p.ranges + (own < p.max_slots ? own : p.max_slots - 1);
+    kvc_decode_range from = at[0], to = at[1];
+    const uint32_t total = p.head->ranges * p.units; // below 2^32, as the host sees to
     const bool more = total > grid_x();
-    for (uint64_t work = block_x(); work < total;) {
-        // On its way while this range is worked on.
+    for (uint32_t work = block_x(); work < total;) {
         uint32_t next = 0;
-        if (more && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
-        const uint32_t range = static_cast<uint32_t>(work / p.units);
-        const uint32_t unit = static_cast<uint32_t>(work % p.units);
-        const kvc_decode_range from = p.ranges[range], to = p.ranges[range + 1];
-        for (uint32_t seq = from.seq; seq < to.seq || (seq == to.seq && to.offset != 0); ++seq) {
-            const kvc_decode_span span = p.spans[seq];
-            const Piece piece = {seq,
-                                 span.begin + (seq == from.seq ? from.offset : 0),
-                                 seq == to.seq ? span.begin + to.offset : span.end,
-                                 span.first,
-                                 span.last - span.first + 1,
-                                 range - span.first,
-                                 slots};
+        if (Ahead && more && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
+        for (;;) {
+            // Found again for each piece: registers are scarcer.
+            const uint32_t range = work / p.units, unit = work % p.units;
+            const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
             each(piece, unit);
             sync_threads();
+            const uint32_t seq = piece.seq + 1;
+            to = p.ranges[range + 1];
+            if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
+            const kvc_decode_span span = p.spans[seq];
+            from = {seq, 0, span.begin, span.end};
         }
         if (!more) return;
-        if (thread_x() == 0) *shared = next;
+        if (thread_x() == 0) *shared = Ahead ? next : atomic_add(&p.head->taken, 1);
         sync_threads();
-        work = static_cast<uint64_t>(grid_x()) + *shared;
+        work = grid_x() + *shared;
         // Bulk copies may write there next.
         fence_bulk();
         sync_threads();
+        if (work >= total) break;
+        from = p.ranges[work / p.units];
+        to = p.ranges[work / p.units + 1];
     }
     if (more && thread_x() == 0 && atomic_add(&p.head->done, 1) + 1 == grid_x()) {
         p.head->taken = 0;
@@ -118,9 +131,9 @@ KVC_DEVICE bool last_to_arrive(uint32_t *ticket, uint32_t pieces, uint32_t *shar
 // A quad of all pieces of a row. Several are loaded before the first is used: each comes from
 // another multiprocessor, which takes as long as hundreds of instructions.
 template <uint32_t Columns, uint32_t Dim>
-KVC_DEVICE Quad merge_partials(const Partials<Columns, Dim> &from, const Piece &of, uint32_t unit,
+KVC_DEVICE Quad merge_partials(const Partials<Columns, Dim> &from, const Place &of, uint32_t unit,
                                uint32_t column, uint32_t channel) {
-    constexpr uint32_t kAtOnce = 8;
+    constexpr uint32_t kAtOnce = Dim > 256 ? 4 : 8;
     Quad all = {-infinity(), 0.0f, {}};
     for (uint32_t first = 0; first < of.pieces; first += kAtOnce) {
         float lse[kAtOnce];

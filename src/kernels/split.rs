@@ -91,7 +91,11 @@ impl Split {
         };
         let max_ranges = u32::try_from(ranges).map_err(|_| OVERFLOW)?;
         let max_slots = max_ranges.checked_mul(slots).ok_or(OVERFLOW)?;
+        // Every unit of every range is counted in 32 bits, and a block of the grid beyond.
         let units = u64::from(b.units);
+        if u64::from(max_ranges) * units > u64::from(u32::MAX - b.grid) {
+            return Err(OVERFLOW);
+        }
         let row_bytes = (u64::from(b.channels) + 1) * 4;
         // Head, ranges, spans, tickets, partial results: each from a multiple of 256 bytes.
         let parts = [

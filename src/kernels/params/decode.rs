@@ -13,6 +13,10 @@ device_struct! {
         seq: u32,
         /// Tokens of its span before the range.
         offset: u32,
+        /// The range's first token.
+        begin: u32,
+        /// One past the last token of the sequence.
+        end: u32,
     }
 }
 
