@@ -561,6 +561,13 @@ KVC_DEVICE uint32_t f16x2_from_e4m3(uint32_t two) {
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(static_cast<uint16_t>(two)));
     return d;
 }
+// Four bytes of e4m3, the lower two and the upper two: said so that neither is moved before.
+KVC_DEVICE void f16x2_from_e4m3(uint32_t four, uint32_t &low, uint32_t &high) {
+    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, first;\ncvt.rn.f16x2.e4m3x2 %1, second;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
+}
 #endif
 // Four bytes of the eight of `a` and `b`, each by a nibble of the selector.
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {

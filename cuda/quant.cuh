@@ -53,8 +53,7 @@ struct E4m3 {
     static constexpr float kFactor = 1.0f;
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
     KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
-        out[0] = f16x2_from_e4m3(w);
-        out[1] = f16x2_from_e4m3(w >> 16);
+        f16x2_from_e4m3(w, out[0], out[1]);
     }
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
         unpack(permute(w, 0, 0x3120), out);
