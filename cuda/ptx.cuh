@@ -316,6 +316,19 @@ KVC_DEVICE void mbar_arrive(uint64_t *bar KVC_SITE) {
                  : "memory");
 #endif
 }
+// Arrives `count` times (sm_90).
+KVC_DEVICE void mbar_arrive_many(uint64_t *bar, uint32_t count KVC_SITE) {
+#ifdef KVC_EMULATE
+    for (uint32_t i = 0; i < count; ++i) emu::mbar_arrive(bar, 0, site);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0], %1;\n}" ::"r"(
+                     shared_address(bar)),
+                 "r"(count)
+                 : "memory");
+#elif defined(__CUDA_ARCH__)
+    __trap();
+#endif
+}
 // Arrives, and announces `bytes` that bulk copies will bring in this phase (sm_90).
 KVC_DEVICE void mbar_arrive_expect(uint64_t *bar, uint32_t bytes KVC_SITE) {
 #ifdef KVC_EMULATE
