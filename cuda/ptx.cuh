@@ -14,6 +14,8 @@
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_UNROLL _Pragma("unroll")
 #define KVC_ROLL _Pragma("unroll 1")
+// A table in device memory, made when this is compiled.
+#define KVC_TABLE static __device__ const
 #define KVC_SITE_ONLY
 #define KVC_SITE
 // The dynamic shared memory of the block, as a T*.
@@ -490,6 +492,8 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24.
+KVC_DEVICE float add_floor(float x, float integer) { return floorf(x) + integer; }
 KVC_DEVICE float div_rn(float a, float b) { return a / b; }
 KVC_DEVICE float sqrt_rn(float a) { return sqrtf(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }
@@ -578,6 +582,8 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 KVC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 KVC_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24: rounded down.
+KVC_DEVICE float add_floor(float x, float integer) { return __fadd_rd(x, integer); }
 KVC_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 KVC_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }
