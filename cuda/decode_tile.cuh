@@ -65,27 +65,31 @@ constexpr float kSumUnit = 512.0f;           // 2^(24 - 15)
 // What a unit works on, kept in shared memory: its loop has better use for registers.
 struct TileWork {
     Unit u;
-    kvc_decode_item item;
+    Piece item;
     BlockTable table;
+    uint32_t unit;
+    // Tiles that lie in the piece, behind every window and before the tail.
+    uint32_t plain_from, plain_to;
 };
 static_assert(sizeof(TileWork) <= 128, "src/kernels/decode_tile.rs has room for it");
 
 // A warp's ring of records.
 struct TileRing {
     const kvc_decode_tile_params &p;
-    uint32_t stages, to, from, from_phase;
+    uint32_t to, from, from_phase;
     uint32_t valid; // a bit a stage: the tile has a record there
     int32_t entry;  // of the next tile
 
     KVC_DEVICE explicit TileRing(const kvc_decode_tile_params &params)
-        : p(params), stages(params.call.stages), to(0), from(0), from_phase(0), valid(0), entry(-1) {
+        : p(params), to(0), from(0), from_phase(0), valid(0), entry(-1) {
         if (bulk() && lane_id() == 0) {
-            for (uint32_t at = 0; at < stages; ++at) mbar_init(full(at), 1);
+            for (uint32_t at = 0; at < stages(); ++at) mbar_init(full(at), 1);
             mbar_fence_init();
         }
         if (bulk()) sync_threads();
     }
 
+    KVC_DEVICE uint32_t stages() const { return p.call.stages; }
     // Whether records come by bulk copies: always where there are any, but in the emulator.
     KVC_DEVICE bool bulk() const {
 #ifdef KVC_EMULATE
@@ -98,11 +102,11 @@ struct TileRing {
     }
 
     KVC_DEVICE unsigned char *stage(uint32_t at) const {
-        return KVC_SMEM(unsigned char) + (warp_id() * stages + at) * p.record_bytes;
+        return KVC_SMEM(unsigned char) + (warp_id() * stages() + at) * p.record_bytes;
     }
     KVC_DEVICE uint64_t *full(uint32_t at) const {
         unsigned char *bars = KVC_SMEM(unsigned char) + p.barriers_at;
-        return reinterpret_cast<uint64_t *>(bars) + warp_id() * stages + at;
+        return reinterpret_cast<uint64_t *>(bars) + warp_id() * stages() + at;
     }
 
     KVC_DEVICE void look_up(const BlockTable &table, uint32_t tile, bool wanted) {
@@ -129,7 +133,7 @@ struct TileRing {
                 for (uint32_t i = lane_id() * 16; i < p.record_bytes; i += 512)
                     cp_async_16(at + i, record + i, block >= 0);
             }
-            to = to + 1 == stages ? 0 : to + 1;
+            to = to + 1 == stages() ? 0 : to + 1;
         }
         if (!bulk()) cp_async_commit();
     }
@@ -138,16 +142,16 @@ struct TileRing {
         if (bulk()) {
             mbar_wait(full(from), from_phase);
         } else {
-            if (stages == 1) cp_async_wait<0>();
-            if (stages == 2) cp_async_wait<1>();
-            if (stages == 3) cp_async_wait<2>();
+            if (stages() == 1) cp_async_wait<0>();
+            if (stages() == 2) cp_async_wait<1>();
+            if (stages() == 3) cp_async_wait<2>();
         }
         sync_warp();
         return (valid >> from & 1) != 0 ? stage(from) : nullptr;
     }
     KVC_DEVICE void release() {
         sync_warp();
-        from = from + 1 == stages ? 0 : from + 1;
+        from = from + 1 == stages() ? 0 : from + 1;
         from_phase ^= from == 0;
     }
     // After the last tile of a piece: barriers go on from piece to piece.
@@ -235,7 +239,7 @@ template <int HeadDim> struct TileState : CodeState<HeadDim> {
 // What of a tile's scores does not depend on the token.
 template <typename K, int HeadDim> struct TileQueries {
     uint32_t folded[HeadDim / 16][2]; // steps in the queries
-    float less[4];                    // what sums of products begin with
+    float less[2];                    // what sums of products begin with
     float factor[2], add[2];
 };
 
@@ -271,7 +275,7 @@ KVC_UNROLL
             mma_f16(levels, a, out.folded[(n * K::kPairs + i) / 2]);
         }
     }
-    for (int i = 0; i < 4; ++i) out.less[i] = -0.5f * levels[i % 2];
+    for (int i = 0; i < 2; ++i) out.less[i] = -0.5f * levels[i];
 
     // Queries times middles, of channels in their order: a byte with its sign flipped is 128 more.
     float middle[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -301,34 +305,32 @@ KVC_UNROLL
     }
 }
 
-// The products of two strips of 64 tokens that begin at row `part` of the keys.
+// The products of a strip of the 64 tokens that begin at row `part` of the keys.
 template <typename Format, int HeadDim>
 KVC_DEVICE void multiply_keys(const kvc_decode_tile_params &p, const unsigned char *record,
                               uint32_t part, uint32_t strip,
-                              const TileQueries<typename Format::K, HeadDim> &q, float (&s)[2][4]) {
+                              const TileQueries<typename Format::K, HeadDim> &q, float (&s)[4]) {
     using K = typename Format::K;
     using V = typename Format::V;
     using Words = RowWords<K, HeadDim>;
     constexpr uint32_t kPlaneRow = HeadDim / 8;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    uint32_t rows[4];
-KVC_UNROLL
-    for (uint32_t i = 0; i < 4; ++i) {
-        rows[i] = part + strip_token<V>(strip + i / 2, g + i % 2 * 8);
-        for (int j = 0; j < 2; ++j) s[i / 2][i % 2 * 2 + j] = q.less[j];
-    }
+    const uint32_t rows[2] = {part + strip_token<V>(strip, g), part + strip_token<V>(strip, g + 8)};
+    // Two sums, so that a product waits for the one before the last.
+    float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < 4; ++i) s[i] = q.less[i % 2];
 KVC_UNROLL
     for (uint32_t j = 0; j < Words::kRuns; ++j) {
-        WordRun<Words::kRun> run[4];
+        WordRun<Words::kRun> run[2];
 KVC_UNROLL
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 2; ++i)
             run[i] = *reinterpret_cast<const WordRun<Words::kRun> *>(
                 record + rows[i] * Words::kBytes + Words::word(t, j, 0) * 4);
 KVC_UNROLL
         for (uint32_t w = 0; w < Words::kRun; ++w) {
-            uint32_t pairs[4][K::kPairs];
+            uint32_t pairs[2][K::kPairs];
 KVC_UNROLL
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 2; ++i) {
                 uint32_t thirds = 0;
                 if constexpr (kHasPlane<K>) {
                     const uint32_t word = Words::word(t, j, w);
@@ -339,15 +341,14 @@ KVC_UNROLL
                 unpack_small<K>(run[i].word[w], thirds, pairs[i]);
             }
 KVC_UNROLL
-            for (uint32_t i = 0; i < K::kPairs; i += 2)
-KVC_UNROLL
-                for (uint32_t k = 0; k < 2; ++k) {
-                    const uint32_t a[4] = {pairs[2 * k][i], pairs[2 * k + 1][i], pairs[2 * k][i + 1],
-                                           pairs[2 * k + 1][i + 1]};
-                    mma_f16(s[k], a, q.folded[((j * Words::kRun + w) * K::kPairs + i) / 2]);
-                }
+            for (uint32_t i = 0; i < K::kPairs; i += 2) {
+                const uint32_t step = ((j * Words::kRun + w) * K::kPairs + i) / 2;
+                const uint32_t a[4] = {pairs[0][i], pairs[1][i], pairs[0][i + 1], pairs[1][i + 1]};
+                mma_f16(step % 2 == 0 ? s : odd, a, q.folded[step]);
+            }
         }
     }
+    for (int i = 0; i < 4; ++i) s[i] += odd[i];
 }
 
 // Adds a tile; a `plain` one lies before the tail and in the piece, and every column sees all of it.
@@ -364,18 +365,17 @@ KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const QueryRows
     for (uint32_t part = 0; part < p.tile_tokens; part += 64) {
         float s[4][4];
 KVC_UNROLL
-        for (uint32_t strip = 0; strip < 4; strip += 2) {
-            float two[2][4];
-            multiply_keys<Format, HeadDim>(p, record, part, strip, q, two);
-            for (int i = 0; i < 8; ++i)
-                s[strip + i / 4][i % 4] = two[i / 4][i % 4] * q.factor[i % 2] + q.add[i % 2];
+        for (uint32_t strip = 0; strip < 4; ++strip) {
+            multiply_keys<Format, HeadDim>(p, record, part, strip, q, s[strip]);
+            for (int i = 0; i < 4; ++i)
+                s[strip][i] = s[strip][i] * q.factor[i % 2] + q.add[i % 2];
         }
         if (!plain) {
             // Rare, so columns are found anew, which saves the others their registers, and the strips take
             // turns in one place.
             const TileWork &work = *FoldRows<typename Format::K, HeadDim>(queries).work();
             const Unit &u = work.u;
-            const kvc_decode_item &item = work.item;
+            const Piece &item = work.item;
             Column columns[2];
             for (uint32_t c = 0; c < 2; ++c)
                 columns[c] = only_where(find_column(p.call, u, 2 * t + c),
@@ -469,7 +469,7 @@ KVC_UNROLL
 }
 
 template <typename Format, int HeadDim>
-KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc_decode_item &item,
+KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Piece &item,
                                  uint32_t unit, TileRing &ring) {
     const kvc_decode_params &p = params.call;
     Unit u = find_unit(p, item.seq, unit);
@@ -485,12 +485,10 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc
     const uint32_t first = seen / tokens + warp_id();
     const uint32_t past = (item.end + tokens - 1) / tokens;
     const uint32_t end = past < static_cast<uint32_t>(last) ? past : static_cast<uint32_t>(last);
-    const uint32_t count = first < end ? (end - first + kDecodeWarps - 1) / kDecodeWarps : 0;
-    ring.look_up(table, first, count != 0);
+    ring.look_up(table, first, first < end);
 
-    // Tiles that lie in the piece, behind every window and before the tail. Some of what lies before the
-    // tail is hidden all the same: from a column whose own tile it is, and where others read it raw. So
-    // for scores that are made one by one nothing is plain.
+    // Some of what lies before the tail is hidden all the same: from a column whose own tile it is, and
+    // where others read it raw. So for scores that are made one by one nothing is plain.
     const uint32_t plain_from =
         (max_u32(item.begin, static_cast<uint32_t>(u.plain_from)) + tokens - 1) / tokens;
     const uint32_t plain_to =
@@ -502,18 +500,18 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc
     sync_threads();
     const FoldRows<typename Format::K, HeadDim> fold(rows);
     fold.fill(rows);
-    if (thread_x() == 0) *fold.work() = {u, item, table};
+    if (thread_x() == 0) *fold.work() = {u, item, table, unit, plain_from, plain_to};
     TileState<HeadDim> state;
     accumulate_raw<HeadDim>(params, item, u, table, Format::kStep * kSumUnit, state);
     if (ring.bulk()) fence_bulk();
     sync_threads();
 
-    const uint32_t ahead = ring.stages - 1;
-    for (uint32_t next = 0; next < count + ahead; ++next) {
-        const uint32_t coming = first + next * kDecodeWarps;
-        ring.issue(*fold.work(), next < count, coming + kDecodeWarps, next + 1 < count);
-        if (next < ahead) continue;
-        const uint32_t tile = first + (next - ahead) * kDecodeWarps;
+    // `coming` is the tile whose copy starts next, past the end when all have.
+    const uint32_t ahead = (ring.stages() - 1) * kDecodeWarps;
+    for (uint32_t coming = first; coming < end + ahead; coming += kDecodeWarps) {
+        ring.issue(*fold.work(), coming < end, coming + kDecodeWarps, coming + kDecodeWarps < end);
+        if (coming < first + ahead) continue;
+        const uint32_t tile = coming - ahead;
         const unsigned char *record = ring.wait();
         if (record != nullptr && !is_sealed(params, record)) {
             // Read raw, where it is.
@@ -521,7 +519,7 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc
             record = nullptr;
         }
         if (record != nullptr) {
-            const bool plain = tile >= plain_from && tile < plain_to;
+            const bool plain = tile >= fold.work()->plain_from && tile < fold.work()->plain_to;
             accumulate_tile<Format, HeadDim>(params, rows, record, tile, plain, state);
         }
         ring.release();
@@ -537,7 +535,7 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc
         return (state.o[i][half * 2 + c] - middle[c]) * factor;
     });
     const TileWork work = *fold.work();
-    finish_unit<HeadDim>(p, work.item, unit, work.u, params.v_rotated != 0);
+    finish_unit<HeadDim>(p, work.item, work.unit, work.u, params.v_rotated != 0);
     if (ring.bulk()) fence_bulk();
 }
 
@@ -545,12 +543,9 @@ template <typename Format, int HeadDim>
 KVC_DEVICE void decode_tile(const kvc_decode_tile_params &params) {
     const kvc_decode_params &p = params.call;
     TileRing ring(params);
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_tile_unit<Format, HeadDim>(params, item, static_cast<uint32_t>(work % p.units), ring);
-        sync_threads();
-    }
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_tile_unit<Format, HeadDim>(params, item, unit, ring);
+    });
 }
 
 } // namespace kvc

@@ -79,9 +79,14 @@ template <bool Signed> struct Bytes {
         out[0] = permute(w ^ kFlip, 0, 0x4140);
         out[1] = permute(w ^ kFlip, 0, 0x4342);
     }
+    // With kZero added.
+    KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ kFlip, kMagic, 0x4140);
+        out[1] = permute(w ^ kFlip, kMagic, 0x4342);
+    }
     KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
-        out[0] = sub_f16x2(permute(w ^ kFlip, kMagic, 0x4140), kZero);
-        out[1] = sub_f16x2(permute(w ^ kFlip, kMagic, 0x4342), kZero);
+        biased(w, out);
+        for (uint32_t &pair : out) pair = sub_f16x2(pair, kZero);
     }
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
         unpack(permute(w, 0, 0x3120), out);

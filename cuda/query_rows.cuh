@@ -78,11 +78,12 @@ KVC_UNROLL
 };
 
 // How lane `t` of four takes its words of a row of codes, the same in every row, so that the four
-// have all words between them: in runs of up to four words, which is one load.
-template <typename Codes, int HeadDim> struct RowWords {
+// have all words between them: in runs of up to `LongestRun` words, of which four are one load, and one
+// is what a matrix load gives.
+template <typename Codes, int HeadDim, uint32_t LongestRun = 4> struct RowWords {
     static constexpr uint32_t kBytes = HeadDim * Codes::kBits / 8; // of a row
     static constexpr uint32_t kWords = kBytes / 16;                // of a lane
-    static constexpr uint32_t kRun = kWords < 4 ? kWords : 4, kRuns = kWords / kRun;
+    static constexpr uint32_t kRun = kWords < LongestRun ? kWords : LongestRun, kRuns = kWords / kRun;
     static constexpr uint32_t kPerWord = 32 / Codes::kBits;
     static_assert(kBytes % 16 == 0 && kWords % kRun == 0, "whole runs");
 
