@@ -135,6 +135,16 @@ KVC_DEVICE int64_t shfl(uint32_t mask, int64_t value, uint32_t from KVC_SITE) {
     const uint64_t high = shfl(mask, static_cast<uint32_t>(bits >> 32), from KVC_PASS_SITE);
     return static_cast<int64_t>(high << 32 | low);
 }
+// The largest of all lanes.
+KVC_DEVICE uint32_t max_of_warp(uint32_t value KVC_SITE) {
+#ifdef KVC_EMULATE
+    for (uint32_t by = 1, other; by < 32; by *= 2)
+        value = (other = shfl_xor(kFullMask, value, by, site)) > value ? other : value;
+    return value;
+#else
+    return __reduce_max_sync(kFullMask, value);
+#endif
+}
 // From lane `from` of the eight that this lane is one of.
 KVC_DEVICE uint32_t shfl_of_8(uint32_t mask, uint32_t value, uint32_t from KVC_SITE) {
 #ifdef KVC_EMULATE
@@ -482,6 +492,9 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return x + y; });
 }
+KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return fmaxf(x, y); });
+}
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
@@ -545,6 +558,11 @@ KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
