@@ -133,7 +133,7 @@ KVC_DEVICE bool last_to_arrive(uint32_t *ticket, uint32_t pieces, uint32_t *shar
 template <uint32_t Columns, uint32_t Dim>
 KVC_DEVICE Quad merge_partials(const Partials<Columns, Dim> &from, const Place &of, uint32_t unit,
                                uint32_t column, uint32_t channel) {
-    constexpr uint32_t kAtOnce = Dim > 256 ? 4 : 8;
+    constexpr uint32_t kAtOnce = Dim > 256 ? 1 : 8;
     Quad all = {-infinity(), 0.0f, {}};
     for (uint32_t first = 0; first < of.pieces; first += kAtOnce) {
         float lse[kAtOnce];
