@@ -1,0 +1,197 @@
+//! The parts of an object: consecutive layers that have a checksum of their own, and so can be
+//! verified, and used, before the rest has come.
+//!
+//! A part is one layer where a head has room for the sums of all of them, else as few layers as fit;
+//! it never spans two layer groups. Parts are read in the order in which a model needs them: layer
+//! groups are interleaved in proportion to their layers, since a model alternates between them. Past
+//! the page cache only whole pages are read: a page that two parts share is read for each.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use super::object::{HEAD_BYTES, MOST_PARTS, object_bytes};
+use crate::error::{Error, Result};
+use crate::layout::GroupLayout;
+
+/// Some layers of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Their layer group.
+    pub group: u32,
+    /// The first of them, counted within the group.
+    pub first_layer: u32,
+    /// How many.
+    pub layers: u32,
+    /// Their bytes in the payload; the padding belongs to the last part.
+    start: u64,
+    end: u64,
+}
+
+impl Part {
+    /// Its bytes in the payload.
+    pub fn payload(&self) -> Range<usize> {
+        self.start as usize..self.end as usize
+    }
+
+    /// The pages of an object that have it: where they begin, and how many bytes they are. The first
+    /// part comes with the head.
+    pub fn pages(&self) -> Range<u64> {
+        let head = HEAD_BYTES as u64;
+        let begin = if self.start == 0 { 0 } else { head + self.start / head * head };
+        begin..head + self.end.next_multiple_of(head)
+    }
+
+    /// Its bytes within [`Self::pages`].
+    pub fn within_pages(&self) -> Range<usize> {
+        let skip = (HEAD_BYTES as u64 + self.start - self.pages().start) as usize;
+        skip..skip + (self.end - self.start) as usize
+    }
+}
+
+/// All parts of the objects of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parts {
+    list: Box<[Part]>,
+    order: Box<[usize]>,
+    /// Of each group, its first part.
+    first: Box<[usize]>,
+    layers_each: u32,
+}
+
+impl Parts {
+    /// For objects with a block of each of these layouts.
+    ///
+    /// # Errors
+    /// `Overflow` where an object has no size.
+    pub(super) fn new(layouts: &[GroupLayout], payload_bytes: u64) -> Result<Self> {
+        let padded = object_bytes(payload_bytes).ok_or(Error::Overflow { what: "object bytes" })?;
+        let parts_of = |layout: &GroupLayout, each: u32| layout.spec().layers.div_ceil(each);
+        let fits = |each: u32| {
+            let parts = layouts.iter().map(|layout| u64::from(parts_of(layout, each))).sum::<u64>();
+            parts <= MOST_PARTS as u64
+        };
+        let all: u64 = layouts.iter().map(|layout| u64::from(layout.spec().layers)).sum();
+        let mut each = u32::try_from(all.div_ceil(MOST_PARTS as u64)).unwrap_or(u32::MAX).max(1);
+        while !fits(each) && each < u32::MAX {
+            each += 1;
+        }
+        let (mut list, mut first, mut start) = (Vec::new(), Vec::new(), 0);
+        for (group, layout) in layouts.iter().enumerate() {
+            first.push(list.len());
+            let layers = layout.spec().layers;
+            for n in 0..parts_of(layout, each) {
+                let layers = each.min(layers - n * each);
+                let end = start + u64::from(layers) * layout.layer_bytes();
+                let first_layer = n * each;
+                list.push(Part { group: group as u32, first_layer, layers, start, end });
+                start = end;
+            }
+        }
+        if let Some(last) = list.last_mut() {
+            last.end = padded - HEAD_BYTES as u64;
+        }
+        // How far down the model a part is; the first is read with the head, before all others.
+        let depth = |n: usize| {
+            let part: &Part = &list[n];
+            let layers = f64::from(layouts[part.group as usize].spec().layers);
+            (f64::from(part.first_layer) + f64::from(part.layers) / 2.0) / layers
+        };
+        let mut order: Vec<usize> = (0..list.len()).collect();
+        if let Some(rest) = order.get_mut(1..) {
+            rest.sort_by(|&a, &b| depth(a).total_cmp(&depth(b)));
+        }
+        Ok(Self { list: list.into(), order: order.into(), first: first.into(), layers_each: each })
+    }
+
+    /// How many.
+    #[allow(clippy::len_without_is_empty)] // there is always one
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// All of them, as they lie in the object.
+    pub fn iter(&self) -> core::slice::Iter<'_, Part> {
+        self.list.iter()
+    }
+
+    /// Part `n`.
+    pub fn get(&self, n: usize) -> &Part {
+        &self.list[n]
+    }
+
+    /// Their numbers in the order in which they are read.
+    pub fn order(&self) -> &[usize] {
+        &self.order
+    }
+
+    /// The number of the part with a layer, which the configuration has.
+    pub fn of(&self, group: u32, layer: u32) -> usize {
+        self.first[group as usize] + (layer / self.layers_each) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::KvFormat;
+    use crate::layout::GroupSpec;
+
+    fn parts(layers: &[u32], dim: u32) -> Parts {
+        let of = |&layers: &u32| {
+            GroupLayout::new(GroupSpec::uniform(layers, 1, dim, KvFormat::F16), 16).unwrap()
+        };
+        let layouts: Vec<GroupLayout> = layers.iter().map(of).collect();
+        let bytes = layouts.iter().map(GroupLayout::block_bytes).sum();
+        Parts::new(&layouts, bytes).unwrap()
+    }
+
+    #[test]
+    fn parts_cover_an_object_and_pages_cover_parts() {
+        for (layers, dim) in [(&[5][..], 64), (&[1], 8), (&[3, 7], 24), (&[2, 4, 1], 40)] {
+            let parts = parts(layers, dim);
+            assert_eq!(parts.len() as u32, layers.iter().sum::<u32>());
+            let mut end = 0;
+            for part in parts.iter() {
+                assert_eq!(part.payload().start, end);
+                end = part.payload().end;
+                let (pages, within) = (part.pages(), part.within_pages());
+                assert!(pages.start % 4096 == 0 && pages.end % 4096 == 0);
+                assert_eq!(within.len(), part.payload().len());
+                assert_eq!(pages.start as usize + within.start, HEAD_BYTES + part.payload().start);
+                assert!(within.end as u64 <= pages.end - pages.start);
+                assert!(parts.get(parts.of(part.group, part.first_layer)) == part);
+            }
+            assert_eq!(end % 4096, 0);
+            assert_eq!(parts.get(0).pages().start, 0);
+            let mut order = parts.order().to_vec();
+            assert_eq!(order[0], 0);
+            order.sort_unstable();
+            assert!(order.iter().enumerate().all(|(n, &part)| n == part));
+        }
+    }
+
+    #[test]
+    fn groups_are_read_as_a_model_alternates_between_them() {
+        // Five layers with a window, then a full one, four times.
+        let parts = parts(&[20, 4], 64);
+        let groups: Vec<u32> = parts.order().iter().map(|&n| parts.get(n).group).collect();
+        for part in groups.chunks_exact(6) {
+            assert_eq!(part.iter().sum::<u32>(), 1, "{groups:?}");
+        }
+    }
+
+    #[test]
+    fn models_with_very_many_layers_share_sums() {
+        let parts = parts(&[1000, 1, 999], 8);
+        assert!(parts.len() <= MOST_PARTS);
+        assert_eq!(parts.get(0).layers, 3);
+        for (group, layers) in [(0, 1000), (1, 1), (2, 999)] {
+            for layer in 0..layers {
+                let part = parts.get(parts.of(group, layer));
+                assert_eq!(part.group, group);
+                assert!((part.first_layer..part.first_layer + part.layers).contains(&layer));
+            }
+        }
+    }
+}
