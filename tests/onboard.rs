@@ -92,7 +92,10 @@ fn onboarded(cache: &mut KvCache, prompt: &[u32]) -> (usize, Vec<f32>, Result<()
             Err(error) => {
                 assert_eq!(cache.commit(&mut step), Err(error));
                 cache.cancel(&mut step).unwrap();
-                assert_eq!(cache.begin(&mut step, &[Work { seq: started.seq, tokens }]), Err(error));
+                assert_eq!(
+                    cache.begin(&mut step, &[Work { seq: started.seq, tokens }]),
+                    Err(error)
+                );
                 cached = cache.cancel_load(started.seq).unwrap();
                 (ended, from) = (Err(error), cached);
             }
@@ -225,8 +228,11 @@ fn over(store: Arc<dyn Store>, kind: TierKind, prompts: &[Vec<u32>], transit: us
     let tiers = |cache: &mut KvCache, transit| {
         let mut lower = below(store.clone(), kind);
         lower.settings.readers = 1;
-        let options =
-            TierOptions { transit_blocks: transit, lower: vec![lower], ..TierOptions::host(MODEL, 0) };
+        let options = TierOptions {
+            transit_blocks: transit,
+            lower: vec![lower],
+            ..TierOptions::host(MODEL, 0)
+        };
         cache.attach_tiers(options).unwrap();
     };
     let mut cache = cache_of(&deep(), 64);
@@ -289,9 +295,7 @@ fn from_disk_while_later_layers_are_still_read() {
     let started = start(&mut cache, &text);
     assert_eq!(started.cached_tokens as usize, 12 * BLOCK);
     let all = |cache: &mut KvCache| -> Vec<bool> {
-        (0..LAYERS)
-            .map(|n| cache.poll_layer(started.seq, LayerId::uniform(n)).unwrap())
-            .collect()
+        (0..LAYERS).map(|n| cache.poll_layer(started.seq, LayerId::uniform(n)).unwrap()).collect()
     };
     assert_eq!(all(&mut cache), [false; LAYERS as usize]);
     // Another sequence finds nothing of it, and is not held up.
@@ -379,10 +383,7 @@ fn a_sequence_that_is_loading_can_be_given_up_at_any_time() {
     let texts: Vec<Vec<u32>> = (0..4).map(|n| prompt(n, 8)).collect();
     let mut cache = over(store.clone(), TierKind::Disk, &texts, 64);
     let loading = start(&mut cache, &texts[0]);
-    for refused in [
-        cache.fork(loading.seq).map(drop),
-        cache.truncate(loading.seq, 1),
-    ] {
+    for refused in [cache.fork(loading.seq).map(drop), cache.truncate(loading.seq, 1)] {
         assert!(matches!(refused, Err(Error::InvalidState { .. })), "{refused:?}");
     }
     cache.release(loading.seq).unwrap();

@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_part_verifies_without_the_others_and_only_where_it_belongs() {
-        let spec = CacheSpec::uniform(16, GroupSpec::uniform(3, 3, 24, KvFormat::F16));
+        let spec = CacheSpec::uniform(16, GroupSpec::uniform(3, 3, 24 * 8, KvFormat::F16));
         let config = Configuration::new("m", &spec, &Slice::whole(&spec)).unwrap();
         let label = label(&config, 1);
         let mut object = vec![0; object_bytes(config.payload_bytes()).unwrap() as usize];
@@ -274,9 +274,10 @@ mod tests {
         }
         seal(&mut object, &config, &label);
         let sums = verify_head(&object[..HEAD_BYTES], &config, &label).unwrap();
-        let of = |n: usize| HEAD_BYTES + 4608 * n..HEAD_BYTES + 4608 * (n + 1);
+        const LAYER: usize = 8 * 4608;
+        let of = |n: usize| HEAD_BYTES + LAYER * n..HEAD_BYTES + LAYER * (n + 1);
         // The last has the padding, too.
-        assert_eq!(config.parts().iter().nth(2).unwrap().payload().len(), 16_384 - 2 * 4608);
+        assert_eq!(config.parts().iter().nth(2).unwrap().payload().len(), 27 * 4096 - 2 * LAYER);
         assert!(sums.verify(0, &object[of(0)]) && sums.verify(1, &object[of(1)]));
         assert!(!sums.verify(0, &object[of(1)]) && !sums.verify(3, &[]));
         object[of(1).end - 1] ^= 0x80;

@@ -1,8 +1,9 @@
 //! The parts of an object: consecutive layers that have a checksum of their own, and so can be
 //! verified, and used, before the rest has come.
 //!
-//! A part is one layer where a head has room for the sums of all of them, else as few layers as fit;
-//! it never spans two layer groups. Parts are read in the order in which a model needs them: layer
+//! A part is one layer; more where a head has no room for the sums of all of them, or where layers are
+//! so small that of the pages they lie in more than a quarter would be read twice. It never spans two
+//! layer groups. Parts are read in the order in which a model needs them: layer
 //! groups are interleaved in proportion to their layers, since a model alternates between them. Past
 //! the page cache only whole pages are read: a page that two parts share is read for each.
 
@@ -13,6 +14,26 @@ use core::ops::Range;
 use super::object::{HEAD_BYTES, MOST_PARTS, object_bytes};
 use crate::error::{Error, Result};
 use crate::layout::GroupLayout;
+
+/// Parts of so many layers, and the first of each group.
+fn divide(layouts: &[GroupLayout], layers_each: u32, padded: u64) -> (Vec<Part>, Vec<usize>) {
+    let (mut list, mut first, mut start) = (Vec::new(), Vec::new(), 0);
+    for (group, layout) in layouts.iter().enumerate() {
+        first.push(list.len());
+        let all = layout.spec().layers;
+        for n in 0..all.div_ceil(layers_each) {
+            let first_layer = n * layers_each;
+            let layers = layers_each.min(all - first_layer);
+            let end = start + u64::from(layers) * layout.layer_bytes();
+            list.push(Part { group: group as u32, first_layer, layers, start, end });
+            start = end;
+        }
+    }
+    if let Some(last) = list.last_mut() {
+        last.end = padded - HEAD_BYTES as u64;
+    }
+    (list, first)
+}
 
 /// Some layers of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,31 +87,19 @@ impl Parts {
     /// `Overflow` where an object has no size.
     pub(super) fn new(layouts: &[GroupLayout], payload_bytes: u64) -> Result<Self> {
         let padded = object_bytes(payload_bytes).ok_or(Error::Overflow { what: "object bytes" })?;
-        let parts_of = |layout: &GroupLayout, each: u32| layout.spec().layers.div_ceil(each);
-        let fits = |each: u32| {
-            let parts = layouts.iter().map(|layout| u64::from(parts_of(layout, each))).sum::<u64>();
-            parts <= MOST_PARTS as u64
-        };
-        let all: u64 = layouts.iter().map(|layout| u64::from(layout.spec().layers)).sum();
-        let mut each = u32::try_from(all.div_ceil(MOST_PARTS as u64)).unwrap_or(u32::MAX).max(1);
-        while !fits(each) && each < u32::MAX {
-            each += 1;
-        }
-        let (mut list, mut first, mut start) = (Vec::new(), Vec::new(), 0);
-        for (group, layout) in layouts.iter().enumerate() {
-            first.push(list.len());
-            let layers = layout.spec().layers;
-            for n in 0..parts_of(layout, each) {
-                let layers = each.min(layers - n * each);
-                let end = start + u64::from(layers) * layout.layer_bytes();
-                let first_layer = n * each;
-                list.push(Part { group: group as u32, first_layer, layers, start, end });
-                start = end;
+        let layers: u64 = layouts.iter().map(|layout| u64::from(layout.spec().layers)).sum();
+        let deepest = layouts.iter().map(|layout| layout.spec().layers).max().unwrap_or(1);
+        let least = u32::try_from(layers.div_ceil(MOST_PARTS as u64)).unwrap_or(u32::MAX).max(1);
+        let mut layers_each = least.min(deepest);
+        let (list, first) = loop {
+            let (list, first) = divide(layouts, layers_each, padded);
+            let read: u64 = list.iter().map(|part| part.pages().end - part.pages().start).sum();
+            let fits = list.len() <= MOST_PARTS && read <= padded + padded / 4;
+            if fits || layers_each == deepest {
+                break (list, first);
             }
-        }
-        if let Some(last) = list.last_mut() {
-            last.end = padded - HEAD_BYTES as u64;
-        }
+            layers_each += 1;
+        };
         // How far down the model a part is; the first is read with the head, before all others.
         let depth = |n: usize| {
             let part: &Part = &list[n];
@@ -101,7 +110,7 @@ impl Parts {
         if let Some(rest) = order.get_mut(1..) {
             rest.sort_by(|&a, &b| depth(a).total_cmp(&depth(b)));
         }
-        Ok(Self { list: list.into(), order: order.into(), first: first.into(), layers_each: each })
+        Ok(Self { list: list.into(), order: order.into(), first: first.into(), layers_each })
     }
 
     /// How many.
@@ -148,9 +157,10 @@ mod tests {
 
     #[test]
     fn parts_cover_an_object_and_pages_cover_parts() {
-        for (layers, dim) in [(&[5][..], 64), (&[1], 8), (&[3, 7], 24), (&[2, 4, 1], 40)] {
+        let cases = [(&[5][..], 64, 5), (&[1], 8, 1), (&[3, 7], 24, 3), (&[2, 4, 1], 256, 7)];
+        for (layers, dim, count) in cases {
             let parts = parts(layers, dim);
-            assert_eq!(parts.len() as u32, layers.iter().sum::<u32>());
+            assert_eq!(parts.len(), count, "{layers:?} of {dim}");
             let mut end = 0;
             for part in parts.iter() {
                 assert_eq!(part.payload().start, end);
@@ -183,7 +193,7 @@ mod tests {
 
     #[test]
     fn models_with_very_many_layers_share_sums() {
-        let parts = parts(&[1000, 1, 999], 8);
+        let parts = parts(&[1000, 1, 999], 64);
         assert!(parts.len() <= MOST_PARTS);
         assert_eq!(parts.get(0).layers, 3);
         for (group, layers) in [(0, 1000), (1, 1), (2, 999)] {
