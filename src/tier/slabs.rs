@@ -83,7 +83,7 @@ impl Shared {
         }
         let counters = &mut state.counters;
         match &result {
-            Ok(()) => {
+            Ok(_) => {
                 counters.loaded += keys.len() as u64;
                 counters.loaded_bytes += bytes;
                 state.load_rate.observe(bytes, begin.elapsed());
@@ -105,26 +105,29 @@ impl Shared {
         }
         drop(state);
         self.work.notify_all();
-        // After it was counted: whoever waited finds it in the counters.
+        // After it was counted: whoever waited for the last of it finds it in the counters.
         match result {
-            Ok(()) => {}
+            Ok(last) => arrivals.arrive(last),
             Err(Ended::Bad(_)) => arrivals.fail(Missed::Bad),
             Err(Ended::Missed(why)) => arrivals.fail(why),
         }
     }
 
+    /// Reads and verifies everything, slab by slab; the pieces of the last have yet to arrive.
     fn fill_slabs(
         &self,
         wants: &[Want],
         slabs: Vec<Buffer>,
         arrivals: &Arrivals,
-    ) -> Result<(), Ended> {
+    ) -> Result<Vec<(usize, Piece)>, Ended> {
         let parts = self.config.parts();
         let order = parts.order().iter();
         let mut left =
             order.flat_map(|&part| (0..wants.len()).map(move |block| (part, block))).peekable();
         let mut sums: Vec<Sums> = Vec::with_capacity(wants.len());
+        let mut pieces = Vec::new();
         for mut slab in slabs {
+            arrivals.arrive(core::mem::take(&mut pieces));
             let (mut places, mut used) = (Vec::new(), 0);
             let room = |used: usize, part: usize| used + piece_bytes(parts, part) <= slab.len();
             while let Some((part, block)) = left.next_if(|(part, _)| room(used, *part)) {
@@ -135,7 +138,6 @@ impl Shared {
                 return Err(Ended::Missed(Missed::Cancelled));
             }
             self.fill(&mut slab, &places, wants)?;
-            let mut pieces = Vec::with_capacity(places.len());
             let slab = Arc::new(slab);
             for Place { part, block, at } in places {
                 let label = &wants[block].label;
@@ -155,10 +157,8 @@ impl Shared {
                 let piece = Piece { block: wants[block].at, slab: slab.clone(), at };
                 pieces.push((part, piece));
             }
-            drop(slab);
-            arrivals.arrive(pieces);
         }
-        Ok(())
+        Ok(pieces)
     }
 
     /// Reads the pieces of a slab.
