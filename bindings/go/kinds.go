@@ -143,9 +143,9 @@ type LoadStatus uint32
 
 // A load is complete (or there is none), on its way, or has failed.
 const (
-	LoadComplete LoadStatus = 1
-	LoadLoading  LoadStatus = 2
-	LoadFailed   LoadStatus = 3
+	OnboardComplete LoadStatus = 1
+	OnboardLoading  LoadStatus = 2
+	OnboardFailed   LoadStatus = 3
 )
 
 // Missed is why a load failed.

@@ -388,7 +388,7 @@ func TestTiers(t *testing.T) {
 	if err != nil || cached != 8*16 {
 		t.Fatal(cached, err)
 	}
-	if p := must[LoadProgress](t)(seq.LoadProgress()); p.Status != LoadLoading || p.LoadingTokens != 8*16 || p.Why != 0 {
+	if p := must[LoadProgress](t)(seq.LoadProgress()); p.Status != OnboardLoading || p.LoadingTokens != 8*16 || p.Why != 0 {
 		t.Fatalf("%+v", p)
 	}
 	step := must[*Step](t)(NewStep())
@@ -399,7 +399,7 @@ func TestTiers(t *testing.T) {
 	if !must[bool](t)(step.WaitLayer(0, 0, 60000)) || !must[bool](t)(seq.WaitLayer(0, 0, 0)) {
 		t.Fatal("the layer is not there")
 	}
-	if p := must[LoadProgress](t)(seq.LoadProgress()); p != (LoadProgress{Status: LoadComplete}) {
+	if p := must[LoadProgress](t)(seq.LoadProgress()); p != (LoadProgress{Status: OnboardComplete}) {
 		t.Fatalf("%+v", p)
 	}
 	ok(t, step.Commit())
