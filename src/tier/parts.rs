@@ -4,8 +4,9 @@
 //! A part is one layer; more where a head has no room for the sums of all of them, or where layers are
 //! so small that of the pages they lie in more than a quarter would be read twice. It never spans two
 //! layer groups. Parts are read in the order in which a model needs them: layer
-//! groups are interleaved in proportion to their layers, since a model alternates between them. Past
-//! the page cache only whole pages are read: a page that two parts share is read for each.
+//! groups are interleaved in proportion to their layers, since a model alternates between them; those
+//! that lie one behind the other, several at once ([`Read`]). Past the page cache only whole pages are
+//! read: a page that two reads share is read for each.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -63,18 +64,65 @@ impl Part {
         begin..head + self.end.next_multiple_of(head)
     }
 
-    /// Its bytes within [`Self::pages`].
-    pub fn within_pages(&self) -> Range<usize> {
-        let skip = (HEAD_BYTES as u64 + self.start - self.pages().start) as usize;
+    /// Its bytes within a read.
+    pub fn within(&self, read: &Read) -> Range<usize> {
+        let skip = (HEAD_BYTES as u64 + self.start - read.pages.start) as usize;
         skip..skip + (self.end - self.start) as usize
     }
 }
+
+/// Parts that lie one behind the other and are read at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Read {
+    /// Their numbers.
+    pub parts: Range<usize>,
+    /// The pages of an object that have them.
+    pages: Range<u64>,
+}
+
+impl Read {
+    /// Where in the object it begins.
+    pub fn offset(&self) -> u64 {
+        self.pages.start
+    }
+
+    /// How much it reads.
+    pub fn bytes(&self) -> usize {
+        (self.pages.end - self.pages.start) as usize
+    }
+}
+
+/// The first part alone, so that it is there soon; then twice as much each time, since many small reads
+/// take longer than few large ones, up to [`MOST_READ_BYTES`].
+fn reads(list: &[Part], order: &[usize]) -> Vec<Read> {
+    let mut reads: Vec<Read> = Vec::new();
+    let mut most = 0;
+    for &n in order {
+        let pages = list[n].pages();
+        match reads.last_mut() {
+            Some(read) if read.parts.end == n && pages.end - read.pages.start <= most => {
+                (read.parts.end, read.pages.end) = (n + 1, pages.end);
+            }
+            _ => {
+                most = match reads.last() {
+                    None => 0,
+                    Some(read) => (2 * (read.bytes() as u64)).min(MOST_READ_BYTES),
+                };
+                reads.push(Read { parts: n..n + 1, pages });
+            }
+        }
+    }
+    reads
+}
+
+/// Past so many bytes a read is hardly slower for being one of several.
+const MOST_READ_BYTES: u64 = 256 << 10;
 
 /// All parts of the objects of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parts {
     list: Box<[Part]>,
-    order: Box<[usize]>,
+    reads: Box<[Read]>,
     /// Of each group, its first part.
     first: Box<[usize]>,
     layers_each: u32,
@@ -110,7 +158,8 @@ impl Parts {
         if let Some(rest) = order.get_mut(1..) {
             rest.sort_by(|&a, &b| depth(a).total_cmp(&depth(b)));
         }
-        Ok(Self { list: list.into(), order: order.into(), first: first.into(), layers_each })
+        let reads = reads(&list, &order).into();
+        Ok(Self { list: list.into(), reads, first: first.into(), layers_each })
     }
 
     /// How many.
@@ -129,9 +178,14 @@ impl Parts {
         &self.list[n]
     }
 
-    /// Their numbers in the order in which they are read.
-    pub fn order(&self) -> &[usize] {
-        &self.order
+    /// What is read, in this order: each part once.
+    pub fn reads(&self) -> &[Read] {
+        &self.reads
+    }
+
+    /// The numbers of the parts in the order in which they are read.
+    pub fn order(&self) -> impl Iterator<Item = usize> + '_ {
+        self.reads.iter().flat_map(|read| read.parts.clone())
     }
 
     /// The number of the part with a layer, which the configuration has.
@@ -165,16 +219,21 @@ mod tests {
             for part in parts.iter() {
                 assert_eq!(part.payload().start, end);
                 end = part.payload().end;
-                let (pages, within) = (part.pages(), part.within_pages());
-                assert!(pages.start % 4096 == 0 && pages.end % 4096 == 0);
-                assert_eq!(within.len(), part.payload().len());
-                assert_eq!(pages.start as usize + within.start, HEAD_BYTES + part.payload().start);
-                assert!(within.end as u64 <= pages.end - pages.start);
                 assert!(parts.get(parts.of(part.group, part.first_layer)) == part);
             }
             assert_eq!(end % 4096, 0);
             assert_eq!(parts.get(0).pages().start, 0);
-            let mut order = parts.order().to_vec();
+            for read in parts.reads() {
+                assert!(read.offset() % 4096 == 0 && read.bytes() % 4096 == 0);
+                for part in read.parts.clone().map(|n| parts.get(n)) {
+                    let within = part.within(read);
+                    assert_eq!(within.len(), part.payload().len());
+                    let at = read.offset() as usize + within.start;
+                    assert_eq!(at, HEAD_BYTES + part.payload().start);
+                    assert!(within.end <= read.bytes());
+                }
+            }
+            let mut order: Vec<usize> = parts.order().collect();
             assert_eq!(order[0], 0);
             order.sort_unstable();
             assert!(order.iter().enumerate().all(|(n, &part)| n == part));
@@ -185,10 +244,19 @@ mod tests {
     fn groups_are_read_as_a_model_alternates_between_them() {
         // Five layers with a window, then a full one, four times.
         let parts = parts(&[20, 4], 64);
-        let groups: Vec<u32> = parts.order().iter().map(|&n| parts.get(n).group).collect();
+        let groups: Vec<u32> = parts.order().map(|n| parts.get(n).group).collect();
         for part in groups.chunks_exact(6) {
             assert_eq!(part.iter().sum::<u32>(), 1, "{groups:?}");
         }
+    }
+
+    #[test]
+    fn the_first_part_is_read_alone_and_then_more_at_once() {
+        // 16 KiB a layer.
+        let parts = parts(&[40], 256);
+        let layers: Vec<usize> = parts.reads().iter().map(|read| read.parts.len()).collect();
+        assert_eq!(layers, [1, 2, 4, 8, 16, 9]);
+        assert!(parts.reads().iter().all(|read| read.bytes() as u64 <= MOST_READ_BYTES));
     }
 
     #[test]

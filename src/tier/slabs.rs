@@ -13,7 +13,7 @@ use super::ObjectKey;
 use super::arrivals::{Arrivals, Piece};
 use super::buffer::Buffer;
 use super::object::{self, Sums};
-use super::parts::Parts;
+use super::parts::{Parts, Read};
 use super::queue::Shared;
 use super::store::{GetPart, Outcome};
 use super::ticket::{Missed, Want};
@@ -25,19 +25,19 @@ pub(super) struct Share {
     pub arrivals: Arrivals,
 }
 
-/// A piece in a slab that is being filled.
-struct Place {
-    part: usize,
+/// What is read of a block, in a slab that is being filled.
+struct Place<'a> {
+    read: &'a Read,
     /// The block, within the share.
     block: usize,
     at: usize,
 }
 
-/// Slabs that the pieces of so many blocks take: in a slab as many as fit, then the next.
+/// Slabs that what is read of so many blocks take: in a slab as many as fit, then the next.
 pub(super) fn pack(parts: &Parts, blocks: usize, slab_bytes: usize) -> usize {
     let (mut slabs, mut room) = (0, 0);
-    for &n in parts.order() {
-        let bytes = piece_bytes(parts, n);
+    for read in parts.reads() {
+        let bytes = read.bytes();
         let rest = blocks.saturating_sub(room / bytes);
         if rest == 0 {
             room -= blocks * bytes;
@@ -48,11 +48,6 @@ pub(super) fn pack(parts: &Parts, blocks: usize, slab_bytes: usize) -> usize {
         }
     }
     slabs
-}
-
-fn piece_bytes(parts: &Parts, n: usize) -> usize {
-    let pages = parts.get(n).pages();
-    (pages.end - pages.start) as usize
 }
 
 /// Why a share ended before its end.
@@ -121,41 +116,41 @@ impl Shared {
         arrivals: &Arrivals,
     ) -> Result<Vec<(usize, Piece)>, Ended> {
         let parts = self.config.parts();
-        let order = parts.order().iter();
+        let reads = parts.reads().iter();
         let mut left =
-            order.flat_map(|&part| (0..wants.len()).map(move |block| (part, block))).peekable();
+            reads.flat_map(|read| (0..wants.len()).map(move |block| (read, block))).peekable();
         let mut sums: Vec<Sums> = Vec::with_capacity(wants.len());
         let mut pieces = Vec::new();
         for mut slab in slabs {
             arrivals.arrive(core::mem::take(&mut pieces));
             let (mut places, mut used) = (Vec::new(), 0);
-            let room = |used: usize, part: usize| used + piece_bytes(parts, part) <= slab.len();
-            while let Some((part, block)) = left.next_if(|(part, _)| room(used, *part)) {
-                places.push(Place { part, block, at: used });
-                used += piece_bytes(parts, part);
+            let room = |used: usize, read: &Read| used + read.bytes() <= slab.len();
+            while let Some((read, block)) = left.next_if(|(read, _)| room(used, read)) {
+                places.push(Place { read, block, at: used });
+                used += read.bytes();
             }
             if arrivals.failed().is_some() {
                 return Err(Ended::Missed(Missed::Cancelled));
             }
             self.fill(&mut slab, &places, wants)?;
             let slab = Arc::new(slab);
-            for Place { part, block, at } in places {
+            for Place { read, block, at } in places {
                 let label = &wants[block].label;
-                let found = parts.get(part);
-                let bytes = &slab[at..at + piece_bytes(parts, part)];
+                let bytes = &slab[at..at + read.bytes()];
                 if sums.len() == block {
                     // The first part of each block, which has its head.
                     let head = object::verify_head(bytes, &self.config, label);
                     sums.push(head.map_err(|_| Ended::Bad(label.key))?);
                 }
-                let within = found.within_pages();
-                let whole = sums.get(block).is_some_and(|s| s.verify(part, &bytes[within.clone()]));
-                if !whole {
-                    return Err(Ended::Bad(label.key));
+                for part in read.parts.clone() {
+                    let within = parts.get(part).within(read);
+                    let whole = |sums: &Sums| sums.verify(part, &bytes[within.clone()]);
+                    if !sums.get(block).is_some_and(whole) {
+                        return Err(Ended::Bad(label.key));
+                    }
+                    let at = at + within.start..at + within.end;
+                    pieces.push((part, Piece { block: wants[block].at, slab: slab.clone(), at }));
                 }
-                let at = at + within.start..at + within.end;
-                let piece = Piece { block: wants[block].at, slab: slab.clone(), at };
-                pieces.push((part, piece));
             }
         }
         Ok(pieces)
@@ -163,13 +158,12 @@ impl Shared {
 
     /// Reads the pieces of a slab.
     fn fill(&self, slab: &mut Buffer, places: &[Place], wants: &[Want]) -> Result<(), Ended> {
-        let parts = self.config.parts();
         let mut rest = &mut slab[..];
         let mut gets = Vec::with_capacity(places.len());
         for place in places {
             let bytes;
-            (bytes, rest) = rest.split_at_mut(piece_bytes(parts, place.part));
-            let offset = parts.get(place.part).pages().start;
+            (bytes, rest) = rest.split_at_mut(place.read.bytes());
+            let offset = place.read.offset();
             gets.push(GetPart { key: wants[place.block].label.key, offset, bytes });
         }
         let mut outcomes = alloc::vec![Outcome::None; gets.len()];
@@ -195,12 +189,12 @@ mod tests {
     /// As [`Shared::fill_slabs`] does it.
     fn packed_one_by_one(parts: &Parts, blocks: usize, slab_bytes: usize) -> usize {
         let (mut slabs, mut used) = (0, slab_bytes);
-        for &n in parts.order() {
+        for read in parts.reads() {
             for _ in 0..blocks {
-                if used + piece_bytes(parts, n) > slab_bytes {
+                if used + read.bytes() > slab_bytes {
                     (slabs, used) = (slabs + 1, 0);
                 }
-                used += piece_bytes(parts, n);
+                used += read.bytes();
             }
         }
         slabs

@@ -245,9 +245,8 @@ impl KvCache {
     fn first_missing(&self, load: &LayerLoad) -> LayerId {
         let missing = self.tiers.as_ref().and_then(|tiers| {
             let parts = tiers.config.parts();
-            let mut order = parts.order().iter();
-            let n = order.find(|&&n| load.stages[n] != Stage::There)?;
-            Some(LayerId { group: parts.get(*n).group, layer: parts.get(*n).first_layer })
+            let part = parts.get(parts.order().find(|&n| load.stages[n] != Stage::There)?);
+            Some(LayerId { group: part.group, layer: part.first_layer })
         });
         missing.unwrap_or(LayerId::uniform(0))
     }
@@ -280,8 +279,7 @@ impl KvCache {
             load.stages[part] = Stage::There;
             // The copies of the next part run beside the kernels of this one.
             let next = self.tiers.as_ref().and_then(|tiers| {
-                let mut order = tiers.config.parts().order().iter();
-                order.find(|&&n| load.stages[n] == Stage::Absent).copied()
+                tiers.config.parts().order().find(|&n| load.stages[n] == Stage::Absent)
             });
             if let Some(next) = next {
                 self.enqueue(seq, load, next)?;
