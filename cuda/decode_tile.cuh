@@ -169,11 +169,12 @@ template <typename Codes> KVC_DEVICE uint32_t strip_token(uint32_t s, uint32_t m
     return m % 8 / 2 * 16 + word * (2 * Codes::kPairs) + Codes::element(pair % Codes::kPairs, m % 2);
 }
 
+// Adds a tile; a `plain` one lies before the tail and in the piece, and every column sees all of it.
 template <typename Format, int HeadDim>
-KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const kvc_decode_item &item,
+KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const Piece &item,
                                 const Unit &u, const Column (&columns)[2],
                                 const QueryRows<HeadDim> &queries, const unsigned char *record,
-                                uint32_t tile, CodeState<HeadDim> &state) {
+                                uint32_t tile, bool plain, CodeState<HeadDim> &state) {
     using K = typename Format::K;
     using V = typename Format::V;
     using Words = RowWords<K, HeadDim>;
@@ -260,6 +261,9 @@ KVC_UNROLL
                     }
                 }
             }
+            for (int i = 0; i < 4; ++i)
+                s[strip][i] = (even[i] + odd[i] - constant[i % 2]) * factor[i % 2] + add[i % 2];
+            if (plain) continue;
             int32_t tokens[2];
             bool readable[2];
 KVC_UNROLL
@@ -269,8 +273,6 @@ KVC_UNROLL
                 readable[i] = token >= item.begin && token < item.end &&
                               token >= static_cast<uint32_t>(u.first_token);
             }
-            for (int i = 0; i < 4; ++i)
-                s[strip][i] = (even[i] + odd[i] - constant[i % 2]) * factor[i % 2] + add[i % 2];
             make_scores(p.call, u, columns, tokens, readable, s[strip]);
         }
         float keep[2];
@@ -328,11 +330,15 @@ KVC_UNROLL
 }
 
 template <typename Format, int HeadDim>
-KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc_decode_item &item,
+KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Piece &item,
                                  uint32_t unit, TileRing &ring) {
     const kvc_decode_params &p = params.call;
-    const Unit u = find_unit(p, item.seq, unit);
+    Unit u = find_unit(p, item.seq, unit);
     if (u.empty) return;
+    // What lies before the tail is hidden all the same from a column whose own tile it is, and read raw
+    // tiles from the others: for scores that are made one by one, nothing is plain.
+    const int32_t plain_to = u.plain_to;
+    u.plain_to = 0;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4, tokens = params.tile_tokens;
     const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, tokens, p.num_blocks,
                            p.error_flag);
@@ -373,7 +379,11 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const kvc
         if (record != nullptr) {
             const Column columns[2] = {only_where(all[0], own[0] > static_cast<int32_t>(tile)),
                                        only_where(all[1], own[1] > static_cast<int32_t>(tile))};
-            accumulate_tile<Format, HeadDim>(params, item, u, columns, rows, record, tile, state);
+            const uint32_t at = tile * tokens, after = at + tokens;
+            const bool plain = at >= item.begin && after <= item.end &&
+                               static_cast<int32_t>(at) >= u.plain_from &&
+                               static_cast<int32_t>(after) <= plain_to;
+            accumulate_tile<Format, HeadDim>(params, item, u, columns, rows, record, tile, plain, state);
         }
         ring.release();
     }
@@ -395,12 +405,9 @@ template <typename Format, int HeadDim>
 KVC_DEVICE void decode_tile(const kvc_decode_tile_params &params) {
     const kvc_decode_params &p = params.call;
     TileRing ring(params);
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_tile_unit<Format, HeadDim>(params, item, static_cast<uint32_t>(work % p.units), ring);
-        sync_threads();
-    }
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_tile_unit<Format, HeadDim>(params, item, unit, ring);
+    });
 }
 
 } // namespace kvc

@@ -56,6 +56,15 @@ KVC_DEVICE float load_element(const void *rows, int64_t index, uint32_t dtype) {
     return widen(*reinterpret_cast<const uint16_t *>(at), dtype);
 }
 
+KVC_DEVICE void store_element(void *rows, int64_t index, uint32_t dtype, float x) {
+    char *at = element(rows, index, dtype);
+    if (dtype == kF32) {
+        *reinterpret_cast<float *>(at) = x;
+    } else {
+        *reinterpret_cast<uint16_t *>(at) = static_cast<uint16_t>(pack(x, 0.0f, dtype));
+    }
+}
+
 // Eight elements; 16-bit ones lie in 16 aligned bytes, 32-bit ones in 32.
 struct Chunk {
     float x[8];

@@ -13,6 +13,7 @@
 #else
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_UNROLL _Pragma("unroll")
+#define KVC_ROLL _Pragma("unroll 1")
 #define KVC_SITE_ONLY
 #define KVC_SITE
 // The dynamic shared memory of the block, as a T*.
@@ -313,6 +314,19 @@ KVC_DEVICE void mbar_arrive(uint64_t *bar KVC_SITE) {
                  : "memory");
 #endif
 }
+// Arrives `count` times (sm_90).
+KVC_DEVICE void mbar_arrive_many(uint64_t *bar, uint32_t count KVC_SITE) {
+#ifdef KVC_EMULATE
+    for (uint32_t i = 0; i < count; ++i) emu::mbar_arrive(bar, 0, site);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0], %1;\n}" ::"r"(
+                     shared_address(bar)),
+                 "r"(count)
+                 : "memory");
+#elif defined(__CUDA_ARCH__)
+    __trap();
+#endif
+}
 // Arrives, and announces `bytes` that bulk copies will bring in this phase (sm_90).
 KVC_DEVICE void mbar_arrive_expect(uint64_t *bar, uint32_t bytes KVC_SITE) {
 #ifdef KVC_EMULATE
@@ -475,6 +489,7 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
+KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 KVC_DEVICE float div_rn(float a, float b) { return a / b; }
 KVC_DEVICE float sqrt_rn(float a) { return sqrtf(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }
@@ -529,6 +544,17 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return d;
 }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// Two floats as two bytes, rounded to nearest even and saturating.
+KVC_DEVICE uint32_t pack_e4m3(float low, float high) {
+    uint16_t d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+KVC_DEVICE uint32_t pack_e5m2(float low, float high) {
+    uint16_t d;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
 // Two bytes of e4m3.
 KVC_DEVICE uint32_t f16x2_from_e4m3(uint32_t two) {
     uint32_t d;
@@ -544,6 +570,7 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 // CPU.
 KVC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 KVC_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+KVC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KVC_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 KVC_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }
