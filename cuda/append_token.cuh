@@ -244,7 +244,8 @@ struct Nvfp4Block {
     float loss;
     TwoWords codes; // but for signs
 
-    template <typename Divide>
+    // Where `Exact`, a value times the step is, and one rounding is what it and the difference take.
+    template <bool Exact, typename Divide>
     KVC_DEVICE void encode(float wanted, float head_scale, const float (&x)[kOwn], Divide divide) {
         scale = E4m3Code::encode(wanted);
         const float step = mul_rn(E4m3Code::decode(scale), head_scale);
@@ -259,7 +260,8 @@ KVC_UNROLL
             const float unit = max_f32(as_float(as_bits(y) & 0x7f800000u), 1.0f);
             const float sum = fma_rn(unit, 0x1.8p22f, y);
             const float value = min_f32(fma_rn(unit, -0x1.8p22f, sum), 6.0f);
-            const float error = add_rn(magnitude, -mul_rn(value, step));
+            const float error = Exact ? fma_rn(value, -step, magnitude)
+                                      : add_rn(magnitude, -mul_rn(value, step));
             loss = add_rn(loss, mul_rn(error, error));
             // As a subnormal the value's first bits are its code.
             const uint32_t code = as_bits(mul_rn(value, 0x1p-126f));
@@ -280,18 +282,24 @@ KVC_DEVICE TwoWords encode_nvfp4(float head_scale, const float (&x)[kOwn], uint3
     const float six = div_rn(div_rn(largest, 6.0f), head_scale);
     const float four = div_rn(mul_rn(largest, 0.25f), head_scale);
     Nvfp4Block best, other;
-    if (Divisor::covers(head_scale)) {
+    if (head_scale == 1.0f) {
+        const auto divide = [](float step) {
+            return [by = Divisor(step)](float x) { return by.short_quotient(x); };
+        };
+        best.encode<true>(six, head_scale, x, divide);
+        other.encode<true>(four, head_scale, x, divide);
+    } else if (Divisor::covers(head_scale)) {
         const auto divide = [](float step) {
             return [by = Divisor(step)](float x) { return by.quotient(x); };
         };
-        best.encode(six, head_scale, x, divide);
-        other.encode(four, head_scale, x, divide);
+        best.encode<false>(six, head_scale, x, divide);
+        other.encode<false>(four, head_scale, x, divide);
     } else {
         const auto divide = [](float step) {
             return [step](float x) { return step > 0.0f ? div_rn(x, step) : 0.0f; };
         };
-        best.encode(six, head_scale, x, divide);
-        other.encode(four, head_scale, x, divide);
+        best.encode<false>(six, head_scale, x, divide);
+        other.encode<false>(four, head_scale, x, divide);
     }
     if (other.loss < best.loss) best = other;
     if ((best.scale & Nvfp4Block::kNoSigns) == 0) {

@@ -46,11 +46,14 @@ struct Cuts {
     }
 };
 
-// Long ranges for three quarters of the work, where that is several granules for each.
+// Granules of a short range, at least: to begin and end one takes as long as a few.
+constexpr uint64_t kShortest = 16;
+
+// Long ranges for three quarters of the work where the rest is enough for short ones.
 KVC_DEVICE Cuts balanced_cuts(uint64_t total, uint32_t longs, uint32_t shorts) {
     Cuts c = {total, 0, 1, longs, 0};
     uint64_t rest = 0;
-    if (total < 8ull * longs) {
+    if (total < 4 * kShortest * shorts) {
         c.each_long = (total + longs - 1) / longs;
         c.longs = static_cast<uint32_t>((total + c.each_long - 1) / c.each_long);
     } else {

@@ -26,41 +26,69 @@
 
 namespace kvc {
 
-// The formats of src/quant/row.rs. Channels of the values' matrices: `channel(i, g, half)` is row g +
-// 8 half of the i-th. `unpack_key` gives codes plus kKeyBias, which the query's sum takes away again.
+// The formats of src/quant/row.rs, and how a word of keys or 16 bits of two values become pairs of f16.
+// Channels of the values' matrices: `channel(i, g, half)` is row g + 8 half of the i-th.
+//
+// A `kSmall` format has its codes plus kLess as the last bits of f16, of pair i from bit `place(i)` on:
+// subnormal numbers, codes times 2^(place - 24), which the products take exactly and which cost one
+// instruction a pair. Queries have the other powers of two, of which key_factor is left, and sums of values
+// get theirs at the end. What kLess adds is taken away by the sums of the queries, and by those of the
+// rounded weights, which a product with ones makes.
 template <typename C> struct ByteFormat {
     using Codes = C;
-    static constexpr float kKeyBias = 0.0f;
-    KVC_DEVICE static void unpack_key(uint32_t w, uint32_t (&out)[C::kPairs]) { C::unpack(w, out); }
+    static constexpr bool kScaled = false, kMinimum = false, kGroups = false, kSmall = false;
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[C::kPairs]) { C::unpack(w, out); }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[C::kPairs]) { C::rows(w, out); }
     KVC_DEVICE static constexpr uint32_t channel(uint32_t i, uint32_t g, uint32_t half) {
         return 16 * i + 2 * g + half;
     }
+    KVC_DEVICE static constexpr uint32_t place(uint32_t) { return 0; }
 };
-template <typename C> struct NibbleFormat {
-    using Codes = C;
-    static constexpr float kKeyBias = 0.0f;
-    KVC_DEVICE static void unpack_key(uint32_t w, uint32_t (&out)[C::kPairs]) { C::unpack(w, out); }
+template <typename C> struct NibbleFormat : ByteFormat<C> {
     KVC_DEVICE static constexpr uint32_t channel(uint32_t i, uint32_t g, uint32_t half) {
         return i / 2 * 32 + g / 2 * 8 + C::row_element(g % 2, i % 2 * 2 + half);
     }
 };
-struct Fp8E4m3Rows : ByteFormat<E4m3> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = false;
-};
-struct Fp8E5m2Rows : ByteFormat<E5m2> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = false;
-};
+struct Fp8E4m3Rows : ByteFormat<E4m3> {};
+struct Fp8E5m2Rows : ByteFormat<E5m2> {};
 struct Int8Rows : ByteFormat<Int8> {
-    static constexpr bool kScaled = true, kMinimum = false, kGroups = false;
-    static constexpr float kKeyBias = 1024.0f + 128.0f;
-    KVC_DEVICE static void unpack_key(uint32_t w, uint32_t (&out)[2]) { Int8::biased(w, out); }
+    static constexpr bool kScaled = true, kSmall = true;
+    static constexpr float kLess = 128.0f;
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ 0x80808080u, 0, 0x4140);
+        out[1] = permute(w ^ 0x80808080u, 0, 0x4342);
+    }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ 0x80808080u, 0, 0x4240);
+        out[1] = permute(w ^ 0x80808080u, 0, 0x4341);
+    }
 };
-struct Int4Rows : NibbleFormat<NibblesLess8> {
-    static constexpr bool kScaled = true, kMinimum = true, kGroups = false;
+// Codes less 8: what all codes have in common would come together in one channel where values are
+// rotated back.
+struct Int4Rows : NibbleFormat<Nibbles> {
+    static constexpr bool kScaled = true, kMinimum = true, kSmall = true;
+    static constexpr float kLess = 8.0f;
+    KVC_DEVICE static constexpr uint32_t place(uint32_t i) { return i % 2 * 4; }
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[4]) {
+        const uint32_t upper = w >> 8;
+        out[0] = w & 0x000f000fu;
+        out[1] = w & 0x00f000f0u;
+        out[2] = upper & 0x000f000fu;
+        out[3] = upper & 0x00f000f0u;
+    }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[4]) { keys(w, out); }
 };
 struct Nvfp4Rows : NibbleFormat<E2m1> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = true;
+    static constexpr bool kGroups = true;
 };
+
+// What is left of the powers of two of small codes and their queries, which are up to 2 and get 2^14.
+template <typename Format> KVC_DEVICE constexpr float key_factor() {
+    return Format::kSmall ? 1024.0f : Format::Codes::kFactor;
+}
+template <typename Format> KVC_DEVICE constexpr float value_factor(uint32_t pair) {
+    return Format::kSmall ? static_cast<float>(1u << (24 - Format::place(pair))) : Format::Codes::kFactor;
+}
 
 // Bytes of scales of a row.
 template <typename Format> KVC_DEVICE constexpr uint32_t scale_bytes(uint32_t head_dim) {
@@ -78,8 +106,9 @@ KVC_DEVICE void group_scales(uint32_t four, uint32_t (&pairs)[2]) {
 // The sums of a warp, of which the largest score and the unit change seldom.
 template <int HeadDim> struct TokenState : CodeState<HeadDim> {
     float base[2]; // m, or the least float where no token was seen
-    KVC_DEVICE TokenState() { base[0] = base[1] = -kLargest; }
+    KVC_DEVICE TokenState() : weights{0.0f, 0.0f, 0.0f, 0.0f} { base[0] = base[1] = -kLargest; }
     static constexpr float kLargest = 3.4028234663852886e38f;
+    float weights[4]; // sums of the rounded ones, as a row of `o` would be
 
     // Makes weights of scores; `largest` of the lane's scales of values where they are `Scaled`.
     template <bool Scaled, int Strips>
@@ -108,6 +137,7 @@ KVC_UNROLL
                 for (int c = 0; c < 2; ++c) keep[c] *= same;
             }
             this->rescale(keep);
+            for (int j = 0; j < 4; ++j) weights[j] *= keep[j % 2];
         }
 KVC_UNROLL
         for (int i = 0; i < Strips; ++i)
@@ -143,7 +173,10 @@ KVC_UNROLL
     float s[kStrips][4];
     for (uint32_t strip = 0; strip < kStrips; ++strip)
         for (int i = 0; i < 4; ++i)
-            s[strip][i] = Format::kKeyBias == 0.0f ? 0.0f : -Format::kKeyBias * q_sums[i % 2];
+            if constexpr (Format::kSmall)
+                s[strip][i] = -Format::kLess * q_sums[i % 2];
+            else
+                s[strip][i] = 0.0f;
 KVC_UNROLL
     for (uint32_t two = 0; two < kChunks; two += 2) {
 KVC_UNROLL
@@ -153,8 +186,8 @@ KVC_UNROLL
 KVC_UNROLL
             for (uint32_t half = 0; half < 2; ++half) {
                 uint32_t low[Codes::kPairs], high[Codes::kPairs];
-                Format::unpack_key(codes[2 * half], low);
-                Format::unpack_key(codes[2 * half + 1], high);
+                Format::keys(codes[2 * half], low);
+                Format::keys(codes[2 * half + 1], high);
                 if constexpr (Format::kGroups) {
                     const uint32_t both = half == 0 ? 0x1010 : 0x3232;
                     const uint32_t a = permute(key_groups[strip][0][two / 2], 0, both);
@@ -190,9 +223,9 @@ KVC_UNROLL
                 largest = max_f32(largest, v_scale[strip][i]);
                 float minimum = 0.0f;
                 if constexpr (Format::kMinimum) {
-                    minimum = widen_f16(static_cast<uint16_t>(k >> 16)) + Codes::kLess * scale;
+                    minimum = widen_f16(static_cast<uint16_t>(k >> 16)) + Format::kLess * scale;
                     v_minimum[strip][i] = used ? widen_f16(static_cast<uint16_t>(v >> 16)) +
-                                                     Codes::kLess * v_scale[strip][i]
+                                                     Format::kLess * v_scale[strip][i]
                                                : 0.0f;
                 }
                 for (int c = 0; c < 2; ++c) {
@@ -239,6 +272,13 @@ KVC_UNROLL
             weights[strip][i] = movmatrix_trans(pack_f16(x, y));
         }
 
+    if constexpr (Format::kSmall) {
+        constexpr uint32_t kOnes[4] = {twice(0x3c00), twice(0x3c00), twice(0x3c00), twice(0x3c00)};
+KVC_UNROLL
+        for (uint32_t strip = 0; strip < kStrips; ++strip)
+            mma_f16(state.weights, kOnes, weights[strip]);
+    }
+
     // Scales of the tokens 2t and 2t + 1 of each strip, and those eight further.
     uint32_t even[kStrips][2][2], odd[kStrips][2][2];
     if constexpr (Format::kGroups) {
@@ -260,8 +300,8 @@ KVC_UNROLL
 KVC_UNROLL
             for (uint32_t half = 0; half < 2; ++half) {
                 uint32_t low[Codes::kPairs], high[Codes::kPairs];
-                Codes::rows(codes[2 * half], low);
-                Codes::rows(codes[2 * half + 1], high);
+                Format::values(codes[2 * half], low);
+                Format::values(codes[2 * half + 1], high);
                 if constexpr (Format::kGroups) {
 KVC_UNROLL
                     for (int i = 0; i < Codes::kPairs; ++i) {
@@ -308,10 +348,17 @@ KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
     sync_threads();
     uint32_t q[HeadDim / 16][2];
     RowWords<Codes, HeadDim, 1>::queries(rows, g, t, q);
+    if constexpr (Format::kSmall) {
+KVC_UNROLL
+        for (uint32_t at = 0; at < HeadDim / 8; ++at)
+            q[at / 2][at % 2] = mul_f16x2(q[at / 2][at % 2],
+                                          twice((29 - Format::place(at % Codes::kPairs)) << 10));
+    }
     const float k_factor =
-        Codes::kFactor * (params.k_heads == nullptr ? 1.0f : params.k_heads[u.kv_head]);
+        key_factor<Format>() * (params.k_heads == nullptr ? 1.0f : params.k_heads[u.kv_head]);
     const float q_factors[2] = {rows.factors[2 * t] * k_factor, rows.factors[2 * t + 1] * k_factor};
-    const float q_sums[2] = {rows.sums[2 * t], rows.sums[2 * t + 1]};
+    constexpr float kDown = Format::kSmall ? 1.0f / key_factor<Format>() : 1.0f;
+    const float q_sums[2] = {rows.sums[2 * t] * kDown, rows.sums[2 * t + 1] * kDown};
     const Column columns[2] = {find_column(p, u, 2 * t), find_column(p, u, 2 * t + 1)};
     TokenState<HeadDim> state;
 
@@ -328,15 +375,17 @@ KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
     sync_threads();
 
     const float v_factor =
-        (Format::kScaled ? state.in_units() : 1.0f) * Codes::kFactor *
+        (Format::kScaled ? state.in_units() : 1.0f) *
         (params.v_heads == nullptr ? 1.0f : params.v_heads[u.kv_head]);
     // A minimum counts for every channel, once for all of a token's lanes.
     float minima[2] = {0.0f, 0.0f};
     if constexpr (Format::kMinimum)
         for (int c = 0; c < 2; ++c) minima[c] = sum_over_tokens(state.minima[c]);
+    if constexpr (Format::kSmall)
+        for (int c = 0; c < 2; ++c) minima[c] -= Format::kLess * state.weights[c] * v_factor;
     put_warp_sums<HeadDim>(state.m, state.l, [&](int i, int half, int c, uint32_t &channel) {
         channel = Format::channel(static_cast<uint32_t>(i), g, static_cast<uint32_t>(half));
-        return state.o[i][half * 2 + c] * v_factor + minima[c];
+        return state.o[i][half * 2 + c] * (value_factor<Format>(half) * v_factor) + minima[c];
     });
     finish_unit<HeadDim>(p, item, unit, u, params.v_rotated != 0);
 }

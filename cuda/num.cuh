@@ -16,6 +16,9 @@ KVC_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 KVC_DEVICE float max_f32(float a, float b) { return fmaxf(a, b); }
 #endif
 
+KVC_DEVICE uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+KVC_DEVICE uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // The formats of a cache that the matrix instructions take.
 struct F16 {
     static constexpr uint32_t id = kF16;

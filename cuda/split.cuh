@@ -145,9 +145,10 @@ KVC_UNROLL
             lse[i] = load_fresh(from.logarithm(slot, unit, column));
             v[i] = load_fresh_16(from.values(slot, unit, column) + channel);
         }
+        // No branch between loads and uses, or the compiler brings them together.
 KVC_UNROLL
         for (uint32_t i = 0; i < kAtOnce; ++i) {
-            if (first + i >= of.pieces) break;
+            if (first + i >= of.pieces) lse[i] = -infinity();
             const float next = max_f32(all.top, lse[i]);
             const float keep = weight(all.top, next), add = weight(lse[i], next);
             all.sum = all.sum * keep + add;

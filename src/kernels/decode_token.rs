@@ -39,10 +39,7 @@ pub(super) fn token_kernel(format: KvFormat, head_dim: u32) -> Option<&'static K
 }
 
 /// Blocks of a multiprocessor that the sources ask the compiler for.
-fn blocks_by_registers(head_dim: u32) -> u32 {
-    if head_dim <= 64 { 4 } else { 3 }
-}
-
+const BLOCKS: u32 = 3;
 /// The most stages of a pipeline.
 const MAX_STAGES: u32 = 4;
 /// Tokens of a run, which a bulk copy brings, and runs of a tile.
@@ -107,7 +104,7 @@ pub(super) fn token_residence(
         // Two barriers and a word for each stage.
         let shared_bytes = query_at + queries + MAX_STAGES * 24;
         let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
-        Residence { stages, blocks: fit.min(blocks_by_registers(head_dim)), shared_bytes, query_at }
+        Residence { stages, blocks: fit.min(BLOCKS), shared_bytes, query_at }
     };
     let under_way = |r: &Residence| (r.blocks * (r.stages - 1) * stage.bulk()).min(ENOUGH_BYTES);
     (2..=MAX_STAGES)
@@ -220,7 +217,7 @@ mod tests {
         ] {
             let lines: alloc::vec::Vec<_> =
                 source.lines().filter(|l| l.starts_with("KVC_DECODE_TOKEN(")).collect();
-            let ending = alloc::format!(", {dim}, {})", blocks_by_registers(dim));
+            let ending = alloc::format!(", {dim}, {BLOCKS})");
             assert_eq!(lines.len(), 5);
             assert!(lines.iter().all(|line| line.ends_with(&ending)), "{source}");
         }

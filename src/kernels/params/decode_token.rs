@@ -9,7 +9,7 @@ device_struct! {
     DecodeTokenParams, "kvc_decode_token_params" {
         /// The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
         /// of a head and their scales follow each other within a block of a multiple of 16 tokens, and
-        /// scales begin at multiples of 16 bytes; `stages`, 1 to 4, is then of tiles of 128 tokens.
+        /// scales begin at multiples of 16 bytes; `stages`, 2 to 4, is then of tiles of 128 tokens.
         call: DecodeParams,
         /// Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
         /// f16 at an even address; null where the format has none.
