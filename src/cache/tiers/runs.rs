@@ -31,7 +31,7 @@ enum Wanted {
     /// In memory.
     Held(Arc<HostBlock>),
     /// Below.
-    Below(Label),
+    Below(Box<Label>),
 }
 
 impl Tiers {
@@ -65,7 +65,7 @@ impl Tiers {
         for (at, wanted) in run.into_iter().enumerate() {
             match wanted {
                 Wanted::Held(block) => held.push(block),
-                Wanted::Below(label) => wants.push(Want { at, label }),
+                Wanted::Below(label) => wants.push(Want { at, label: *label }),
             }
         }
         self.make_spare(wants.len());
@@ -160,7 +160,7 @@ impl KvCache {
         let mut places = Vec::new();
         for label in tiers.labels(prompt, &self.media, skip, above, keys) {
             let Some((place, held)) = tiers.place(&label) else { break };
-            places.push((place, held.map_or(Wanted::Below(label), Wanted::Held)));
+            places.push((place, held.map_or_else(|| Wanted::Below(Box::new(label)), Wanted::Held)));
             if places.len() >= room.unwrap_or(0) as usize {
                 break;
             }
