@@ -108,7 +108,7 @@ pub struct LayerWait {
 
 impl LayerWait {
     /// Waits until it has arrived, or never will, at most for `limit`. What has arrived is taken by
-    /// [`KvCache::poll_layer`].
+    /// [`KvCache::poll_layer`](crate::cache::KvCache::poll_layer).
     pub fn wait(&self, limit: Duration) {
         let begin = Instant::now();
         let left = || limit.saturating_sub(begin.elapsed());
