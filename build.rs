@@ -67,6 +67,7 @@ mod header {
         ("metrics", "metrics: what a cache counts and times"),
         ("tier_store", "tier: a store of the engine's own"),
         ("tier", "tier: where blocks go that the device has no room for, and come back from"),
+        ("onboard", "onboard: a sequence starts before its blocks are there"),
         ("prefetch", "prefetch: a prompt's blocks on their way back"),
         ("transfer", "transfer: a sequence's blocks from one cache to another"),
     ];

@@ -1,5 +1,6 @@
-//! Tiers: blocks to the host and back beside a plain copy, objects to a disk and back, and the time
-//! that a store of a million objects takes to open.
+//! Tiers: blocks to the host and back beside a plain copy, objects to a disk and back, how long an engine
+//! waits for the first layer of a load and for all of it, and the time that a store of a million objects
+//! takes to open.
 //!
 //! A ratio is of medians of rounds that alternate in one run. `KVCACHE_BENCH_DIR` is where the disk
 //! tier writes (default: the system's folder for temporary files). Without `--bench`, which
@@ -12,14 +13,16 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvcache::cache::{CacheOptions, KvCache, Step, TierOptions, Work};
+use kvcache::cache::{
+    CacheOptions, Demotion, KvCache, LayerId, LowerTier, Step, TierOptions, Work,
+};
 use kvcache::dtype::KvFormat;
 use kvcache::ids::Namespace;
 use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::tier::buffer::{Buffer, Buffers};
 use kvcache::tier::disk::{DiskFile, DiskOptions, DiskStore, Files};
-use kvcache::tier::{Configuration, Get, ObjectKey, Outcome, Put, Store};
+use kvcache::tier::{Configuration, Get, ObjectKey, Outcome, Put, Store, TierKind, TierSettings};
 
 const BLOCK: u32 = 16;
 /// Blocks of a prompt, and so of a round.
@@ -29,6 +32,7 @@ fn main() {
     let test = !std::env::args().any(|word| word == "--bench");
     host(test);
     disk(test);
+    layers(test);
     restore(if test { 10_000 } else { 1_000_000 });
 }
 
@@ -184,6 +188,105 @@ fn disk(test: bool) {
         drop(store);
         let _ = fs::remove_dir_all(&path);
     }
+}
+
+/// Prompts that are loaded in turns: as a whole, and layer by layer. From the host, where all rounds'
+/// prompts are; from disk past the page cache, where the host has none of them.
+fn layers(test: bool) {
+    let spec = spec(test);
+    let rounds = if test { 2 } else { 24 };
+    let last = LayerId::uniform(spec.groups[0].layers - 1);
+    let path = folder("layers");
+    for disk in [false, true] {
+        let options = CacheOptions {
+            blocks: PROMPT as u32 + 1,
+            max_seqs: 1,
+            threads: 1,
+            ..Default::default()
+        };
+        let mut cache = KvCache::new(&spec, &options).unwrap();
+        let config = Configuration::new("bench", &spec, &Slice::whole(&spec)).unwrap();
+        let mut tiers = TierOptions::host("bench", if disk { 0 } else { (rounds + 1) * PROMPT });
+        tiers.transit_blocks = 3 * PROMPT;
+        if disk {
+            let options = DiskOptions::new(&path, 2 << 30);
+            let settings = TierSettings {
+                kind: TierKind::Disk,
+                readers: 2,
+                writers: 1,
+                queued_blocks: 2 * PROMPT,
+            };
+            let store: Arc<dyn Store> = Arc::new(DiskStore::open(&options, &config).unwrap().0);
+            tiers.lower.push(LowerTier { store, settings, demotion: Demotion::default() });
+        }
+        cache.attach_tiers(tiers).unwrap();
+        let bytes = cache.stats().block_bytes as usize * PROMPT;
+        let prompt = |n: usize| -> Vec<u32> {
+            (0..(PROMPT * BLOCK as usize + 1) as u32).map(|t| n as u32 * 100_000 + t).collect()
+        };
+        let long = Duration::from_secs(60);
+        let mut step = Step::new();
+        // One more, which pushes the last of them out.
+        for n in 0..=rounds {
+            let (tokens, seq) = (prompt(n), cache.start(&prompt(n), Namespace(0)).unwrap().seq);
+            cache.begin(&mut step, &[Work { seq, tokens: &tokens }]).unwrap();
+            cache.commit(&mut step).unwrap();
+            cache.release(seq).unwrap();
+            assert!(cache.flush_tiers(long));
+        }
+        let (mut whole, mut first, mut all) = (Vec::new(), Vec::new(), Vec::new());
+        for n in (0..rounds).chain(0..if disk { 0 } else { rounds }) {
+            // Its copies below stay.
+            cache.clear_prefix().unwrap();
+            let tokens = prompt(n);
+            let begin = Instant::now();
+            let started = if n % 2 == 0 {
+                if disk {
+                    let mut prefetch = cache.prefetch(&tokens, Namespace(0)).unwrap();
+                    cache.wait_prefetch(&mut prefetch, long);
+                }
+                let started = cache.start(&tokens, Namespace(0)).unwrap();
+                whole.push(begin.elapsed().as_secs_f64());
+                started
+            } else {
+                let started = cache.start_onboarding(&tokens, &[], Namespace(0)).unwrap();
+                for layer in 0..=last.layer {
+                    let layer = LayerId::uniform(layer);
+                    assert!(cache.wait_layer(started.seq, layer, long).unwrap());
+                    if layer.layer == 0 {
+                        first.push(begin.elapsed().as_secs_f64());
+                    }
+                }
+                all.push(begin.elapsed().as_secs_f64());
+                started
+            };
+            assert_eq!(started.cached_tokens as usize, PROMPT * BLOCK as usize, "prompt {n}");
+            cache.release(started.seq).unwrap();
+        }
+        println!(
+            "onboarding from {}, {PROMPT} blocks of {} KiB, {} layers",
+            if disk { "disk" } else { "the host" },
+            bytes / PROMPT / 1024,
+            last.layer + 1
+        );
+        let [whole, first, all] = [
+            ("as a whole            ", &mut whole),
+            ("first layer there     ", &mut first),
+            ("all layers there      ", &mut all),
+        ]
+        .map(|(what, times)| {
+            let (median, spread) = median(times);
+            print!("  {what}{:8.2} ms (p10-p90 {:3.0} %)", median * 1e3, spread * 100.0);
+            println!();
+            median
+        });
+        println!(
+            "  first layer after {:.3} of the whole, all after {:.2}",
+            first / whole,
+            all / whole
+        );
+    }
+    let _ = fs::remove_dir_all(&path);
 }
 
 /// Files that keep the journal and forget the objects.

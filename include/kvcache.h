@@ -91,6 +91,10 @@ typedef int32_t kvc_status;
 // The object is not in a state in which the call is allowed, or another call is using it.
 #define KVC_ERR_INVALID_STATE -300
 
+// A layer of a sequence was to be loaded from a tier, and never will be: kvc_onboard_cancel, and its
+// tokens are to be computed.
+#define KVC_ERR_LAYER_MISSING -301
+
 // The library panicked; the object involved is poisoned.
 #define KVC_ERR_PANIC -900
 
@@ -2628,6 +2632,116 @@ kvc_status kvc_tier_stats(const kvc_cache *cache,
                           uint32_t index,
                           kvc_tier_counts *out,
                           uint64_t out_bytes);
+
+// ----------------------------------------------------------------------------------------------
+// onboard: a sequence starts before its blocks are there
+// ----------------------------------------------------------------------------------------------
+// A load: nothing is loaded, or all of it is there.
+#define KVC_ONBOARD_COMPLETE 1
+
+// A load: layers are on their way.
+#define KVC_ONBOARD_LOADING 2
+
+// A load: it failed; kvc_onboard_cancel before the sequence's next step.
+#define KVC_ONBOARD_FAILED 3
+
+// Why a load failed: the tier does not have a block of it any more.
+#define KVC_MISSED_ABSENT 1
+
+// Why a load failed: a block of it was damaged, or another block. It was removed from the tier.
+#define KVC_MISSED_BAD 2
+
+// Why a load failed: the tier or the device failed, or the tier is being left alone since it did.
+#define KVC_MISSED_DOWN 3
+
+// Why a load failed: it was cancelled.
+#define KVC_MISSED_CANCELLED 4
+
+// How the load of a sequence stands.
+typedef struct {
+    // KVC_ONBOARD_*. Where it is KVC_ONBOARD_COMPLETE all else is 0.
+    uint32_t state;
+    // Layers that are there, in all groups.
+    uint32_t ready_layers;
+    // Tokens that the sequence held on the device before.
+    uint64_t device_tokens;
+    // Tokens that come.
+    uint64_t loading_tokens;
+    // The layer group of the first layer, in the order in which they come, that is not there.
+    uint32_t missing_group;
+    // That layer, counted within the group.
+    uint32_t missing_layer;
+    // KVC_MISSED_*: why it never will be; 0 while it is on its way.
+    uint32_t why;
+    // 0.
+    uint32_t reserved;
+} kvc_onboard_progress;
+
+// Starts a sequence as kvc_seq_start_media does (`media_in` may be NULL for 0 media), for an engine
+// that begins before all of its blocks are on the device: what tiers have of the prompt, as far as
+// loading is worth it, is counted in `out_cached_tokens`, and comes layer by layer. Before a layer is
+// attended it must be there (kvc_onboard_wait_step, kvc_onboard_wait; kvc_step_attend refuses it with
+// KVC_ERR_INVALID_STATE before), and all of them before the step is committed; other sequences find
+// these blocks only then. Till then the sequence can be neither forked nor truncated. Waits for
+// nothing. KVC_ERR_INVALID_STATE for a cache without tiers.
+//
+// Of a store that has to be asked (a remote one, or the engine's own) only blocks are counted that it
+// was seen to have, and all layers of a block come at once: kvc_prefetch_create fetches the others.
+//
+// Threads: thread-safe.
+kvc_status kvc_onboard_start(kvc_cache *cache,
+                             const uint32_t *prompt,
+                             uint64_t prompt_tokens,
+                             const kvc_media *media_in,
+                             uint32_t media_count,
+                             uint64_t name_space,
+                             kvc_seq *out_seq,
+                             uint32_t *out_cached_tokens);
+
+// Waits at most `wait_ms` milliseconds (0: not at all), during which other threads may use the cache,
+// for layer `layer` of group `group` of all blocks of a sequence; writes 1 to `out_there` where it is
+// there, else 0. What has arrived is copied to the blocks in this call; on a device the cache's stream
+// waits for the copy. 1 for a sequence that loads nothing.
+//
+// KVC_ERR_LAYER_MISSING where it never will be there; kvc_last_error names the first layer that is not,
+// and why. Cancel the step that the sequence is in, then kvc_onboard_cancel, and compute its tokens.
+//
+// Threads: thread-safe.
+kvc_status kvc_onboard_wait(kvc_cache *cache,
+                            kvc_seq seq,
+                            uint32_t group,
+                            uint32_t layer,
+                            uint32_t wait_ms,
+                            uint32_t *out_there);
+
+// The same for all sequences of an open step at once: 1 where the layer of all of them is there. One
+// call a layer, between kvc_step_append and kvc_step_attend.
+//
+// Threads: per-handle for the step, thread-safe for the cache.
+kvc_status kvc_onboard_wait_step(kvc_cache *cache,
+                                 kvc_step *step,
+                                 uint32_t group,
+                                 uint32_t layer,
+                                 uint32_t wait_ms,
+                                 uint32_t *out_there);
+
+// Writes how the load of a sequence stands to `out`, `out_bytes` (its sizeof) at most. Copies nothing
+// and waits for nothing.
+//
+// Threads: thread-safe.
+kvc_status kvc_onboard_state(const kvc_cache *cache,
+                             kvc_seq seq,
+                             kvc_onboard_progress *out,
+                             uint64_t out_bytes);
+
+// Gives up what has not come of a sequence, and writes how many tokens it holds then to `out_tokens`:
+// those that were on the device before, or all where the load is complete. The tokens after those are
+// to be computed. KVC_ERR_INVALID_STATE while a step holds the sequence.
+//
+// Threads: thread-safe.
+kvc_status kvc_onboard_cancel(kvc_cache *cache,
+                              kvc_seq seq,
+                              uint32_t *out_tokens);
 
 // ----------------------------------------------------------------------------------------------
 // prefetch: a prompt's blocks on their way back

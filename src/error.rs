@@ -53,6 +53,8 @@ pub enum Status {
     TierFailed = -203,
     /// The object is not in a state in which the call is allowed.
     InvalidState = -300,
+    /// A layer of a sequence was to be loaded from a tier, and never will be.
+    LayerMissing = -301,
     /// The library panicked; the object involved is poisoned.
     Panic = -900,
     /// An earlier panic left the object unusable; only destroying it is allowed.
@@ -167,6 +169,16 @@ pub enum Error {
         /// Why not.
         why: &'static str,
     },
+    /// A load from tiers failed. What is there up to this layer cannot be used without it: the load is
+    /// to be cancelled, and its tokens computed.
+    LayerMissing {
+        /// The layer group.
+        group: u32,
+        /// The first layer, in the order in which they come, that is not there.
+        layer: u32,
+        /// Why not.
+        why: &'static str,
+    },
     /// A bug in the library: a panic was caught at its boundary.
     Panic,
     /// The object was in use when a panic was caught.
@@ -198,6 +210,7 @@ impl Error {
             Error::DeviceFailed { .. } => Status::DeviceFailed,
             Error::TierFailed { .. } => Status::TierFailed,
             Error::InvalidState { .. } => Status::InvalidState,
+            Error::LayerMissing { .. } => Status::LayerMissing,
             Error::Panic => Status::Panic,
             Error::Poisoned => Status::Poisoned,
         }
@@ -232,6 +245,7 @@ impl Status {
             Status::DeviceFailed => "the device reported an error",
             Status::TierFailed => "a tier failed",
             Status::InvalidState => "not allowed in this state",
+            Status::LayerMissing => "a layer could not be loaded",
             Status::Panic => "internal error: a panic was caught",
             Status::Poisoned => "the object was poisoned by an earlier panic",
         }
@@ -266,6 +280,9 @@ impl fmt::Display for Error {
             Error::OutOfMemory { bytes } => write!(f, "the system refused {bytes} bytes"),
             Error::TooManyHandles { limit } => write!(f, "all {limit} handles are in use"),
             Error::InvalidState { why } => f.write_str(why),
+            Error::LayerMissing { group, layer, why } => {
+                write!(f, "layer {layer} of group {group} is not there: {why}")
+            }
             Error::NoKernels { what } => write!(f, "no kernels: {what}"),
             Error::NoDevice { why } => f.write_str(why),
             Error::DeviceFailed { call, why } => write!(f, "{call}: {why}"),

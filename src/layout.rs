@@ -210,6 +210,22 @@ impl GroupLayout {
         self.block_bytes
     }
 
+    /// Bytes of one layer in a block: the layers of a block lie one after the other.
+    pub fn layer_bytes(&self) -> u64 {
+        self.layer_bytes
+    }
+
+    /// Where `bytes` bytes of whole layers from `first` on begin in a block.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where they are no whole layers of the group.
+    pub fn layers_at(&self, first: u32, bytes: usize) -> Result<u64> {
+        let (bytes, at) = (bytes as u64, u64::from(first).saturating_mul(self.layer_bytes));
+        let whole = bytes.is_multiple_of(self.layer_bytes)
+            && at.checked_add(bytes).is_some_and(|end| end <= self.block_bytes);
+        if whole { Ok(at) } else { Err(Error::invalid("bytes", "must be whole layers of a block")) }
+    }
+
     /// Bytes that one token takes in the group (its share of a full block, rounded up).
     pub fn token_bytes(&self) -> u64 {
         self.block_bytes.div_ceil(u64::from(self.block_tokens))

@@ -432,6 +432,22 @@ impl Caller<'_> {
         let (begun, media) = (&mut prefetch, &image);
         ok!(self, kvc_prefetch_create_media(cache, at, 33, media, 1, 5, begun, &mut decision));
         ok!(self, kvc_prefetch_destroy(prefetch));
+        // Whatever another thread made of the host's blocks: what is said to be there is.
+        let (mut own, mut cached, mut kept) = (0, 0, 0);
+        let none = std::ptr::null();
+        ok!(self, kvc_onboard_start(cache, at, 33, none, 0, 5, &mut own, &mut cached));
+        let mut progress: kvc_onboard_progress = zeroed();
+        let bytes = size_of::<kvc_onboard_progress>() as u64;
+        ok!(self, kvc_onboard_state(cache, own, &mut progress, bytes));
+        assert!(progress.why == 0 && progress.loading_tokens <= u64::from(cached));
+        ok!(self, kvc_onboard_wait(cache, own, 1, 0, 1, &mut done));
+        assert_eq!(done, 1, "the host has all layers");
+        let closed = null_mut::<kvc_step>();
+        let status = call!(self, kvc_onboard_wait_step(cache, closed, 0, 0, 0, &mut done));
+        assert_eq!(status, KVC_ERR_NULL_POINTER);
+        ok!(self, kvc_onboard_cancel(cache, own, &mut kept));
+        assert!(kept <= cached);
+        ok!(self, kvc_seq_release(cache, own));
         ok!(self, kvc_tier_flush(cache, 1, &mut done));
         // What others do with the sequence meanwhile decides whether it can be had.
         let (seq, mut moved) = (self.shared.seq.load(Ordering::Relaxed), 0);

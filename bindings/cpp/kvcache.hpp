@@ -120,7 +120,8 @@ inline constexpr kvc_status ok = KVC_OK, invalid_argument = KVC_ERR_INVALID_ARGU
                             no_kernels = KVC_ERR_NO_KERNELS, no_device = KVC_ERR_NO_DEVICE,
                             device_failed = KVC_ERR_DEVICE_FAILED,
                             tier_failed = KVC_ERR_TIER_FAILED,
-                            invalid_state = KVC_ERR_INVALID_STATE, panic = KVC_ERR_PANIC,
+                            invalid_state = KVC_ERR_INVALID_STATE,
+                            layer_missing = KVC_ERR_LAYER_MISSING, panic = KVC_ERR_PANIC,
                             poisoned = KVC_ERR_POISONED;
 }
 namespace dtype {
@@ -162,6 +163,14 @@ inline constexpr uint32_t map = KVC_ENCODING_MAP, array = KVC_ENCODING_ARRAY;
 }
 namespace tier_kind {
 inline constexpr uint32_t host = KVC_TIER_HOST, disk = KVC_TIER_DISK, store = KVC_TIER_STORE;
+}
+namespace load_state {
+inline constexpr uint32_t complete = KVC_ONBOARD_COMPLETE, loading = KVC_ONBOARD_LOADING,
+                          failed = KVC_ONBOARD_FAILED;
+}
+namespace missed {
+inline constexpr uint32_t absent = KVC_MISSED_ABSENT, bad = KVC_MISSED_BAD,
+                          down = KVC_MISSED_DOWN, cancelled = KVC_MISSED_CANCELLED;
 }
 namespace load_reason {
 inline constexpr uint32_t nothing_found = KVC_WHY_NOTHING_FOUND,
@@ -723,6 +732,25 @@ class sequence {
     result<void> truncate(uint32_t tokens) {
         return detail::done(kvc_seq_truncate(cache_, id_, tokens));
     }
+    // Of a sequence that cache::onboard() started: whether the layer of all its blocks is there, after
+    // at most `wait_ms`, during which others may use the cache. status::layer_missing where it never
+    // will be: cancel the step, then the load.
+    result<bool> wait_layer(layer at, uint32_t wait_ms = 0) {
+        uint32_t there = 0;
+        const auto code = kvc_onboard_wait(cache_, id_, at.group, at.index, wait_ms, &there);
+        return detail::answer(code, there != 0);
+    }
+    result<kvc_onboard_progress> load_progress() const {
+        kvc_onboard_progress out{};
+        const auto code = kvc_onboard_state(cache_, id_, &out, sizeof out);
+        return detail::answer(code, out);
+    }
+    // Gives up what has not come; how many tokens the sequence holds then.
+    result<uint32_t> cancel_load() {
+        uint32_t tokens = 0;
+        const auto code = kvc_onboard_cancel(cache_, id_, &tokens);
+        return detail::answer(code, tokens);
+    }
     // Ends it now and says whether that worked: not while an open step has it.
     result<void> release() {
         const auto code = kvc_seq_release(cache_, id_);
@@ -795,6 +823,17 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
         const auto code = kvc_seq_start_media(get(), prompt.data(), prompt.size(), media.data(),
                                               detail::count32(media.size()), name_space, &id,
                                               &cached);
+        return detail::answer(
+            code, started{code == KVC_OK ? sequence(get(), id) : sequence(), cached});
+    }
+    // For an engine that begins before all blocks are on the device: what tiers have of the prompt is
+    // counted, and comes layer by layer (sequence::wait_layer(), step::wait_layer()).
+    result<started> onboard(span<const uint32_t> prompt, span<const kvcache::media> media = {},
+                            uint64_t name_space = 0) {
+        kvc_seq id = 0;
+        uint32_t cached = 0;
+        const auto code = kvc_onboard_start(get(), prompt.data(), prompt.size(), media.data(),
+                                            detail::count32(media.size()), name_space, &id, &cached);
         return detail::answer(
             code, started{code == KVC_OK ? sequence(get(), id) : sequence(), cached});
     }
@@ -1041,6 +1080,13 @@ class step : public detail::handle<kvc_step, kvc_step_destroy> {
         return detail::done(kvc_step_attend_device(cache_, get(), at.group, at.index, q_heads,
                                                    q.data, q.dtype, out.data, out.dtype, score,
                                                    lse));
+    }
+    // Whether the layer of all sequences is there, after at most `wait_ms`: before attend(), where
+    // cache::onboard() started one of them.
+    result<bool> wait_layer(layer at, uint32_t wait_ms = 0) {
+        uint32_t there = 0;
+        const auto code = kvc_onboard_wait_step(cache_, get(), at.group, at.index, wait_ms, &there);
+        return detail::answer(code, there != 0);
     }
     result<void> commit() { return detail::done(kvc_step_commit(cache_, get())); }
     result<void> cancel() { return detail::done(kvc_step_cancel(cache_, get())); }

@@ -138,6 +138,28 @@ const (
 	WhyComputeIsFaster     Why = 6
 )
 
+// LoadStatus says how a load by layers stands.
+type LoadStatus uint32
+
+// A load is complete (or there is none), on its way, or has failed.
+const (
+	OnboardComplete LoadStatus = 1
+	OnboardLoading  LoadStatus = 2
+	OnboardFailed   LoadStatus = 3
+)
+
+// Missed is why a load failed.
+type Missed uint32
+
+// Reasons: the tier does not have a block any more; it was damaged; tier or device failed; it was
+// cancelled.
+const (
+	MissedAbsent    Missed = 1
+	MissedBad       Missed = 2
+	MissedDown      Missed = 3
+	MissedCancelled Missed = 4
+)
+
 // Errors that calls answer, to compare with errors.Is.
 var (
 	ErrInvalidArgument = &Error{Code: -1}
@@ -158,6 +180,7 @@ var (
 	ErrDeviceFailed    = &Error{Code: -202}
 	ErrTierFailed      = &Error{Code: -203}
 	ErrInvalidState    = &Error{Code: -300}
+	ErrLayerMissing    = &Error{Code: -301}
 	ErrPanic           = &Error{Code: -900}
 	ErrPoisoned        = &Error{Code: -901}
 	// ErrNoCgo is what a build without cgo answers: it has no library.

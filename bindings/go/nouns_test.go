@@ -381,7 +381,35 @@ func TestTiers(t *testing.T) {
 	refused(t, other.AttachTiers(&TierOptions{Model: "toy", Remote: "nowhere", RemoteTimeoutMS: 100}), want)
 	ok(t, other.Close())
 	ok(t, c.Close())
-	// A second cache finds what the first left.
+	// A second cache finds what the first left, layer by layer.
+	c = fresh()
+	ok(t, c.AttachTiers(options))
+	seq, cached, err := c.Onboard(prompt, nil, 0)
+	if err != nil || cached != 8*16 {
+		t.Fatal(cached, err)
+	}
+	if p := must[LoadProgress](t)(seq.LoadProgress()); p.Status != OnboardLoading || p.LoadingTokens != 8*16 || p.Why != 0 {
+		t.Fatalf("%+v", p)
+	}
+	step := must[*Step](t)(NewStep())
+	refused(t, second(step.WaitLayer(0, 0, 0)), ErrInvalidState)
+	ok(t, step.Begin(c, []Work{{Seq: seq, Tokens: prompt[cached:]}}))
+	refused(t, step.Commit(), ErrInvalidState)
+	refused(t, second(seq.WaitLayer(0, 9, 0)), ErrInvalidArgument)
+	if !must[bool](t)(step.WaitLayer(0, 0, 60000)) || !must[bool](t)(seq.WaitLayer(0, 0, 0)) {
+		t.Fatal("the layer is not there")
+	}
+	if p := must[LoadProgress](t)(seq.LoadProgress()); p != (LoadProgress{Status: OnboardComplete}) {
+		t.Fatalf("%+v", p)
+	}
+	ok(t, step.Commit())
+	if held := must[int](t)(seq.CancelLoad()); held != len(prompt) {
+		t.Fatal(held)
+	}
+	ok(t, step.Close())
+	ok(t, seq.Release())
+	ok(t, c.Close())
+	// And as a whole.
 	c = fresh()
 	ok(t, c.AttachTiers(options))
 	p := must[*Prefetch](t)(c.Prefetch(prompt, 0))
@@ -404,7 +432,9 @@ func TestTiers(t *testing.T) {
 		t.Fatal(cached, err)
 	}
 	image[0].Position = uint64(len(prompt))
-	_, _, err := c.StartMedia(prompt, image, 0)
+	_, _, err = c.StartMedia(prompt, image, 0)
 	refused(t, err, ErrInvalidArgument)
 	ok(t, c.Close())
 }
+
+func second[T any](_ T, err error) error { return err }

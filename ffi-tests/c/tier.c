@@ -126,6 +126,66 @@ static uint32_t serve(kvc_cache *cache, uint32_t first) {
     return cached;
 }
 
+// The same by an engine that starts before its blocks are there; 1 where a layer never comes. `cached` is
+// what it needed not compute.
+static int onboard(kvc_cache *cache, uint32_t first, uint32_t *cached) {
+    uint32_t prompt[PROMPT], there = 0, tokens = 0, failed = 0;
+    kvc_onboard_progress progress;
+    kvc_step *step = NULL;
+    kvc_seq seq, child;
+    kvc_work work;
+    for (uint32_t i = 0; i < PROMPT; i++) {
+        prompt[i] = first + i;
+    }
+    OK(kvc_step_create(&step));
+    OK(kvc_onboard_start(cache, prompt, PROMPT, NULL, 0, 0, &seq, cached));
+    OK(kvc_onboard_state(cache, seq, &progress, sizeof progress));
+    work.seq = seq;
+    work.token_count = PROMPT - *cached;
+    work.tokens = prompt + *cached;
+    OK(kvc_step_begin(cache, step, &work, 1));
+    if (progress.state == KVC_ONBOARD_LOADING) {
+        CHECK(progress.device_tokens + progress.loading_tokens == *cached && progress.why == 0);
+        FAILS(KVC_ERR_INVALID_STATE, "loaded", kvc_step_commit(cache, step));
+        FAILS(KVC_ERR_INVALID_STATE, "step", kvc_seq_fork(cache, seq, &child));
+        FAILS(KVC_ERR_INVALID_STATE, "step", kvc_onboard_cancel(cache, seq, &tokens));
+    } else {
+        CHECK(progress.state == KVC_ONBOARD_COMPLETE && progress.loading_tokens == 0);
+    }
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "layer", kvc_onboard_wait(cache, seq, 0, 99, 0, &there));
+    for (uint32_t layer = 0; layer < LAYERS && !failed; layer++) {
+        const kvc_status status = kvc_onboard_wait_step(cache, step, 0, layer, 60000, &there);
+        if (status == KVC_ERR_LAYER_MISSING) {
+            failed = 1;
+            FAILS(KVC_ERR_LAYER_MISSING, "is not there",
+                  kvc_onboard_wait(cache, seq, 0, layer, 0, &there));
+        } else {
+            OK(status);
+            CHECK(there == 1);
+            OK(kvc_onboard_wait(cache, seq, 0, layer, 0, &there));
+            CHECK(there == 1);
+        }
+    }
+    if (failed) {
+        OK(kvc_onboard_state(cache, seq, &progress, sizeof progress));
+        CHECK(progress.state == KVC_ONBOARD_FAILED && progress.why != 0);
+        FAILS(KVC_ERR_LAYER_MISSING, "", kvc_step_commit(cache, step));
+        OK(kvc_step_cancel(cache, step));
+        FAILS(KVC_ERR_LAYER_MISSING, "", kvc_step_begin(cache, step, &work, 1));
+        OK(kvc_onboard_cancel(cache, seq, cached));
+        work.token_count = PROMPT - *cached;
+        work.tokens = prompt + *cached;
+        OK(kvc_step_begin(cache, step, &work, 1));
+    }
+    OK(kvc_step_commit(cache, step));
+    OK(kvc_onboard_cancel(cache, seq, &tokens));
+    CHECK(tokens == PROMPT);
+    OK(kvc_seq_release(cache, seq));
+    OK(kvc_step_destroy(step));
+    OK(kvc_cache_audit(cache));
+    return (int)failed;
+}
+
 static kvc_tier_decision load(kvc_cache *cache, uint32_t first) {
     uint32_t prompt[PROMPT], done = 0;
     kvc_tier_decision decision;
@@ -150,7 +210,7 @@ static kvc_tier_counts counts(kvc_cache *cache, uint32_t index, uint32_t kind) {
 
 int main(void) {
     char dir[] = "/tmp/kvcache-tier-XXXXXX";
-    char command[64];
+    char command[256];
     kvc_tier_store store;
     kvc_tier_options options;
     kvc_cache *cache;
@@ -167,6 +227,7 @@ int main(void) {
     CHECK(serve(cache, 0) == 0);
     CHECK(serve(cache, 1000) == 0);
     CHECK(serve(cache, 0) == 8 * 16);
+    CHECK(onboard(cache, 1000, &done) == 0 && done == 8 * 16);
     seen = counts(cache, 0, KVC_TIER_HOST);
     CHECK(seen.stored > 0 && seen.loaded > 0 && seen.load_bandwidth > 0);
     FAILS(KVC_ERR_INVALID_ARGUMENT, "index", kvc_tier_stats(cache, 1, &seen, sizeof seen));
@@ -226,6 +287,11 @@ int main(void) {
         OK(kvc_cache_destroy(other));
     }
     OK(kvc_cache_destroy(cache));
+    // Layer by layer, from the disk that was opened anew.
+    cache = fresh(dir, NULL, 0);
+    CHECK(onboard(cache, 0, &done) == 0 && done == 8 * 16);
+    CHECK(counts(cache, 1, KVC_TIER_DISK).loaded == 8);
+    OK(kvc_cache_destroy(cache));
     cache = fresh(dir, NULL, 0);
     {
         kvc_tier_decision decision = load(cache, 0);
@@ -249,6 +315,15 @@ int main(void) {
     CHECK(seen.bad == 8 && seen.loaded == 0);
     OK(kvc_cache_destroy(cache));
     CHECK(stored_count == 0 && wrong == 0);
+
+    // A file that was damaged while nobody looked: the engine is told, and computes.
+    snprintf(command, sizeof command, "for f in %s/*/segment-*; do tr '\\000' '\\001' < $f > $f.x; mv $f.x $f; done", dir);
+    CHECK(system(command) == 0);
+    cache = fresh(dir, NULL, 0);
+    CHECK(onboard(cache, 0, &done) == 1 && done == 0);
+    CHECK(serve(cache, 0) == 8 * 16);
+    CHECK(counts(cache, 1, KVC_TIER_DISK).bad > 0);
+    OK(kvc_cache_destroy(cache));
 
     snprintf(command, sizeof command, "rm -r %s", dir);
     CHECK(system(command) == 0);

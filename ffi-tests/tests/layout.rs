@@ -107,6 +107,10 @@ fn in_rust() -> Layout {
             out_of_sequences, dropped_events, watched_every, reserved, lifetime, idle_before_evict,
             reuse_gap, evicted_window_blocks,
         }
+        kvc_onboard_progress {
+            state, ready_layers, device_tokens, loading_tokens, missing_group, missing_layer, why,
+            reserved,
+        }
         kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
         kvc_plan_options {
@@ -226,7 +230,7 @@ fn in_c() -> Layout {
 fn structs_are_laid_out_alike_in_c_and_rust() {
     let (c, rust) = (in_c(), in_rust());
     assert_eq!(c, rust, "C (left) against Rust (right)");
-    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 50);
+    assert_eq!(rust.keys().filter(|name| !name.contains('.')).count(), 51);
 }
 
 /// The header as bindgen reads it, for whoever binds it from Rust.

@@ -198,6 +198,7 @@ impl Program<'_> {
             24 => unsafe { self.steer_prefix() },
             25 => unsafe { self.steer_cache() },
             26 => unsafe { self.measure() },
+            27 => unsafe { self.onboard() },
             _ => unsafe { self.step() },
         }
     }
@@ -449,6 +450,62 @@ impl Program<'_> {
                 kvc_cache_create(&options, groups.as_ptr(), count, &mut made);
             }
             self.keep(CACHE, made as usize);
+        }
+    }
+
+    /// A host tier, and sequences that start before what it has of them is on the device.
+    unsafe fn onboard(&mut self) {
+        let (cache, step) = (self.handle(CACHE), self.handle::<kvc_step>(STEP));
+        let at = self.input.below(8);
+        let (seq, group) = (self.seqs[at], self.input.below(3) as u32);
+        let (layer, wait) = (self.input.below(3) as u32, self.input.below(2) as u32);
+        unsafe {
+            match self.input.below(6) {
+                0 => {
+                    let mut options = std::mem::zeroed();
+                    let bytes = size_of_val(&options) as u32;
+                    assert_eq!(kvc_tier_options_init(&mut options, bytes), KVC_OK);
+                    options.model = c"fuzz".as_ptr();
+                    options.host_blocks = self.input.below(32) as u64;
+                    kvc_tier_attach(cache, &options);
+                }
+                1 | 2 => {
+                    let prompt = self.input.tokens(60);
+                    let (mut new, mut cached) = (u32::MAX, 0);
+                    let (tokens, count) = (prompt.as_ptr(), prompt.len() as u64);
+                    let space = self.input.number() % 3;
+                    let none = null();
+                    let status = kvc_onboard_start(
+                        cache,
+                        tokens,
+                        count,
+                        none,
+                        0,
+                        space,
+                        &mut new,
+                        &mut cached,
+                    );
+                    assert!(status != KVC_OK || u64::from(cached) < count);
+                    self.seqs[at] = new;
+                }
+                3 => {
+                    let mut there = 7;
+                    let status = kvc_onboard_wait(cache, seq, group, layer, wait, &mut there);
+                    // The host has all of it, always.
+                    assert_eq!(there, if status == KVC_OK { 1 } else { 7 });
+                }
+                4 => {
+                    let mut there = 7;
+                    kvc_onboard_wait_step(cache, step, group, layer, wait, &mut there);
+                }
+                _ => {
+                    let mut progress = std::mem::zeroed();
+                    let mut tokens = 0;
+                    let bytes = self.input.number().min(size_of::<kvc_onboard_progress>() as u64);
+                    kvc_onboard_state(cache, seq, &mut progress, bytes);
+                    kvc_onboard_cancel(cache, seq, &mut tokens);
+                }
+            }
         }
     }
 

@@ -54,6 +54,15 @@ impl KvCache {
             must(once, "cache: a block is in the prefix index twice, or is none of the pool's")?;
         }
         self.audit_staging()?;
+        let loads = || self.sequences.iter().filter_map(|sequence| sequence.load.as_ref());
+        must(loads().count() == self.loading as usize, "cache: loads are miscounted")?;
+        for sequence in self.sequences.iter() {
+            let Some(load) = &sequence.load else { continue };
+            let (before, after) = load.tokens(block_tokens);
+            must(sequence.tokens.len() == after, "cache: a load is not of its sequence's tokens")?;
+            let published = sequence.published.blocks() * block_tokens;
+            must(published <= before, "cache: what is being loaded is in the index")?;
+        }
         for (group, pool) in self.pools.iter().enumerate() {
             let seen = &mut seen[group];
             for sequence in self.sequences.iter() {

@@ -39,6 +39,17 @@ impl KvCache {
         media: &[Media],
         namespace: Namespace,
     ) -> Result<Started> {
+        self.start_how(prompt, media, namespace, false)
+    }
+
+    /// The same, by layers where the tiers have it.
+    pub(super) fn start_how(
+        &mut self,
+        prompt: &[TokenId],
+        media: &[Media],
+        namespace: Namespace,
+        by_layers: bool,
+    ) -> Result<Started> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "must have at least one token"));
         }
@@ -50,25 +61,30 @@ impl KvCache {
         let media = self.place_media(prompt, media)?;
         let mut sequence = Sequence { namespace, media, ..Sequence::default() };
         let mut hit = core::mem::take(&mut self.hit);
-        let adopted = self.adopt(&mut sequence, prompt, &mut hit);
+        let adopted = self.adopt(&mut sequence, prompt, &mut hit, by_layers);
+        let loading = if sequence.load.is_some() { sequence.tokens.len() - hit.tokens } else { 0 };
         self.hit = hit;
         let seq = self.keep(adopted, sequence)?;
         let cached = self.tokens(seq)?.len();
         if self.tiers.is_some() {
             // What came from a tier is on the device for everybody. Where memory for the index is
             // refused, it is published with the next block that fills.
-            match self.publish(seq) {
-                Ok(()) | Err(Error::OutOfMemory { .. }) => {}
-                Err(error) => return Err(error),
-            }
+            self.publish_or_wait(seq)?;
         }
         self.totals.looked_up_tokens += prompt.len() as u64;
-        self.totals.hit_tokens += cached as u64;
+        // What is being loaded is a hit when it is there.
+        self.totals.hit_tokens += (cached - loading) as u64;
         Ok(Started { seq, cached_tokens: cached as u32 })
     }
 
     /// Fills a new sequence with what the prefix index has of the prompt.
-    fn adopt(&mut self, sequence: &mut Sequence, prompt: &[TokenId], hit: &mut Hit) -> Result<()> {
+    fn adopt(
+        &mut self,
+        sequence: &mut Sequence,
+        prompt: &[TokenId],
+        hit: &mut Hit,
+        by_layers: bool,
+    ) -> Result<()> {
         let keys = keyed(prompt, &sequence.media)?;
         let (groups, block_tokens) = (self.pools.len(), self.spec.block_tokens as usize);
         reserve(&mut sequence.tables, groups)?;
@@ -88,7 +104,11 @@ impl KvCache {
             let blocks = blocks.map(|(n, &id)| if n < first { BlockId::NONE } else { id });
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
-        let more = match self.onboard(sequence, &keys, hit) {
+        let loaded = match by_layers {
+            true => self.begin_load(sequence, &keys, hit),
+            false => self.onboard(sequence, &keys, hit),
+        };
+        let more = match loaded {
             // Of a sealed tile nothing less than all can be taken.
             0 if whole_blocks => 0,
             0 => self.copy_tail(&mut sequence.tables, hit)?,
@@ -143,6 +163,9 @@ impl KvCache {
     pub(super) fn keep(&mut self, made: Result<()>, mut sequence: Sequence) -> Result<SeqId> {
         let made = made.and_then(|()| self.sequences.has_room());
         if let Err(error) = made {
+            if let Some(mut load) = sequence.load.take() {
+                self.leave_load(&mut load)?;
+            }
             for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
                 table.release_all(pool)?;
             }
@@ -156,11 +179,11 @@ impl KvCache {
     /// writes to the last, partly full block gets a copy of it.
     ///
     /// # Errors
-    /// `StaleHandle`, `InvalidState` while a step holds the sequence, `OutOfSequences`,
-    /// `OutOfMemory`.
+    /// `StaleHandle`, `InvalidState` while a step holds the sequence or it is being loaded,
+    /// `OutOfSequences`, `OutOfMemory`.
     pub fn fork(&mut self, seq: SeqId) -> Result<SeqId> {
         self.has_room()?;
-        let parent = self.sequences.get_idle(seq)?;
+        let parent = self.sequences.get_whole(seq)?;
         let mut child = Sequence { namespace: parent.namespace, ..Sequence::default() };
         child.published = parent.published;
         let mut made = reserve(&mut child.tokens, parent.tokens.len());
@@ -201,11 +224,11 @@ impl KvCache {
     /// one before it: their raw rows are there. Further back it takes multiples of `block_tokens`.
     ///
     /// # Errors
-    /// `StaleHandle`, `InvalidState` while a step holds the sequence or where a window has left
-    /// that length behind, `InvalidArgument` past its length, or within a tile that is sealed for
+    /// `StaleHandle`, `InvalidState` while a step holds the sequence or it is being loaded, or where a
+    /// window has left that length behind, `InvalidArgument` past its length, or within a tile that is sealed for
     /// good, or where a medium that it holds would be cut off. Nothing changed then.
     pub fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<()> {
-        let sequence = self.sequences.get_idle(seq)?;
+        let sequence = self.sequences.get_whole(seq)?;
         if tokens as usize > sequence.tokens.len() {
             return Err(Error::invalid("tokens", "must be at most the sequence's length"));
         }
@@ -223,12 +246,14 @@ impl KvCache {
         self.scrub()
     }
 
-    /// Ends a sequence. Its published blocks stay in the prefix index until they are evicted.
+    /// Ends a sequence, and its load. Its published blocks stay in the prefix index until they are
+    /// evicted.
     ///
     /// # Errors
     /// `StaleHandle`, `InvalidState` while a step holds the sequence.
     pub fn release(&mut self, seq: SeqId) -> Result<()> {
-        self.sequences.get_idle(seq)?;
+        let load = self.sequences.get_idle(seq)?.load.take();
+        load.map_or(Ok(()), |mut load| self.leave_load(&mut load))?;
         self.end_use(seq);
         let mut sequence = self.sequences.remove(seq)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {

@@ -36,7 +36,7 @@ pub use media::Media;
 pub use sequence::MAX_SEQS;
 pub use stats::CacheStats;
 pub use step::{Step, Work};
-pub use tiers::{Demotion, LowerTier, Prefetch, Progress, TierOptions};
+pub use tiers::{Demotion, LayerWait, LoadState, LowerTier, Prefetch, Progress, TierOptions};
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -44,7 +44,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{KvStore, Threads, TileStore};
-use crate::device::{self, Backend, Device, DeviceStore, StoreOptions, Stream};
+use crate::device::{self, Backend, Device, DeviceStore, SideStream, StoreOptions, Stream};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
 use crate::layout::{CacheSpec, GroupLayout, STAGING_BLOCKS};
@@ -153,6 +153,10 @@ pub struct KvCache {
     totals: stats::Totals,
     outside: Outside,
     tiers: Option<Box<Tiers>>,
+    /// Sequences whose load is not complete.
+    loading: u32,
+    /// Where a device's copies for loads are enqueued, once there was one.
+    side: Option<SideStream>,
     // Buffers that calls reuse.
     hit: Hit,
     ids: Vec<BlockId>,
@@ -298,6 +302,8 @@ impl KvCache {
             totals: stats::Totals::default(),
             outside,
             tiers: None,
+            loading: 0,
+            side: None,
             hit: Hit::default(),
             ids: Vec::new(),
             canonical: Vec::new(),

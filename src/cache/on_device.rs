@@ -6,7 +6,9 @@ use alloc::sync::Arc;
 use super::{KvCache, LayerId, Step};
 use crate::attention::Scoring;
 use crate::cpu::Rope;
-use crate::device::{Backend, BatchTables, Device, DeviceRows, DeviceRowsMut, GroupTables, Stream};
+use crate::device::{
+    Backend, BatchTables, Device, DeviceRows, DeviceRowsMut, GroupTables, SideStream, Stream,
+};
 use crate::error::Result;
 
 impl KvCache {
@@ -53,6 +55,7 @@ impl KvCache {
         lse: Option<DeviceRowsMut>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
+        self.check_loaded(step, layer)?;
         let scoring = self.scoring(group, scoring)?;
         let store = self.stores[group].device()?;
         store.attend_device(layer.layer, &step.device, group, q, out, lse, &scoring)
@@ -82,6 +85,21 @@ impl KvCache {
         }
         self.stream = stream;
         Ok(())
+    }
+
+    /// Copies that are enqueued on the side stream from here on come after what is enqueued now.
+    pub(super) fn fork_side(&mut self) -> Result<()> {
+        let Some(backend) = &self.backend else { return Ok(()) };
+        let side = match self.side.take() {
+            Some(side) => side,
+            None => SideStream::new(backend)?,
+        };
+        self.side.insert(side).follow(self.stream)
+    }
+
+    /// What is enqueued from here on comes after the copies on the side stream.
+    pub(super) fn join_side(&mut self) -> Result<()> {
+        self.side.as_ref().map_or(Ok(()), |side| side.lead(self.stream))
     }
 
     /// Puts the tables of a step that was planned where the kernels read them.

@@ -1,9 +1,11 @@
 //! The live sequences of a cache: slots with generations, so that an id outlives its sequence
 //! harmlessly. Knows tokens and block tables, not what lies in the blocks.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use super::media::Placed;
+use super::tiers::LayerLoad;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
 use crate::pool::BlockTable;
@@ -34,6 +36,8 @@ pub(super) struct Sequence {
     pub raw: Vec<Vec<Staged>>,
     /// The end of the leading blocks that are in the prefix index.
     pub published: Position,
+    /// Its load from tiers, until all of it is there: nothing of the sequence is published meanwhile.
+    pub load: Option<Box<LayerLoad>>,
     /// Reserved by an open step.
     pub in_step: bool,
 }
@@ -98,6 +102,15 @@ impl Sequences {
         let sequence = self.get_mut(id)?;
         if sequence.in_step {
             return Err(Error::InvalidState { why: "the sequence is in an open step" });
+        }
+        Ok(sequence)
+    }
+
+    /// A live sequence that neither a step holds nor a load fills.
+    pub fn get_whole(&mut self, id: SeqId) -> Result<&mut Sequence> {
+        let sequence = self.get_idle(id)?;
+        if sequence.load.is_some() {
+            return Err(Error::InvalidState { why: "the sequence is being loaded" });
         }
         Ok(sequence)
     }

@@ -61,6 +61,8 @@ impl KvCache {
         // Marking as it goes finds a sequence that is named twice.
         for item in work {
             result = result.and_then(|()| {
+                let failed = self.sequences.get(item.seq)?.load.as_deref();
+                failed.map_or(Ok(()), |load| self.check_failed(load))?;
                 let sequence = self.sequences.get_idle(item.seq)?;
                 rows = rows.saturating_add(item.tokens.len());
                 let length = sequence.tokens.len().saturating_add(item.tokens.len());
@@ -242,6 +244,7 @@ impl KvCache {
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
         let group = self.check_step(step, layer)?;
+        self.check_loaded(step, layer)?;
         let scoring = self.scoring(group, scoring)?;
         let crew = Crew { threads: &self.threads, workspace: &mut self.workspace };
         self.stores[group].attend(step, layer, q, out, lse, &scoring, crew)
@@ -263,8 +266,12 @@ impl KvCache {
     /// the index is refused, blocks are published with the next one that fills.
     ///
     /// # Errors
-    /// `InvalidState` for a step that is not this cache's open one.
+    /// `InvalidState` for a step that is not this cache's open one, and while a sequence of it is being
+    /// loaded; `LayerMissing` where that failed: the step can only be cancelled then.
     pub fn commit(&mut self, step: &mut Step) -> Result<()> {
+        if step.owner == Some(self.id) {
+            self.check_all_loaded(step)?;
+        }
         self.close(step)?;
         for (n, &seq) in step.seqs.iter().enumerate() {
             let rows = step.q_indptr[n] as usize..step.q_indptr[n + 1] as usize;
@@ -272,11 +279,7 @@ impl KvCache {
             sequence.in_step = false;
             sequence.tokens.extend_from_slice(&step.tokens[rows]);
             self.commit_raw(step, n)?;
-            match self.publish(seq) {
-                // Tried again when the sequence fills its next block.
-                Ok(()) | Err(Error::OutOfMemory { .. }) => {}
-                Err(error) => return Err(error),
-            }
+            self.publish_or_wait(seq)?;
         }
         step.clear();
         self.scrub()
@@ -304,8 +307,20 @@ impl KvCache {
         Ok(())
     }
 
-    /// Puts the full blocks of a sequence into the prefix index.
+    /// [`publish`](Self::publish); where memory is refused, tried again when the sequence fills its next
+    /// block.
+    pub(super) fn publish_or_wait(&mut self, seq: SeqId) -> Result<()> {
+        match self.publish(seq) {
+            Err(Error::OutOfMemory { .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Puts the full blocks of a sequence into the prefix index; none while it is being loaded.
     pub(super) fn publish(&mut self, seq: SeqId) -> Result<()> {
+        if self.sequences.get(seq)?.load.is_some() {
+            return Ok(());
+        }
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         let block_tokens = self.spec.block_tokens as usize;
         let sealed = self.sequences.get(seq)?.sealed_blocks();

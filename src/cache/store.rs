@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use super::{LayerId, Step};
 use crate::attention::Scoring;
 use crate::cpu::{KvStore, Rope, Threads, TileStore};
-use crate::device::DeviceStore;
+use crate::device::{DeviceStore, Stream};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
@@ -83,6 +83,22 @@ impl Store {
             Store::Cpu(store) => store.write_block(id, from),
             Store::Tiles(store) => store.write_block(id, from),
             Store::Device(store) => store.write_block(id, from),
+        }
+    }
+
+    /// Copies consecutive layers of a block from host memory; on a device on the stream `side`, without
+    /// waiting.
+    pub fn write_layers(
+        &mut self,
+        id: BlockId,
+        first: u32,
+        from: &[u8],
+        side: Option<Stream>,
+    ) -> Result<()> {
+        match self {
+            Store::Cpu(store) => store.write_layers(id, first, from),
+            Store::Tiles(store) => store.write_layers(id, first, from),
+            Store::Device(store) => store.write_layers(id, first, from, side),
         }
     }
 

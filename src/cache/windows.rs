@@ -40,8 +40,12 @@ impl KvCache {
         Ok(Scoring { window, ..*scoring })
     }
 
-    /// Gives up what the windows of a sequence have left behind.
+    /// Gives up what the windows of a sequence have left behind; nothing while it is being loaded,
+    /// since copies may be on their way there.
     pub(super) fn leave_behind(&mut self, seq: SeqId) -> Result<()> {
+        if self.sequences.get(seq)?.load.is_some() {
+            return Ok(());
+        }
         for group in 0..self.pools.len() {
             if self.window(group).is_none() {
                 continue;

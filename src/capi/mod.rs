@@ -41,6 +41,8 @@ pub mod events;
 pub mod info;
 #[cfg(feature = "std")]
 pub mod metrics;
+#[cfg(feature = "std")]
+pub mod onboard;
 pub mod plan;
 pub mod pool;
 #[cfg(feature = "std")]
@@ -93,6 +95,8 @@ pub use events::*;
 pub use info::*;
 #[cfg(feature = "std")]
 pub use metrics::*;
+#[cfg(feature = "std")]
+pub use onboard::*;
 pub use plan::*;
 pub use pool::*;
 #[cfg(feature = "std")]

@@ -51,7 +51,7 @@ pub unsafe extern "C" fn kvc_seq_start(
 ) -> kvc_status {
     let (prompt, media) = ((prompt, prompt_tokens), (core::ptr::null(), 0));
     // SAFETY: the caller's promise.
-    guard(|| unsafe { start(cache, prompt, media, name_space, out_seq, out_cached_tokens) })
+    guard(|| unsafe { start(cache, prompt, media, name_space, false, out_seq, out_cached_tokens) })
 }
 
 /// Starts a sequence as kvc_seq_start does, for a prompt in which tokens stand for
@@ -78,16 +78,17 @@ pub unsafe extern "C" fn kvc_seq_start_media(
 ) -> kvc_status {
     let (prompt, media) = ((prompt, prompt_tokens), (media_in, media_count));
     // SAFETY: the caller's promise.
-    guard(|| unsafe { start(cache, prompt, media, name_space, out_seq, out_cached_tokens) })
+    guard(|| unsafe { start(cache, prompt, media, name_space, false, out_seq, out_cached_tokens) })
 }
 
 /// # Safety
 /// As for [`kvc_seq_start_media`].
-unsafe fn start(
+pub(super) unsafe fn start(
     cache: *mut kvc_cache,
     (prompt, prompt_tokens): (*const u32, u64),
     (media_in, media_count): (*const kvc_media, u32),
     name_space: u64,
+    by_layers: bool,
     out_seq: *mut kvc_seq,
     out_cached_tokens: *mut u32,
 ) -> Result<()> {
@@ -101,7 +102,11 @@ unsafe fn start(
             pointer::out(out_cached_tokens, "out_cached_tokens")?,
         )
     };
-    let started = cache.lock()?.start_with_media(prompt, &media, Namespace(name_space))?;
+    let (mut cache, space) = (cache.lock()?, Namespace(name_space));
+    let started = match by_layers {
+        true => cache.start_onboarding(prompt, &media, space)?,
+        false => cache.start_with_media(prompt, &media, space)?,
+    };
     out_seq.write(started.seq.0);
     out_cached.write(started.cached_tokens);
     Ok(())

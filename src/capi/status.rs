@@ -51,13 +51,16 @@ pub const KVC_ERR_DEVICE_FAILED: kvc_status = -202;
 pub const KVC_ERR_TIER_FAILED: kvc_status = -203;
 /// The object is not in a state in which the call is allowed, or another call is using it.
 pub const KVC_ERR_INVALID_STATE: kvc_status = -300;
+/// A layer of a sequence was to be loaded from a tier, and never will be: kvc_onboard_cancel, and its
+/// tokens are to be computed.
+pub const KVC_ERR_LAYER_MISSING: kvc_status = -301;
 /// The library panicked; the object involved is poisoned.
 pub const KVC_ERR_PANIC: kvc_status = -900;
 /// An earlier panic left the object unusable; only destroying it is allowed.
 pub const KVC_ERR_POISONED: kvc_status = -901;
 
 /// Every code with its status: the one list that turns numbers into texts.
-const CODES: [(kvc_status, Status); 21] = [
+const CODES: [(kvc_status, Status); 22] = [
     (KVC_OK, Status::Ok),
     (KVC_ERR_INVALID_ARGUMENT, Status::InvalidArgument),
     (KVC_ERR_NULL_POINTER, Status::NullPointer),
@@ -77,6 +80,7 @@ const CODES: [(kvc_status, Status); 21] = [
     (KVC_ERR_DEVICE_FAILED, Status::DeviceFailed),
     (KVC_ERR_TIER_FAILED, Status::TierFailed),
     (KVC_ERR_INVALID_STATE, Status::InvalidState),
+    (KVC_ERR_LAYER_MISSING, Status::LayerMissing),
     (KVC_ERR_PANIC, Status::Panic),
     (KVC_ERR_POISONED, Status::Poisoned),
 ];
@@ -104,6 +108,7 @@ const _: () = {
             Status::DeviceFailed => KVC_ERR_DEVICE_FAILED,
             Status::TierFailed => KVC_ERR_TIER_FAILED,
             Status::InvalidState => KVC_ERR_INVALID_STATE,
+            Status::LayerMissing => KVC_ERR_LAYER_MISSING,
             Status::Panic => KVC_ERR_PANIC,
             Status::Poisoned => KVC_ERR_POISONED,
         }

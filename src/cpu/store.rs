@@ -318,6 +318,18 @@ impl KvStore {
         Ok(())
     }
 
+    /// Copies consecutive layers of a block, from layer `first` on, from `from`.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `from` is not whole layers of the block.
+    pub fn write_layers(&mut self, id: BlockId, first: u32, from: &[u8]) -> Result<()> {
+        let at = self.layout.layers_at(first, from.len())? as usize;
+        let at = at + self.block_at(id, self.layout.block_bytes() as usize)?;
+        // SAFETY: the layers are within the block, as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.memory.start().add(at), from.len()) }
+        Ok(())
+    }
+
     fn block_at(&self, id: BlockId, bytes: usize) -> Result<usize> {
         if id.0 >= self.blocks {
             return Err(Error::BadBlock { block: id.0 });

@@ -22,18 +22,60 @@ unsafe impl Send for Queue {}
 // SAFETY: as above.
 unsafe impl Sync for Queue {}
 
+impl Cuda {
+    /// A stream that does not wait for the default stream.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub(crate) fn open_stream(&self) -> Result<*mut c_void> {
+        let _current = Current::enter(&self.context)?;
+        let mut stream: sys::CUstream = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current; the pointer is to a live handle.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        Ok(stream.cast())
+    }
+
+    /// Ends a stream; what is enqueued still runs to its end.
+    ///
+    /// # Safety
+    /// It came from [`open_stream`](Self::open_stream), once, and nobody uses it any more.
+    pub(crate) unsafe fn close_stream(&self, stream: *mut c_void) {
+        if let Ok(_current) = Current::enter(&self.context) {
+            // SAFETY: the caller's promise.
+            let _ = unsafe { sys::cuStreamDestroy_v2(stream.cast()) };
+        }
+    }
+
+    /// Has what is enqueued on `after` from here on wait for what is enqueued on `before` now.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub(crate) fn fence(&self, before: *mut c_void, after: *mut c_void) -> Result<()> {
+        let _current = Current::enter(&self.context)?;
+        let mut event = ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the context is current; the pointer is to a live handle.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, flags) })?;
+        // SAFETY: live handles of one context; streams that work was enqueued on are such.
+        let recorded = check("cuEventRecord", unsafe { sys::cuEventRecord(event, before.cast()) });
+        let waited = recorded.and_then(|()| {
+            // SAFETY: as above.
+            check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(after.cast(), event, 0) })
+        });
+        // SAFETY: created above, destroyed once; who waits for it already still does.
+        let _ = unsafe { sys::cuEventDestroy_v2(event) };
+        waited
+    }
+}
+
 impl Queue {
     /// A new stream of the device.
     ///
     /// # Errors
     /// `DeviceFailed`.
     pub fn new(cuda: &Arc<Cuda>) -> Result<Self> {
-        let _current = Current::enter(&cuda.context)?;
-        let mut stream = ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: the context is current; the pointer is to a live handle.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
-        Ok(Self { cuda: cuda.clone(), stream })
+        Ok(Self { stream: cuda.open_stream()?.cast(), cuda: cuda.clone() })
     }
 
     /// The driver's handle.
@@ -52,10 +94,8 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        if let Ok(_current) = Current::enter(&self.cuda.context) {
-            // SAFETY: created by `new`, destroyed once; what is enqueued still runs to its end.
-            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
-        }
+        // SAFETY: created by `new`, destroyed once.
+        unsafe { self.cuda.close_stream(self.as_raw()) }
     }
 }
 

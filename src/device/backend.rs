@@ -113,6 +113,32 @@ pub trait Backend: fmt::Debug + Send + Sync {
         stream: Stream,
     ) -> Result<()>;
 
+    /// A stream of its own, beside those of callers, that waits for none of them; the default stream
+    /// where the device has no others.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    fn open_stream(&self) -> Result<Stream> {
+        Ok(Stream::DEFAULT)
+    }
+
+    /// Ends a stream, after what is enqueued on it.
+    ///
+    /// # Safety
+    /// It came from [`open_stream`](Self::open_stream), once, and nobody uses it any more.
+    unsafe fn close_stream(&self, stream: Stream) {
+        let _ = stream;
+    }
+
+    /// Has what is enqueued on `after` from here on wait for what is enqueued on `before` now. Waits
+    /// for it itself where the device cannot.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    fn fence(&self, before: Stream, after: Stream) -> Result<()> {
+        if before == after { Ok(()) } else { self.sync(before) }
+    }
+
     /// Waits for everything that is enqueued on `stream`.
     ///
     /// # Errors

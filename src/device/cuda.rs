@@ -64,6 +64,20 @@ impl Backend for Cuda {
         unsafe { self.launch(launch, params, stream.as_raw()) }
     }
 
+    fn open_stream(&self) -> Result<Stream> {
+        // SAFETY: a stream of this device, until it is closed.
+        self.open_stream().map(|stream| unsafe { Stream::from_raw(stream) })
+    }
+
+    unsafe fn close_stream(&self, stream: Stream) {
+        // SAFETY: see above.
+        unsafe { self.close_stream(stream.as_raw()) }
+    }
+
+    fn fence(&self, before: Stream, after: Stream) -> Result<()> {
+        if before == after { Ok(()) } else { self.fence(before.as_raw(), after.as_raw()) }
+    }
+
     fn sync(&self, stream: Stream) -> Result<()> {
         self.sync(stream.as_raw())
     }

@@ -19,6 +19,7 @@ mod emulated;
 mod memory;
 mod rotation;
 mod rows;
+mod side;
 mod store;
 #[cfg(all(test, feature = "emulate"))]
 mod tests;
@@ -30,6 +31,7 @@ pub use batch::{BatchTables, DeviceBatch, GroupTables};
 pub use emulated::Emulated;
 pub use memory::DeviceMemory;
 pub use rows::{DeviceRows, DeviceRowsMut};
+pub use side::SideStream;
 pub use store::{DeviceStore, StoreOptions};
 
 use alloc::sync::Arc;

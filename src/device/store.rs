@@ -395,6 +395,25 @@ impl DeviceStore {
         self.memory.upload(at, from, self.options.stream)
     }
 
+    /// Enqueues a copy of consecutive layers of a block, from layer `first` on, from ordinary host
+    /// memory, which has been read when this returns; on the stream `side` where there is one.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where `from` is not whole layers of the block; `DeviceFailed`.
+    pub(crate) fn write_layers(
+        &mut self,
+        id: BlockId,
+        first: u32,
+        from: &[u8],
+        side: Option<Stream>,
+    ) -> Result<()> {
+        let at = self.layout.layers_at(first, from.len())?;
+        let at = at + self.block_at(id, self.layout.block_bytes() as usize)?;
+        let to = self.memory.part(at, from.len() as u64)?;
+        // SAFETY: the range is within the store's memory; `from` is not page-locked memory.
+        unsafe { self.backend.upload(to, from, side.unwrap_or(self.options.stream)) }
+    }
+
     fn block_at(&self, id: BlockId, bytes: usize) -> Result<u64> {
         if id.0 >= self.blocks {
             return Err(Error::BadBlock { block: id.0 });

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ObjectKey;
-use super::store::{Get, Outcome, Put, Store, Watcher};
+use super::store::{Get, GetPart, Outcome, Put, Store, Watcher};
 
 /// The store.
 pub(super) struct Guarded {
@@ -66,6 +66,27 @@ impl Guarded {
         see: &mut dyn FnMut(usize, &[u8]),
     ) {
         if self.call(|store| store.get_each(objects, outcomes, see)).is_none() {
+            outcomes.fill(Outcome::Failed);
+        }
+    }
+
+    pub fn gives_parts(&self) -> bool {
+        self.call_silent(|store| store.gives_parts()).unwrap_or(false)
+    }
+
+    /// None is held where the store panics: what it held then stays so.
+    pub fn hold(&self, keys: &[ObjectKey], held: &mut [bool]) {
+        if self.call_silent(|store| store.hold(keys, held)).is_none() {
+            held.fill(false);
+        }
+    }
+
+    pub fn unhold(&self, keys: &[ObjectKey]) {
+        self.call_silent(|store| store.unhold(keys));
+    }
+
+    pub fn get_parts(&self, parts: &mut [GetPart], outcomes: &mut [Outcome]) {
+        if self.call(|store| store.get_parts(parts, outcomes)).is_none() {
             outcomes.fill(Outcome::Failed);
         }
     }

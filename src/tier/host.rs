@@ -67,6 +67,11 @@ impl HostTier {
         self.blocks.get_mut(key).is_some()
     }
 
+    /// A block, if it is really the one that `label` describes; not a use of it.
+    pub fn peek(&self, label: &Label) -> Option<Arc<HostBlock>> {
+        self.blocks.peek(&label.key).filter(|block| block.label == *label).cloned()
+    }
+
     /// A block, used now, if it is really the one that `label` describes.
     pub fn get(&mut self, label: &Label) -> Option<Arc<HostBlock>> {
         let block = self.blocks.get_mut(&label.key)?;

@@ -11,6 +11,7 @@ use core::fmt::Write as _;
 
 use sha2::{Digest as _, Sha256};
 
+use super::parts::Parts;
 use crate::error::{Error, Result};
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupLayout};
@@ -42,6 +43,7 @@ pub struct Configuration {
     digest: [u8; 32],
     block_tokens: u32,
     payload_bytes: u64,
+    parts: Parts,
 }
 
 impl Configuration {
@@ -67,7 +69,7 @@ impl Configuration {
         }
         let mut payload_bytes = 0u64;
         // The model's name is escaped: it cannot pass for a line of its own.
-        let mut text = format!("kvcache objects 1\nmodel={model:?}\n");
+        let mut text = format!("kvcache objects 2\nmodel={model:?}\n");
         text.push_str(&format!("block_tokens={}\n", spec.block_tokens));
         for (layout, part) in layouts.iter().zip(&slice.groups) {
             payload_bytes = payload_bytes
@@ -77,7 +79,8 @@ impl Configuration {
             let _ = writeln!(text, "{}", describe(layout, part));
         }
         let digest = Sha256::digest(text.as_bytes()).into();
-        Ok(Self { text, digest, block_tokens: spec.block_tokens, payload_bytes })
+        let parts = Parts::new(&layouts, payload_bytes)?;
+        Ok(Self { text, digest, block_tokens: spec.block_tokens, payload_bytes, parts })
     }
 
     /// The text, a line for the model and each layer group.
@@ -103,6 +106,11 @@ impl Configuration {
     /// Bytes of a block in all layer groups: the payload of an object.
     pub fn payload_bytes(&self) -> u64 {
         self.payload_bytes
+    }
+
+    /// The parts that an object is verified and read by.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// The key of a block.

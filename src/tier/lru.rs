@@ -50,6 +50,11 @@ impl<V> Lru<V> {
     }
 
     /// A value, without a use.
+    pub fn peek(&self, key: &ObjectKey) -> Option<&V> {
+        self.nodes[*self.map.get(key)? as usize].value.as_ref()
+    }
+
+    /// The same, to be changed.
     pub fn peek_mut(&mut self, key: &ObjectKey) -> Option<&mut V> {
         let at = *self.map.get(key)?;
         self.nodes[at as usize].value.as_mut()

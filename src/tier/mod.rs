@@ -14,6 +14,7 @@
 //! Nothing here knows a cache, a pool or an index: those are above, in `cache/tiers.rs`, which says
 //! when blocks move.
 
+mod arrivals;
 pub mod buffer;
 mod decide;
 #[cfg(unix)]
@@ -23,24 +24,27 @@ mod host;
 mod key;
 mod lru;
 pub mod object;
+pub mod parts;
 mod queue;
 mod rate;
 mod recent;
 #[cfg(feature = "remote")]
 pub mod remote;
 mod report;
+mod slabs;
 mod store;
 pub mod stream;
 mod ticket;
 mod worker;
 
+pub use arrivals::{Arrivals, Piece};
 pub use decide::{Decision, Found, PrefillCost, Why, decide};
 pub use host::{HostBlock, HostTier};
 pub use key::{Configuration, MOST_MODEL_BYTES, ObjectKey};
 pub use queue::{CopyState, Tier, TierSettings};
 pub use rate::Rate;
 pub use report::{TierReport, write_prometheus};
-pub use store::{Get, Outcome, Put, Store, Watcher};
+pub use store::{Get, GetPart, Outcome, Put, Store, Watcher};
 pub use ticket::{Missed, Ticket, Want};
 
 /// Where blocks are kept, from the device down.

@@ -17,6 +17,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::arrivals::Arrivals;
 use super::buffer::{Buffer, Buffers};
 use super::guarded::Guarded;
 use super::host::HostBlock;
@@ -24,6 +25,7 @@ use super::key::Configuration;
 use super::object::{self, Label};
 use super::rate::Rate;
 use super::recent::Recent;
+use super::slabs::{Share, pack};
 use super::store::{Store, Watcher};
 use super::ticket::{Missed, Ticket, Want};
 use super::{ObjectKey, TierCounters, TierKind};
@@ -67,6 +69,8 @@ pub(super) struct Load {
 #[derive(Default)]
 pub(super) struct State {
     pub loads: VecDeque<Load>,
+    /// Loads by parts, shared out.
+    pub shares: VecDeque<Share>,
     /// Chains of which the store must be asked how much it has.
     pub probes: VecDeque<(Vec<Load>, Ticket)>,
     pub puts: VecDeque<Arc<HostBlock>>,
@@ -246,6 +250,52 @@ impl Tier {
         ticket
     }
 
+    /// Whether [`Self::load_parts`] can load a block: the store gives parts, and knows that it has it.
+    pub fn has_parts(&self, key: &ObjectKey) -> bool {
+        self.shared.store.gives_parts()
+            && self.shared.store.knows(key) == Some(true)
+            && !self.shared.state().paused()
+    }
+
+    /// Loads blocks that follow each other part by part, as many as there are buffers for.
+    pub fn load_parts(&self, mut wants: Vec<Want>) -> Arrivals {
+        let parts = self.shared.config.parts();
+        let readers = self.shared.settings.readers as usize;
+        let each = |blocks: usize| blocks.div_ceil(readers).max(1);
+        let needed = |blocks: usize| -> usize {
+            let (each, bytes) = (each(blocks), self.shared.buffers.bytes());
+            let rest = pack(parts, blocks % each, bytes);
+            blocks / each * pack(parts, each, bytes) + rest
+        };
+        let most = needed(wants.len());
+        let takes = core::iter::from_fn(|| self.shared.buffers.take().ok());
+        let mut slabs: Vec<Buffer> = takes.take(most).collect();
+        // Fewer blocks, where there are not slabs for all.
+        while needed(wants.len()) > slabs.len() {
+            wants.pop();
+        }
+        let arrivals = Arrivals::new(parts.len(), wants.len());
+        let mut state = self.shared.state();
+        if state.stop || state.paused() {
+            state.counters.missed += wants.len() as u64;
+            drop(state);
+            arrivals.fail(Missed::Down);
+            return arrivals;
+        }
+        state.reading.extend(wants.iter().map(|want| want.label.key));
+        let each = each(wants.len());
+        while !wants.is_empty() {
+            let rest = wants.split_off(each.min(wants.len()));
+            let own = pack(parts, wants.len(), self.shared.buffers.bytes());
+            let slabs = slabs.split_off(slabs.len().saturating_sub(own));
+            state.shares.push_back(Share { wants, slabs, arrivals: arrivals.clone() });
+            wants = rest;
+        }
+        drop(state);
+        self.shared.work.notify_all();
+        arrivals
+    }
+
     /// Waits until every demotion queued so far is done, at most for `limit`; whether it is.
     pub fn flush(&self, limit: Duration) -> bool {
         let end = Instant::now().checked_add(limit);
@@ -281,7 +331,8 @@ impl Tier {
     pub fn counters(&self) -> TierCounters {
         let state = self.shared.state();
         let mut counters = state.counters;
-        counters.queued = (state.puts.len() + state.loads.len()) as u64;
+        let shared: usize = state.shares.iter().map(|share| share.wants.len()).sum();
+        counters.queued = (state.puts.len() + state.loads.len() + shared) as u64;
         counters.down = state.paused();
         drop(state);
         (counters.bytes, counters.objects) = self.shared.store.used().unwrap_or_default();
@@ -316,8 +367,10 @@ impl Drop for Tier {
         }
         let mut state = self.shared.state();
         let loads: Vec<Load> = state.loads.drain(..).collect();
+        let shares: Vec<Share> = state.shares.drain(..).collect();
         let probes: Vec<_> = state.probes.drain(..).flat_map(|(loads, _)| loads).collect();
         drop(state);
+        shares.iter().for_each(|share| share.arrivals.fail(Missed::Down));
         loads.into_iter().chain(probes).for_each(|l| l.ticket.miss(l.want.at, Missed::Down));
     }
 }

@@ -57,6 +57,17 @@ pub struct Get<'a> {
     pub object: &'a mut [u8],
 }
 
+/// A part of an object to get.
+#[derive(Debug)]
+pub struct GetPart<'a> {
+    /// The object's key.
+    pub key: ObjectKey,
+    /// Where in the object it begins: whole pages of 4,096 bytes.
+    pub offset: u64,
+    /// Where its bytes go: whole pages, too, that begin at a page of memory.
+    pub bytes: &'a mut [u8],
+}
+
 /// A store of objects. Calls may come from several threads at once. A call that panics has failed;
 /// nothing of what it did before that is relied upon.
 pub trait Store: fmt::Debug + Send + Sync {
@@ -87,6 +98,30 @@ pub trait Store: fmt::Debug + Send + Sync {
                 see(n, get.object);
             }
         }
+    }
+
+    /// Whether it can give parts of objects ([`get_parts`](Self::get_parts)). False by default: then
+    /// an engine that starts with the first layers waits for whole objects.
+    fn gives_parts(&self) -> bool {
+        false
+    }
+
+    /// Keeps objects as they are until [`unhold`](Self::unhold), as often as they are held; which of
+    /// them it has.
+    fn hold(&self, keys: &[ObjectKey], held: &mut [bool]) {
+        let _ = keys;
+        held.fill(false);
+    }
+
+    /// Ends that, for objects that are held.
+    fn unhold(&self, keys: &[ObjectKey]) {
+        let _ = keys;
+    }
+
+    /// Gets parts of objects that are held; one outcome each.
+    fn get_parts(&self, parts: &mut [GetPart], outcomes: &mut [Outcome]) {
+        let _ = parts;
+        outcomes.fill(Outcome::Absent);
     }
 
     /// Removes objects; those it does not have are no failure.

@@ -31,6 +31,18 @@ pub enum Missed {
     Cancelled,
 }
 
+impl Missed {
+    /// In words.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Missed::Absent => "the tier does not have a block of it any more",
+            Missed::Bad => "a block of it was damaged, or another block",
+            Missed::Down => "the tier failed, or is being left alone since it did",
+            Missed::Cancelled => "the load was cancelled",
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     places: Vec<Option<Result<Arc<HostBlock>, Missed>>>,

@@ -9,6 +9,7 @@ use super::ObjectKey;
 use super::host::HostBlock;
 use super::object;
 use super::queue::{Load, Shared};
+use super::slabs::Share;
 use super::store::{Get, Outcome, Put};
 use super::ticket::Missed;
 
@@ -16,6 +17,7 @@ use super::ticket::Missed;
 const BATCH: usize = 16;
 
 enum ReaderWork {
+    Share(Share),
     Loads(Vec<Load>),
     Probe(Vec<Load>),
     Stop,
@@ -25,6 +27,7 @@ impl Shared {
     pub fn read(&self) {
         loop {
             match self.next_read() {
+                ReaderWork::Share(share) => self.load_parts(share),
                 ReaderWork::Loads(loads) => self.load(loads),
                 ReaderWork::Probe(loads) => self.probe(loads),
                 ReaderWork::Stop => return,
@@ -37,6 +40,10 @@ impl Shared {
         loop {
             if state.stop {
                 return ReaderWork::Stop;
+            }
+            // An engine is about to need its layers: before what is only fetched ahead.
+            if let Some(share) = state.shares.pop_front() {
+                return ReaderWork::Share(share);
             }
             if let Some((loads, _)) = state.probes.pop_front() {
                 return ReaderWork::Probe(loads);

@@ -335,6 +335,21 @@ static void tiers() {
         CHECK(started.seq.release() && cache.flush_tiers(60000).value());
         CHECK(shelf.size() == 3 && cache.tier_stats(1)->down == 0);
         CHECK(kvc::prefetch::create(cache, prompt).has_value());
+        // From the store again, as an engine does that waits for each layer.
+        CHECK(cache.clear_prefix());
+        {
+            kvc::started loading = cache.onboard(prompt).value();
+            CHECK(loading.cached_tokens == 48);
+            CHECK(loading.seq.load_progress()->state == kvc::load_state::loading);
+            REFUSED(loading.seq.fork(), kvc::status::invalid_state, "loaded");
+            REFUSED(loading.seq.wait_layer(1), kvc::status::invalid_argument, "layer");
+            const auto rest = loading.seq.work(kvc::span<const uint32_t>(prompt.data(), 2));
+            CHECK(step.begin(cache, kvc::span<const kvc::work>(&rest, 1)));
+            REFUSED(step.commit(), kvc::status::invalid_state, "loaded");
+            CHECK(step.wait_layer(0, 60000).value() && loading.seq.wait_layer(0).value());
+            CHECK(loading.seq.load_progress()->state == kvc::load_state::complete);
+            CHECK(step.commit() && loading.seq.cancel_load().value() == 50);
+        }
         // With an image at 20, only what is before it.
         kvc::media image{};
         image.position = 20;

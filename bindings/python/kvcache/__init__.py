@@ -11,6 +11,7 @@ The nouns are those of the C header:
 | `GroupSpec`, `plan` | `kvc_group_spec`, `kvc_plan_*` |
 | `Device`, `DevicePrefix`, `choose_cascade` | `kvc_device_*` |
 | `Prefetch`, `TierCounts` | `kvc_prefetch_*`, `kvc_tier_*` |
+| `Cache.onboard`, `LoadProgress` | `kvc_onboard_*` |
 | `Events`, `Metrics` | `kvc_events_*`, `kvc_metrics_*` |
 | `errors` | `kvc_status` |
 
@@ -45,7 +46,7 @@ from .quantised import Scales, Tiles, code_bytes, scale_bytes
 from .rope import Rope
 from .shared import CascadeEstimate, CascadePrefix, CascadeSegment, DevicePrefix, choose_cascade
 from .step import Batch, Scoring, Step, Work
-from .tier import Prefetch, TierCounts, TierDecision, TierSlice
+from .tier import LoadProgress, Prefetch, TierCounts, TierDecision, TierSlice
 
 _require()
 __version__ = version()
@@ -71,6 +72,7 @@ __all__ = [
     "Histogram",
     "Hit",
     "Inserted",
+    "LoadProgress",
     "Metrics",
     "OutOfBlocks",
     "Plan",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .events import Event, Events
     from .metrics import Metrics
     from .step import Step
-    from .tier import Prefetch, TierCounts, TierSlice
+    from .tier import LoadProgress, Prefetch, TierCounts, TierSlice
 
 
 class CacheCounts(NamedTuple):
@@ -234,6 +234,15 @@ class Cache:
 
         return Prefetch(self, prompt, name_space, media)
 
+    def onboard(self, prompt: Any, *, name_space: int = 0, media: Any = ()) -> Sequence:
+        """`start` for an engine that begins before all blocks are on the device: what tiers have of the
+        prompt counts in `cached_tokens`, and comes layer by layer. Before a layer is attended it must be
+        there (`Step.wait_layer`, `Sequence.wait_layer`), and all before the step is committed. Waits for
+        nothing."""
+        from .tier import onboard
+
+        return onboard(self, prompt, name_space, media)
+
     def export_blocks(self, seq: Sequence, model: str, file: Any, *, slices: Iterable[TierSlice] | None = None) -> int:
         """Writes the full blocks of a sequence to `file`, a descriptor or whatever has `fileno()` (a file, a
         pipe, a socket; it must block, and stays open); how many tokens. The cache is in use meanwhile."""
@@ -288,6 +297,28 @@ class Sequence:
     def release(self) -> None:
         """Ends the sequence. Its full blocks stay in the prefix index until they are evicted."""
         check(lib.kvc_seq_release(self.cache._handle, self.id))
+
+    def wait_layer(self, group: int, layer: int, wait_ms: int = 0) -> bool:
+        """Of a sequence that `Cache.onboard` started: whether a layer of all its blocks is there, after at
+        most `wait_ms`, during which other threads may use the cache. `LayerMissing` where it never will be:
+        cancel the step, then `cancel_load`."""
+        out = ffi.new("uint32_t *")
+        numbers = [_structs.uint(n, what) for n, what in ((group, "group"), (layer, "layer"), (wait_ms, "wait_ms"))]
+        check(lib.kvc_onboard_wait(self.cache._handle, self.id, *numbers, out))
+        return out[0] != 0
+
+    def load_progress(self) -> LoadProgress:
+        """How its load stands. Copies nothing and waits for nothing."""
+        from .tier import load_progress
+
+        return load_progress(self)
+
+    def cancel_load(self) -> int:
+        """Gives up what has not come; how many tokens it holds then."""
+        out = ffi.new("uint32_t *")
+        check(lib.kvc_onboard_cancel(self.cache._handle, self.id, out))
+        self.cached_tokens = min(self.cached_tokens, out[0])
+        return out[0]
 
     def prioritize(self, ranges: Iterable[Retention]) -> None:
         """Gives priorities to the sequence's full blocks in the prefix index."""

@@ -96,6 +96,11 @@ class InvalidState(Error, RuntimeError):
     """The object is not in a state in which the call is allowed, or another call is using it."""
 
 
+class LayerMissing(Error, RuntimeError):
+    """A layer of a sequence was to be loaded from a tier, and never will be: `Sequence.cancel_load`, and
+    compute its tokens."""
+
+
 class Panic(Error, RuntimeError):
     """The library panicked; the object involved is poisoned."""
 
@@ -124,6 +129,7 @@ BY_NAME: dict[str, type[Error]] = {
     "KVC_ERR_DEVICE_FAILED": DeviceFailed,
     "KVC_ERR_TIER_FAILED": TierFailed,
     "KVC_ERR_INVALID_STATE": InvalidState,
+    "KVC_ERR_LAYER_MISSING": LayerMissing,
     "KVC_ERR_PANIC": Panic,
     "KVC_ERR_POISONED": Poisoned,
 }

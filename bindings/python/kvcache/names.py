@@ -62,6 +62,17 @@ WHYS: Mapping[str, int] = {
     "load_is_faster_at_first": lib.KVC_WHY_LOAD_IS_FASTER_AT_FIRST,
     "compute_is_faster": lib.KVC_WHY_COMPUTE_IS_FASTER,
 }
+LOADS: Mapping[str, int] = {
+    "complete": lib.KVC_ONBOARD_COMPLETE,
+    "loading": lib.KVC_ONBOARD_LOADING,
+    "failed": lib.KVC_ONBOARD_FAILED,
+}
+MISSED: Mapping[str, int] = {
+    "absent": lib.KVC_MISSED_ABSENT,
+    "bad": lib.KVC_MISSED_BAD,
+    "down": lib.KVC_MISSED_DOWN,
+    "cancelled": lib.KVC_MISSED_CANCELLED,
+}
 
 # Prefix of the header's constants, table.
 TABLES: Mapping[str, Mapping[str, int]] = {
@@ -76,6 +87,8 @@ TABLES: Mapping[str, Mapping[str, int]] = {
     "KVC_ENCODING_": ENCODINGS,
     "KVC_TIER_": TIERS,
     "KVC_WHY_": WHYS,
+    "KVC_ONBOARD_": LOADS,
+    "KVC_MISSED_": MISSED,
 }
 
 

@@ -157,6 +157,15 @@ class Step:
         check(lib.kvc_step_rows(self._handle, out, self.rows, n))
         return ffi.unpack(out, n[0])
 
+    def wait_layer(self, group: int, layer: int, wait_ms: int = 0) -> bool:
+        """Whether a layer of all sequences is there, after at most `wait_ms`: before `attend`, where
+        `Cache.onboard` started one of them. See `Sequence.wait_layer`."""
+        out = ffi.new("uint32_t *")
+        cache = self._open()
+        numbers = [_structs.uint(n, what) for n, what in ((group, "group"), (layer, "layer"), (wait_ms, "wait_ms"))]
+        check(lib.kvc_onboard_wait_step(cache._handle, self._handle, *numbers, out))
+        return out[0] != 0
+
     def append(self, group: int, layer: int, k: Any, v: Any, *, rope: Rope | None = None) -> None:
         """Writes the keys and values of the step's rows in a layer, rounding to the stored format.
 

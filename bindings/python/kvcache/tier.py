@@ -66,6 +66,20 @@ class TierDecision(NamedTuple):
     why: str
 
 
+class LoadProgress(NamedTuple):
+    """How a load by layers stands: `state` is "complete", "loading" or "failed". `missing_group` and
+    `missing_layer` are the first layer, in the order in which they come, that is not there; `why` is why it
+    never will be, one of `names.MISSED`, or None."""
+
+    state: str
+    ready_layers: int
+    device_tokens: int
+    loading_tokens: int
+    missing_group: int
+    missing_layer: int
+    why: str | None
+
+
 def attach(
     cache: Cache,
     model: str,
@@ -119,6 +133,27 @@ def _text(text: str | os.PathLike[str], name: str) -> bytes:
         # C would read to there, and another model's or directory's name.
         raise ValueError(f"{name} has a NUL")
     return found
+
+
+def onboard(cache: Cache, prompt: Any, name_space: int, media: Any) -> Sequence:
+    """See `Cache.onboard`."""
+    from .cache import Sequence
+
+    ids, n = token_ids(prompt, "prompt")
+    given = media_list(media) if len(media) else ffi.NULL
+    seq, cached = ffi.new("kvc_seq *"), ffi.new("uint32_t *")
+    space = _structs.uint(name_space, "name_space", 64)
+    check(lib.kvc_onboard_start(cache._handle, ids, n, given, len(media), space, seq, cached))
+    return Sequence(cache, seq[0], cached[0])
+
+
+def load_progress(seq: Sequence) -> LoadProgress:
+    """See `Sequence.load_progress`."""
+    struct = ffi.new("kvc_onboard_progress *")
+    check(lib.kvc_onboard_state(seq.cache._handle, seq.id, struct, ffi.sizeof("kvc_onboard_progress")))
+    progress = _structs.record(struct, LoadProgress)
+    why = names.word(names.MISSED, struct.why) if struct.why else None
+    return progress._replace(state=names.word(names.LOADS, struct.state), why=why)
 
 
 def flush(cache: Cache, wait_ms: int) -> bool:

@@ -306,7 +306,24 @@ def test_tiers(tmp_path):
         remote = "remote" in kvcache.build_info()
         with pytest.raises(errors.InvalidArgument if remote else errors.Unsupported, match="address|remote store"):
             other.attach_tiers("toy", remote="nowhere", remote_timeout_ms=100)
-    # A second cache finds what the first left, with its bytes.
+    # A second cache finds what the first left, with its bytes: layer by layer ...
+    with fresh() as cache:
+        with cache.onboard(prompt) as seq:
+            assert seq.cached_tokens == 128
+            progress = seq.load_progress()
+            assert (progress.state, progress.loading_tokens, progress.why) == ("loading", 128, None)
+            with pytest.raises(errors.InvalidArgument, match="layer"):
+                seq.wait_layer(0, 9)
+            with cache.step([(seq, prompt[128:])]) as step:
+                step.append(0, 0, rows[128:], rows[128:])
+                q, out = np.ones((3, 1, 64), "f4"), np.zeros((3, 1, 64), "f4")
+                with pytest.raises(errors.InvalidState, match="loaded"):
+                    step.attend(0, 0, q, out)
+                assert step.wait_layer(0, 0, 60000) and seq.wait_layer(0, 0)
+                step.attend(0, 0, q, out)
+                assert np.abs(out - reference(q, rows, rows, 1)).max() < 1e-5
+            assert seq.load_progress().state == "complete" and seq.cancel_load() == len(prompt)
+    # ... and as a whole.
     with fresh() as cache:
         with cache.prefetch(prompt) as prefetch:
             assert prefetch.decision.found_blocks == prefetch.decision.load_blocks == 8

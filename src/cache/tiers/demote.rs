@@ -340,6 +340,26 @@ impl Tiers {
 }
 
 impl Tiers {
+    /// Blocks were copied from the host.
+    pub(super) fn host_loaded(&mut self, blocks: usize, time: Duration) {
+        let bytes = blocks as u64 * self.config.payload_bytes();
+        if blocks > 0 {
+            self.host_rate.observe(bytes, time);
+            self.host_counters.loaded += blocks as u64;
+            self.host_counters.loaded_bytes += bytes;
+        }
+    }
+
+    /// Makes buffers spare for a load of so many blocks, as far as the host can.
+    pub(super) fn make_spare(&mut self, blocks: usize) {
+        let lacking = blocks.saturating_sub(self.buffers.spare());
+        for _ in 0..lacking.min(self.host.len().saturating_sub(blocks)) {
+            if let Some(gone) = self.pop_oldest() {
+                self.pass_down(gone);
+            }
+        }
+    }
+
     /// Waits until every lower tier takes another block.
     pub(super) fn make_way(&self, limit: Duration) -> bool {
         self.lower.iter().all(|(tier, _)| tier.has_room() || tier.flush(limit))

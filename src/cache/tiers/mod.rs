@@ -9,7 +9,10 @@
 //! network unless it says for how long ([`KvCache::wait_prefetch`], [`KvCache::flush_tiers`]).
 
 mod demote;
+mod layers;
+mod load;
 mod onboard;
+mod runs;
 #[cfg(all(test, unix))]
 mod tests;
 
@@ -21,6 +24,8 @@ use crate::layout::slice::Slice;
 use crate::tier::{Decision, PrefillCost, Store as Objects, Ticket, TierSettings};
 
 pub(super) use demote::Tiers;
+pub(super) use load::LayerLoad;
+pub use load::{LayerWait, LoadState};
 
 /// Which blocks are demoted: of those that every layer group has. Where groups have windows, the
 /// device may lose the windows' blocks first, and what is left of the others then goes nowhere;

@@ -164,13 +164,7 @@ impl KvCache {
                     let wants =
                         labels.into_iter().enumerate().map(|(at, label)| Want { at, label });
                     let wants: Vec<Want> = wants.collect();
-                    // Buffers that the host can spare for it.
-                    let lacking = wants.len().saturating_sub(tiers.buffers.spare());
-                    for _ in 0..lacking.min(tiers.host.len().saturating_sub(wants.len())) {
-                        if let Some(gone) = tiers.pop_oldest() {
-                            tiers.pass_down(gone);
-                        }
-                    }
+                    tiers.make_spare(wants.len());
                     loads.push((tier, tiers.lower[tier].0.load(wants)));
                 }
             }
@@ -320,16 +314,13 @@ impl KvCache {
             }
         }
         if let Some(tiers) = &mut self.tiers {
-            let bytes = u64::from(blocks) * tiers.config.payload_bytes();
-            tiers.host_rate.observe(bytes, begin.elapsed());
-            tiers.host_counters.loaded += u64::from(blocks);
-            tiers.host_counters.loaded_bytes += bytes;
+            tiers.host_loaded(found.len(), begin.elapsed());
         }
         Ok(())
     }
 }
 
 /// The last of some entries; empty where there is none.
-fn last_entry(entries: &[BlockId], groups: usize) -> &[BlockId] {
+pub(super) fn last_entry(entries: &[BlockId], groups: usize) -> &[BlockId] {
     entries.rchunks_exact(groups).next().unwrap_or(&[])
 }

@@ -331,6 +331,21 @@ impl TileStore {
         Ok(())
     }
 
+    /// The same for consecutive layers of a block, from layer `first` on.
+    ///
+    /// # Errors
+    /// As for [`write_block`](Self::write_block), `InvalidArgument` too where `from` is not whole layers.
+    pub fn write_layers(&mut self, id: BlockId, first: u32, from: &[u8]) -> Result<()> {
+        let at = self.layout.layers_at(first, from.len())? as usize;
+        let at = at + self.block_at(id, self.layout.block_bytes() as usize)?;
+        for record in from.chunks_exact(self.tile.bytes()) {
+            Tile::open(&self.tile, record)?;
+        }
+        // SAFETY: the layers are within the block, as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.records.start().add(at), from.len()) }
+        Ok(())
+    }
+
     fn block_at(&self, id: BlockId, bytes: usize) -> Result<usize> {
         if id.0 >= self.blocks {
             return Err(Error::BadBlock { block: id.0 });

@@ -51,7 +51,7 @@ pub use recovery::Recovery;
 use super::key::Configuration;
 use super::lru::Lru;
 use super::object::{Label, object_bytes};
-use super::{Get, ObjectKey, Outcome, Put, Store, Watcher};
+use super::{Get, GetPart, ObjectKey, Outcome, Put, Store, Watcher};
 use crate::error::{Error, Result};
 use io::{Bytes, Lane, Transfer};
 use journal::{Journal, Record};
@@ -236,6 +236,46 @@ impl DiskStore {
     }
 }
 
+/// Bytes to read of a slot; of no slot where there is nothing to read.
+struct Read<'a> {
+    slot: Option<u32>,
+    offset: u64,
+    bytes: &'a mut [u8],
+}
+
+impl DiskStore {
+    fn slot(&self, key: &ObjectKey) -> Option<u32> {
+        locked(&self.index).slots.peek(key).copied()
+    }
+
+    /// Reads of slots that are held; one outcome each.
+    fn read(&self, reads: Vec<Read>, outcomes: &mut [Outcome]) {
+        let places: Vec<_> =
+            reads.iter().map(|read| read.slot.and_then(|slot| self.place(slot))).collect();
+        let mut numbers = Vec::new();
+        let mut transfers = Vec::new();
+        for (n, (read, place)) in reads.into_iter().zip(&places).enumerate() {
+            outcomes[n] = Outcome::Absent;
+            if let Some((file, offset)) = place {
+                numbers.push(n);
+                let (offset, bytes) = (offset + read.offset, Bytes::Read(read.bytes));
+                transfers.push(Transfer { file: &**file, offset, bytes });
+            }
+        }
+        let mut lane = locked(&self.lanes).pop().unwrap_or_else(|| Lane::new(self.uring));
+        let results = lane.run(&mut transfers);
+        locked(&self.lanes).push(lane);
+        for (n, result) in numbers.into_iter().zip(results) {
+            outcomes[n] = match result {
+                Ok(()) => Outcome::Done,
+                // A file that was cut short has lost the object; the disk works.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => Outcome::Absent,
+                Err(_) => Outcome::Failed,
+            };
+        }
+    }
+}
+
 impl Writer {
     fn tell(&self, gone: &[ObjectKey], stored: &[&Label]) {
         if let Some(watcher) = &self.watcher
@@ -273,49 +313,61 @@ impl Store for DiskStore {
     }
 
     fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
-        let mut held = Vec::new();
-        {
-            let Index { slots, readers } = &mut *locked(&self.index);
-            for (n, get) in objects.iter().enumerate() {
-                outcomes[n] = Outcome::Absent;
-                if let Some(&mut slot) = slots.get_mut(&get.key)
-                    && get.object.len() as u64 == self.slot_bytes
-                    && readers[slot as usize] < u16::MAX
-                {
-                    readers[slot as usize] += 1;
-                    held.push((n, slot));
-                }
+        let keys: Vec<ObjectKey> = objects.iter().map(|get| get.key).collect();
+        let mut held = alloc::vec![false; keys.len()];
+        self.hold(&keys, &mut held);
+        let whole = |object: &[u8]| object.len() as u64 == self.slot_bytes;
+        let reads = objects.iter_mut().map(|get| Read {
+            slot: if whole(get.object) { self.slot(&get.key) } else { None },
+            offset: 0,
+            bytes: get.object,
+        });
+        // Those that are not held have no slot to read, or one that nobody keeps.
+        let reads =
+            reads.zip(&held).map(|(read, held)| Read { slot: read.slot.filter(|_| *held), ..read });
+        self.read(reads.collect(), outcomes);
+        let held = keys.into_iter().zip(held).filter(|(_, held)| *held);
+        self.unhold(&held.map(|(key, _)| key).collect::<Vec<_>>());
+    }
+
+    fn gives_parts(&self) -> bool {
+        true
+    }
+
+    fn hold(&self, keys: &[ObjectKey], held: &mut [bool]) {
+        let Index { slots, readers } = &mut *locked(&self.index);
+        for (key, held) in keys.iter().zip(held) {
+            *held = false;
+            if let Some(&mut slot) = slots.get_mut(key)
+                && readers[slot as usize] < u16::MAX
+            {
+                readers[slot as usize] += 1;
+                *held = true;
             }
         }
-        let mut places: Vec<_> = held.iter().map(|&(_, slot)| self.place(slot)).collect();
-        let mut of = alloc::vec![None; objects.len()];
-        for (&(n, _), place) in held.iter().zip(&mut places) {
-            of[n] = place.take();
-        }
-        let mut numbers = Vec::new();
-        let mut transfers = Vec::new();
-        for (n, (get, place)) in objects.iter_mut().zip(&of).enumerate() {
-            if let Some((file, offset)) = place {
-                numbers.push(n);
-                let bytes = Bytes::Read(get.object);
-                transfers.push(Transfer { file: &**file, offset: *offset, bytes });
+    }
+
+    /// What is held neither goes nor moves, so its slot is still the one that was counted.
+    fn unhold(&self, keys: &[ObjectKey]) {
+        let Index { slots, readers } = &mut *locked(&self.index);
+        for key in keys {
+            if let Some(slot) = slots.peek(key) {
+                readers[*slot as usize] -= 1;
             }
         }
-        let mut lane = locked(&self.lanes).pop().unwrap_or_else(|| Lane::new(self.uring));
-        let results = lane.run(&mut transfers);
-        locked(&self.lanes).push(lane);
-        for (n, result) in numbers.into_iter().zip(results) {
-            outcomes[n] = match result {
-                Ok(()) => Outcome::Done,
-                // A file that was cut short has lost the object; the disk works.
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => Outcome::Absent,
-                Err(_) => Outcome::Failed,
-            };
-        }
-        let mut index = locked(&self.index);
-        for (_, slot) in held {
-            index.readers[slot as usize] -= 1;
-        }
+    }
+
+    fn get_parts(&self, parts: &mut [GetPart], outcomes: &mut [Outcome]) {
+        let within = |part: &GetPart| {
+            let end = part.offset.checked_add(part.bytes.len() as u64);
+            end.is_some_and(|end| end <= self.slot_bytes)
+        };
+        let reads = parts.iter_mut().map(|part| Read {
+            slot: if within(part) { self.slot(&part.key) } else { None },
+            offset: part.offset,
+            bytes: part.bytes,
+        });
+        self.read(reads.collect(), outcomes);
     }
 
     fn remove(&self, keys: &[ObjectKey]) {

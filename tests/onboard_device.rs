@@ -1,0 +1,252 @@
+//! Onboarding by layers onto a device: copies go on a stream of their own, and what is enqueued on the
+//! cache's stream after a layer was said to be there comes after them. The device here makes a copy of
+//! another stream only when somebody waits for it, which is as late as a real one may.
+
+#![cfg(unix)]
+
+mod tier_case;
+
+use core::ffi::c_void;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use kvcache::cache::{CacheOptions, Step};
+use kvcache::cache::{KvCache, LayerId, TierOptions, Work};
+use kvcache::device::{Backend, Device, Stream};
+use kvcache::dtype::KvFormat;
+use kvcache::error::{Error, Result};
+use kvcache::kernels::Launch;
+use kvcache::layout::slice::Slice;
+use kvcache::layout::{CacheSpec, GroupSpec};
+use kvcache::tier::disk::{DiskOptions, DiskStore};
+use kvcache::tier::{Configuration, Store, TierKind};
+use tier_case::{BLOCK, LONG, SPACE, below, prompt};
+
+const LAYERS: u32 = 5;
+const DIM: u32 = 64;
+const BLOCKS: usize = 6;
+
+fn spec() -> CacheSpec {
+    CacheSpec::uniform(BLOCK as u32, GroupSpec::uniform(LAYERS, 2, DIM, KvFormat::F16))
+}
+
+/// Memory, and a side stream whose copies wait.
+#[derive(Debug, Default)]
+struct Late {
+    memory: Mutex<BTreeMap<u64, Vec<u64>>>,
+    /// Copies of the side stream that were not made yet.
+    waiting: Mutex<Vec<(u64, Vec<u8>)>>,
+    streams: Mutex<i32>,
+}
+
+impl Late {
+    fn side() -> Stream {
+        // SAFETY: never given to a driver.
+        unsafe { Stream::from_raw(core::ptr::without_provenance_mut(0x51de)) }
+    }
+
+    fn write(&self, to: u64, from: &[u8]) {
+        let at = core::ptr::with_exposed_provenance_mut::<u8>(to as usize);
+        // SAFETY: the library's promise of `upload`.
+        unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), at, from.len()) }
+    }
+
+    fn read(&self, from: u64, bytes: usize) -> Vec<u8> {
+        let at = core::ptr::with_exposed_provenance::<u8>(from as usize);
+        // SAFETY: within the pool, which lives as long as the cache.
+        unsafe { core::slice::from_raw_parts(at, bytes) }.to_vec()
+    }
+
+    /// The pool: the largest allocation.
+    fn pool(&self) -> u64 {
+        let memory = self.memory.lock().unwrap();
+        *memory.iter().max_by_key(|(_, words)| words.len()).unwrap().0
+    }
+
+    fn waits(&self) -> usize {
+        self.waiting.lock().unwrap().len()
+    }
+}
+
+impl Backend for Late {
+    fn device(&self) -> Device {
+        Device::Cuda { ordinal: 0 }
+    }
+    fn name(&self) -> &str {
+        "late"
+    }
+    fn multiprocessors(&self) -> u32 {
+        1
+    }
+    fn multiprocessor_shared_bytes(&self) -> u32 {
+        1 << 16
+    }
+    fn alloc(&self, bytes: u64) -> Result<u64> {
+        let mut words = vec![0u64; bytes as usize / 8 + 1];
+        let address = words.as_mut_ptr().expose_provenance() as u64;
+        self.memory.lock().unwrap().insert(address, words);
+        Ok(address)
+    }
+    unsafe fn free(&self, address: u64) {
+        self.memory.lock().unwrap().remove(&address);
+    }
+    unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
+        if stream == Late::side() {
+            self.waiting.lock().unwrap().push((to, from.to_vec()));
+        } else {
+            self.write(to, from);
+        }
+        Ok(())
+    }
+    unsafe fn download(&self, from: u64, to: &mut [u8], _: Stream) -> Result<()> {
+        to.copy_from_slice(&self.read(from, to.len()));
+        Ok(())
+    }
+    unsafe fn copy(&self, from: u64, to: u64, bytes: u64, _: Stream) -> Result<()> {
+        self.write(to, &self.read(from, bytes as usize));
+        Ok(())
+    }
+    unsafe fn zero(&self, at: u64, bytes: u64, _: Stream) -> Result<()> {
+        self.write(at, &vec![0; bytes as usize]);
+        Ok(())
+    }
+    unsafe fn launch(&self, _: &Launch, _: *const c_void, _: usize, _: Stream) -> Result<()> {
+        Err(Error::NoKernels { what: "none here" })
+    }
+    fn open_stream(&self) -> Result<Stream> {
+        *self.streams.lock().unwrap() += 1;
+        Ok(Late::side())
+    }
+    unsafe fn close_stream(&self, stream: Stream) {
+        assert!(stream == Late::side());
+        *self.streams.lock().unwrap() -= 1;
+    }
+    fn fence(&self, before: Stream, _: Stream) -> Result<()> {
+        if before == Late::side() {
+            for (to, bytes) in self.waiting.lock().unwrap().drain(..) {
+                self.write(to, &bytes);
+            }
+        }
+        Ok(())
+    }
+    fn sync(&self, stream: Stream) -> Result<()> {
+        self.fence(stream, Stream::DEFAULT)
+    }
+}
+
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A directory with the blocks of a prompt, written by a cache on the CPU, and what they hold.
+fn written(name: &str, text: &[u32]) -> (Folder, Vec<Vec<u8>>) {
+    let path = std::env::temp_dir().join(format!("kvcache-late-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&path);
+    let folder = Folder(path);
+    let mut cache = tier_case::cache_of(&spec(), 16);
+    attach(&mut cache, &folder);
+    let seq = cache.start(text, SPACE).unwrap().seq;
+    let mut step = Step::new();
+    cache.begin(&mut step, &[Work { seq, tokens: text }]).unwrap();
+    for layer in 0..LAYERS {
+        let row = |kind: u32| -> Vec<f32> {
+            let count = text.len() as u32 * 2 * DIM;
+            (0..count).map(|n| tier_case::noise([kind, layer, n, 0, 0])).collect()
+        };
+        let (k, v) = (row(1), row(2));
+        cache.append(&step, LayerId::uniform(layer), k[..].into(), v[..].into(), None).unwrap();
+    }
+    cache.commit(&mut step).unwrap();
+    let blocks = exported(&mut cache, seq);
+    assert!(cache.flush_tiers(LONG));
+    (folder, blocks)
+}
+
+/// The blocks of a sequence, out of its stream: each with a checksum, and eight bytes at the end.
+fn exported(cache: &mut KvCache, seq: kvcache::ids::SeqId) -> Vec<Vec<u8>> {
+    let mut stream = Vec::new();
+    assert_eq!(cache.export_blocks(seq, "m", None, &mut stream), Ok(BLOCKS * BLOCK));
+    let bytes = cache.stats().block_bytes as usize;
+    let records = &stream[stream.len() - 8 - BLOCKS * (bytes + 4)..stream.len() - 8];
+    records.chunks_exact(bytes + 4).map(|record| record[..bytes].to_vec()).collect()
+}
+
+fn attach(cache: &mut KvCache, folder: &Folder) {
+    let config = Configuration::new("m", &spec(), &Slice::whole(&spec())).unwrap();
+    let store = DiskStore::open(&DiskOptions::new(&folder.0, 16 << 20), &config).unwrap().0;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let lower = vec![below(store, TierKind::Disk)];
+    cache.attach_tiers(TierOptions { lower, ..TierOptions::host("m", 0) }).unwrap();
+}
+
+fn on(late: &Arc<Late>, folder: &Folder) -> KvCache {
+    let backend: Arc<dyn Backend> = late.clone();
+    let options = CacheOptions { blocks: 16, max_seqs: 4, threads: 1, ..Default::default() };
+    let mut cache = KvCache::on(&backend, &spec(), &options).unwrap();
+    attach(&mut cache, folder);
+    cache
+}
+
+#[test]
+fn a_layer_is_there_for_what_is_enqueued_after_it_was_said_to_be() {
+    let text = prompt(1, BLOCKS);
+    let (folder, blocks) = written("layers", &text);
+    let late = Arc::new(Late::default());
+    let mut cache = on(&late, &folder);
+    let started = cache.start_onboarding(&text, &[], SPACE).unwrap();
+    assert_eq!(started.cached_tokens as usize, BLOCKS * BLOCK);
+    let ids = cache.blocks(started.seq, 0).unwrap().to_vec();
+    let bytes = cache.stats().block_bytes;
+    let each = (bytes / u64::from(LAYERS)) as usize;
+    // What the cache's stream would see of a layer.
+    let seen = |layer: u32| -> bool {
+        ids.iter().zip(&blocks).all(|(id, block)| {
+            let at = late.pool() + u64::from(id.0) * bytes + (layer as usize * each) as u64;
+            late.read(at, each) == block[layer as usize * each..][..each]
+        })
+    };
+    for layer in 0..LAYERS {
+        assert!(!seen(layer), "layer {layer} before it was asked for");
+        assert!(cache.wait_layer(started.seq, LayerId::uniform(layer), LONG).unwrap());
+        assert!(seen(layer), "layer {layer}");
+        // The next one is on its way, where it was read by then, and no other.
+        assert!([0, BLOCKS].contains(&late.waits()), "{}", late.waits());
+    }
+    assert_eq!((cache.load_state(started.seq).unwrap(), late.waits()), (None, 0));
+    assert_eq!(exported(&mut cache, started.seq), blocks);
+    cache.release(started.seq).unwrap();
+    cache.audit().unwrap();
+    drop(cache);
+    assert_eq!(*late.streams.lock().unwrap(), 0, "the side stream was closed");
+}
+
+#[test]
+fn blocks_of_a_load_that_is_given_up_are_nobodys_before_its_copies_were_made() {
+    let text = prompt(2, BLOCKS);
+    let (folder, blocks) = written("cancel", &text);
+    let late = Arc::new(Late::default());
+    let mut cache = on(&late, &folder);
+    for cancel in [false, true] {
+        let started = cache.start_onboarding(&text, &[], SPACE).unwrap();
+        assert!(cache.wait_layer(started.seq, LayerId::uniform(LAYERS - 1), LONG).unwrap());
+        // All has been read by now, so that the copies of the first layer wait.
+        assert_eq!(late.waits(), BLOCKS);
+        if cancel {
+            assert_eq!(cache.cancel_load(started.seq), Ok(0));
+            assert_eq!(late.waits(), 0);
+        }
+        cache.release(started.seq).unwrap();
+        assert_eq!(late.waits(), 0);
+        cache.audit().unwrap();
+    }
+    let started = cache.start_onboarding(&text, &[], SPACE).unwrap();
+    for layer in 0..LAYERS {
+        assert!(cache.wait_layer(started.seq, LayerId::uniform(layer), LONG).unwrap());
+    }
+    assert_eq!(exported(&mut cache, started.seq), blocks);
+}
