@@ -1,8 +1,8 @@
 // Append to rows of codes: the K and V rows of new tokens, K optionally turned to its position on the
 // way, encoded as src/quant/row.rs does, bit for bit: one rounding an operation, nothing contracted.
 //
-// Lanes have four channels each, and a row lies within a warp: largest elements, scales and rotations
-// go by shuffles, codes are stored a row beside each other. A negative slot skips the token. A row that
+// A lane has sixteen channels of a row, a block of NVFP4, and a warp several rows: largest elements,
+// scales and rotations go by shuffles of few lanes. A negative slot skips the token. A row that
 // is not finite, or whose scale f16 does not hold, is not written and raises a bit of the error flag.
 #pragma once
 #include "append.cuh"
@@ -75,66 +75,265 @@ KVC_DEVICE float min_f32(float a, float b) { return -max_f32(-a, -b); }
 // Turns four channels of a key from `channel` on.
 KVC_DEVICE void turn_quad(const kvc_append_params &p, int64_t row, uint32_t channel, uint32_t position,
                           float (&x)[4]) {
-    const uint32_t half = p.rope_dim / 2;
-    const int64_t at = static_cast<int64_t>(position) * half;
-    float out[4];
-    for (uint32_t j = 0; j < 4; ++j) {
-        out[j] = x[j];
-        const uint32_t own = channel + j;
-        if (own < p.rope_first || own >= p.rope_first + p.rope_dim) continue;
-        const uint32_t base = own - p.rope_first;
-        const bool lower = p.rope_interleaved != 0 ? base % 2 == 0 : base < half;
-        const uint32_t pair = p.rope_interleaved != 0 ? base / 2 : lower ? base : base - half;
-        const uint32_t by = p.rope_interleaved != 0 ? 1 : half;
-        const float other = load_element(p.k, row + (lower ? own + by : own - by), p.row_dtype);
-        const float turned = mul_rn(other, p.sines[at + pair]);
-        out[j] = add_rn(mul_rn(x[j], p.cosines[at + pair]), lower ? -turned : turned);
+    if (channel < p.rope_first || channel >= p.rope_first + p.rope_dim) return;
+    const uint32_t half = p.rope_dim / 2, base = channel - p.rope_first;
+    const bool neighbours = p.rope_interleaved != 0;
+    const float *cosines = p.cosines + static_cast<int64_t>(position) * half;
+    const float *sines = p.sines + static_cast<int64_t>(position) * half;
+    float other[4];
+    if (neighbours) {
+        for (int j = 0; j < 4; ++j) other[j] = x[j ^ 1];
+    } else if (half % 4 == 0) {
+        load_quad(p.k, row + (base < half ? channel + half : channel - half), p.row_dtype, other);
+    } else {
+        for (uint32_t j = 0; j < 4 && base + j < p.rope_dim; ++j) {
+            const uint32_t own = channel + j, by = base + j < half ? own + half : own - half;
+            other[j] = load_element(p.k, row + by, p.row_dtype);
+        }
     }
-    for (int j = 0; j < 4; ++j) x[j] = out[j];
+KVC_UNROLL
+    for (uint32_t j = 0; j < 4; ++j) {
+        const uint32_t at = base + j;
+        if (at >= p.rope_dim) break;
+        const bool lower = neighbours ? j % 2 == 0 : at < half;
+        const uint32_t pair = neighbours ? at / 2 : lower ? at : at - half;
+        const float turned = mul_rn(other[j], sines[pair]);
+        x[j] = add_rn(mul_rn(x[j], cosines[pair]), lower ? -turned : turned);
+    }
 }
 
-// Encodes a row that lies in its lanes, rotated where it is to be, and writes it where `write` is set; false where it cannot be.
-template <int HeadDim>
-KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[4], uint32_t channel,
-                           unsigned char *codes, unsigned char *scales, bool write) {
-    constexpr uint32_t kLanes = HeadDim / 4;
-    const auto larger = [](float a, float b) { return max_f32(a, b); };
-    const auto magnitude = [](float a) { return as_float(as_bits(a) & 0x7fffffffu); };
-    // Of NaN the larger is the other: they are looked for apart.
-    bool finite = true;
-    float top = 0.0f;
-    for (int j = 0; j < 4; ++j) {
-        finite = finite && (as_bits(x[j]) & 0x7f800000u) != 0x7f800000u;
-        top = max_f32(top, magnitude(x[j]));
+// Quotients by one divisor, as division rounds them but for the sign of zeros: by its inverse, and what
+// that leaves, which a fused multiplication has exactly. A divisor of 0 gives 0.
+struct Divisor {
+    float by, inverse;
+    KVC_DEVICE explicit Divisor(float divisor)
+        : by(divisor), inverse(divisor == 0.0f ? 0.0f : div_rn(1.0f, divisor)) {}
+
+    // Whether nothing overflows on the way, and only quotients that round to code 0 underflow.
+    KVC_DEVICE static bool covers(float divisor) { return divisor > 0x1p-40f && divisor < 0x1p40f; }
+
+    // Of a divisor of at most 19 bits: a quotient is never so near to the middle between two floats
+    // that the error of the inverse, 2^-24 of two last places, could tell.
+    KVC_DEVICE float short_quotient(float x) const {
+        const float near = mul_rn(x, inverse);
+        return fma_rn(fma_rn(-near, by, x), inverse, near);
     }
-    finite = over_lanes<kLanes>(finite ? 0.0f : 1.0f, larger) == 0.0f;
-    top = over_lanes<kLanes>(top, larger);
+    // Of any: the second correction is of a quotient within one last place (Markstein).
+    KVC_DEVICE float quotient(float x) const {
+        const float near = short_quotient(x);
+        return fma_rn(fma_rn(-near, by, x), inverse, near);
+    }
+};
+
+// The integer nearest to `x`, even where two are, plus `Bias`, in the last bits of a float.
+constexpr uint32_t kInteger = 0x4b400000u; // 1.5 * 2^23
+template <uint32_t Bias> KVC_DEVICE uint32_t integer_bits(float x) {
+    return as_bits(add_rn(x, as_float(kInteger + Bias)));
+}
+
+constexpr int kOwn = 16; // channels of a row that a lane has
+
+KVC_DEVICE void load_own(const void *rows, int64_t index, uint32_t dtype, float (&x)[kOwn]) {
+    const char *at = element(rows, index, dtype);
+    if (dtype == kF32) {
+KVC_UNROLL
+        for (int i = 0; i < kOwn; i += 4) {
+            const Vec16 v = *reinterpret_cast<const Vec16 *>(at + 4 * i);
+            for (int j = 0; j < 4; ++j) x[i + j] = as_float(v.word[j]);
+        }
+        return;
+    }
+    // Both halves of a sector: the second comes from L1.
+    const Vec16 v[2] = {reinterpret_cast<const Vec16 *>(at)[0], reinterpret_cast<const Vec16 *>(at)[1]};
+    if (dtype == kBf16) {
+KVC_UNROLL
+        for (int i = 0; i < kOwn; ++i)
+            x[i] = as_float(i % 2 == 0 ? v[i / 8].word[i % 8 / 2] << 16
+                                       : v[i / 8].word[i % 8 / 2] & 0xffff0000u);
+        return;
+    }
+KVC_UNROLL
+    for (int i = 0; i < kOwn; ++i)
+        x[i] = widen_f16(static_cast<uint16_t>(v[i / 8].word[i % 8 / 2] >> i % 2 * 16));
+}
+
+// Whether all of a lane's channels are finite.
+KVC_DEVICE bool all_finite(const float (&x)[kOwn]) {
+    float zero[2] = {0.0f, 0.0f};
+KVC_UNROLL
+    for (int j = 0; j < kOwn; ++j) zero[j % 2] = fma_rn(x[j], 0.0f, zero[j % 2]);
+    return add_rn(zero[0], zero[1]) == 0.0f;
+}
+
+KVC_DEVICE float largest_of(const float (&x)[kOwn]) {
+    float top[2] = {0.0f, 0.0f};
+KVC_UNROLL
+    for (int j = 0; j < kOwn; ++j) top[j % 2] = max_f32(top[j % 2], as_float(as_bits(x[j]) & 0x7fffffffu));
+    return max_f32(top[0], top[1]);
+}
+
+// Four floats as bytes of an FP8 format.
+KVC_DEVICE uint32_t fp8_word(uint32_t format, float a, float b, float c, float d) {
+#if !defined(KVC_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    return format == kFp8E4m3 ? pack_e4m3(a, b) | pack_e4m3(c, d) << 16
+                              : pack_e5m2(a, b) | pack_e5m2(c, d) << 16;
+#else
+    const float x[4] = {a, b, c, d};
     uint32_t word = 0;
-    if (format == kFp8E4m3 || format == kFp8E5m2) {
-        for (int j = 0; j < 4; ++j) {
-            const float y = div_rn(x[j], head_scale);
-            word |= (format == kFp8E4m3 ? E4m3Code::encode(y) : E5m2Code::encode(y)) << 8 * j;
-        }
-        if (finite && write) *reinterpret_cast<uint32_t *>(codes + channel) = word;
-        return finite;
+    for (int j = 0; j < 4; ++j)
+        word |= (format == kFp8E4m3 ? E4m3Code::encode(x[j]) : E5m2Code::encode(x[j])) << 8 * j;
+    return word;
+#endif
+}
+
+KVC_DEVICE Vec16 encode_fp8(uint32_t format, float head_scale, const float (&x)[kOwn]) {
+    float y[kOwn];
+    if (head_scale == 1.0f) {
+        for (int j = 0; j < kOwn; ++j) y[j] = x[j];
+    } else if (Divisor::covers(head_scale) && largest_of(x) < 0x1p80f) {
+        const Divisor scale(head_scale);
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j)
+            y[j] = as_float((as_bits(scale.quotient(x[j])) & 0x7fffffffu) |
+                            (as_bits(x[j]) & 0x80000000u));
+    } else {
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j) y[j] = div_rn(x[j], head_scale);
     }
+    Vec16 codes;
+KVC_UNROLL
+    for (int i = 0; i < 4; ++i)
+        codes.word[i] = fp8_word(format, y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+    return codes;
+}
+
+// No code leaves -127 to 127: the scale is rounded up.
+KVC_DEVICE Vec16 encode_int8(float scale, const float (&x)[kOwn]) {
+    const Divisor step(scale);
+    Vec16 codes;
+KVC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        uint32_t word = 0 - (kInteger + (kInteger << 8));
+KVC_UNROLL
+        for (int j = 0; j < 4; ++j)
+            word += integer_bits<128>(step.short_quotient(x[4 * i + j])) << 8 * j;
+        codes.word[i] = word ^ 0x80808080u;
+    }
+    return codes;
+}
+
+// Nor one 0 to 15. Of 8 codes even ones come first.
+KVC_DEVICE TwoWords encode_int4(float minimum, float scale, const float (&x)[kOwn]) {
+    const Divisor step(scale);
+    TwoWords codes;
+KVC_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        uint32_t word = 0 - (kInteger + (kInteger << 4) + (kInteger << 8));
+KVC_UNROLL
+        for (int j = 0; j < 8; ++j)
+            word += integer_bits<0>(step.short_quotient(add_rn(x[8 * i + j], -minimum)))
+                    << (j / 2 + j % 2 * 4) * 4;
+        codes.word[i] = word;
+    }
+    return codes;
+}
+
+// Sixteen magnitudes as e2m1 for one scale, and what that loses.
+struct Nvfp4Block {
+    uint32_t scale;
+    float loss;
+    TwoWords codes; // but for signs
+
+    // Where `Exact`, a value times the step is, and one rounding is what it and the difference take.
+    template <bool Exact, typename Divide>
+    KVC_DEVICE void encode(float wanted, float head_scale, const float (&x)[kOwn], Divide divide) {
+        scale = E4m3Code::encode(wanted);
+        const float step = mul_rn(E4m3Code::decode(scale), head_scale);
+        const auto by = divide(step);
+        loss = 0.0f;
+        uint32_t bytes[kOwn / 2];
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j) {
+            const float magnitude = as_float(as_bits(x[j]) & 0x7fffffffu);
+            const float y = by(magnitude);
+            // Half the value's power of two, of at least 1, is the unit that a sum with this ends in.
+            const float unit = max_f32(as_float(as_bits(y) & 0x7f800000u), 1.0f);
+            const float sum = fma_rn(unit, 0x1.8p22f, y);
+            const float value = min_f32(fma_rn(unit, -0x1.8p22f, sum), 6.0f);
+            const float error = Exact ? fma_rn(value, -step, magnitude)
+                                      : add_rn(magnitude, -mul_rn(value, step));
+            loss = add_rn(loss, mul_rn(error, error));
+            // As a subnormal the value's first bits are its code.
+            const uint32_t code = as_bits(mul_rn(value, 0x1p-126f));
+            bytes[j / 2] = j % 2 == 0 ? code << 2 : bytes[j / 2] + (code << 6);
+        }
+KVC_UNROLL
+        for (int i = 0; i < 2; ++i)
+            codes.word[i] = permute(permute(bytes[4 * i], bytes[4 * i + 1], 0x0073),
+                                    permute(bytes[4 * i + 2], bytes[4 * i + 3], 0x0073), 0x5410);
+        if (!(step > 0.0f)) scale |= kNoSigns;
+    }
+    static constexpr uint32_t kNoSigns = 0x100; // every code is 0: no scale fits
+};
+
+// Of the scales that put the largest of 16 at 6 and at 4, the one that loses less.
+KVC_DEVICE TwoWords encode_nvfp4(float head_scale, const float (&x)[kOwn], uint32_t &scale) {
+    const float largest = largest_of(x);
+    const float six = div_rn(div_rn(largest, 6.0f), head_scale);
+    const float four = div_rn(mul_rn(largest, 0.25f), head_scale);
+    Nvfp4Block best, other;
+    if (head_scale == 1.0f) {
+        const auto divide = [](float step) {
+            return [by = Divisor(step)](float x) { return by.short_quotient(x); };
+        };
+        best.encode<true>(six, head_scale, x, divide);
+        other.encode<true>(four, head_scale, x, divide);
+    } else if (Divisor::covers(head_scale)) {
+        const auto divide = [](float step) {
+            return [by = Divisor(step)](float x) { return by.quotient(x); };
+        };
+        best.encode<false>(six, head_scale, x, divide);
+        other.encode<false>(four, head_scale, x, divide);
+    } else {
+        const auto divide = [](float step) {
+            return [step](float x) { return step > 0.0f ? div_rn(x, step) : 0.0f; };
+        };
+        best.encode<false>(six, head_scale, x, divide);
+        other.encode<false>(four, head_scale, x, divide);
+    }
+    if (other.loss < best.loss) best = other;
+    if ((best.scale & Nvfp4Block::kNoSigns) == 0) {
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j)
+            best.codes.word[j / 8] |= (as_bits(x[j]) & 0x80000000u) >> (28 - j % 8 * 4);
+    }
+    scale = best.scale & 0xff;
+    return best.codes;
+}
+
+// Encodes a row that lies in its lanes, rotated where it is to be, and writes it where `write` is set;
+// false where it cannot be.
+template <int HeadDim>
+KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[kOwn], uint32_t channel,
+                           unsigned char *codes, unsigned char *scales, bool write) {
+    constexpr uint32_t kLanes = HeadDim / kOwn, kRow = (1u << kLanes) - 1;
+    const uint32_t sound = ballot(kFullMask, all_finite(x)) >> (lane_id() & ~(kLanes - 1));
+    const bool finite = (sound & kRow) == kRow;
+    const auto larger = [](float a, float b) { return max_f32(a, b); };
+    uint16_t *halves = reinterpret_cast<uint16_t *>(scales);
     if (format == kInt8T) {
+        const float top = over_lanes<kLanes>(largest_of(x), larger);
         const uint32_t bits = f16_up(div_rn(top, 127.0f));
-        const float scale = widen_f16(static_cast<uint16_t>(bits));
-        const bool fits = finite && is_finite_f16(bits);
-        for (int j = 0; j < 4; ++j) {
-            const int32_t code = static_cast<int32_t>(code_of(x[j], scale, -127.0f, 127.0f));
-            word |= (static_cast<uint32_t>(code) & 0xff) << 8 * j;
-        }
-        if (fits && write) {
-            *reinterpret_cast<uint32_t *>(codes + channel) = word;
-            if (channel == 0) *reinterpret_cast<uint16_t *>(scales) = static_cast<uint16_t>(bits);
-        }
-        return fits;
+        if (!finite || !is_finite_f16(bits)) return false;
+        if (!write) return true;
+        store_16(codes + channel, encode_int8(widen_f16(static_cast<uint16_t>(bits)), x));
+        if (channel == 0) halves[0] = static_cast<uint16_t>(bits);
+        return true;
     }
     if (format == kInt4T) {
         float low = x[0], high = x[0];
-        for (int j = 1; j < 4; ++j) {
+KVC_UNROLL
+        for (int j = 1; j < kOwn; ++j) {
             low = min_f32(low, x[j]);
             high = max_f32(high, x[j]);
         }
@@ -144,127 +343,94 @@ KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[4
         const uint32_t minimum_bits = f16_down(add_rn(low, 0.0f));
         const float minimum = widen_f16(static_cast<uint16_t>(minimum_bits));
         const uint32_t bits = f16_up(div_rn(add_rn(add_rn(high, 0.0f), -minimum), 15.0f));
-        const float scale = widen_f16(static_cast<uint16_t>(bits));
-        const bool fits = finite && is_finite_f16(bits) && is_finite_f16(minimum_bits);
-        uint32_t code[4];
-        for (int j = 0; j < 4; ++j)
-            code[j] = static_cast<uint32_t>(code_of(add_rn(x[j], -minimum), scale, 0.0f, 15.0f));
-        // The word of two lanes: even elements in its lower half.
-        word = code[0] | code[2] << 4 | code[1] << 16 | code[3] << 20;
-        word <<= channel % 8 * 2;
-        word |= shfl_xor(kFullMask, word, 1);
-        if (fits && write) {
-            if (channel % 8 == 0) *reinterpret_cast<uint32_t *>(codes + channel / 2) = word;
-            if (channel == 0) {
-                reinterpret_cast<uint16_t *>(scales)[0] = static_cast<uint16_t>(bits);
-                reinterpret_cast<uint16_t *>(scales)[1] = static_cast<uint16_t>(minimum_bits);
-            }
+        if (!finite || !is_finite_f16(bits) || !is_finite_f16(minimum_bits)) return false;
+        if (!write) return true;
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) =
+            encode_int4(minimum, widen_f16(static_cast<uint16_t>(bits)), x);
+        if (channel == 0) {
+            halves[0] = static_cast<uint16_t>(bits);
+            halves[1] = static_cast<uint16_t>(minimum_bits);
         }
-        return fits;
+        return true;
     }
-    // NVFP4: of the scales that put the largest of 16 at 6 and at 4, the one that loses less.
-    float largest = 0.0f;
-    for (int j = 0; j < 4; ++j) largest = max_f32(largest, magnitude(x[j]));
-    largest = over_lanes<4>(largest, larger);
-    float best = 0.0f;
-    uint32_t block = 0;
-    for (uint32_t attempt = 0; attempt < 2; ++attempt) {
-        const float wanted = div_rn(div_rn(largest, attempt == 0 ? 6.0f : 4.0f), head_scale);
-        const uint32_t own = E4m3Code::encode(wanted);
-        const float step = mul_rn(E4m3Code::decode(own), head_scale);
-        uint32_t elements = 0;
-        float error[4];
-        for (int j = 0; j < 4; ++j) {
-            const uint32_t code = step > 0.0f ? E2m1Code::encode(div_rn(x[j], step)) : 0;
-            const float value = E2m1Code::decode(code & 7);
-            error[j] = add_rn(x[j], -mul_rn((code & 8) != 0 ? -value : value, step));
-            elements |= code << 4 * j;
-        }
-        // In the order of the channels: lane by lane.
-        float loss = 0.0f;
-        for (uint32_t turn = 0; turn < 4; ++turn) {
-            float sum = loss;
-            for (int j = 0; j < 4; ++j) sum = add_rn(sum, mul_rn(error[j], error[j]));
-            loss = as_float(shfl(kFullMask, as_bits(sum), (lane_id() & ~3u) + turn));
-        }
-        if (attempt == 0 || loss < best) {
-            best = loss;
-            block = own;
-            word = elements;
-        }
+    if (!finite || !write) return finite;
+    if (format == kNvfp4) {
+        uint32_t scale;
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) = encode_nvfp4(head_scale, x, scale);
+        scales[channel / kOwn] = static_cast<unsigned char>(scale);
+    } else {
+        store_16(codes + channel, encode_fp8(format, head_scale, x));
     }
-    if (finite && write) {
-        *reinterpret_cast<uint16_t *>(codes + channel / 2) = static_cast<uint16_t>(word);
-        if (channel % 16 == 0) scales[channel / 16] = static_cast<unsigned char>(block);
-    }
-    return finite;
+    return true;
 }
 
 template <int HeadDim> KVC_DEVICE void append_token(const kvc_append_token_params &params) {
     const kvc_append_params &p = params.call;
-    constexpr uint32_t kLanes = HeadDim / 4, kRows = 32 / kLanes;
-    static_assert(32 % kLanes == 0, "rows lie within a warp");
+    constexpr uint32_t kLanes = HeadDim / kOwn, kRows = 32 / kLanes;
     const uint32_t first = block_x() * p.tokens_per_block, left = p.tokens - first;
     const uint32_t tokens = left < p.tokens_per_block ? left : p.tokens_per_block;
     const uint32_t per_token = 2 * p.kv_heads, rows = tokens * per_token;
-    const uint32_t channel = lane_id() % kLanes * 4;
-    for (uint32_t base = warp_id() * kRows; base < rows; base += block_threads() / 32 * kRows) {
+    const uint32_t channel = lane_id() % kLanes * kOwn;
+KVC_ROLL
+    for (uint32_t base = warp_id() * kRows; base < rows; base += kAppendThreads / 32 * kRows) {
         const uint32_t own = base + lane_id() / kLanes;
         const bool exists = own < rows;
-        const uint32_t token = first + (exists ? own / per_token : 0);
-        const uint32_t which = exists ? own % per_token : 0;
+        const uint32_t ahead = exists ? own / per_token : 0, token = first + ahead;
+        const uint32_t which = exists ? own - ahead * per_token : 0;
         const bool is_key = which < p.kv_heads;
         const uint32_t head = is_key ? which : which - p.kv_heads;
-        const int64_t slot = exists ? p.slots[token] : -1;
-        const int64_t block = slot / p.block_tokens, place = slot % p.block_tokens;
-        bool wanted = slot >= 0;
-        if (wanted && block >= p.num_blocks) {
-            if (channel == 0) raise(p.error_flag, kFlagBlock);
-            wanted = false;
-        }
+        int64_t block;
+        uint32_t place;
+        bool wanted = find_slot(p, exists ? p.slots[token] : -1, channel == 0, block, place);
         const uint32_t position = wanted && p.cosines != nullptr ? p.positions[token] : 0;
         if (wanted && p.cosines != nullptr && position >= p.rope_positions) {
             if (channel == 0) raise(p.error_flag, kFlagPosition);
             wanted = false;
         }
-        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        const int64_t row = is_key ? token * p.k_token + head * p.k_head
-                                   : token * p.v_token + head * p.v_head;
+        float x[kOwn] = {};
         if (wanted) {
-            load_quad(is_key ? p.k : p.v, row + channel, p.row_dtype, x);
-            if (is_key && p.cosines != nullptr) turn_quad(p, row, channel, position, x);
+            const int64_t row = is_key ? token * p.k_token + head * p.k_head
+                                       : token * p.v_token + head * p.v_head;
+            load_own(is_key ? p.k : p.v, row + channel, p.row_dtype, x);
+            if (is_key && p.cosines != nullptr) {
+KVC_UNROLL
+                for (int i = 0; i < kOwn; i += 4) {
+                    float quad[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+                    turn_quad(p, row, channel + i, position, quad);
+                    for (int j = 0; j < 4; ++j) x[i + j] = quad[j];
+                }
+            }
         }
-        const int64_t codes_at =
-            is_key ? block * p.k_cache_block + head * p.k_cache_head + place * p.k_cache_token
-                   : block * p.v_cache_block + head * p.v_cache_head + place * p.v_cache_token;
-        const int64_t scales_at =
-            is_key ? block * params.k_scale_block + head * params.k_scale_head +
-                         place * params.k_scale_token
-                   : block * params.v_scale_block + head * params.v_scale_head +
-                         place * params.v_scale_token;
+        // Rows of a warp are rotated if any is: what is not meant to be stays as it was.
+        const bool rotated = params.format == kInt4T || (is_key && params.k_rotated != 0);
+        if (ballot(kFullMask, rotated) != 0) {
+            float y[kOwn];
+            for (int j = 0; j < kOwn; ++j) y[j] = x[j];
+            rotate_channels<HeadDim>(y, channel);
+            for (int j = 0; j < kOwn; ++j) x[j] = rotated ? y[j] : x[j];
+        }
         unsigned char *codes = static_cast<unsigned char *>(is_key ? p.k_cache : p.v_cache);
         unsigned char *scales =
             static_cast<unsigned char *>(is_key ? params.k_scales : params.v_scales);
+        if (wanted) {
+            codes += is_key ? block * p.k_cache_block + head * p.k_cache_head + place * p.k_cache_token
+                            : block * p.v_cache_block + head * p.v_cache_head + place * p.v_cache_token;
+            scales += is_key ? block * params.k_scale_block + head * params.k_scale_head +
+                                   place * params.k_scale_token
+                             : block * params.v_scale_block + head * params.v_scale_head +
+                                   place * params.v_scale_token;
+        }
         const float *heads = is_key ? params.k_heads : params.v_heads;
-        const bool rotated = params.format == kInt4T || (is_key && params.k_rotated != 0);
-        // Both rows of a warp are rotated if either is: what is not meant to be starts again.
-        float y[4] = {x[0], x[1], x[2], x[3]};
-        if (ballot(kFullMask, rotated) != 0) rotate_quads<HeadDim>(y, channel);
-        for (int j = 0; j < 4; ++j) x[j] = rotated ? y[j] : x[j];
-        const bool fits =
-            encode_row<HeadDim>(params.format, heads == nullptr ? 1.0f : heads[head], x, channel,
-                                wanted ? codes + codes_at : nullptr,
-                                wanted ? scales + scales_at : nullptr, wanted);
+        const bool fits = encode_row<HeadDim>(params.format, heads == nullptr ? 1.0f : heads[head], x,
+                                              channel, codes, scales, wanted);
         if (wanted && !fits && channel == 0) raise(p.error_flag, kFlagRow);
     }
-    const uint32_t q_items = p.q_heads * (p.k_dim / 8);
-    for (uint32_t i = thread_x(); i < tokens * q_items; i += block_threads())
-        append_chunk(p, first + i / q_items, i % q_items);
+    if (p.q_heads != 0) turn_queries(p);
 }
 
 } // namespace kvc
 
 #define KVC_APPEND_TOKEN(dim)                                                            \
-    KVC_KERNEL(kvc_append_token_d##dim, kvc_append_token_params, 256, 4) {               \
+    KVC_KERNEL(kvc_append_token_d##dim, kvc_append_token_params, 256, 3) {               \
         kvc::append_token<dim>(p);                                                       \
     }

@@ -30,15 +30,17 @@ template <int HeadDim> struct CodeState {
     template <int Strips> KVC_DEVICE void weigh(float (&s)[Strips][4], float (&keep)[2]) {
 KVC_UNROLL
         for (int c = 0; c < 2; ++c) {
-            float top = -infinity();
-            for (int i = 0; i < Strips; ++i)
+            float top = max_f32(s[0][c], s[0][2 + c]);
+            for (int i = 1; i < Strips; ++i)
                 top = max_f32(top, max_f32(s[i][c], s[i][2 + c]));
             top = max_f32(m[c], max_over_tokens(top));
             keep[c] = weight(m[c], top);
+            // As `weight` does, with one look at -inf for all: 2^-inf is 0.
+            const float base = top == -infinity() ? 0.0f : top;
             float sum = 0.0f;
             for (int i = 0; i < Strips; ++i) {
-                s[i][c] = weight(s[i][c], top);
-                s[i][2 + c] = weight(s[i][2 + c], top);
+                s[i][c] = exp2_approx(s[i][c] - base);
+                s[i][2 + c] = exp2_approx(s[i][2 + c] - base);
                 sum += s[i][c] + s[i][2 + c];
             }
             l[c] = l[c] * keep[c] + sum;
@@ -46,6 +48,8 @@ KVC_UNROLL
         }
     }
     KVC_DEVICE void rescale(const float (&keep)[2]) {
+        // Most often nothing is larger than what was met before.
+        if (ballot(kFullMask, keep[0] != 1.0f || keep[1] != 1.0f) == 0) return;
 KVC_UNROLL
         for (int i = 0; i < HeadDim / 16; ++i)
             for (int j = 0; j < 4; ++j) o[i][j] *= keep[j % 2];

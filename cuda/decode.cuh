@@ -34,7 +34,8 @@ KVC_UNROLL
         ldmatrix_x4(a, part.k + i * 16);
         T::mma(i % 2 == 0 ? s : odd, a, q[i]);
     }
-    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+    const float factor = score_factor(p);
+    for (int i = 0; i < 4; ++i) s[i] = (s[i] + odd[i]) * factor;
     make_scores(p, u, columns, part.tokens, part.readable, s);
     float scale[2];
 KVC_UNROLL
@@ -58,7 +59,7 @@ KVC_UNROLL
 }
 
 template <typename T, int HeadDim, typename Pipe>
-KVC_DEVICE void decode_unit(const kvc_decode_params &p, const kvc_decode_item &item, uint32_t unit,
+KVC_DEVICE void decode_unit(const kvc_decode_params &p, const Piece &item, uint32_t unit,
                             Pipe &pipe) {
     constexpr int kSteps = HeadDim / 16;
     const Unit u = find_unit(p, item.seq, unit);
@@ -121,13 +122,10 @@ KVC_UNROLL
 
 template <typename T, int HeadDim, typename Pipe>
 KVC_DEVICE void decode_with(const kvc_decode_params &p, Pipe &&pipe) {
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_unit<T, HeadDim>(p, item, static_cast<uint32_t>(work % p.units), pipe);
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_unit<T, HeadDim>(p, item, unit, pipe);
         pipe.give_back();
-        sync_threads();
-    }
+    });
 }
 
 template <typename T, int HeadDim> KVC_DEVICE void decode(const kvc_decode_params &p) {

@@ -59,9 +59,10 @@ KVC_UNROLL
 // Merges what the warps have put there, and writes or stores it. `rotated`, of values, for head
 // dimensions of at most 128.
 template <int HeadDim>
-KVC_DEVICE void finish_unit(const kvc_decode_params &p, const kvc_decode_item &item, uint32_t unit,
+KVC_DEVICE void finish_unit(const kvc_decode_params &p, const Piece &item, uint32_t unit,
                             const Unit &u, bool rotated) {
     const WarpSums<HeadDim> from;
+    const Place place(p, item);
     sync_threads();
     constexpr uint32_t kQuads = HeadDim / 4;
     const Partials<kColumns, HeadDim> partials = {p.partial, p.max_slots, p.units};
@@ -83,21 +84,21 @@ KVC_DEVICE void finish_unit(const kvc_decode_params &p, const kvc_decode_item &i
         if constexpr (kQuads <= 32)
             if (rotated) unrotate_quads<HeadDim>(quad.o, channel);
         if (!column.exists) continue;
-        if (item.pieces == 1)
+        if (place.pieces == 1)
             write_row(p, column, channel, quad);
         else
-            store_partial(partials, item.first_slot + item.piece, unit, c, channel, quad);
+            store_partial(partials, place.slot(place.piece), unit, c, channel, quad);
     }
-    if (item.pieces == 1) return;
+    if (place.pieces == 1) return;
 
-    uint32_t *ticket = p.tickets + static_cast<int64_t>(item.ticket) * p.units + unit;
-    if (!last_to_arrive(ticket, item.pieces, KVC_SMEM(uint32_t))) return;
+    uint32_t *ticket = p.tickets + static_cast<int64_t>(place.first) * p.units + unit;
+    if (!last_to_arrive(ticket, place.pieces, KVC_SMEM(uint32_t))) return;
     for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
         const uint32_t c = i / kQuads, channel = i % kQuads * 4;
         const Column column = find_column(p, u, c);
         if (column.exists)
             write_row(p, column, channel,
-                      merge_partials(partials, item.first_slot, item.pieces, unit, c, channel));
+                      merge_partials(partials, place, unit, c, channel));
     }
 }
 

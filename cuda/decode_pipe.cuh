@@ -214,14 +214,14 @@ template <int HeadDim> struct BulkPipeline {
         const uint32_t begin = s.begin + n * kTileTokens;
         if (mask != 0xff || begin < s.first_token || begin + kTileTokens > s.end) {
             rows = 0;
-            for (uint32_t run = first; run < first + 2; ++run) {
+            for (uint32_t run = 0; run < kRuns; ++run) {
                 Rows r = rows_of(s, n, run);
                 if ((mask >> run & 1) == 0) r.low = r.high = 0;
-                rows += r.any() ? r.high - r.low : 0;
-                // The other rows of V become zeros.
-                uint16_t *v = tile(to, 1) + run * kRunElements;
-                for (uint32_t i = lane; i < HeadDim; i += 32) {
-                    const uint32_t row = i / (HeadDim / 8);
+                if (run / 2 == warp_id()) rows += r.any() ? r.high - r.low : 0;
+                // Of the rows of V that this warp multiplies, those that nobody brings become zeros.
+                uint16_t *v = tile(to, 1) + run * kRunElements + first * HeadDim;
+                for (uint32_t i = lane; i < HeadDim / 4; i += 32) {
+                    const uint32_t row = first + i / (HeadDim / 8);
                     if (row < r.low || row >= r.high) *reinterpret_cast<Vec16 *>(v + i * 8) = Vec16{};
                 }
             }

@@ -1,10 +1,10 @@
-// The plan of paged decode, made on the device from the lengths that stand there: how long a piece
-// of context is, and the list of pieces. One block; see src/kernels/decode.rs for the bounds that
-// make the list fit whatever the lengths are.
+// The plan of paged decode, made on the device from the lengths that stand there: the contexts of
+// all sequences, one after another, cut into ranges. One block; see src/kernels/split.rs for what
+// ranges are, and for the bounds that make their list fit whatever the lengths are.
 //
-// Balanced pieces are as long as total / target_pieces, rounded up to a tile; fixed ones have the
-// length that the caller wants, so that a sequence is cut alike in any batch. A sequence with
-// nothing to read still gets one empty piece, which writes its zeros.
+// Lengths are counted in granules, rounded up. In the deterministic mode a granule is a piece, and
+// each is a range, so that a sequence is cut alike in any batch. A sequence with nothing to read
+// still has one granule: a piece that writes its zeros.
 #pragma once
 #include "kvc_params.h"
 #include "page.cuh"
@@ -25,108 +25,130 @@ KVC_DEVICE Span seen(const kvc_decode_plan_params &p, uint32_t seq) {
     const uint32_t begin = p.window == 0 || hidden <= 0 ? 0 : static_cast<uint32_t>(hidden) / 16 * 16;
     return {begin, static_cast<uint32_t>(length)};
 }
-KVC_DEVICE uint64_t pieces_of(const Span &span, uint64_t piece) {
+KVC_DEVICE uint64_t granules_of(const Span &span, uint64_t granule) {
     const uint64_t tokens = span.end - span.begin;
-    return tokens <= piece ? 1 : (tokens + piece - 1) / piece;
+    return tokens <= granule ? 1 : (tokens + granule - 1) / granule;
 }
 
-// The sum of all threads' values.
-KVC_DEVICE uint64_t block_sum(uint64_t value) {
+// Ranges of equal length, then others of another length.
+struct Cuts {
+    uint64_t total, each_long, each_short;
+    uint32_t longs, count;
+
+    KVC_DEVICE uint64_t begin_of(uint32_t range) const {
+        return range <= longs ? range * each_long
+                              : longs * each_long + (range - longs) * each_short;
+    }
+    KVC_DEVICE uint32_t range_of(uint64_t granule) const {
+        const uint64_t in_longs = longs * each_long;
+        return static_cast<uint32_t>(granule < in_longs ? granule / each_long
+                                                        : longs + (granule - in_longs) / each_short);
+    }
+};
+
+// Granules of a short range, at least: to begin and end one takes as long as a few.
+constexpr uint64_t kShortest = 16;
+
+// Long ranges for three quarters of the work where the rest is enough for short ones.
+KVC_DEVICE Cuts balanced_cuts(uint64_t total, uint32_t longs, uint32_t shorts) {
+    Cuts c = {total, 0, 1, longs, 0};
+    uint64_t rest = 0;
+    if (total < 4 * kShortest * shorts) {
+        c.each_long = (total + longs - 1) / longs;
+        c.longs = static_cast<uint32_t>((total + c.each_long - 1) / c.each_long);
+    } else {
+        c.each_long = total * 3 / 4 / longs;
+        rest = total - longs * c.each_long;
+        c.each_short = (rest + shorts - 1) / shorts;
+    }
+    c.count = c.longs + static_cast<uint32_t>((rest + c.each_short - 1) / c.each_short);
+    return c;
+}
+
+// The sum of all threads' values up to this one's, in shared memory at this thread's place.
+KVC_DEVICE uint64_t *block_scan(uint64_t value) {
     uint64_t *sums = KVC_SMEM(uint64_t);
     const uint32_t t = thread_x();
+    sync_threads();
     sums[t] = value;
     sync_threads();
-    for (uint32_t width = kPlanThreads / 2; width > 0; width /= 2) {
-        if (t < width) sums[t] += sums[t + width];
+    for (uint32_t by = 1; by < kPlanThreads; by *= 2) {
+        const uint64_t before = t >= by ? sums[t - by] : 0;
+        sync_threads();
+        sums[t] += before;
         sync_threads();
     }
-    const uint64_t total = sums[0];
-    sync_threads();
-    return total;
+    return sums;
 }
-
-// The sum of the values of the threads before this one; `total` of all.
-KVC_DEVICE uint32_t block_scan(uint32_t value, uint32_t &total) {
-    uint32_t *warps = KVC_SMEM(uint32_t);
-    uint32_t sum = value;
-    for (uint32_t by = 1; by < 32; by *= 2) {
-        const uint32_t before = shfl_up(kFullMask, sum, by);
-        if (lane_id() >= by) sum += before;
-    }
-    if (lane_id() == 31) warps[warp_id()] = sum;
-    sync_threads();
-    uint32_t before = 0;
-    total = 0;
-    for (uint32_t warp = 0; warp < kPlanThreads / 32; ++warp) {
-        if (warp < warp_id()) before += warps[warp];
-        total += warps[warp];
-    }
-    sync_threads();
-    return before + sum - value;
+KVC_DEVICE uint64_t all_granules(const kvc_decode_plan_params &p, uint64_t granule) {
+    uint64_t own = 0;
+    for (uint32_t seq = thread_x(); seq < p.batch; seq += kPlanThreads)
+        own += granules_of(seen(p, seq), granule);
+    return block_scan(own)[kPlanThreads - 1];
 }
 
 KVC_DEVICE void decode_plan(const kvc_decode_plan_params &p) {
     const uint32_t t = thread_x();
-    uint64_t tokens = 0;
-    for (uint32_t seq = t; seq < p.batch; seq += kPlanThreads) {
-        const Span span = seen(p, seq);
-        tokens += span.end - span.begin;
-    }
-    uint64_t piece = p.fixed_piece;
-    const uint64_t total = block_sum(tokens);
-    if (piece == 0) {
-        const uint64_t even = (total + p.target_pieces - 1) / p.target_pieces;
-        piece = (even + kTileTokens - 1) / kTileTokens * kTileTokens;
-        if (piece < p.min_piece) piece = p.min_piece;
-    }
+    const bool fixed = p.fixed_piece != 0;
+    uint64_t granule = fixed ? p.fixed_piece : p.granule;
+    uint64_t total = all_granules(p, granule);
     // Doubled until everything fits, at the latest when no sequence is cut.
-    for (;;) {
-        uint64_t items = 0, slots = 0, tickets = 0;
-        for (uint32_t seq = t; seq < p.batch; seq += kPlanThreads) {
-            const uint64_t n = pieces_of(seen(p, seq), piece);
-            items += n;
-            if (n > 1) {
-                slots += n;
-                tickets += 1;
-            }
-        }
-        const bool fits = block_sum(items) <= p.max_items;
-        const bool slots_fit = block_sum(slots) <= p.max_slots;
-        const bool tickets_fit = block_sum(tickets) <= p.max_tickets;
-        if (fits && slots_fit && tickets_fit) break;
-        piece *= 2;
+    while (fixed && total > p.max_ranges) {
+        granule *= 2;
+        total = all_granules(p, granule);
         if (t == 0) raise(p.error_flag, kFlagPieces);
     }
+    const Cuts cuts = fixed ? Cuts{total, 1, 1, static_cast<uint32_t>(total), static_cast<uint32_t>(total)}
+                            : balanced_cuts(total, p.longs, p.max_ranges - p.longs);
 
-    uint32_t first_item = 0, first_slot = 0, first_ticket = 0;
+    uint64_t first = 0; // granule of the first of these sequences
     for (uint32_t base = 0; base < p.batch; base += kPlanThreads) {
         const uint32_t seq = base + t;
         const bool live = seq < p.batch;
         const Span span = live ? seen(p, seq) : Span{0, 0};
-        const uint32_t n = live ? static_cast<uint32_t>(pieces_of(span, piece)) : 0;
-        uint32_t items, slots, tickets;
-        const uint32_t item = first_item + block_scan(n, items);
-        const uint32_t slot = first_slot + block_scan(n > 1 ? n : 0, slots);
-        const uint32_t ticket = first_ticket + block_scan(n > 1 ? 1 : 0, tickets);
-        for (uint32_t i = 0; i < n; ++i) {
-            const uint64_t begin = span.begin + i * piece, end = begin + piece;
-            kvc_decode_item *to = p.items + item + i;
-            to->seq = seq;
-            to->begin = static_cast<uint32_t>(begin);
-            to->end = end < span.end ? static_cast<uint32_t>(end) : span.end;
-            to->pieces = n;
-            to->piece = i;
-            to->first_slot = slot;
-            to->ticket = ticket;
-            to->reserved = 0;
+        const uint64_t own = live ? granules_of(span, granule) : 0;
+        const uint64_t *ends = block_scan(own);
+        if (live) {
+            const uint64_t begin = first + ends[t] - own;
+            kvc_decode_span *to = p.spans + seq;
+            to->begin = span.begin;
+            to->end = span.end;
+            to->first = cuts.range_of(begin);
+            to->last = cuts.range_of(begin + own - 1);
         }
-        first_item += items;
-        first_slot += slots;
-        first_ticket += tickets;
+        // The ranges that begin in these sequences.
+        const uint64_t past = first + ends[kPlanThreads - 1];
+        const uint32_t from = first == 0 ? 0 : cuts.range_of(first - 1) + 1;
+        const uint32_t to = cuts.range_of(past - 1) + 1;
+        for (uint32_t range = from + t; range < to; range += kPlanThreads) {
+            const uint64_t at = cuts.begin_of(range) - first;
+            uint32_t low = 0, high = kPlanThreads - 1; // the first that ends past it
+            while (low < high) {
+                const uint32_t middle = (low + high) / 2;
+                if (ends[middle] > at)
+                    high = middle;
+                else
+                    low = middle + 1;
+            }
+            const uint64_t before = (at - (low == 0 ? 0 : ends[low - 1])) * granule;
+            const Span whole = seen(p, base + low);
+            kvc_decode_range *entry = p.ranges + range;
+            entry->seq = base + low;
+            entry->offset = static_cast<uint32_t>(before);
+            entry->begin = whole.begin + static_cast<uint32_t>(before);
+            entry->end = whole.end;
+        }
+        first = past;
     }
-    for (uint64_t i = t; i < static_cast<uint64_t>(first_ticket) * p.units; i += kPlanThreads)
+    for (uint64_t i = t; i < static_cast<uint64_t>(cuts.count) * p.units; i += kPlanThreads)
         p.tickets[i] = 0;
-    if (t == 0) *p.item_count = first_item;
+    if (t == 0) {
+        p.ranges[cuts.count] = {p.batch, 0, 0, 0};
+        p.head->ranges = cuts.count;
+        p.head->slots = fixed ? 1 : 2;
+        p.head->taken = 0;
+        p.head->done = 0;
+    }
 }
 
 } // namespace kvc

@@ -10,183 +10,310 @@
 // Only NVFP4 has scales within a row, which multiply the codes. Weights times scales are kept in
 // the range of f16 by a power of two, the largest scale met, that the sums are counted in.
 //
-// Lane 4g+t takes the same channels of every key, whichever come together in its words; the queries
-// are put in that order once a unit. Values come through transposed matrix loads of 16-bit units,
+// Codes are half of what a 16-bit cache has or less, so instructions are the bound unless they are few.
+// A score or scale that is the largest so far is rare: only then are the warp's sums brought to it, and
+// only then do its lanes exchange anything. Tiles that all columns see whole need no masks.
+//
+// Matrix loads of 16-bit units give lane 4g+t word t of each 16 bytes of a key, whichever codes come
+// together in it; the queries are put in that order once a unit. Values come through transposed loads,
 // which give a lane the codes of two tokens side by side. Values that are stored rotated are rotated
 // back when the unit is finished.
 #pragma once
 #include "code_state.cuh"
-#include "query_rows.cuh"
 #include "quant.cuh"
-#include "token_pipe.cuh"
+#include "query_rows.cuh"
+#include "token_bulk.cuh"
 
 namespace kvc {
 
-// The formats of src/quant/row.rs. Channels of the values' matrices: `channel(i, g, half)` is row g +
-// 8 half of the i-th.
+// The formats of src/quant/row.rs, and how a word of keys or 16 bits of two values become pairs of f16.
+// Channels of the values' matrices: `channel(i, g, half)` is row g + 8 half of the i-th.
+//
+// A `kSmall` format has its codes plus kLess as the last bits of f16, of pair i from bit `place(i)` on:
+// subnormal numbers, codes times 2^(place - 24), which the products take exactly and which cost one
+// instruction a pair. Queries have the other powers of two, of which key_factor is left, and sums of values
+// get theirs at the end. What kLess adds is taken away by the sums of the queries, and by those of the
+// rounded weights, which a product with ones makes.
 template <typename C> struct ByteFormat {
     using Codes = C;
+    static constexpr bool kScaled = false, kMinimum = false, kGroups = false, kSmall = false;
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[C::kPairs]) { C::unpack(w, out); }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[C::kPairs]) { C::rows(w, out); }
     KVC_DEVICE static constexpr uint32_t channel(uint32_t i, uint32_t g, uint32_t half) {
         return 16 * i + 2 * g + half;
     }
+    KVC_DEVICE static constexpr uint32_t place(uint32_t) { return 0; }
 };
-template <typename C> struct NibbleFormat {
-    using Codes = C;
+template <typename C> struct NibbleFormat : ByteFormat<C> {
     KVC_DEVICE static constexpr uint32_t channel(uint32_t i, uint32_t g, uint32_t half) {
         return i / 2 * 32 + g / 2 * 8 + C::row_element(g % 2, i % 2 * 2 + half);
     }
 };
-struct Fp8E4m3Rows : ByteFormat<E4m3> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = false;
-};
-struct Fp8E5m2Rows : ByteFormat<E5m2> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = false;
-};
+struct Fp8E4m3Rows : ByteFormat<E4m3> {};
+struct Fp8E5m2Rows : ByteFormat<E5m2> {};
 struct Int8Rows : ByteFormat<Int8> {
-    static constexpr bool kScaled = true, kMinimum = false, kGroups = false;
+    static constexpr bool kScaled = true, kSmall = true;
+    static constexpr float kLess = 128.0f;
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ 0x80808080u, 0, 0x4140);
+        out[1] = permute(w ^ 0x80808080u, 0, 0x4342);
+    }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ 0x80808080u, 0, 0x4240);
+        out[1] = permute(w ^ 0x80808080u, 0, 0x4341);
+    }
 };
-struct Int4Rows : NibbleFormat<NibblesLess8> {
-    static constexpr bool kScaled = true, kMinimum = true, kGroups = false;
+// Codes less 8: what all codes have in common would come together in one channel where values are
+// rotated back.
+struct Int4Rows : NibbleFormat<Nibbles> {
+    static constexpr bool kScaled = true, kMinimum = true, kSmall = true;
+    static constexpr float kLess = 8.0f;
+    KVC_DEVICE static constexpr uint32_t place(uint32_t i) { return i % 2 * 4; }
+    KVC_DEVICE static void keys(uint32_t w, uint32_t (&out)[4]) {
+        const uint32_t upper = w >> 8;
+        out[0] = w & 0x000f000fu;
+        out[1] = w & 0x00f000f0u;
+        out[2] = upper & 0x000f000fu;
+        out[3] = upper & 0x00f000f0u;
+    }
+    KVC_DEVICE static void values(uint32_t w, uint32_t (&out)[4]) { keys(w, out); }
 };
 struct Nvfp4Rows : NibbleFormat<E2m1> {
-    static constexpr bool kScaled = false, kMinimum = false, kGroups = true;
+    static constexpr bool kGroups = true;
 };
+
+// What is left of the powers of two of small codes and their queries, which are up to 2 and get 2^14.
+template <typename Format> KVC_DEVICE constexpr float key_factor() {
+    return Format::kSmall ? 1024.0f : Format::Codes::kFactor;
+}
+template <typename Format> KVC_DEVICE constexpr float value_factor(uint32_t pair) {
+    return Format::kSmall ? static_cast<float>(1u << (24 - Format::place(pair))) : Format::Codes::kFactor;
+}
 
 // Bytes of scales of a row.
 template <typename Format> KVC_DEVICE constexpr uint32_t scale_bytes(uint32_t head_dim) {
     return Format::kGroups ? head_dim / 16 : Format::kMinimum ? 4 : Format::kScaled ? 2 : 0;
 }
 
-// Two scales of e4m3, of one token each or of two groups, as f16 pairs.
-KVC_DEVICE uint32_t group_scales(uint32_t low, uint32_t high) {
-    uint32_t pairs[2];
-    E4m3::unpack(low | high << 8, pairs);
+// Four scales of e4m3, as f16.
+KVC_DEVICE void group_scales(uint32_t four, uint32_t (&pairs)[2]) {
+    E4m3::unpack(four, pairs);
     // Whole, so that small codes stay exact.
-    return E4m3::kFactor == 1.0f ? pairs[0] : mul_f16x2(pairs[0], twice(0x5c00));
+    if constexpr (E4m3::kFactor != 1.0f)
+        for (uint32_t &pair : pairs) pair = mul_f16x2(pair, twice(0x5c00));
 }
 
+// The sums of a warp, of which the largest score and the unit change seldom.
+template <int HeadDim> struct TokenState : CodeState<HeadDim> {
+    float base[2]; // m, or the least float where no token was seen
+    KVC_DEVICE TokenState() : weights{0.0f, 0.0f, 0.0f, 0.0f} { base[0] = base[1] = -kLargest; }
+    static constexpr float kLargest = 3.4028234663852886e38f;
+    float weights[4]; // sums of the rounded ones, as a row of `o` would be
+
+    // Makes weights of scores; `largest` of the lane's scales of values where they are `Scaled`.
+    template <bool Scaled, int Strips>
+    KVC_DEVICE void weigh(float (&s)[Strips][4], float largest) {
+        float top[2];
+KVC_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            top[c] = max_f32(s[0][c], s[0][2 + c]);
+            for (int i = 1; i < Strips; ++i) top[c] = max_f32(top[c], max_f32(s[i][c], s[i][2 + c]));
+        }
+        bool more = top[0] > this->m[0] || top[1] > this->m[1];
+        if constexpr (Scaled) more = more || largest >= this->in_units();
+        if (ballot(kFullMask, more) != 0) {
+            float keep[2];
+KVC_UNROLL
+            for (int c = 0; c < 2; ++c) {
+                const float next = max_f32(this->m[c], max_over_tokens(top[c]));
+                keep[c] = weight(this->m[c], next);
+                this->l[c] *= keep[c];
+                this->minima[c] *= keep[c];
+                this->m[c] = next;
+                base[c] = max_f32(next, -kLargest);
+            }
+            if constexpr (Scaled) {
+                const float same = this->count_in(max_over_tokens(largest));
+                for (int c = 0; c < 2; ++c) keep[c] *= same;
+            }
+            this->rescale(keep);
+            for (int j = 0; j < 4; ++j) weights[j] *= keep[j % 2];
+        }
+KVC_UNROLL
+        for (int i = 0; i < Strips; ++i)
+            for (int j = 0; j < 4; ++j) {
+                s[i][j] = exp2_approx(s[i][j] - base[j % 2]);
+                this->l[j % 2] += s[i][j];
+            }
+    }
+};
+
 template <typename Format, int HeadDim, typename Pipe>
-KVC_DEVICE void accumulate_codes(const kvc_decode_token_params &p, const Unit &u,
+KVC_DEVICE void accumulate_codes(const kvc_decode_params &p, const Unit &u,
                                  const Column (&columns)[2], const float (&q_factors)[2],
                                  const float (&q_sums)[2], const uint32_t (&q)[HeadDim / 16][2],
                                  const TokenSource &source, uint32_t n, const Pipe &pipe,
-                                 CodeState<HeadDim> &state) {
+                                 TokenState<HeadDim> &state) {
     using Codes = typename Format::Codes;
-    using Words = RowWords<Codes, HeadDim>;
+    constexpr uint32_t kChunks = HeadDim * Codes::kBits / 128, kStrips = Pipe::kStrips;
+    constexpr uint32_t kProducts = Codes::kPairs / 2; // of a chunk
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const unsigned char *keys = pipe.rows(pipe.from, 0), *values = pipe.rows(pipe.from, 1);
-    const unsigned char *k_scales = pipe.scales(pipe.from, 0), *v_scales = pipe.scales(pipe.from, 1);
 
-    float strip[1][4] = {}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float (&s)[4] = strip[0];
+    uint32_t k_scales[kStrips][2][2], key_groups[kStrips][2][2];
+    if constexpr (scale_bytes<Format>(HeadDim) != 0) pipe.row_scales(0, g, k_scales);
+    if constexpr (Format::kGroups) {
+        // Of each chunk's two groups, that of this lane's words.
+        const uint32_t pick = 0x6420 + t / 2 * 0x1111;
 KVC_UNROLL
-    for (uint32_t j = 0; j < Words::kRuns; ++j) {
-        const uint32_t byte = Words::word(t, j, 0) * 4;
-        WordRun<Words::kRun> run[2];
-KVC_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t row = g + 8 * i;
-            run[i] = *reinterpret_cast<const WordRun<Words::kRun> *>(
-                keys + row * Words::kBytes + Pipe::key_chunk(row, byte / 16) * 16 + byte % 16);
+        for (uint32_t i = 0; i < 2 * kStrips; ++i) {
+            const uint32_t (&words)[2] = k_scales[i / 2][i % 2];
+            group_scales(permute(words[0], HeadDim > 64 ? words[1] : 0, pick), key_groups[i / 2][i % 2]);
         }
+    }
+    float s[kStrips][4];
+    for (uint32_t strip = 0; strip < kStrips; ++strip)
+        for (int i = 0; i < 4; ++i)
+            if constexpr (Format::kSmall)
+                s[strip][i] = -Format::kLess * q_sums[i % 2];
+            else
+                s[strip][i] = 0.0f;
 KVC_UNROLL
-        for (uint32_t w = 0; w < Words::kRun; ++w) {
-            uint32_t low[Codes::kPairs], high[Codes::kPairs];
-            Codes::unpack(run[0].word[w], low);
-            Codes::unpack(run[1].word[w], high);
-            if constexpr (Format::kGroups) {
-                const uint32_t group = Words::word(t, j, w) * Words::kPerWord / 16;
-                const uint32_t a = group_scales(k_scales[g * kScaleSlot + group],
-                                                k_scales[(g + 8) * kScaleSlot + group]);
+    for (uint32_t two = 0; two < kChunks; two += 2) {
 KVC_UNROLL
-                for (int i = 0; i < Codes::kPairs; ++i) {
-                    low[i] = mul_f16x2(low[i], permute(a, 0, 0x1010));
-                    high[i] = mul_f16x2(high[i], permute(a, 0, 0x3232));
+        for (uint32_t strip = 0; strip < kStrips; ++strip) {
+            uint32_t codes[4];
+            ldmatrix_x4(codes, pipe.at(0, strip, two));
+KVC_UNROLL
+            for (uint32_t half = 0; half < 2; ++half) {
+                uint32_t low[Codes::kPairs], high[Codes::kPairs];
+                Format::keys(codes[2 * half], low);
+                Format::keys(codes[2 * half + 1], high);
+                if constexpr (Format::kGroups) {
+                    const uint32_t both = half == 0 ? 0x1010 : 0x3232;
+                    const uint32_t a = permute(key_groups[strip][0][two / 2], 0, both);
+                    const uint32_t b = permute(key_groups[strip][1][two / 2], 0, both);
+KVC_UNROLL
+                    for (int i = 0; i < Codes::kPairs; ++i) {
+                        low[i] = mul_f16x2(low[i], a);
+                        high[i] = mul_f16x2(high[i], b);
+                    }
+                }
+KVC_UNROLL
+                for (uint32_t i = 0; i < kProducts; ++i) {
+                    const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
+                    mma_f16(s[strip], a, q[(two + half) * kProducts + i]);
                 }
             }
-KVC_UNROLL
-            for (uint32_t i = 0; i < Codes::kPairs / 2; ++i) {
-                const uint32_t step = (j * Words::kRun + w) * (Codes::kPairs / 2) + i;
-                const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
-                mma_f16(step % 2 == 0 ? s : odd, a, q[step]);
-            }
         }
     }
 
-    const uint32_t mask = pipe.mask();
-    const int32_t token = static_cast<int32_t>(source.begin + n * kTileTokens +
-                                               warp_id() * kTokenWarpTokens + g);
-    const int32_t tokens[2] = {token, token + 8};
-    const bool readable[2] = {(mask >> g & 1) != 0, (mask >> (g + 8) & 1) != 0};
-    float v_scale[2] = {1.0f, 1.0f}, v_minimum[2] = {0.0f, 0.0f};
-KVC_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        float scale = 1.0f, minimum = 0.0f;
-        if constexpr (Format::kScaled) {
-            const uint32_t k = *reinterpret_cast<const uint32_t *>(k_scales + (g + 8 * i) * kScaleSlot);
-            const uint32_t v = *reinterpret_cast<const uint32_t *>(v_scales + (g + 8 * i) * kScaleSlot);
-            scale = widen_f16(static_cast<uint16_t>(k));
-            v_scale[i] = readable[i] ? widen_f16(static_cast<uint16_t>(v)) : 0.0f;
-            if constexpr (Format::kMinimum) {
-                minimum = widen_f16(static_cast<uint16_t>(k >> 16)) + Codes::kLess * scale;
-                v_minimum[i] = readable[i] ? widen_f16(static_cast<uint16_t>(v >> 16)) +
-                                                 Codes::kLess * v_scale[i]
-                                           : 0.0f;
-            }
-        }
-KVC_UNROLL
-        for (int c = 0; c < 2; ++c) {
-            float &x = s[2 * i + c];
-            x += odd[2 * i + c];
-            if constexpr (Format::kScaled) x *= scale;
-            if constexpr (Format::kMinimum) x += minimum * q_sums[c];
-            x *= q_factors[c];
-        }
-    }
-    make_scores(p.call, u, columns, tokens, readable, s);
-    float keep[2];
-    state.weigh(strip, keep);
-    if constexpr (Format::kMinimum)
-        for (int c = 0; c < 2; ++c)
-            state.minima[c] =
-                state.minima[c] * keep[c] + (s[c] * v_minimum[0] + s[2 + c] * v_minimum[1]);
+    const bool whole = pipe.whole(source, n);
+    float v_scale[kStrips][2], v_minimum[kStrips][2], largest = 0.0f;
     if constexpr (Format::kScaled) {
-        const float same = state.count_in(max_over_tokens(max_f32(v_scale[0], v_scale[1])));
-        const float unit = state.per_unit();
-        for (int i = 0; i < 4; ++i) s[i] *= v_scale[i / 2] * unit;
-        for (int c = 0; c < 2; ++c) keep[c] *= same;
+        uint32_t v_scales[kStrips][2][2];
+        pipe.row_scales(1, g, v_scales);
+KVC_UNROLL
+        for (uint32_t strip = 0; strip < kStrips; ++strip)
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t k = k_scales[strip][i][0];
+                const uint32_t v = v_scales[strip][i][0];
+                const bool used = whole || pipe.can_read(source, n, strip, g + 8 * i);
+                const float scale = widen_f16(static_cast<uint16_t>(k));
+                v_scale[strip][i] = used ? widen_f16(static_cast<uint16_t>(v)) : 0.0f;
+                largest = max_f32(largest, v_scale[strip][i]);
+                float minimum = 0.0f;
+                if constexpr (Format::kMinimum) {
+                    minimum = widen_f16(static_cast<uint16_t>(k >> 16)) + Format::kLess * scale;
+                    v_minimum[strip][i] = used ? widen_f16(static_cast<uint16_t>(v >> 16)) +
+                                                     Format::kLess * v_scale[strip][i]
+                                               : 0.0f;
+                }
+                for (int c = 0; c < 2; ++c) {
+                    float &x = s[strip][2 * i + c];
+                    x *= scale;
+                    if constexpr (Format::kMinimum) x += minimum * q_sums[c];
+                }
+            }
     }
-    const uint32_t weights[2] = {movmatrix_trans(pack_f16(s[0], s[1])),
-                                 movmatrix_trans(pack_f16(s[2], s[3]))};
-    state.rescale(keep);
+KVC_UNROLL
+    for (uint32_t strip = 0; strip < kStrips; ++strip)
+        for (int i = 0; i < 4; ++i) s[strip][i] *= q_factors[i % 2];
+    const int32_t begin = static_cast<int32_t>(source.begin + n * Pipe::kTokens);
+    const int32_t end = begin + static_cast<int32_t>(Pipe::kTokens);
+    if (!whole || begin < u.plain_from || end > u.plain_to) {
+KVC_UNROLL
+        for (uint32_t strip = 0; strip < kStrips; ++strip) {
+            int32_t tokens[2];
+            bool readable[2];
+KVC_UNROLL
+            for (uint32_t i = 0; i < 2; ++i) {
+                tokens[i] = static_cast<int32_t>(pipe.token(source, n, strip, g + 8 * i));
+                readable[i] = pipe.can_read(source, n, strip, g + 8 * i);
+            }
+            make_scores(p, u, columns, tokens, readable, s[strip]);
+        }
+    }
+    state.template weigh<Format::kScaled>(s, largest);
 
-    const uint32_t row = lane_id() % 16;
-    constexpr uint32_t kPerChunk = Codes::kPairs / 2; // products
+    uint32_t weights[kStrips][2];
 KVC_UNROLL
-    for (uint32_t two = 0; two < Pipe::kChunks; two += 2) {
-        uint32_t codes[4];
-        ldmatrix_x4_trans(codes, values + row * Words::kBytes +
-                                     Pipe::value_chunk(row, two + lane_id() / 16) * 16);
+    for (uint32_t strip = 0; strip < kStrips; ++strip)
+        for (int i = 0; i < 2; ++i) {
+            float &x = s[strip][2 * i], &y = s[strip][2 * i + 1];
+            if constexpr (Format::kMinimum) {
+                state.minima[0] += x * v_minimum[strip][i];
+                state.minima[1] += y * v_minimum[strip][i];
+            }
+            if constexpr (Format::kScaled) {
+                const float factor = v_scale[strip][i] * state.per_unit();
+                x *= factor;
+                y *= factor;
+            }
+            weights[strip][i] = movmatrix_trans(pack_f16(x, y));
+        }
+
+    if constexpr (Format::kSmall) {
+        constexpr uint32_t kOnes[4] = {twice(0x3c00), twice(0x3c00), twice(0x3c00), twice(0x3c00)};
 KVC_UNROLL
-        for (uint32_t half = 0; half < 2; ++half) {
-            uint32_t low[Codes::kPairs], high[Codes::kPairs];
-            Codes::rows(codes[2 * half], low);
-            Codes::rows(codes[2 * half + 1], high);
+        for (uint32_t strip = 0; strip < kStrips; ++strip)
+            mma_f16(state.weights, kOnes, weights[strip]);
+    }
+
+    // Scales of the tokens 2t and 2t + 1 of each strip, and those eight further.
+    uint32_t even[kStrips][2][2], odd[kStrips][2][2];
+    if constexpr (Format::kGroups) {
+        pipe.row_scales(1, 2 * t, even);
+        pipe.row_scales(1, 2 * t + 1, odd);
+    }
+KVC_UNROLL
+    for (uint32_t two = 0; two < kChunks; two += 2) {
+KVC_UNROLL
+        for (uint32_t strip = 0; strip < kStrips; ++strip) {
+            uint32_t codes[4], first[2], second[2];
+            ldmatrix_x4_trans(codes, pipe.at(1, strip, two));
             if constexpr (Format::kGroups) {
                 // Channels 32 to a chunk, of which this lane's four are in one group.
-                const unsigned char *at = v_scales + (two + half) * 2 + g / 4 + 2 * t * kScaleSlot;
-                const uint32_t a = group_scales(at[0], at[kScaleSlot]);
-                const uint32_t b = group_scales(at[8 * kScaleSlot], at[9 * kScaleSlot]);
-KVC_UNROLL
-                for (int i = 0; i < Codes::kPairs; ++i) {
-                    low[i] = mul_f16x2(low[i], a);
-                    high[i] = mul_f16x2(high[i], b);
-                }
+                const uint32_t pick = 0x6240 + g / 4 * 0x1111;
+                group_scales(permute(even[strip][0][two / 2], odd[strip][0][two / 2], pick), first);
+                group_scales(permute(even[strip][1][two / 2], odd[strip][1][two / 2], pick), second);
             }
 KVC_UNROLL
-            for (uint32_t i = 0; i < kPerChunk; ++i) {
-                const uint32_t a[4] = {low[2 * i], low[2 * i + 1], high[2 * i], high[2 * i + 1]};
-                mma_f16(state.o[(two + half) * kPerChunk + i], a, weights);
+            for (uint32_t half = 0; half < 2; ++half) {
+                uint32_t low[Codes::kPairs], high[Codes::kPairs];
+                Format::values(codes[2 * half], low);
+                Format::values(codes[2 * half + 1], high);
+                if constexpr (Format::kGroups) {
+KVC_UNROLL
+                    for (int i = 0; i < Codes::kPairs; ++i) {
+                        low[i] = mul_f16x2(low[i], first[half]);
+                        high[i] = mul_f16x2(high[i], second[half]);
+                    }
+                }
+KVC_UNROLL
+                for (uint32_t i = 0; i < kProducts; ++i) {
+                    const uint32_t a[4] = {low[2 * i], low[2 * i + 1], high[2 * i], high[2 * i + 1]};
+                    mma_f16(state.o[(two + half) * kProducts + i], a, weights[strip]);
+                }
             }
         }
     }
@@ -194,7 +321,7 @@ KVC_UNROLL
 
 template <typename Format, int HeadDim, typename Pipe>
 KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
-                                  const kvc_decode_item &item, uint32_t unit, Pipe &pipe) {
+                                  const Piece &item, uint32_t unit, Pipe &pipe) {
     using Codes = typename Format::Codes;
     const kvc_decode_params &p = params.call;
     const Unit u = find_unit(p, item.seq, unit);
@@ -211,29 +338,36 @@ KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
     source.begin = item.begin;
     source.end = item.end;
     source.first_token = static_cast<uint32_t>(u.first_token);
-    source.count = (item.end - item.begin + kTileTokens - 1) / kTileTokens;
+    source.count = (item.end - item.begin + Pipe::kTokens - 1) / Pipe::kTokens;
     const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, p.block_tokens,
                            p.num_blocks, p.error_flag);
-    pipe.look_up(source, table, 0);
+    pipe.look_up(source, table);
 
     const QueryRows<HeadDim> rows(KVC_SMEM(unsigned char) + params.query_at);
     rows.fill(p, u, params.k_rotated != 0);
     sync_threads();
     uint32_t q[HeadDim / 16][2];
-    RowWords<Codes, HeadDim>::queries(rows, g, t, q);
+    RowWords<Codes, HeadDim, 1>::queries(rows, g, t, q);
+    if constexpr (Format::kSmall) {
+KVC_UNROLL
+        for (uint32_t at = 0; at < HeadDim / 8; ++at)
+            q[at / 2][at % 2] = mul_f16x2(q[at / 2][at % 2],
+                                          twice((29 - Format::place(at % Codes::kPairs)) << 10));
+    }
     const float k_factor =
-        Codes::kFactor * (params.k_heads == nullptr ? 1.0f : params.k_heads[u.kv_head]);
+        key_factor<Format>() * (params.k_heads == nullptr ? 1.0f : params.k_heads[u.kv_head]);
     const float q_factors[2] = {rows.factors[2 * t] * k_factor, rows.factors[2 * t + 1] * k_factor};
-    const float q_sums[2] = {rows.sums[2 * t], rows.sums[2 * t + 1]};
+    constexpr float kDown = Format::kSmall ? 1.0f / key_factor<Format>() : 1.0f;
+    const float q_sums[2] = {rows.sums[2 * t] * kDown, rows.sums[2 * t + 1] * kDown};
     const Column columns[2] = {find_column(p, u, 2 * t), find_column(p, u, 2 * t + 1)};
-    CodeState<HeadDim> state;
+    TokenState<HeadDim> state;
 
-    const uint32_t ahead = p.stages - 1;
+    const uint32_t ahead = pipe.stages - 1;
     for (uint32_t next = 0; next < source.count + ahead; ++next) {
         pipe.issue(source, table, next);
         if (next < ahead) continue;
-        pipe.wait();
-        accumulate_codes<Format, HeadDim>(params, u, columns, q_factors, q_sums, q, source,
+        pipe.wait(source, next - ahead);
+        accumulate_codes<Format, HeadDim>(p, u, columns, q_factors, q_sums, q, source,
                                           next - ahead, pipe, state);
         pipe.release();
     }
@@ -241,30 +375,41 @@ KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
     sync_threads();
 
     const float v_factor =
-        (Format::kScaled ? state.in_units() : 1.0f) * Codes::kFactor *
+        (Format::kScaled ? state.in_units() : 1.0f) *
         (params.v_heads == nullptr ? 1.0f : params.v_heads[u.kv_head]);
     // A minimum counts for every channel, once for all of a token's lanes.
     float minima[2] = {0.0f, 0.0f};
     if constexpr (Format::kMinimum)
         for (int c = 0; c < 2; ++c) minima[c] = sum_over_tokens(state.minima[c]);
+    if constexpr (Format::kSmall)
+        for (int c = 0; c < 2; ++c) minima[c] -= Format::kLess * state.weights[c] * v_factor;
     put_warp_sums<HeadDim>(state.m, state.l, [&](int i, int half, int c, uint32_t &channel) {
         channel = Format::channel(static_cast<uint32_t>(i), g, static_cast<uint32_t>(half));
-        return state.o[i][half * 2 + c] * v_factor + minima[c];
+        return state.o[i][half * 2 + c] * (value_factor<Format>(half) * v_factor) + minima[c];
     });
     finish_unit<HeadDim>(p, item, unit, u, params.v_rotated != 0);
 }
 
+template <typename Format, int HeadDim, typename Pipe>
+KVC_DEVICE void decode_token_with(const kvc_decode_token_params &params, Pipe &&pipe) {
+    const kvc_decode_params &p = params.call;
+    for_each_piece<true>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        decode_token_unit<Format, HeadDim>(params, item, unit, pipe);
+        pipe.give_back();
+    });
+}
+
 template <typename Format, int HeadDim>
 KVC_DEVICE void decode_token(const kvc_decode_token_params &params) {
-    const kvc_decode_params &p = params.call;
-    TokenPipeline<RowWords<typename Format::Codes, HeadDim>::kBytes, scale_bytes<Format>(HeadDim)> pipe(
-        params);
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        decode_token_unit<Format, HeadDim>(params, item, static_cast<uint32_t>(work % p.units), pipe);
-        sync_threads();
-    }
+    constexpr uint32_t kRow = HeadDim * Format::Codes::kBits / 8, kScales = scale_bytes<Format>(HeadDim);
+#if defined(KVC_EMULATE) || __CUDA_ARCH__ >= 900
+    // Integers and their weights of 0 are no NaN.
+    using Bulk = TokenBulkPipeline<kRow, kScales, !Format::kScaled>;
+    if (params.call.bulk != 0)
+        return decode_token_with<Format, HeadDim>(
+            params, Bulk(params, params.query_at + QueryRows<HeadDim>::kBytes));
+#endif
+    decode_token_with<Format, HeadDim>(params, TokenPipeline<kRow, kScales>(params));
 }
 
 } // namespace kvc

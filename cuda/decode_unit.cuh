@@ -20,6 +20,9 @@ struct Unit {
     int32_t length;
     int32_t tail;        // where the tail begins, below 0 where it is longer than the sequence
     int32_t first_token; // no row sees an earlier one
+    // Every column sees the tokens from the first of these to before the second, and their scores want
+    // nothing but their factor: none where the call has a soft-cap or slopes.
+    int32_t plain_from, plain_to;
     bool empty;          // no column of this tile belongs to the sequence
 };
 
@@ -45,6 +48,10 @@ KVC_DEVICE Unit find_unit(const kvc_decode_params &p, uint32_t seq, uint32_t uni
     u.tail = u.length - static_cast<int32_t>(u.rows);
     const int64_t low = static_cast<int64_t>(u.tail) + 1 - p.window;
     u.first_token = p.window != 0 && low > 0 ? static_cast<int32_t>(low) : 0;
+    // No row stands further on than the last token, in a tree of drafts neither.
+    const int64_t all_see = static_cast<int64_t>(u.length) - p.window;
+    u.plain_from = p.window != 0 && all_see > 0 ? static_cast<int32_t>(all_see) : 0;
+    u.plain_to = p.softcap == 0.0f && p.slopes == nullptr ? u.tail : 0;
     u.empty = u.first_column >= u.columns;
     return u;
 }
@@ -94,11 +101,20 @@ KVC_DEVICE Column find_column(const kvc_decode_params &p, const Unit &u, uint32_
     return out;
 }
 
-// Turns dot products into scores in powers of two, -inf where a token is not seen: s[2 * i + c] is
-// token i for column c. A token that can be read is one of the sequence.
+// What dot products are multiplied with before they are turned into scores: with the scale, and where
+// scores are no more than that, also with what makes them powers of two.
+KVC_DEVICE float score_factor(const kvc_decode_params &p) {
+    return p.softcap == 0.0f && p.slopes == nullptr ? p.scale * kLog2e : p.scale;
+}
+
+// Turns dot products times `score_factor` into scores in powers of two, -inf where a token is not seen:
+// s[2 * i + c] is token i for column c. A token that can be read is one of the sequence. What a lane's
+// scores are does not depend on whether it returns early.
 KVC_DEVICE void make_scores(const kvc_decode_params &p, const Unit &u, const Column (&columns)[2],
                             const int32_t (&tokens)[2], const bool (&readable)[2], float (&s)[4]) {
-    for (int i = 0; i < 4; ++i) s[i] *= p.scale;
+    const int32_t first = tokens[0] < tokens[1] ? tokens[0] : tokens[1];
+    const int32_t last = tokens[0] < tokens[1] ? tokens[1] : tokens[0];
+    if (readable[0] && readable[1] && first >= u.plain_from && last < u.plain_to) return;
     if (p.softcap != 0.0f) {
         const float inverse = 1.0f / p.softcap;
         for (int i = 0; i < 4; ++i) s[i] = p.softcap * tanh_approx(s[i] * inverse);
@@ -116,12 +132,13 @@ KVC_DEVICE void make_scores(const kvc_decode_params &p, const Unit &u, const Col
             s[i] += c.slope * (static_cast<float>(positions[i / 2]) - c.position);
         }
     }
+    const float rest = p.softcap == 0.0f && p.slopes == nullptr ? 1.0f : kLog2e;
     for (int i = 0; i < 4; ++i) {
         const Column &c = columns[i % 2];
         const int32_t place = tokens[i / 2] - u.tail;
         const bool seen = place < 0 || (c.tail >> (place & 31) & 1) != 0;
         const bool hidden = !readable[i / 2] || !seen || positions[i / 2] < c.low;
-        s[i] = hidden ? -infinity() : s[i] * kLog2e;
+        s[i] = hidden ? -infinity() : s[i] * rest;
     }
 }
 

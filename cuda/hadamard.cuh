@@ -1,4 +1,4 @@
-// The rotation of src/quant/hadamard.rs over rows that lie four channels a lane: fixed signs, then a
+// The rotation of src/quant/hadamard.rs over rows that lie four or more channels a lane: fixed signs, then a
 // Hadamard transform in blocks of the largest power of two that divides the row. The butterflies are
 // in the same order and nothing is contracted, so the bits are the CPU's.
 //
@@ -10,54 +10,64 @@
 namespace kvc {
 
 // Signs of the channels 64 * word to 64 * word + 63, a bit each.
-KVC_DEVICE uint64_t sign_word(uint32_t word) {
+KVC_DEVICE constexpr uint64_t sign_word(uint32_t word) {
     uint64_t x = 0x006b766361636865ull + (word % 9 + 1) * 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
 
-KVC_DEVICE void negate_quad(float (&x)[4], uint32_t channel) {
-    const uint32_t signs = static_cast<uint32_t>(sign_word(channel / 64) >> channel % 64);
-    for (int j = 0; j < 4; ++j) x[j] = as_float(as_bits(x[j]) ^ (signs >> j & 1) << 31);
+// `Own` channels from a multiple of `Own` on, a power of two of at most 32.
+template <int HeadDim, int Own> KVC_DEVICE void negate_channels(float (&x)[Own], uint32_t channel) {
+    uint64_t word = sign_word(0);
+KVC_UNROLL
+    for (uint32_t i = 1; i < (HeadDim + 63) / 64; ++i)
+        if (channel / 64 == i) word = sign_word(i);
+    const uint32_t signs = static_cast<uint32_t>(word >> channel % 64);
+KVC_UNROLL
+    for (int j = 0; j < Own; ++j) x[j] = as_float(as_bits(x[j]) ^ (signs << (31 - j) & 0x80000000u));
 }
 
 KVC_DEVICE constexpr uint32_t hadamard_block(uint32_t dim) { return dim & (~dim + 1); }
 
-// H x / sqrt(n) for blocks of n channels.
-template <int HeadDim> KVC_DEVICE void transform_quads(float (&x)[4]) {
+// H x / sqrt(n) for blocks of n channels, of which a lane has `Own` beside each other.
+template <int HeadDim, int Own> KVC_DEVICE void transform_channels(float (&x)[Own]) {
     constexpr uint32_t kBlock = hadamard_block(HeadDim);
-    const auto turn = [](float &a, float &b) {
-        const float sum = add_rn(a, b), difference = add_rn(a, -b);
-        a = sum;
-        b = difference;
-    };
-    turn(x[0], x[1]);
-    turn(x[2], x[3]);
-    turn(x[0], x[2]);
-    turn(x[1], x[3]);
+    static_assert(kBlock >= Own, "a lane has channels of one block");
 KVC_UNROLL
-    for (uint32_t half = 1; half < kBlock / 4; half *= 2) {
-        const bool upper = (lane_id() & half) != 0;
-        for (int j = 0; j < 4; ++j) {
-            const float other = shfl_xor(kFullMask, x[j], half);
-            x[j] = add_rn(other, upper ? -x[j] : x[j]);
+    for (int half = 1; half < Own; half *= 2) {
+KVC_UNROLL
+        for (int i = 0; i < Own; ++i) {
+            if ((i & half) != 0) continue;
+            const float sum = add_rn(x[i], x[i + half]), difference = add_rn(x[i], -x[i + half]);
+            x[i] = sum;
+            x[i + half] = difference;
         }
+    }
+KVC_UNROLL
+    for (uint32_t half = 1; half < kBlock / Own; half *= 2) {
+        const float sign = (lane_id() & half) != 0 ? -1.0f : 1.0f;
+KVC_UNROLL
+        for (int j = 0; j < Own; ++j) x[j] = fma_rn(x[j], sign, shfl_xor(kFullMask, x[j], half));
     }
     constexpr uint32_t kLog = kBlock == 16 ? 4 : kBlock == 32 ? 5 : kBlock == 64 ? 6 : 7;
     static_assert(1u << kLog == kBlock, "16 to 128 channels");
     const float root = as_float((127 - kLog / 2) << 23);
     const float scale = kLog % 2 == 0 ? root : mul_rn(0.70710678118654752440f, root);
-    for (int j = 0; j < 4; ++j) x[j] = mul_rn(x[j], scale);
+KVC_UNROLL
+    for (int j = 0; j < Own; ++j) x[j] = mul_rn(x[j], scale);
 }
 
+template <int HeadDim, int Own> KVC_DEVICE void rotate_channels(float (&x)[Own], uint32_t channel) {
+    negate_channels<HeadDim>(x, channel);
+    transform_channels<HeadDim>(x);
+}
 template <int HeadDim> KVC_DEVICE void rotate_quads(float (&x)[4], uint32_t channel) {
-    negate_quad(x, channel);
-    transform_quads<HeadDim>(x);
+    rotate_channels<HeadDim>(x, channel);
 }
 template <int HeadDim> KVC_DEVICE void unrotate_quads(float (&x)[4], uint32_t channel) {
-    transform_quads<HeadDim>(x);
-    negate_quad(x, channel);
+    transform_channels<HeadDim>(x);
+    negate_channels<HeadDim>(x, channel);
 }
 
 } // namespace kvc

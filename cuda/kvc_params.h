@@ -57,7 +57,7 @@ struct kvc_append_params {
     int64_t v_cache_token;
     // Tokens of the call.
     uint32_t tokens;
-    // Tokens that one thread block takes.
+    // Tokens that one thread block takes, a power of two.
     uint32_t tokens_per_block;
     // Query heads; 0 without `q`.
     uint32_t q_heads;
@@ -226,37 +226,59 @@ struct kvc_copy_params {
 };
 static_assert(sizeof(kvc_copy_params) == 144, "layout of kvc_copy_params");
 
-// A piece of one sequence's context: what a thread block of the decode kernel works on, once
-// for each unit (a KV head and up to eight of its query columns).
-struct kvc_decode_item {
+// Where a range of work begins: what a thread block of the decode kernel works on at a time,
+// once for each unit (a KV head and up to eight of its query columns). It ends where the next
+// begins, perhaps several sequences later.
+struct kvc_decode_range {
     // The sequence.
     uint32_t seq;
-    // First token of the piece.
+    // Tokens of its span before the range.
+    uint32_t offset;
+    // The range's first token.
     uint32_t begin;
-    // One past its last token.
+    // One past the last token of the sequence.
     uint32_t end;
-    // Pieces that the sequence has.
-    uint32_t pieces;
-    // Which of them this is.
-    uint32_t piece;
-    // Partial result of the sequence's first piece; meaningless with one piece.
-    uint32_t first_slot;
-    // Index among the sequences that have more than one piece; meaningless with one piece.
-    uint32_t ticket;
-    // Keeps the size a power of two. Zero.
-    uint32_t reserved;
 };
-static_assert(sizeof(kvc_decode_item) == 32, "layout of kvc_decode_item");
+static_assert(sizeof(kvc_decode_range) == 16, "layout of kvc_decode_range");
 
-// Plans paged decode on the device: cuts the contexts into pieces.
+// What a plan says of a sequence.
+struct kvc_decode_span {
+    // First token that any of its queries can see.
+    uint32_t begin;
+    // One past the last.
+    uint32_t end;
+    // The range that its first token lies in.
+    uint32_t first;
+    // The range that its last token lies in.
+    uint32_t last;
+};
+static_assert(sizeof(kvc_decode_span) == 16, "layout of kvc_decode_span");
+
+// What a plan says of all.
+struct kvc_decode_head {
+    // Ranges. One more is written: its sequence is the number of sequences.
+    uint32_t ranges;
+    // Partial results that a range can have: 1, or 2 where it can hold the end of a sequence
+    // and the beginning of another.
+    uint32_t slots;
+    // Ranges that blocks have taken after their first; zero before a call, and after it.
+    uint32_t taken;
+    // Blocks that are done with a call; zero before it, and after it.
+    uint32_t done;
+};
+static_assert(sizeof(kvc_decode_head) == 16, "layout of kvc_decode_head");
+
+// Plans paged decode on the device: cuts the contexts into ranges.
 struct kvc_decode_plan_params {
     // Tokens of each sequence, those of the queries included; below 1 is empty.
     const int32_t *seq_lens;
-    // `[max_items]`, written from the first.
-    kvc_decode_item *items;
-    // How many items were written.
-    uint32_t *item_count;
-    // `[max_tickets][units]` counters, zeroed.
+    // Written whole.
+    kvc_decode_head *head;
+    // `[max_ranges + 1]`, written from the first.
+    kvc_decode_range *ranges;
+    // `[batch]`.
+    kvc_decode_span *spans;
+    // `[max_ranges][units]` counters, zeroed as far as there are ranges.
     uint32_t *tickets;
     // Raised (bit 2) where fixed pieces did not fit the bounds and were made longer, or null.
     uint32_t *error_flag;
@@ -266,20 +288,17 @@ struct kvc_decode_plan_params {
     uint32_t q_len;
     // Sliding window in tokens; 0 for none.
     uint32_t window;
-    // Units of an item.
+    // Units of a range.
     uint32_t units;
     // Tokens of a piece in the deterministic mode, a multiple of 64; 0 to balance.
     uint32_t fixed_piece;
-    // Fewest tokens of a piece when balancing, a multiple of 64.
-    uint32_t min_piece;
-    // Pieces that balancing aims at, at least 1.
-    uint32_t target_pieces;
-    // Room in `items`: at least `batch + target_pieces`.
-    uint32_t max_items;
-    // Room for partial results: at least `2 * target_pieces`.
-    uint32_t max_slots;
-    // Room for counters: at least `target_pieces`.
-    uint32_t max_tickets;
+    // Tokens that ranges are multiples of when balancing, a multiple of 64.
+    uint32_t granule;
+    // Ranges that are there at the beginning when balancing, at least 1.
+    uint32_t longs;
+    // Room in `ranges`: at least `2 * longs` when balancing, whose rest is for short ones,
+    // else at least `batch`.
+    uint32_t max_ranges;
 };
 static_assert(sizeof(kvc_decode_plan_params) == 80, "layout of kvc_decode_plan_params");
 
@@ -314,10 +333,12 @@ struct kvc_decode_params {
     const float *sinks;
     // ALiBi slope of each query head, or null.
     const float *slopes;
-    // The plan's items.
-    const kvc_decode_item *items;
-    // How many items there are.
-    const uint32_t *item_count;
+    // The plan's summary.
+    kvc_decode_head *head;
+    // The plan's ranges.
+    const kvc_decode_range *ranges;
+    // The plan's spans.
+    const kvc_decode_span *spans;
     // The plan's counters: zero before the call, and after it.
     uint32_t *tickets;
     // Partial results: `[slot][unit][8][head_dim]`, then `[slot][unit][8]` of their LSE.
@@ -355,7 +376,7 @@ struct kvc_decode_params {
     uint32_t q_heads;
     // KV heads.
     uint32_t kv_heads;
-    // Units of an item: `kv_heads` times the column tiles of a KV head.
+    // Units of a range: `kv_heads` times the column tiles of a KV head.
     uint32_t units;
     // Tokens of a cache block.
     uint32_t block_tokens;
@@ -381,7 +402,7 @@ struct kvc_decode_params {
     // Logit soft-cap; 0 for none.
     float softcap;
 };
-static_assert(sizeof(kvc_decode_params) == 288, "layout of kvc_decode_params");
+static_assert(sizeof(kvc_decode_params) == 296, "layout of kvc_decode_params");
 
 // Paged decode over sealed tiles and the raw ones of the same sequences. Causal.
 struct kvc_decode_tile_params {
@@ -449,11 +470,13 @@ struct kvc_decode_tile_params {
     // Keeps the size a multiple of 8. Zero.
     uint32_t reserved;
 };
-static_assert(sizeof(kvc_decode_tile_params) == 456, "layout of kvc_decode_tile_params");
+static_assert(sizeof(kvc_decode_tile_params) == 464, "layout of kvc_decode_tile_params");
 
 // Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_decode_token_params {
-    // The call. Strides of `k` and `v` are in bytes, multiples of 16; `bulk` means nothing.
+    // The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
+    // of a head and their scales follow each other within a block of a multiple of 16 tokens, and
+    // scales begin at multiples of 16 bytes; `stages`, 2 to 4, is then of tiles of 128 tokens.
     kvc_decode_params call;
     // Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
     // f16 at an even address; null where the format has none.
@@ -482,10 +505,10 @@ struct kvc_decode_token_params {
     uint32_t v_rotated;
     // Byte of shared memory from which the queries lie.
     uint32_t query_at;
-    // Keeps the size a multiple of 8. Zero.
-    uint32_t reserved;
+    // Stages of the pipeline without bulk copies, 2 to 4, in the same shared memory.
+    uint32_t copy_stages;
 };
-static_assert(sizeof(kvc_decode_token_params) == 384, "layout of kvc_decode_token_params");
+static_assert(sizeof(kvc_decode_token_params) == 392, "layout of kvc_decode_token_params");
 
 // A run of words to write into the image of a prefix index.
 struct kvc_lookup_patch_run {
@@ -755,10 +778,12 @@ struct kvc_mla_params {
     const int32_t *table_indptr;
     // Tokens of each sequence, those of the queries included; below 1 is empty.
     const int32_t *seq_lens;
-    // The plan's items.
-    const kvc_decode_item *items;
-    // How many items there are.
-    const uint32_t *item_count;
+    // The plan's summary.
+    kvc_decode_head *head;
+    // The plan's ranges.
+    const kvc_decode_range *ranges;
+    // The plan's spans.
+    const kvc_decode_span *spans;
     // The plan's counters: zero before the call, and after it.
     uint32_t *tickets;
     // Partial results: `[slot][unit][columns][512]`, then `[slot][unit][columns]` of their
@@ -787,7 +812,7 @@ struct kvc_mla_params {
     uint32_t causal;
     // Query heads.
     uint32_t q_heads;
-    // Units of an item: query columns over the columns of the kernel, rounded up.
+    // Units of a range: query columns over the columns of the kernel, rounded up.
     uint32_t units;
     // Tokens of a cache block.
     uint32_t block_tokens;
@@ -806,7 +831,7 @@ struct kvc_mla_params {
     // Keeps the size a multiple of 8. Zero.
     uint32_t reserved;
 };
-static_assert(sizeof(kvc_mla_params) == 208, "layout of kvc_mla_params");
+static_assert(sizeof(kvc_mla_params) == 216, "layout of kvc_mla_params");
 
 // Seals full raw tiles: a block for each of the list and each KV head.
 struct kvc_seal_params {

@@ -256,7 +256,7 @@ KVC_DEVICE void write_mla_row(const kvc_mla_params &p, const MlaColumn &c, uint3
 }
 
 template <typename T, uint32_t Columns>
-KVC_DEVICE void mla_unit(const kvc_mla_params &p, const kvc_decode_item &item, uint32_t unit) {
+KVC_DEVICE void mla_unit(const kvc_mla_params &p, const Piece &item, uint32_t unit) {
     constexpr int kTiles = Columns / 16;
     const MlaUnit u = find_mla_unit(p, item.seq, unit * Columns);
     if (u.first_column >= u.columns) return;
@@ -344,6 +344,7 @@ KVC_UNROLL
             }
     sync_threads();
 
+    const Place place(p, item);
     constexpr uint32_t kQuads = kMlaValues / 4;
     const Partials<Columns, kMlaValues> partials = {p.partial, p.max_slots, p.units};
     for (uint32_t i = thread_x(); i < Columns * kQuads; i += kMlaThreads) {
@@ -352,31 +353,27 @@ KVC_UNROLL
         if (!column.exists) continue;
         const float *at = values + c * kValueRow + channel;
         const Quad quad = {tops[c], denominators[c], {at[0], at[1], at[2], at[3]}};
-        if (item.pieces == 1)
+        if (place.pieces == 1)
             write_mla_row(p, column, channel, quad);
         else
-            store_partial(partials, item.first_slot + item.piece, unit, c, channel, quad);
+            store_partial(partials, place.slot(place.piece), unit, c, channel, quad);
     }
-    if (item.pieces == 1) return;
+    if (place.pieces == 1) return;
 
-    uint32_t *ticket = p.tickets + static_cast<int64_t>(item.ticket) * p.units + unit;
-    if (!last_to_arrive(ticket, item.pieces, shared.arrived)) return;
+    uint32_t *ticket = p.tickets + static_cast<int64_t>(place.first) * p.units + unit;
+    if (!last_to_arrive(ticket, place.pieces, shared.arrived)) return;
     for (uint32_t i = thread_x(); i < Columns * kQuads; i += kMlaThreads) {
         const uint32_t c = i / kQuads, channel = i % kQuads * 4;
         const MlaColumn column = find_mla_column(p, u, c);
         if (!column.exists) continue;
         write_mla_row(p, column, channel,
-                      merge_partials(partials, item.first_slot, item.pieces, unit, c, channel));
+                      merge_partials(partials, place, unit, c, channel));
     }
 }
 
 template <typename T, uint32_t Columns> KVC_DEVICE void mla_decode(const kvc_mla_params &p) {
-    const uint64_t total = static_cast<uint64_t>(*p.item_count) * p.units;
-    for (uint64_t work = block_x(); work < total; work += grid_x()) {
-        const kvc_decode_item item = p.items[work / p.units];
-        mla_unit<T, Columns>(p, item, static_cast<uint32_t>(work % p.units));
-        sync_threads();
-    }
+    for_each_piece<false>(p, KVC_SMEM(uint32_t),
+                   [&](const Piece &item, uint32_t unit) { mla_unit<T, Columns>(p, item, unit); });
 }
 
 } // namespace kvc

@@ -16,6 +16,9 @@ KVC_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 KVC_DEVICE float max_f32(float a, float b) { return fmaxf(a, b); }
 #endif
 
+KVC_DEVICE uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+KVC_DEVICE uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // The formats of a cache that the matrix instructions take.
 struct F16 {
     static constexpr uint32_t id = kF16;
@@ -54,6 +57,15 @@ KVC_DEVICE float load_element(const void *rows, int64_t index, uint32_t dtype) {
     const char *at = element(rows, index, dtype);
     if (dtype == kF32) return *reinterpret_cast<const float *>(at);
     return widen(*reinterpret_cast<const uint16_t *>(at), dtype);
+}
+
+KVC_DEVICE void store_element(void *rows, int64_t index, uint32_t dtype, float x) {
+    char *at = element(rows, index, dtype);
+    if (dtype == kF32) {
+        *reinterpret_cast<float *>(at) = x;
+    } else {
+        *reinterpret_cast<uint16_t *>(at) = static_cast<uint16_t>(pack(x, 0.0f, dtype));
+    }
 }
 
 // Eight elements; 16-bit ones lie in 16 aligned bytes, 32-bit ones in 32.

@@ -55,8 +55,9 @@ struct BlockTable {
     KVC_DEVICE int32_t load(uint32_t token, uint32_t &slot) const {
         const uint32_t index = power_of_two ? token >> shift : token / block_tokens;
         slot = token - index * block_tokens;
-        return index < count ? entries[index] : -1;
+        return entry(index);
     }
+    KVC_DEVICE int32_t entry(uint32_t index) const { return index < count ? entries[index] : -1; }
     // The block of an entry, -1 where there is none.
     KVC_DEVICE int32_t checked(int32_t entry) const {
         if (static_cast<uint32_t>(entry) < num_blocks) return entry;

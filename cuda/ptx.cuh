@@ -13,6 +13,9 @@
 #else
 #define KVC_DEVICE __device__ __forceinline__
 #define KVC_UNROLL _Pragma("unroll")
+#define KVC_ROLL _Pragma("unroll 1")
+// A table in device memory, made when this is compiled.
+#define KVC_TABLE static __device__ const
 #define KVC_SITE_ONLY
 #define KVC_SITE
 // The dynamic shared memory of the block, as a T*.
@@ -131,6 +134,16 @@ KVC_DEVICE int64_t shfl(uint32_t mask, int64_t value, uint32_t from KVC_SITE) {
     const uint64_t low = shfl(mask, static_cast<uint32_t>(bits), from KVC_PASS_SITE);
     const uint64_t high = shfl(mask, static_cast<uint32_t>(bits >> 32), from KVC_PASS_SITE);
     return static_cast<int64_t>(high << 32 | low);
+}
+// The largest of all lanes.
+KVC_DEVICE uint32_t max_of_warp(uint32_t value KVC_SITE) {
+#ifdef KVC_EMULATE
+    for (uint32_t by = 1, other; by < 32; by *= 2)
+        value = (other = shfl_xor(kFullMask, value, by, site)) > value ? other : value;
+    return value;
+#else
+    return __reduce_max_sync(kFullMask, value);
+#endif
 }
 // From lane `from` of the eight that this lane is one of.
 KVC_DEVICE uint32_t shfl_of_8(uint32_t mask, uint32_t value, uint32_t from KVC_SITE) {
@@ -313,6 +326,19 @@ KVC_DEVICE void mbar_arrive(uint64_t *bar KVC_SITE) {
                  : "memory");
 #endif
 }
+// Arrives `count` times (sm_90).
+KVC_DEVICE void mbar_arrive_many(uint64_t *bar, uint32_t count KVC_SITE) {
+#ifdef KVC_EMULATE
+    for (uint32_t i = 0; i < count; ++i) emu::mbar_arrive(bar, 0, site);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0], %1;\n}" ::"r"(
+                     shared_address(bar)),
+                 "r"(count)
+                 : "memory");
+#elif defined(__CUDA_ARCH__)
+    __trap();
+#endif
+}
 // Arrives, and announces `bytes` that bulk copies will bring in this phase (sm_90).
 KVC_DEVICE void mbar_arrive_expect(uint64_t *bar, uint32_t bytes KVC_SITE) {
 #ifdef KVC_EMULATE
@@ -466,6 +492,9 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return x + y; });
 }
+KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return fmaxf(x, y); });
+}
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
@@ -475,6 +504,9 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
+KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24.
+KVC_DEVICE float add_floor(float x, float integer) { return floorf(x) + integer; }
 KVC_DEVICE float div_rn(float a, float b) { return a / b; }
 KVC_DEVICE float sqrt_rn(float a) { return sqrtf(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }
@@ -528,12 +560,35 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// Two floats as two bytes, rounded to nearest even and saturating.
+KVC_DEVICE uint32_t pack_e4m3(float low, float high) {
+    uint16_t d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+KVC_DEVICE uint32_t pack_e5m2(float low, float high) {
+    uint16_t d;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
 // Two bytes of e4m3.
 KVC_DEVICE uint32_t f16x2_from_e4m3(uint32_t two) {
     uint32_t d;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(static_cast<uint16_t>(two)));
     return d;
+}
+// Four bytes of e4m3, the lower two and the upper two: said so that neither is moved before.
+KVC_DEVICE void f16x2_from_e4m3(uint32_t four, uint32_t &low, uint32_t &high) {
+    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, first;\ncvt.rn.f16x2.e4m3x2 %1, second;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
 }
 #endif
 // Four bytes of the eight of `a` and `b`, each by a nibble of the selector.
@@ -544,6 +599,9 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 // CPU.
 KVC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 KVC_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+KVC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24: rounded down.
+KVC_DEVICE float add_floor(float x, float integer) { return __fadd_rd(x, integer); }
 KVC_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 KVC_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
 KVC_DEVICE float round_even(float x) { return rintf(x); }

@@ -1,8 +1,10 @@
 // Dequantisation in registers: a word of codes becomes pairs of f16 for the matrix instruction.
 //
 // Element `element(i, e)` of a word is half `e` of pair `i`. A code `x` comes out as `x` times
-// 1 / kFactor, exactly, but for biased forms, which add `bias(i)`: what that adds to a dot product
-// is the query's to know, and saves an instruction a pair. `rows` takes 16 bits of codes of each of
+// 1 / kFactor, exactly. Of codes of sealed tiles there is a form that takes one instruction a pair:
+// `small` puts them into the last bits of f16, the last bit at `place(i)`. Without an exponent that is
+// the subnormal number x 2^(place - 24), which matrix instructions multiply exactly; the powers of two
+// are for the other operand, and for what is made of the sums. `rows` takes 16 bits of codes of each of
 // two rows, as a transposed matrix load gives them: pair `i` is then the `i`-th code of both.
 //
 // The formats are those of src/quant; scales are no concern of this file. e4m3 is converted by
@@ -53,8 +55,7 @@ struct E4m3 {
     static constexpr float kFactor = 1.0f;
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
     KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[2]) {
-        out[0] = f16x2_from_e4m3(w);
-        out[1] = f16x2_from_e4m3(w >> 16);
+        f16x2_from_e4m3(w, out[0], out[1]);
     }
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[2]) {
         unpack(permute(w, 0, 0x3120), out);
@@ -64,14 +65,20 @@ struct E4m3 {
 using E4m3 = E4m3Bits;
 #endif
 
-// Bytes 0 to 255 of which kZero stands for 0: as the last bits of 1024.
+// Bytes 0 to 255 of which kZero stands for 0: as the last bits of 1024. The small form of signed ones
+// counts from -128.
 template <bool Signed> struct Bytes {
     static constexpr int kBits = 8, kPairs = 2;
     static constexpr float kFactor = 1.0f;
     static constexpr uint32_t kFlip = Signed ? 0x80808080u : 0;
     static constexpr uint32_t kMagic = 0x64646464u, kZero = twice(Signed ? 0x6480 : 0x6400);
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return 2 * i + e; }
-    KVC_DEVICE static constexpr uint32_t bias(uint32_t) { return kZero; }
+    KVC_DEVICE static constexpr uint32_t place(uint32_t) { return 0; }
+    KVC_DEVICE static void small(uint32_t w, uint32_t (&out)[2]) {
+        out[0] = permute(w ^ kFlip, 0, 0x4140);
+        out[1] = permute(w ^ kFlip, 0, 0x4342);
+    }
+    // With kZero added.
     KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[2]) {
         out[0] = permute(w ^ kFlip, kMagic, 0x4140);
         out[1] = permute(w ^ kFlip, kMagic, 0x4342);
@@ -103,6 +110,11 @@ struct Nibbles {
     KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
         biased(w, out);
         for (uint32_t i = 0; i < 4; ++i) out[i] = sub_f16x2(out[i], bias(i));
+    }
+    KVC_DEVICE static constexpr uint32_t place(uint32_t i) { return i % 2 * 4; }
+    KVC_DEVICE static void small(uint32_t w, uint32_t (&out)[4]) {
+        for (uint32_t i = 0; i < 4; ++i)
+            out[i] = (i < 2 ? w : w >> 8) & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
     }
     // The channel that code `i` of a row's 16 bits stands for, which are the `half`-th of a word.
     KVC_DEVICE static constexpr uint32_t row_element(uint32_t half, uint32_t i) { return 2 * i + half; }
@@ -141,19 +153,9 @@ struct Twos {
     static constexpr int kBits = 2, kPairs = 8;
     static constexpr float kFactor = 1.0f;
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 8 * e; }
-    KVC_DEVICE static constexpr uint32_t bias(uint32_t i) {
-        return twice(0x6400 - (i < 5 ? i : i - 5) * 0x800);
-    }
-    KVC_DEVICE static void biased(uint32_t w, uint32_t (&out)[8]) {
-        const uint32_t upper = w >> 10;
-        for (uint32_t i = 0; i < 8; ++i) {
-            const uint32_t at = i < 5 ? i : i - 5;
-            out[i] = ((i < 5 ? w : upper) & twice(3u << 2 * at)) | bias(i);
-        }
-    }
-    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[8]) {
-        biased(w, out);
-        for (uint32_t i = 0; i < 8; ++i) out[i] = sub_f16x2(out[i], bias(i));
+    KVC_DEVICE static constexpr uint32_t place(uint32_t i) { return (i < 5 ? i : i - 5) * 2; }
+    KVC_DEVICE static void small(uint32_t w, uint32_t (&out)[8]) {
+        for (uint32_t i = 0; i < 8; ++i) out[i] = (i < 5 ? w : w >> 10) & twice(3u << place(i));
     }
 };
 
@@ -166,17 +168,18 @@ struct Threes {
     static constexpr int kBits = 2, kPairs = 8;
     static constexpr float kFactor = 1.0f;
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 8 * e; }
-    KVC_DEVICE static constexpr uint32_t bias(uint32_t) { return twice(0x6400); }
-    KVC_DEVICE static void biased(uint32_t w, uint32_t thirds, uint32_t (&out)[8]) {
+    // Words are shifted by 0, 4 or 8, and planes so that a third bit comes to lie above its two: so few
+    // shifts, most of them to the left, serve all pairs.
+    KVC_DEVICE static constexpr uint32_t place(uint32_t i) { return 2 * i - down(i); }
+    KVC_DEVICE static void small(uint32_t w, uint32_t thirds, uint32_t (&out)[8]) {
         for (uint32_t i = 0; i < 8; ++i) {
-            const uint32_t third = i < 2 ? thirds << (2 - i) : thirds >> (i - 2);
-            out[i] = (w >> 2 * i & 0x00030003u) | (third & 0x00040004u) | bias(i);
+            const uint32_t third = thirds << (place(i) + 2 - i) & twice(4u << place(i));
+            out[i] = (w >> down(i) & twice(3u << place(i))) | third;
         }
     }
-    KVC_DEVICE static void unpack(uint32_t w, uint32_t thirds, uint32_t (&out)[8]) {
-        biased(w, thirds, out);
-        for (uint32_t i = 0; i < 8; ++i) out[i] = sub_f16x2(out[i], bias(i));
-    }
+
+  private:
+    KVC_DEVICE static constexpr uint32_t down(uint32_t i) { return i < 2 ? 0 : i < 6 ? 4 : 8; }
 };
 
 template <> inline constexpr bool kHasPlane<Threes> = true;

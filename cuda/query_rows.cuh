@@ -1,6 +1,6 @@
 // The queries of a decode unit as kernels over codes want them: rotated where keys are stored
 // rotated, scaled by a power of two so that they use the range of f16, and rounded to it, a row of
-// shared memory for each column. The factor that undoes the scaling goes to the scores.
+// shared memory for each column. The factor that undoes the scaling goes to the scores, with theirs.
 #pragma once
 #include "decode_unit.cuh"
 #include "hadamard.cuh"
@@ -17,7 +17,7 @@ template <int HeadDim> struct QueryRows {
     static constexpr uint32_t kRow = HeadDim + 8; // halves, so that rows begin on other banks
     static constexpr uint32_t kBytes = kColumns * (kRow * 2 + 8);
     uint16_t *rows;
-    float *factors; // of each column
+    float *factors; // of each column: undoes its scaling, and makes dot products what make_scores takes
     float *sums;    // of each column's rounded elements
 
     KVC_DEVICE explicit QueryRows(unsigned char *at)
@@ -61,7 +61,7 @@ KVC_UNROLL
             to[0] = low;
             to[1] = high;
             if (channel == 0) {
-                factors[c] = as_float(exponent << 23);
+                factors[c] = as_float(exponent << 23) * score_factor(p);
                 sums[c] = sum;
             }
         }
@@ -78,11 +78,12 @@ KVC_UNROLL
 };
 
 // How lane `t` of four takes its words of a row of codes, the same in every row, so that the four
-// have all words between them: in runs of up to four words, which is one load.
-template <typename Codes, int HeadDim> struct RowWords {
+// have all words between them: in runs of up to `LongestRun` words, of which four are one load, and one
+// is what a matrix load gives.
+template <typename Codes, int HeadDim, uint32_t LongestRun = 4> struct RowWords {
     static constexpr uint32_t kBytes = HeadDim * Codes::kBits / 8; // of a row
     static constexpr uint32_t kWords = kBytes / 16;                // of a lane
-    static constexpr uint32_t kRun = kWords < 4 ? kWords : 4, kRuns = kWords / kRun;
+    static constexpr uint32_t kRun = kWords < LongestRun ? kWords : LongestRun, kRuns = kWords / kRun;
     static constexpr uint32_t kPerWord = 32 / Codes::kBits;
     static_assert(kBytes % 16 == 0 && kWords % kRun == 0, "whole runs");
 

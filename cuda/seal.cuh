@@ -2,159 +2,246 @@
 // rounding an operation, nothing contracted, minima and maxima whose order does not matter, and sums
 // over a row as a tree of neighbours. One block for each tile and KV head.
 //
-// A head whose rows cannot be sealed leaves a record whose header has no format, and sets its tile's
-// entry of `refused`. The checksum is made of the checksums of 256 parts of the record, shifted by what
-// follows them: a CRC is linear.
+// The record is made in shared memory and written at the end. A head whose rows cannot be sealed leaves
+// a record whose header has no format, and sets its tile's entry of `refused`. A CRC is linear: every
+// thread takes each 256th word, multiplied by what lies behind it.
 #pragma once
 #include "append_token.cuh"
+#include "crc.cuh"
 
 namespace kvc {
 
 constexpr uint32_t kSealThreads = 256;
 
-// Shared memory of a block: codes of the values by token, then what is known of the key channels.
+constexpr uint32_t kSealWarps = kSealThreads / 32;
+constexpr int kGroup = 8; // key channels of a thread
+
+// Shared memory of a block: the record, codes of the values by token, then what is known of the key
+// channels, and the checksum's.
 template <int HeadDim> struct SealArea {
-    unsigned char *codes;         // [tokens][HeadDim]
-    float *low, *high;            // [kSealThreads]
-    float *base, *step;           // [HeadDim]
-    uint32_t *words;              // [kSealThreads]
-    KVC_DEVICE explicit SealArea(uint32_t tokens)
-        : codes(KVC_SMEM(unsigned char)),
-          low(reinterpret_cast<float *>(codes + tokens * HeadDim)), high(low + kSealThreads),
-          base(high + kSealThreads), step(base + HeadDim),
-          words(reinterpret_cast<uint32_t *>(step + HeadDim)) {}
+    static constexpr uint32_t kPitch = HeadDim + 4; // of a token's codes: words of a column in many banks
+    uint32_t *record;
+    uint32_t *codes;            // [tokens][kPitch / 4]; before that the ranges of the channels, by warp
+    CrcTables::Table *far;
+    float *base, *step, *inverse; // [HeadDim]
+    float *room;                // [2][kSealWarps]
+    uint32_t *sums;             // [kSealThreads]
+    KVC_DEVICE SealArea(uint32_t tokens, uint32_t record_bytes)
+        : record(KVC_SMEM(uint32_t)), codes(record + record_bytes / 4),
+          far(reinterpret_cast<CrcTables::Table *>(codes + tokens * kPitch / 4)),
+          base(reinterpret_cast<float *>(far + 1)), step(base + HeadDim), inverse(step + HeadDim),
+          room(inverse + HeadDim), sums(reinterpret_cast<uint32_t *>(room + 2 * kSealWarps)) {}
 };
 
 // The largest of all threads' values.
 KVC_DEVICE float block_max(float *room, float x) {
+    x = over_lanes<32>(x, [](float a, float b) { return max_f32(a, b); });
+    if (lane_id() == 0) room[warp_id()] = x;
     sync_threads();
-    room[thread_x()] = x;
-    sync_threads();
-    for (uint32_t width = kSealThreads / 2; width > 0; width /= 2) {
-        if (thread_x() < width) room[thread_x()] = max_f32(room[thread_x()], room[thread_x() + width]);
-        sync_threads();
-    }
-    return room[0];
-}
-
-// 32 codes in the order of src/quant/pack.rs.
-struct PackedCodes {
-    uint32_t words[8], plane;
-    KVC_DEVICE PackedCodes() : words{0, 0, 0, 0, 0, 0, 0, 0}, plane(0) {}
-
-    KVC_DEVICE void put(uint32_t bits, uint32_t at, uint32_t code) {
-        if (bits == 8) words[at / 4] |= code << at % 4 * 8;
-        if (bits == 4) words[at / 8] |= code << (at % 8 / 2 + at % 2 * 4) * 4;
-        if (bits < 4) words[at / 16] |= (code & 3) << at % 16 * 2;
-        const uint32_t bit = at / 8 == 1 ? at + 8 : at / 8 == 2 ? at - 8 : at;
-        if (bits == 3) plane |= (code >> 2 & 1) << bit;
-    }
-    // Writes the words; `to` has those of 32 codes.
-    KVC_DEVICE void write(uint32_t bits, unsigned char *to, unsigned char *plane_to) const {
-        uint32_t *out = reinterpret_cast<uint32_t *>(to);
-        const uint32_t count = bits == 3 ? 2 : bits;
+    float top = room[0];
 KVC_UNROLL
-        for (uint32_t i = 0; i < 8; ++i)
-            if (i < count) out[i] = words[i];
-        if (bits == 3) *reinterpret_cast<uint32_t *>(plane_to) = plane;
-    }
-};
-
-KVC_DEVICE float raw_element(const uint16_t *row, uint32_t at) {
-    return as_float(static_cast<uint32_t>(row[at]) << 16);
+    for (uint32_t i = 1; i < kSealWarps; ++i) top = max_f32(top, room[i]);
+    return top;
 }
+
 KVC_DEVICE bool is_finite(float x) { return (as_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Eight bf16 elements.
+KVC_DEVICE void load_group(const uint16_t *at, float (&x)[kGroup]) {
+    const Vec16 v = *reinterpret_cast<const Vec16 *>(at);
+KVC_UNROLL
+    for (int i = 0; i < kGroup; ++i)
+        x[i] = as_float(i % 2 == 0 ? v.word[i / 2] << 16 : v.word[i / 2] & 0xffff0000u);
+}
+
+// Where the byte of the third bits of the `group`-th eight of 32 codes lies.
+KVC_DEVICE uint32_t plane_byte(uint32_t group) {
+    return (group & ~3u) | (group & 1) << 1 | (group >> 1 & 1);
+}
+
+// What the bits of `kInteger` add to a sum of words shifted by 0, `by`, 2 * `by`, ...
+KVC_DEVICE constexpr uint32_t integers(uint32_t count, uint32_t by) {
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < count; ++i) sum += kInteger << i * by;
+    return sum;
+}
+
+// The codes of eight channels of a key row into the record, in the order of src/quant/pack.rs. `at`
+// counts such eights from the record's start.
+KVC_DEVICE void write_key(uint32_t bits, unsigned char *record, uint32_t plane_at, uint32_t at,
+                          const uint32_t (&code)[kGroup]) {
+    if (bits == 8) {
+        uint32_t low = 0 - integers(4, 8), high = low;
+KVC_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            low += code[j] << 8 * j;
+            high += code[4 + j] << 8 * j;
+        }
+        *reinterpret_cast<TwoWords *>(record + 8 * at) = {{low, high}};
+    } else if (bits == 4) {
+        uint32_t word = 0 - integers(8, 4);
+KVC_UNROLL
+        for (int j = 0; j < kGroup; ++j) word += code[j] << (j / 2 + j % 2 * 4) * 4;
+        *reinterpret_cast<uint32_t *>(record + 4 * at) = word;
+    } else {
+        uint32_t low = 0, third = 0;
+KVC_UNROLL
+        for (int j = 0; j < kGroup; ++j) {
+            low |= (code[j] & 3) << 2 * j;
+            third |= (code[j] >> 2 & 1) << j;
+        }
+        *reinterpret_cast<uint16_t *>(record + 2 * at) = static_cast<uint16_t>(low);
+        if (bits == 3) record[plane_at + plane_byte(at)] = static_cast<unsigned char>(third);
+    }
+}
+
+// A sum over the channels of a row as a tree of neighbours.
+template <uint32_t Lanes> KVC_DEVICE float row_sum(float (&x)[kOwn]) {
+KVC_UNROLL
+    for (int count = kOwn / 2; count > 0; count /= 2) {
+KVC_UNROLL
+        for (int i = 0; i < count; ++i) x[i] = add_rn(x[2 * i], x[2 * i + 1]);
+    }
+    return over_lanes<Lanes>(x[0], [](float a, float b) { return add_rn(a, b); });
+}
 
 // Codes and scale of a value row that lies in its lanes; false where the scale is past f16.
 template <int HeadDim>
-KVC_DEVICE bool seal_value(uint32_t bits, float (&x)[4], uint32_t channel, uint32_t &codes,
+KVC_DEVICE bool seal_value(uint32_t bits, float (&x)[kOwn], uint32_t channel, Vec16 &codes,
                            uint32_t &scale) {
-    constexpr uint32_t kLanes = HeadDim / 4;
-    const auto larger = [](float a, float b) { return max_f32(a, b); };
-    const auto sum = [](float a, float b) { return add_rn(a, b); };
-    codes = 0;
+    constexpr uint32_t kLanes = HeadDim / kOwn;
     if (bits == 8) {
-        float top = 0.0f;
-        for (int j = 0; j < 4; ++j) top = max_f32(top, as_float(as_bits(x[j]) & 0x7fffffffu));
-        scale = f16_up(div_rn(over_lanes<kLanes>(top, larger), 127.0f));
-        const float step = widen_f16(static_cast<uint16_t>(scale));
-        for (int j = 0; j < 4; ++j) {
-            const int32_t code = static_cast<int32_t>(code_of(x[j], step, -127.0f, 127.0f));
-            codes |= (static_cast<uint32_t>(code) & 0xff) << 8 * j;
-        }
+        const float top =
+            over_lanes<kLanes>(largest_of(x), [](float a, float b) { return max_f32(a, b); });
+        scale = f16_up(div_rn(top, 127.0f));
+        codes = encode_int8(widen_f16(static_cast<uint16_t>(scale)), x);
         return is_finite_f16(scale);
     }
     const float count = bits == 4 ? 0.3352f : bits == 3 ? 0.5860f : 0.9957f;
-    rotate_quads<HeadDim>(x, channel);
-    float y[4];
-    for (int j = 0; j < 4; ++j) y[j] = mul_rn(x[j], x[j]);
-    const float squares =
-        over_lanes<kLanes>(add_rn(add_rn(y[0], y[1]), add_rn(y[2], y[3])), sum);
-    const float width = mul_rn(sqrt_rn(div_rn(squares, static_cast<float>(HeadDim))), count);
-    const float middle = static_cast<float>(1u << (bits - 1));
-    const float most = static_cast<float>((1u << bits) - 1);
-    for (int j = 0; j < 4; ++j) {
-        float code = add_rn(floor_f32(div_rn(x[j], width)), middle);
-        code = width == 0.0f || code < 0.0f ? 0.0f : code > most ? most : code;
-        codes |= static_cast<uint32_t>(code) << 8 * j;
-        const float point = mul_rn(add_rn(add_rn(code, 0.5f), -middle), count);
-        y[j] = mul_rn(x[j], point);
+    rotate_channels<HeadDim>(x, channel);
+    float y[kOwn];
+    float least = infinity();
+KVC_UNROLL
+    for (int j = 0; j < kOwn; ++j) {
+        y[j] = mul_rn(x[j], x[j]);
+        least = min_f32(least, as_float(as_bits(x[j]) & 0x7fffffffu));
     }
-    const float aligned =
-        over_lanes<kLanes>(add_rn(add_rn(y[0], y[1]), add_rn(y[2], y[3])), sum);
+    const float squares = row_sum<kLanes>(y);
+    const float width = mul_rn(sqrt_rn(div_rn(squares, static_cast<float>(HeadDim))), count);
+    // A quotient that underflows may be a zero of either sign, of which the floor would tell.
+    if (Divisor::covers(width) && least > 0x1p-100f) {
+        const Divisor by(width);
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j) y[j] = by.quotient(x[j]);
+    } else {
+KVC_UNROLL
+        for (int j = 0; j < kOwn; ++j) y[j] = width == 0.0f ? -256.0f : div_rn(x[j], width);
+    }
+    const float zero = as_float(kInteger), middle = static_cast<float>(1u << (bits - 1));
+    const float most = as_float(kInteger + (1u << bits) - 1);
+KVC_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        uint32_t word = 0 - integers(4, 8);
+KVC_UNROLL
+        for (int j = 4 * i; j < 4 * i + 4; ++j) {
+            const float code = min_f32(max_f32(add_floor(y[j], add_rn(zero, middle)), zero), most);
+            word += as_bits(code) << j % 4 * 8;
+            // The code's point less half a step, and that exactly.
+            const float point = add_rn(add_rn(code, -zero), add_rn(0.5f, -middle));
+            y[j] = mul_rn(x[j], mul_rn(point, count));
+        }
+        codes.word[i] = word;
+    }
+    const float aligned = row_sum<kLanes>(y);
     scale = width == 0.0f ? 0 : pack_f16(div_rn(squares, aligned), 0.0f) & 0xffff;
     return is_finite(squares) && is_finite_f16(scale);
 }
 
-// CRC-32C: a polynomial of 32 bits, the lowest power in the highest bit.
-KVC_DEVICE uint32_t crc_shift(uint32_t crc) { return (crc >> 1) ^ ((crc & 1) != 0 ? 0x82f63b78u : 0); }
-// The product of two, modulo the polynomial.
-KVC_DEVICE uint32_t crc_multiply(uint32_t a, uint32_t b) {
-    uint32_t product = 0;
-    for (uint32_t i = 0; i < 32; ++i) {
-        if ((a >> (31 - i) & 1) != 0) product ^= b;
-        b = crc_shift(b);
-    }
-    return product;
+// Bytes of four words as words of their first, second, third and fourth bytes.
+KVC_DEVICE void transpose_bytes(uint32_t (&w)[4]) {
+    const uint32_t a = permute(w[0], w[1], 0x5140), b = permute(w[2], w[3], 0x5140);
+    const uint32_t c = permute(w[0], w[1], 0x7362), d = permute(w[2], w[3], 0x7362);
+    w[0] = permute(a, b, 0x5410);
+    w[1] = permute(a, b, 0x7632);
+    w[2] = permute(c, d, 0x5410);
+    w[3] = permute(c, d, 0x7632);
 }
-// x to the power of 8 * bytes.
-KVC_DEVICE uint32_t crc_power(uint32_t bytes) {
-    uint32_t power = 0x80000000u, square = 0x00800000u; // x^0, x^8
-    for (; bytes != 0; bytes >>= 1) {
-        if ((bytes & 1) != 0) power = crc_multiply(power, square);
-        square = crc_multiply(square, square);
+
+// The words of four value channels from `at` on: `Main` bits of the codes of 32 / Main tokens, and
+// third bits where codes have three.
+template <int HeadDim, uint32_t Main>
+KVC_DEVICE void write_values(const kvc_seal_params &p, const SealArea<HeadDim> &area) {
+    constexpr uint32_t kTokens = 32 / Main, kPitch = SealArea<HeadDim>::kPitch / 4;
+    const uint32_t groups = p.tile_tokens / kTokens;
+    unsigned char *plane = reinterpret_cast<unsigned char *>(area.record) + p.v_plane_at;
+    for (uint32_t i = thread_x(); i < HeadDim / 4 * groups; i += kSealThreads) {
+        const uint32_t four = i / groups, group = i % groups;
+        const uint32_t *from = area.codes + group * kTokens * kPitch + four;
+        uint32_t code[kTokens], words[4];
+KVC_UNROLL
+        for (uint32_t t = 0; t < kTokens; ++t) code[t] = from[t * kPitch];
+        if constexpr (Main == 8) {
+            for (int b = 0; b < 4; ++b) words[b] = code[b];
+        } else if constexpr (Main == 4) {
+            for (uint32_t b = 0; b < 4; ++b) {
+                const uint32_t first = b % 2 * 4 + b / 2;
+                words[b] = code[first] + (code[first + 2] << 4);
+            }
+        } else {
+            const uint32_t two = p.v_bits == 3 ? 0x03030303u : 0xffffffffu;
+            for (uint32_t b = 0; b < 4; ++b) {
+                words[b] = 0;
+                for (uint32_t j = 0; j < 4; ++j) words[b] += (code[4 * b + j] & two) << 2 * j;
+            }
+        }
+        transpose_bytes(words);
+        uint32_t *to = area.record + p.v_codes_at / 4 + 4 * four * groups + group;
+KVC_UNROLL
+        for (uint32_t c = 0; c < 4; ++c) to[c * groups] = words[c];
+        if constexpr (Main == 2) {
+            if (p.v_bits != 3) continue;
+KVC_UNROLL
+            for (uint32_t h = 0; h < 2; ++h) {
+                uint32_t thirds = 0;
+                for (uint32_t j = 0; j < 8; ++j)
+                    thirds += (code[8 * h + j] >> 2 & 0x01010101u) << j;
+                const uint32_t eights = p.tile_tokens / 8, byte = plane_byte(2 * group + h);
+                for (uint32_t c = 0; c < 4; ++c)
+                    plane[(4 * four + c) * eights + byte] =
+                        static_cast<unsigned char>(thirds >> 8 * c);
+            }
+        }
     }
-    return power;
 }
-// The checksum of 8 bytes and `bytes` of a record, by all threads; thread 0 has it.
-KVC_DEVICE uint32_t block_crc(uint32_t *room, const uint32_t (&before)[2], const unsigned char *record,
-                              uint32_t bytes) {
-    const uint32_t all = bytes + 8, part = (all + kSealThreads - 1) / kSealThreads;
+
+// The checksum of two words and `words` of the record; thread 0 has it.
+KVC_DEVICE uint32_t block_crc(const CrcTables::Table &far, uint32_t *sums, uint32_t before,
+                              const uint32_t *record, uint32_t words) {
+    const uint32_t all = words + 2, rounds = (all + kSealThreads - 1) / kSealThreads;
     // Zeros before everything count for nothing.
-    const uint32_t zeros = part * kSealThreads - all, first = thread_x() * part;
+    const uint32_t zeros = rounds * kSealThreads - all;
     uint32_t crc = 0;
-    for (uint32_t i = first; i < first + part; ++i) {
-        if (i < zeros) continue;
-        const uint32_t at = i - zeros;
-        const uint32_t byte = at < 8 ? before[at / 4] >> at % 4 * 8 & 0xff : record[at - 8];
-        crc ^= byte;
-        for (int bit = 0; bit < 8; ++bit) crc = crc_shift(crc);
+KVC_ROLL
+    for (uint32_t i = thread_x(); i < rounds * kSealThreads; i += kSealThreads) {
+        const uint32_t at = i - zeros; // past everything where there are none
+        crc = far.shift(crc) ^
+              (i < zeros || at == 1 ? 0 : at == 0 ? ~before : record[at - 2]);
     }
+    sums[thread_x()] = crc;
     sync_threads();
-    room[thread_x()] = crc;
-    sync_threads();
-    uint32_t power = crc_power(part);
-    for (uint32_t width = 1; width < kSealThreads; width *= 2) {
-        if (thread_x() % (2 * width) == 0)
-            room[thread_x()] = crc_multiply(room[thread_x()], power) ^ room[thread_x() + width];
-        power = crc_multiply(power, power);
-        sync_threads();
-    }
-    return ~(room[0] ^ crc_multiply(0xffffffffu, crc_power(all)));
+    if (warp_id() != 0) return 0;
+    crc = 0;
+KVC_ROLL
+    for (uint32_t i = lane_id(); i < kSealThreads; i += 32) crc = kCrcTables.near.shift(crc) ^ sums[i];
+    crc = crc_multiply(crc, kCrcTables.last[lane_id()]);
+KVC_UNROLL
+    for (uint32_t by = 1; by < 32; by *= 2) crc ^= shfl_xor(kFullMask, crc, by);
+    return ~crc;
 }
 
 template <int HeadDim> KVC_DEVICE void seal(const kvc_seal_params &p) {
-    constexpr uint32_t kGroups = kSealThreads / HeadDim, kLanes = HeadDim / 4;
+    constexpr uint32_t kGroups = HeadDim / kGroup, kLanes = HeadDim / kOwn;
+    constexpr uint32_t kPitch = SealArea<HeadDim>::kPitch / 4;
     const uint32_t thread = thread_x(), tokens = p.tile_tokens;
     const uint32_t index = block_x() / p.kv_heads, head = block_x() % p.kv_heads;
     const int32_t slot = p.list[2 * index], block = p.list[2 * index + 1];
@@ -175,122 +262,153 @@ template <int HeadDim> KVC_DEVICE void seal(const kvc_seal_params &p) {
                 : static_cast<const uint16_t *>(p.v) + from * p.v_block + head * p.v_head;
     const int64_t k_token = scratch ? p.scratch_k_token : p.k_token;
     const int64_t v_token = scratch ? p.scratch_v_token : p.v_token;
-    unsigned char *record =
-        static_cast<unsigned char *>(p.records) + block * p.record_block + head * p.record_head;
-    uint32_t *header = reinterpret_cast<uint32_t *>(record + p.header_at);
-    const SealArea<HeadDim> area(tokens);
+    const uint32_t record_bytes = p.header_at + 16;
+    const SealArea<HeadDim> area(tokens, record_bytes);
+    unsigned char *record = reinterpret_cast<unsigned char *>(area.record);
+    reinterpret_cast<Vec16 *>(area.far)[thread] =
+        reinterpret_cast<const Vec16 *>(&kCrcTables.far)[thread];
 
-    // Ranges of the key channels.
-    float low = infinity(), high = -infinity();
-    bool sound = true;
-    const uint32_t channel = thread % HeadDim;
-    for (uint32_t token = thread / HeadDim; token < tokens; token += kGroups) {
-        const float x = raw_element(k + token * k_token, channel);
-        sound = sound && is_finite(x);
-        low = min_f32(low, x);
-        high = max_f32(high, x);
+    // Ranges of the key channels: of a thread's tokens, a warp's, all.
+    const uint32_t group = thread % kGroups, first = group * kGroup;
+    float low[kGroup], high[kGroup], x[kGroup], zero = 0.0f;
+KVC_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+        low[j] = infinity();
+        high[j] = -infinity();
     }
-    area.low[thread] = low;
-    area.high[thread] = high;
+    for (uint32_t token = thread / kGroups; token < tokens; token += kSealThreads / kGroups) {
+        load_group(k + token * k_token + first, x);
+KVC_UNROLL
+        for (int j = 0; j < kGroup; ++j) {
+            zero = fma_rn(x[j], 0.0f, zero);
+            low[j] = min_f32(low[j], x[j]);
+            high[j] = max_f32(high[j], x[j]);
+        }
+    }
+    bool sound = zero == 0.0f;
+KVC_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+KVC_UNROLL
+        for (uint32_t by = kGroups; by < 32; by *= 2) {
+            low[j] = min_f32(low[j], shfl_xor(kFullMask, low[j], by));
+            high[j] = max_f32(high[j], shfl_xor(kFullMask, high[j], by));
+        }
+        // All of them are bf16.
+        if (lane_id() < kGroups)
+            area.codes[warp_id() * HeadDim + first + j] =
+                as_bits(low[j]) >> 16 | (as_bits(high[j]) & 0xffff0000u);
+    }
     sync_threads();
-    for (uint32_t group = 0; group < kGroups; ++group) {
-        low = min_f32(low, area.low[group * HeadDim + channel]);
-        high = max_f32(high, area.high[group * HeadDim + channel]);
+    const uint32_t channel = thread % HeadDim;
+    float least = infinity(), most = -infinity();
+KVC_UNROLL
+    for (uint32_t warp = 0; warp < kSealWarps; ++warp) {
+        const uint32_t range = area.codes[warp * HeadDim + channel];
+        least = min_f32(least, as_float(range << 16));
+        most = max_f32(most, as_float(range & 0xffff0000u));
     }
     const float n = static_cast<float>((1u << p.k_bits) - 1);
     const float clip = p.k_bits == 3 ? 0.9f : p.k_bits == 2 ? 0.8f : 1.0f;
-    const float middle = mul_rn(add_rn(low, high), 0.5f);
-    const float farthest = block_max(area.low, as_float(as_bits(middle) & 0x7fffffffu));
+    const float middle = mul_rn(add_rn(least, most), 0.5f);
+    const float farthest = block_max(area.room, as_float(as_bits(middle) & 0x7fffffffu));
     const uint32_t mid_bits = f16_up(div_rn(farthest, 127.0f));
     const float mid_unit = widen_f16(static_cast<uint16_t>(mid_bits));
     const float mid = code_of(middle, mid_unit, -127.0f, 127.0f);
     const float stored = mul_rn(mid, mid_unit);
     float half;
     if (p.k_bits == 8) {
-        half = max_f32(add_rn(high, -stored), add_rn(stored, -low));
+        half = max_f32(add_rn(most, -stored), add_rn(stored, -least));
     } else {
         const float shift = as_float(as_bits(add_rn(middle, -stored)) & 0x7fffffffu);
-        half = max_f32(mul_rn(mul_rn(add_rn(high, -low), 0.5f), clip), shift);
+        half = max_f32(mul_rn(mul_rn(add_rn(most, -least), 0.5f), clip), shift);
     }
     const float wanted = div_rn(mul_rn(2.0f, half), n);
     // Which zero the largest of zeros is must not reach the bits.
-    const float widest = add_rn(block_max(area.low, wanted), 0.0f);
+    const float widest = add_rn(block_max(area.room + kSealWarps, wanted), 0.0f);
     const uint32_t unit_bits = f16_up(div_rn(widest, 255.0f));
     const float unit = widen_f16(static_cast<uint16_t>(unit_bits));
     float units = unit == 0.0f ? 1.0f : ceil_f32(div_rn(wanted, unit));
     units = units < 1.0f ? 1.0f : units > 255.0f ? 255.0f : units;
+    sound = sound && is_finite_f16(mid_bits) && is_finite_f16(unit_bits);
     if (thread < HeadDim) {
-        const float step = mul_rn(units, unit);
-        area.step[channel] = step;
-        area.base[channel] = add_rn(stored, -mul_rn(step, mul_rn(n, 0.5f)));
+        const Divisor step(mul_rn(units, unit));
+        area.step[channel] = step.by;
+        area.inverse[channel] = step.inverse;
+        area.base[channel] = add_rn(stored, -mul_rn(step.by, mul_rn(n, 0.5f)));
         record[p.k_steps_at + channel] = static_cast<unsigned char>(units);
         record[p.k_mids_at + channel] = static_cast<unsigned char>(static_cast<int32_t>(mid));
     }
-    sound = sound && is_finite_f16(mid_bits) && is_finite_f16(unit_bits);
     sync_threads();
 
-    // Key rows, 32 channels at a time.
-    const uint32_t k_main = p.k_bits == 3 ? 2 : p.k_bits;
-    for (uint32_t i = thread; i < tokens * (HeadDim / 32); i += kSealThreads) {
-        const uint32_t token = i / (HeadDim / 32), first = i % (HeadDim / 32) * 32;
-        PackedCodes packed;
+    // Key rows: a step is at most 8 bits times 11.
+    float base[kGroup], step[kGroup], inverse[kGroup];
 KVC_UNROLL
-        for (uint32_t j = 0; j < 32; ++j) {
-            const float x = raw_element(k + token * k_token, first + j);
-            const float offset = add_rn(x, -area.base[first + j]);
-            packed.put(p.k_bits, j, static_cast<uint32_t>(code_of(offset, area.step[first + j], 0.0f, n)));
+    for (int j = 0; j < kGroup; ++j) {
+        base[j] = area.base[first + j];
+        step[j] = area.step[first + j];
+        inverse[j] = area.inverse[first + j];
+    }
+KVC_ROLL
+    for (uint32_t token = thread / kGroups; token < tokens; token += kSealThreads / kGroups) {
+        load_group(k + token * k_token + first, x);
+        uint32_t code[kGroup];
+KVC_UNROLL
+        for (int j = 0; j < kGroup; ++j) {
+            const float offset = add_rn(x[j], -base[j]), near = mul_rn(offset, inverse[j]);
+            const float exact = fma_rn(fma_rn(-near, step[j], offset), inverse[j], near);
+            code[j] = integer_bits<0>(min_f32(max_f32(exact, 0.0f), n));
         }
-        packed.write(p.k_bits, record + token * (HeadDim * k_main / 8) + first * k_main / 8,
-                     record + p.k_plane_at + token * (HeadDim / 8) + first / 8);
+        write_key(p.k_bits, record, p.k_plane_at, token * kGroups + group, code);
     }
 
     // Value rows: each in lanes beside each other.
-    const uint32_t own = thread % kLanes * 4;
+    const uint32_t own = thread % kLanes * kOwn;
+KVC_ROLL
     for (uint32_t token = thread / kLanes; token < tokens; token += kSealThreads / kLanes) {
-        float x[4];
-        for (int j = 0; j < 4; ++j) {
-            x[j] = raw_element(v + token * v_token, own + j);
-            sound = sound && is_finite(x[j]);
-        }
-        uint32_t codes, scale;
-        sound = seal_value<HeadDim>(p.v_bits, x, own, codes, scale) && sound;
-        *reinterpret_cast<uint32_t *>(area.codes + token * HeadDim + own) = codes;
+        float row[kOwn];
+        load_own(v + token * v_token, own, kBf16, row);
+        sound = all_finite(row) && sound;
+        Vec16 codes;
+        uint32_t scale;
+        sound = seal_value<HeadDim>(p.v_bits, row, own, codes, scale) && sound;
+        for (uint32_t j = 0; j < 4; ++j) area.codes[token * kPitch + own / 4 + j] = codes.word[j];
         if (own == 0)
             *reinterpret_cast<uint16_t *>(record + p.v_scales_at + 2 * token) =
                 static_cast<uint16_t>(scale);
     }
-    const bool refused = block_max(area.low, sound ? 0.0f : 1.0f) != 0.0f;
-    if (refused) {
+    unsigned char *out =
+        static_cast<unsigned char *>(p.records) + block * p.record_block + head * p.record_head;
+    if (block_max(area.room, sound ? 0.0f : 1.0f) != 0.0f) {
         if (thread == 0) {
-            header[2] = 0;
+            reinterpret_cast<uint32_t *>(out + p.header_at)[2] = 0;
             p.refused[index] = 1;
         }
         return;
     }
 
-    // Value channels, 32 tokens at a time.
-    const uint32_t v_main = p.v_bits == 3 ? 2 : p.v_bits;
-    for (uint32_t i = thread; i < HeadDim * (tokens / 32); i += kSealThreads) {
-        const uint32_t at = i % HeadDim, first = i / HeadDim * 32;
-        PackedCodes packed;
-KVC_UNROLL
-        for (uint32_t j = 0; j < 32; ++j)
-            packed.put(p.v_bits, j, area.codes[(first + j) * HeadDim + at]);
-        packed.write(p.v_bits, record + p.v_codes_at + at * (tokens * v_main / 8) + first * v_main / 8,
-                     record + p.v_plane_at + at * (tokens / 8) + first / 8);
+    // Value channels.
+    if (p.v_bits == 8) {
+        write_values<HeadDim, 8>(p, area);
+    } else if (p.v_bits == 4) {
+        write_values<HeadDim, 4>(p, area);
+    } else {
+        write_values<HeadDim, 2>(p, area);
     }
+    uint32_t *header = area.record + p.header_at / 4;
     if (thread == 0) {
         header[0] = unit_bits | mid_bits << 16;
         header[1] = 0;
         header[2] = p.identity;
     }
     sync_threads();
-    const uint32_t before[2] = {HeadDim | static_cast<uint32_t>(HeadDim) << 16, 0};
-    const uint32_t crc = block_crc(area.words, before, record, p.header_at + 12);
-    if (thread == 0) header[3] = crc;
+    for (uint32_t at = thread * 16; at < p.header_at; at += kSealThreads * 16)
+        store_16(out + at, *reinterpret_cast<const Vec16 *>(record + at));
+    const uint32_t crc = block_crc(*area.far, area.sums, HeadDim | static_cast<uint32_t>(HeadDim) << 16,
+                                   area.record, p.header_at / 4 + 3);
+    if (thread == 0) store_16(out + p.header_at, {{header[0], header[1], header[2], crc}});
 }
 
 } // namespace kvc
 
 #define KVC_SEAL(dim)                                                                    \
-    KVC_KERNEL(kvc_seal_d##dim, kvc_seal_params, 256, 2) { kvc::seal<dim>(p); }
+    KVC_KERNEL(kvc_seal_d##dim, kvc_seal_params, 256, 3) { kvc::seal<dim>(p); }

@@ -1,11 +1,80 @@
-// What kernels share whose plan cut a context into pieces: where partial results lie, which block
-// comes last, and the merge in the order of the pieces, so that a result does not depend on who was
-// last. A partial result is normalised and has the logarithm to base two of its denominator. This
-// file knows nothing of scores, rows or heads.
+// What kernels share whose plan cut contexts into ranges: which pieces of which sequences a block
+// works on, where partial results lie, which block comes last, and the merge in the order of the
+// pieces, so that a result depends neither on who was last nor on who took which range. A partial
+// result is normalised and has the logarithm to base two of its denominator. This file knows nothing
+// of scores, rows or heads.
 #pragma once
 #include "state.cuh"
 
 namespace kvc {
+
+// The part of a sequence that lies in a range: its tokens.
+struct Piece {
+    uint32_t seq, begin, end, range;
+};
+// Where a piece stands among those of its sequence. Read when its sums are there, not held meanwhile.
+struct Place {
+    uint32_t first;         // range of the first
+    uint32_t pieces, piece; // how many, and which this is
+    uint32_t slots;         // of a range
+
+    template <typename Params>
+    KVC_DEVICE Place(const Params &p, const Piece &of) : slots(p.head->slots) {
+        const kvc_decode_span span = p.spans[of.seq];
+        first = span.first;
+        pieces = span.last - span.first + 1;
+        piece = of.range - span.first;
+    }
+    // Where the partial result of piece `i` lies: a range that the sequence does not begin in can
+    // have another's beginning too.
+    KVC_DEVICE uint32_t slot(uint32_t i) const {
+        return (first + i) * slots + (slots > 1 && i == 0 ? 1 : 0);
+    }
+};
+
+// Calls `each(piece, unit)` for what this block works on. A block begins with its own range; where
+// there are more than blocks, the next are taken one by one. All threads call this, with `shared` a
+// word that `each` may use as well. Ahead: a block asks for its next range when it begins one, and
+// does not wait for the answer; that holds a register meanwhile.
+template <bool Ahead, typename Params, typename Each>
+KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
+    // The first range is read beside the summary, not after it.
+    const uint32_t own = block_x() / p.units;
+    const kvc_decode_range *at = p.ranges + (own < p.max_slots ? own : p.max_slots - 1);
+    kvc_decode_range from = at[0], to = at[1];
+    const uint32_t total = p.head->ranges * p.units; // below 2^32, as the host sees to
+    const bool more = total > grid_x();
+    for (uint32_t work = block_x(); work < total;) {
+        uint32_t next = 0;
+        if (Ahead && more && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
+        for (;;) {
+            // Found again for each piece: registers are scarcer.
+            const uint32_t range = work / p.units, unit = work % p.units;
+            const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
+            each(piece, unit);
+            sync_threads();
+            const uint32_t seq = piece.seq + 1;
+            to = p.ranges[range + 1];
+            if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
+            const kvc_decode_span span = p.spans[seq];
+            from = {seq, 0, span.begin, span.end};
+        }
+        if (!more) return;
+        if (thread_x() == 0) *shared = Ahead ? next : atomic_add(&p.head->taken, 1);
+        sync_threads();
+        work = grid_x() + *shared;
+        // Bulk copies may write there next.
+        fence_bulk();
+        sync_threads();
+        if (work >= total) break;
+        from = p.ranges[work / p.units];
+        to = p.ranges[work / p.units + 1];
+    }
+    if (more && thread_x() == 0 && atomic_add(&p.head->done, 1) + 1 == grid_x()) {
+        p.head->taken = 0;
+        p.head->done = 0;
+    }
+}
 
 // The partial results of a call: `[slot][unit][Columns][Dim]`, then `[slot][unit][Columns]` of
 // their logarithms.
@@ -59,19 +128,33 @@ KVC_DEVICE bool last_to_arrive(uint32_t *ticket, uint32_t pieces, uint32_t *shar
     return true;
 }
 
-// A quad of all pieces of a row.
+// A quad of all pieces of a row. Several are loaded before the first is used: each comes from
+// another multiprocessor, which takes as long as hundreds of instructions.
 template <uint32_t Columns, uint32_t Dim>
-KVC_DEVICE Quad merge_partials(const Partials<Columns, Dim> &from, uint32_t first_slot,
-                               uint32_t pieces, uint32_t unit, uint32_t column, uint32_t channel) {
+KVC_DEVICE Quad merge_partials(const Partials<Columns, Dim> &from, const Place &of, uint32_t unit,
+                               uint32_t column, uint32_t channel) {
+    constexpr uint32_t kAtOnce = Dim > 256 ? 4 : 8;
     Quad all = {-infinity(), 0.0f, {}};
-    for (uint32_t piece = 0; piece < pieces; ++piece) {
-        const float lse = load_fresh(from.logarithm(first_slot + piece, unit, column));
-        const Vec16 v = load_fresh_16(from.values(first_slot + piece, unit, column) + channel);
-        const float next = max_f32(all.top, lse);
-        const float keep = weight(all.top, next), add = weight(lse, next);
-        all.sum = all.sum * keep + add;
-        for (int j = 0; j < 4; ++j) all.o[j] = all.o[j] * keep + as_float(v.word[j]) * add;
-        all.top = next;
+    for (uint32_t first = 0; first < of.pieces; first += kAtOnce) {
+        float lse[kAtOnce];
+        Vec16 v[kAtOnce];
+KVC_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; ++i) {
+            const uint32_t piece = first + i < of.pieces ? first + i : of.pieces - 1;
+            const uint32_t slot = of.slot(piece);
+            lse[i] = load_fresh(from.logarithm(slot, unit, column));
+            v[i] = load_fresh_16(from.values(slot, unit, column) + channel);
+        }
+        // No branch between loads and uses, or the compiler brings them together.
+KVC_UNROLL
+        for (uint32_t i = 0; i < kAtOnce; ++i) {
+            if (first + i >= of.pieces) lse[i] = -infinity();
+            const float next = max_f32(all.top, lse[i]);
+            const float keep = weight(all.top, next), add = weight(lse[i], next);
+            all.sum = all.sum * keep + add;
+            for (int j = 0; j < 4; ++j) all.o[j] = all.o[j] * keep + as_float(v[i].word[j]) * add;
+            all.top = next;
+        }
     }
     return all;
 }

@@ -94,7 +94,7 @@ KVC_UNROLL
 // Adds the raw tiles of a piece, in units of `step`, that of the sealed values' codes. Uses shared
 // memory from its beginning: 16 rows of keys and of values a warp.
 template <int HeadDim>
-KVC_DEVICE void accumulate_raw(const kvc_decode_tile_params &params, const kvc_decode_item &item,
+KVC_DEVICE void accumulate_raw(const kvc_decode_tile_params &params, const Piece &item,
                                const Unit &u, const BlockTable &table, float step,
                                CodeState<HeadDim> &state) {
     const kvc_decode_params &p = params.call;

@@ -1,7 +1,8 @@
-// How rows of codes and their scales come into shared memory for decode: tiles of 64 tokens of which
-// each warp copies and works on 16, as CopyPipeline does for 16-bit rows. Codes come by cp.async in
-// chunks of 16 bytes, from rows at any stride. Rows have no gaps: chunks change places within a row
-// instead, so that the loads of eight rows meet no bank twice.
+// How rows of codes and their scales, at any stride, come into shared memory for decode: tiles of 64
+// tokens of which each warp copies and works on 16, as CopyPipeline does for 16-bit rows. Codes come by
+// cp.async in chunks of 16 bytes. Rows have no gaps: chunks change places within a row instead, so that
+// the matrix loads of eight rows meet no bank twice. token_bulk.cuh has the other pipeline, for rows
+// that follow each other.
 //
 // The scales of a row are 2 to 8 bytes at any even address, too few for cp.async. Each lane loads
 // those of one key or value a tile ahead and puts them into shared memory when it comes to the next
@@ -24,6 +25,7 @@ struct TokenSource {
 };
 
 template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
+    static constexpr uint32_t kTokens = kTileTokens, kStrips = 1; // strips of 16 tokens of a warp
     static constexpr uint32_t kChunks = RowBytes / 16;
     static constexpr uint32_t kAbreast = kChunks < 8 ? kChunks : 8;
     static constexpr uint32_t kSide = kTileTokens * RowBytes;
@@ -38,7 +40,7 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
     uint32_t pending_to;
 
     KVC_DEVICE explicit TokenPipeline(const kvc_decode_token_params &params)
-        : p(params), stages(params.call.stages), to(0), from(0), readable(0), entry(-1), slot(0),
+        : p(params), stages(params.copy_stages), to(0), from(0), readable(0), entry(-1), slot(0),
           pending{0, 0}, pending_to(~0u) {}
 
     // This warp's rows of keys (0) or values (1) of a stage, and their scales.
@@ -50,12 +52,8 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
         return KVC_SMEM(unsigned char) + stage * kStage + 2 * kSide +
                (which * kTileTokens + warp_id() * kTokenWarpTokens) * kScaleSlot;
     }
-    // Where a chunk of a row stands: eight lanes that load 16 bytes each reach two keys by four
-    // chunks, or eight values by one.
-    KVC_DEVICE static uint32_t key_chunk(uint32_t row, uint32_t chunk) {
-        return kChunks < 8 ? chunk : chunk ^ (row & 1) << 2;
-    }
-    KVC_DEVICE static uint32_t value_chunk(uint32_t row, uint32_t chunk) {
+    // Where a chunk of a row stands: eight rows have it on as many places of 16 bytes of 128.
+    KVC_DEVICE static uint32_t chunk_place(uint32_t row, uint32_t chunk) {
         return kChunks < 8 ? chunk ^ (row / (8 / kAbreast) & (kChunks - 1)) : chunk ^ (row & 7);
     }
 
@@ -64,10 +62,12 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
         token = s.begin + n * kTileTokens + warp_id() * kTokenWarpTokens + own;
         return n < s.count && token < s.end && token >= s.first_token;
     }
-    KVC_DEVICE void look_up(const TokenSource &s, const BlockTable &table, uint32_t n) {
+    KVC_DEVICE void load_entry(const TokenSource &s, const BlockTable &table, uint32_t n) {
         uint32_t token;
         if (wants(s, n, token)) entry = table.load(token, slot);
     }
+    // Before the first tile.
+    KVC_DEVICE void look_up(const TokenSource &s, const BlockTable &table) { load_entry(s, table, 0); }
 
     KVC_DEVICE void put_pending() {
         if constexpr (ScaleBytes != 0) {
@@ -104,7 +104,7 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
             uint32_t token;
             const int32_t own = wants(s, n, token) ? table.checked(entry) : -1;
             const uint32_t own_slot = slot;
-            look_up(s, table, n + 1);
+            load_entry(s, table, n + 1);
             const uint32_t mask = ballot(kFullMask, own >= 0) & 0xffff;
             load_scales(s, own, own_slot);
 KVC_UNROLL
@@ -123,8 +123,8 @@ KVC_UNROLL
                 unsigned char *v_to = rows(to, 1) + row * RowBytes;
 KVC_UNROLL
                 for (uint32_t i = chunk; i < kChunks; i += kAbreast) {
-                    cp_async_16(k_to + key_chunk(row, i) * 16, k_from + i * 16, valid);
-                    cp_async_16(v_to + value_chunk(row, i) * 16, v_from + i * 16, valid);
+                    cp_async_16(k_to + chunk_place(row, i) * 16, k_from + i * 16, valid);
+                    cp_async_16(v_to + chunk_place(row, i) * 16, v_from + i * 16, valid);
                 }
             }
             readable = (readable & ~(0xffffull << 16 * to)) | static_cast<uint64_t>(mask) << 16 * to;
@@ -133,14 +133,39 @@ KVC_UNROLL
         cp_async_commit();
     }
 
-    KVC_DEVICE void wait() {
+    // Waits for tile `n`.
+    KVC_DEVICE void wait(const TokenSource &, uint32_t) {
         if (stages == 2) cp_async_wait<1>();
         if (stages == 3) cp_async_wait<2>();
         if (stages == 4) cp_async_wait<3>();
         sync_warp();
     }
+    // Whether all tokens of this warp can be read.
+    KVC_DEVICE bool whole(const TokenSource &, uint32_t) const { return mask() == 0xffff; }
     KVC_DEVICE uint32_t mask() const {
         return static_cast<uint32_t>(readable >> 16 * from) & 0xffff;
+    }
+    // The token that row `row` of a strip is, and whether it can be read.
+    KVC_DEVICE uint32_t token(const TokenSource &s, uint32_t n, uint32_t, uint32_t row) const {
+        return s.begin + n * kTileTokens + warp_id() * kTokenWarpTokens + row;
+    }
+    KVC_DEVICE bool can_read(const TokenSource &, uint32_t, uint32_t, uint32_t row) const {
+        return (mask() >> row & 1) != 0;
+    }
+    // What this lane gives a matrix load of chunks `chunk` and `chunk + 1` of all rows of a strip.
+    KVC_DEVICE const unsigned char *at(uint32_t which, uint32_t, uint32_t chunk) const {
+        const uint32_t row = lane_id() % 16;
+        return rows(from, which) + row * RowBytes + chunk_place(row, chunk + lane_id() / 16) * 16;
+    }
+    // The scales of rows `row` and `row + 8` of each strip.
+    KVC_DEVICE void row_scales(uint32_t which, uint32_t row, uint32_t (&words)[kStrips][2][2]) const {
+KVC_UNROLL
+        for (uint32_t i = 0; i < 2; ++i) {
+            const TwoWords two = *reinterpret_cast<const TwoWords *>(scales(from, which) +
+                                                                     (row + 8 * i) * kScaleSlot);
+            words[0][i][0] = two.word[0];
+            words[0][i][1] = two.word[1];
+        }
     }
     KVC_DEVICE void release() {
         from = from + 1 == stages ? 0 : from + 1;
@@ -151,6 +176,7 @@ KVC_UNROLL
         pending_to = ~0u;
         cp_async_wait<0>();
     }
+    KVC_DEVICE void give_back() {}
 };
 
 } // namespace kvc

@@ -210,8 +210,12 @@ fn every_rotation() {
     ] {
         for interleaved in [false, true] {
             let rope = Some((first, dim, interleaved));
-            let case = Case { k_dim, rope, rows: DType::Bf16, cache: DType::F32, ..BASE };
-            assert_eq!(check(case, Schedule::Reverse, nothing), 0);
+            for (rows, cache) in
+                [(DType::Bf16, DType::F32), (DType::Bf16, DType::Bf16), (DType::F16, DType::F16)]
+            {
+                let case = Case { k_dim, rope, rows, cache, ..BASE };
+                assert_eq!(check(case, Schedule::Reverse, nothing), 0);
+            }
         }
     }
 }

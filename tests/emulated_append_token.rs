@@ -22,7 +22,8 @@ struct Case {
     heads: usize,
     rows: DType,
     rotated: bool,
-    scaled: bool,
+    /// What the heads' scales are multiples of.
+    scale: Option<f32>,
     /// Pairs of half a row, or neighbours.
     rope: Option<bool>,
     schedule: Schedule,
@@ -66,7 +67,7 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
         keys
     };
     let values = RowCodec::value(case.format, dim as u32).unwrap();
-    let scale = |head: usize| if case.scaled { 0.3 + head as f32 } else { 1.0 };
+    let scale = |head: usize| case.scale.map_or(1.0, |scale| scale * (0.3 + head as f32));
     let (row_bytes, scale_bytes) = (keys.code_bytes(), keys.scale_bytes());
     let run = BLOCK_TOKENS * (row_bytes + scale_bytes);
     let (head_stride, block_stride) = (run as i64, (2 * heads * run) as i64);
@@ -86,8 +87,11 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
         for side in 0..2 {
             for head in 0..heads {
                 let (codec, rows) = if side == 0 { (keys, &k) } else { (values, &v) };
-                let codec =
-                    if case.scaled { codec.with_scale(scale(head)).unwrap() } else { codec };
+                let codec = if case.scale.is_some() {
+                    codec.with_scale(scale(head)).unwrap()
+                } else {
+                    codec
+                };
                 let from = (token * heads + head) * dim;
                 let mut x: Vec<f32> =
                     rows.values[from..from + dim].iter().map(|&x| x as f32).collect();
@@ -158,8 +162,8 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
         },
         k_scales: Out::at(cache.address() + codes),
         v_scales: Out::at(v_at + codes),
-        k_heads: In::at(if case.scaled { scales.address() } else { 0 }),
-        v_heads: In::at(if case.scaled { scales.address() } else { 0 }),
+        k_heads: In::at(if case.scale.is_some() { scales.address() } else { 0 }),
+        v_heads: In::at(if case.scale.is_some() { scales.address() } else { 0 }),
         k_scale_block: block_stride,
         k_scale_head: head_stride,
         k_scale_token: scale_bytes as i64,
@@ -189,7 +193,7 @@ fn plain(format: KvFormat, dim: usize) -> Case {
         heads: 3,
         rows: DType::F32,
         rotated: true,
-        scaled: false,
+        scale: None,
         rope: None,
         schedule: Schedule::Forward,
     }
@@ -219,12 +223,24 @@ fn head_scales_rotation_and_positions() {
     for (i, format) in FORMATS.into_iter().enumerate() {
         for dim in [64, 128] {
             let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
+            let scale = scaled.then_some(1.0);
             let rope = [None, Some(false), Some(true)][(i + dim / 64) % 3];
             for schedule in Schedule::ALL {
                 let case =
-                    Case { scaled, rope, schedule, rotated: false, heads: 2, ..plain(format, dim) };
+                    Case { scale, rope, schedule, rotated: false, heads: 2, ..plain(format, dim) };
                 assert_eq!(check(&case, None, &slots()), 0);
             }
+        }
+    }
+}
+
+/// Scales by whose inverse nothing can be multiplied without an overflow or an underflow.
+#[test]
+fn head_scales_far_from_1() {
+    for format in [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Nvfp4] {
+        for scale in [1e-38, 1e-14, 1e-10, 1e10, 1e14, 1e38] {
+            let case = Case { scale: Some(scale), ..plain(format, 64) };
+            assert_eq!(check(&case, None, &slots()), 0, "{format:?} {scale}");
         }
     }
 }

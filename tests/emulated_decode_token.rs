@@ -27,8 +27,11 @@ fn every_instance_under_every_schedule() {
     for format in FORMATS {
         for head_dim in [64, 128] {
             for schedule in Schedule::ALL {
-                let codes = plain(format);
-                assert_eq!(check(Case { codes, head_dim, schedule, ..Case::default() }), 0);
+                for chunks in [false, true] {
+                    let codes = plain(format);
+                    let case = Case { codes, head_dim, schedule, chunks, ..Case::default() };
+                    assert_eq!(check(case), 0);
+                }
             }
         }
     }
@@ -48,12 +51,13 @@ fn scales_of_heads_and_keys_as_they_are() {
 fn every_instance_with_everything() {
     for (i, format) in FORMATS.into_iter().enumerate() {
         for head_dim in [64, 128] {
+            let block_tokens = [24, 16, 32][(i + head_dim / 64) % 3];
             let case = Case {
                 codes: Some(Codes { format, rotated: true, heads: has_heads(format) }),
                 rows: [DType::F32, DType::F16, DType::Bf16][i % 3],
                 head_dim,
                 q_heads: 10,
-                block_tokens: 24,
+                block_tokens,
                 lengths: vec![(3, 401), (0, 30), (8, 99), (2, 0), (1, 1)],
                 ragged: true,
                 csr: i % 2 == 0,
@@ -67,7 +71,8 @@ fn every_instance_with_everything() {
                 ..Case::default()
             };
             assert_eq!(check(case.clone()), 0);
-            assert_eq!(check(Case { spoil: Some((0, 15, -1)), ..case }), 1);
+            // Of a token in the window.
+            assert_eq!(check(Case { spoil: Some((0, 370 / block_tokens, -1)), ..case }), 1);
         }
     }
 }
@@ -147,6 +152,7 @@ fn random_cases() {
             lengths,
             csr: any(&mut rng),
             nhd: any(&mut rng),
+            chunks: any(&mut rng),
             causal: rng.below(4) != 0,
             tail: rng.pick(&[Tail::Plain, Tail::Plain, Tail::Tree]),
             window: any(&mut rng).then(|| 1 + rng.below(200) as u32),

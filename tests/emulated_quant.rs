@@ -40,8 +40,8 @@ fn every_byte() {
     let e4m3: Decode =
         |b| if b & 0x7f == 0x7f { 480f32.copysign(b as i8 as f32) } else { e4m3_to_f32(b) };
     let int8: Decode = |b| f32::from(b as i8);
-    let plain: [(u32, Decode); 5] =
-        [(0, e4m3), (1, e4m3), (2, e5m2_to_f32), (3, int8), (8, |b| f32::from(b))];
+    let plain: [(u32, Decode); 6] =
+        [(0, e4m3), (1, e4m3), (2, e5m2_to_f32), (3, int8), (8, |b| f32::from(b)), (14, int8)];
     let codes = bytes();
     for (mode, decode) in plain {
         let got = device(mode, &words(&codes), codes.len() / 4, 2);
@@ -68,6 +68,7 @@ fn every_nibble() {
         (0..16u32).map(|n| (0..8).map(|i| ((n + 5 * i) % 16) << (4 * i)).sum()).collect();
     let nibble = |word: u32, n: usize| (word >> (4 * n) & 15) as u8;
     let (ints, floats) = (device(4, &input, 16, 4), device(5, &input, 16, 4));
+    assert_eq!(ints, device(13, &input, 16, 4));
     for (w, &word) in input.iter().enumerate() {
         for i in 0..4 {
             for e in 0..2 {

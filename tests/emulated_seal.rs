@@ -150,6 +150,8 @@ fn records_have_the_bits_of_the_reference() {
             check(format, dim, tokens, Schedule::Forward, None);
         }
     }
+    // The most shared memory.
+    check(KvFormat::Kt8v8, 128, 128, Schedule::Forward, None);
 }
 
 #[test]

@@ -135,15 +135,12 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
         })
     };
     let buffers = (0..sets).map(|_| set()).collect::<Result<Vec<_>>>()?;
-    // Blocks in an order as scattered as a pool's after a while.
-    let stride = (0..).map(|i| blocks / 2 + 1 + i).find(|s| gcd(*s, blocks) == 1).unwrap_or(1);
     let width = longest.div_ceil(BLOCK);
-    let mut next = 0;
+    let mut ids = Gpu::scattered(blocks).into_iter();
     let mut table = vec![-1i32; (batch * width) as usize];
     for (s, len) in lens.iter().enumerate() {
         for i in 0..len.div_ceil(BLOCK) as usize {
-            table[s * width as usize + i] = (next * stride % blocks) as i32;
-            next += 1;
+            table[s * width as usize + i] = ids.next().unwrap_or(-1);
         }
     }
     let table = gpu.put(table.iter().map(|x| x.to_ne_bytes()))?;
@@ -218,8 +215,4 @@ fn strides(kv_heads: u64) -> Strides {
         head: (BLOCK * DIM) as i64,
         token: DIM as i64,
     }
-}
-
-pub fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

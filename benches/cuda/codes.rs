@@ -14,7 +14,6 @@ use kvcache::layout::{GroupLayout, GroupSpec, Strides};
 use serde_json::json;
 
 use crate::Line;
-use crate::attend::gcd;
 use crate::gpu::Gpu;
 
 const DIM: u32 = 128;
@@ -52,11 +51,9 @@ fn layout(format: KvFormat, block_tokens: u32) -> Result<GroupLayout> {
     GroupLayout::new(GroupSpec::uniform(1, KV_HEADS, DIM, format), block_tokens)
 }
 
-/// A dense table of `batch` sequences over blocks in an order as scattered as a pool's.
+/// A dense table of `batch` sequences over scattered blocks.
 fn table(gpu: &Gpu, batch: u64, width: u64) -> Result<DeviceMemory> {
-    let blocks = batch * width;
-    let stride = (0..).map(|i| blocks / 2 + 1 + i).find(|s| gcd(*s, blocks) == 1).unwrap_or(1);
-    gpu.put((0..blocks).map(|i| ((i * stride % blocks) as i32).to_ne_bytes()))
+    gpu.put(Gpu::scattered(batch * width).into_iter().map(i32::to_ne_bytes))
 }
 
 fn head_shape() -> HeadShape {

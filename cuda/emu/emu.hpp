@@ -123,6 +123,8 @@ extern const Kernel probes[];
 
 #define KVC_DEVICE inline
 #define KVC_UNROLL
+#define KVC_ROLL
+#define KVC_TABLE static const
 #define KVC_SITE_ONLY ::kvc::emu::Site site = {__builtin_FILE(), __builtin_LINE()}
 #define KVC_SITE , KVC_SITE_ONLY
 #define KVC_SMEM(T) reinterpret_cast<T *>(::kvc::emu::shared_base())

@@ -14,10 +14,14 @@ template <typename Codes, typename F> KVC_DEVICE void show(const kvc_probe_param
     }
     if (thread_x() == 0) p.out[p.n * Codes::kPairs] = as_bits(Codes::kFactor);
 }
-// Pair by pair what the biased form says less its bias.
-template <typename Codes> KVC_DEVICE void unbiased(uint32_t (&pairs)[Codes::kPairs]) {
-    for (uint32_t j = 0; j < Codes::kPairs; ++j)
-        pairs[j] = sub_f16x2(pairs[j], Codes::bias(j));
+// Pair by pair what the small form says, from `zero` on.
+template <typename Codes>
+KVC_DEVICE void whole(uint32_t (&pairs)[Codes::kPairs], uint32_t zero = 0) {
+    for (uint32_t j = 0; j < Codes::kPairs; ++j) {
+        // By 2^(24 - place), in two steps for the range of f16.
+        const uint32_t up = mul_f16x2(pairs[j], twice(0x7400));
+        pairs[j] = sub_f16x2(mul_f16x2(up, twice(0x6400 - Codes::place(j) * 0x400)), zero);
+    }
 }
 
 KVC_KERNEL(kvc_probe_quant, kvc_probe_params, 32, 1) {
@@ -33,21 +37,39 @@ KVC_KERNEL(kvc_probe_quant, kvc_probe_params, 32, 1) {
         show<Nibbles>(p, [&](uint32_t i, uint32_t (&out)[4]) { Nibbles::unpack(in[i], out); });
         break;
     case 5: show<E2m1>(p, [&](uint32_t i, uint32_t (&out)[4]) { E2m1::unpack(in[i], out); }); break;
-    case 6: show<Twos>(p, [&](uint32_t i, uint32_t (&out)[8]) { Twos::unpack(in[i], out); }); break;
+    case 6:
+        show<Twos>(p, [&](uint32_t i, uint32_t (&out)[8]) {
+            Twos::small(in[i], out);
+            whole<Twos>(out);
+        });
+        break;
     case 7: // two words of low bits and one of third bits, in turn
         show<Threes>(p, [&](uint32_t i, uint32_t (&out)[8]) {
-            Threes::unpack(in[i / 2 * 3 + i % 2], in[i / 2 * 3 + 2] >> 8 * (i % 2), out);
+            Threes::small(in[i / 2 * 3 + i % 2], in[i / 2 * 3 + 2] >> 8 * (i % 2), out);
+            whole<Threes>(out);
         });
         break;
     case 8:
         show<Bytes<false>>(p, [&](uint32_t i, uint32_t (&out)[2]) {
-            Bytes<false>::biased(in[i], out);
-            unbiased<Bytes<false>>(out);
+            Bytes<false>::small(in[i], out);
+            whole<Bytes<false>>(out);
         });
         break;
     case 9: show<E4m3>(p, [&](uint32_t i, uint32_t (&out)[2]) { E4m3::rows(in[i], out); }); break;
     case 10: show<E5m2>(p, [&](uint32_t i, uint32_t (&out)[2]) { E5m2::rows(in[i], out); }); break;
     case 11: show<Int8>(p, [&](uint32_t i, uint32_t (&out)[2]) { Int8::rows(in[i], out); }); break;
+    case 13:
+        show<Nibbles>(p, [&](uint32_t i, uint32_t (&out)[4]) {
+            Nibbles::small(in[i], out);
+            whole<Nibbles>(out);
+        });
+        break;
+    case 14:
+        show<Int8>(p, [&](uint32_t i, uint32_t (&out)[2]) {
+            Int8::small(in[i], out);
+            whole<Int8>(out, twice(0x5800));
+        });
+        break;
     default:
         show<E4m3Bits>(p, [&](uint32_t i, uint32_t (&out)[2]) { E4m3Bits::rows(in[i], out); });
         break;

@@ -4,7 +4,9 @@ PyPI, without the sources of kernels that peers.py does not call.
     python3 flashinfer.py FILE.tar.xz
 
 The file is unpacked into a folder of Python's path. The machine needs PyTorch and a CUDA toolkit
-besides: FlashInfer compiles what is called. PEER_PYTHON is its version of Python (3.12).
+besides: FlashInfer compiles what is called, unless FLASHINFER_KERNELS names a folder in which a run
+there has left what it compiled (`cached_ops/NAME/NAME.so`). PEER_PYTHON is its version of Python
+(3.12).
 """
 
 import io
@@ -35,6 +37,21 @@ def wanted(name):
     return parts[2] in ("include", "cccl", "spdlog")
 
 
+def compiled():
+    """Kernels of an earlier run: where FlashInfer looks before it compiles, and their bytes."""
+    folder = os.environ.get("FLASHINFER_KERNELS")
+    if folder:
+        for path in sorted(pathlib.Path(folder).glob("**/cached_ops/*/*.so")):
+            if path.stem == path.parent.name:
+                yield f"flashinfer/data/aot/{path.stem}/{path.name}", path.read_bytes()
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o755 if name.endswith(".so") else 0o644
+    tar.addfile(info, io.BytesIO(data))
+
+
 def main():
     to = pathlib.Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +65,9 @@ def main():
             for wheel in sorted(pathlib.Path(folder).glob("*.whl")):
                 with zipfile.ZipFile(wheel) as files:
                     for name in filter(wanted, files.namelist()):
-                        data = files.read(name)
-                        info = tarfile.TarInfo(name)
-                        info.size, info.mode = len(data), 0o755 if name.endswith(".so") else 0o644
-                        tar.addfile(info, io.BytesIO(data))
+                        add(tar, name, files.read(name))
+            for name, data in compiled():
+                add(tar, name, data)
     print(f"{to}: {to.stat().st_size >> 20} MiB")
 
 

@@ -1,15 +1,19 @@
-//! How an append is launched: one block of threads for as many tokens as keep it busy.
+//! How an append is launched: a power of two of a block's threads for each token.
 
 use super::Launch;
 use super::params::AppendParams;
 use crate::error::{Error, Result};
 
 kernels! {
-    APPEND = "kvc_append", "kvc_append_params", 256;
+    APPEND = "kvc_append", "kvc_append_params", THREADS;
 }
 
-/// Chunks of 8 channels that a block should have before it takes another token.
-const CHUNKS_PER_BLOCK: u32 = 512;
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Chunks of 8 channels that a thread should have: their loads are under way together.
+const CHUNKS_PER_THREAD: u32 = 4;
+/// Threads of a launch below which a token gets more of them.
+const MANY_THREADS: u64 = 1 << 16;
 
 /// Fills `tokens_per_block` and gives the launch; `None` where there is nothing to do.
 ///
@@ -21,13 +25,28 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     if p.tokens == 0 {
         return Ok(None);
     }
-    let chunks = (p.q_heads + p.kv_heads) * (p.k_dim / 8) + p.kv_heads * (p.v_dim / 8);
-    p.tokens_per_block = (CHUNKS_PER_BLOCK / chunks).clamp(1, p.tokens);
+    p.tokens_per_block = THREADS / token_threads(p);
     let blocks = p.tokens.div_ceil(p.tokens_per_block);
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });
     }
     Ok(Some(Launch { kernel: &APPEND, grid: [blocks, 1, 1], shared_bytes: 0 }))
+}
+
+/// The threads of a token: a power of two, of which every column of its rows has one.
+fn token_threads(p: &AppendParams) -> u32 {
+    // Of a row whose halves turn a thread has two chunks.
+    let halves = p.cosines.0 != 0 && p.rope_interleaved == 0;
+    let paired = if halves { p.rope_dim / 16 } else { 0 };
+    let chunks = (p.q_heads + p.kv_heads) * (p.k_dim / 8 - paired) + p.kv_heads * (p.v_dim / 8);
+    let columns = (p.k_dim.max(p.v_dim) / 8).next_power_of_two();
+    let many = chunks.next_power_of_two().clamp(columns, THREADS);
+    let enough = (chunks / CHUNKS_PER_THREAD).max(1).ilog2();
+    let mut threads = (1 << enough.min(THREADS.ilog2())).clamp(columns, many);
+    while threads < many && u64::from(p.tokens) * u64::from(threads) < MANY_THREADS {
+        threads *= 2;
+    }
+    threads
 }
 
 /// What an append kernel takes for granted; strides of the caches are multiples of `cache_chunk`.
@@ -99,6 +118,7 @@ mod tests {
         for (kv_heads, tokens) in [(1, 1), (2, 100), (8, 4097), (200, 3)] {
             let mut p = AppendParams { kv_heads, tokens, ..sound() };
             let launch = append_launch(&mut p).unwrap().unwrap();
+            assert!(p.tokens_per_block.is_power_of_two() && p.tokens_per_block <= THREADS);
             assert!(launch.grid[0] * p.tokens_per_block >= tokens);
             assert!((launch.grid[0] - 1) * p.tokens_per_block < tokens);
         }

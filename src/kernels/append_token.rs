@@ -1,4 +1,4 @@
-//! How an append to rows of codes is launched: a warp for one or two rows at a time.
+//! How an append to rows of codes is launched: a warp for four or eight rows at a time.
 
 use super::append::check_append;
 use super::decode_token::{Scales, check_scales};
@@ -8,8 +8,8 @@ use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
 
 kernels! {
-    D64 = "kvc_append_token_d64", "kvc_append_token_params", 256;
-    D128 = "kvc_append_token_d128", "kvc_append_token_params", 256;
+    D64 = "kvc_append_token_d64", "kvc_append_token_params", THREADS;
+    D128 = "kvc_append_token_d128", "kvc_append_token_params", THREADS;
 }
 
 /// The parameters of an append of floats, for rows of codes.
@@ -36,8 +36,9 @@ pub fn append_token_params(
     }
 }
 
-/// Rows that a block should have before it takes another token.
-const ROWS_PER_BLOCK: u32 = 32;
+/// Threads of a block, and the channels of a row that one has.
+const THREADS: u32 = 256;
+const CHANNELS: u32 = 16;
 
 /// Fills `tokens_per_block` and gives the launch; `None` where there is nothing to do.
 ///
@@ -67,8 +68,9 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
     if p.call.tokens == 0 {
         return Ok(None);
     }
-    let rows = (2 * p.call.kv_heads).min(ROWS_PER_BLOCK);
-    p.call.tokens_per_block = (ROWS_PER_BLOCK / rows).clamp(1, p.call.tokens);
+    // As many tokens as have a row for all threads at once.
+    let rows = THREADS * CHANNELS / p.call.k_dim;
+    p.call.tokens_per_block = 1 << (rows / (2 * p.call.kv_heads)).max(1).ilog2();
     let blocks = p.call.tokens.div_ceil(p.call.tokens_per_block);
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });

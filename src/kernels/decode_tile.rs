@@ -41,7 +41,7 @@ pub(super) fn tile_kernel(format: KvFormat, head_dim: u32) -> Option<&'static Ke
 /// Blocks of a multiprocessor that the sources ask the compiler for.
 fn blocks_by_registers(format: KvFormat, head_dim: u32) -> u32 {
     match (format, head_dim) {
-        (KvFormat::Kt8v8 | KvFormat::Kt4v4, 128) => 2,
+        (KvFormat::Kt8v8, 128) => 2,
         _ => 3,
     }
 }
@@ -51,6 +51,11 @@ const MAX_STAGES: u32 = 3;
 const WARPS: u32 = THREADS / 32;
 /// Raw tokens that a warp copies at a time.
 const STRIP_TOKENS: u32 = 16;
+/// Bytes under way that keep a multiprocessor's share of the memory busy: what comes in a microsecond
+/// or so, and some.
+const ENOUGH_UNDER_WAY: u32 = 64 * 1024;
+/// Bytes that say what a block works on.
+const WORK_BYTES: u32 = 128;
 /// Bytes of the barriers: one a warp and stage.
 const BARRIER_BYTES: u32 = WARPS * MAX_STAGES * 8;
 
@@ -71,7 +76,8 @@ pub(super) fn tile_residence(
     let bytes = record(format, head_dim, tile_tokens).ok()?.bytes() as u32;
     let sums = WARPS * COLUMNS * (head_dim + 4 + 2) * 4;
     let raw = WARPS * STRIP_TOKENS * 2 * (head_dim + 8) * 2;
-    let queries = COLUMNS * ((head_dim + 8) * 2 + 8);
+    // Queries in rows and in the order of a lane's codes, and what the block works on.
+    let queries = COLUMNS * ((head_dim + 8) * 2 + 8) + head_dim * 16 + WORK_BYTES;
     let most = blocks_by_registers(format, head_dim);
     let all = (1..=MAX_STAGES).map(|stages: u32| {
         let query_at = (WARPS * stages * bytes).max(sums).max(raw).next_multiple_of(16);
@@ -79,7 +85,10 @@ pub(super) fn tile_residence(
         let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
         Residence { stages, blocks: fit.min(most), shared_bytes, query_at }
     });
-    Residence::most_under_way(all)
+    // Warps hide each other's latencies, so blocks come before stages where enough is under way.
+    let under_way = |r: &Residence| r.blocks * WARPS * (r.stages - 1) * bytes;
+    all.filter(|r| r.blocks > 0)
+        .max_by_key(|r| (under_way(r).min(ENOUGH_UNDER_WAY), r.blocks, r.stages))
 }
 
 impl DecodePlan {
@@ -170,7 +179,7 @@ mod tests {
             }
         }
         let best = |format| tile_residence(format, 128, 64, SM90_SHARED_BYTES).unwrap();
-        assert_eq!((best(KvFormat::Kt4v4).stages, best(KvFormat::Kt4v4).blocks), (3, 2));
+        assert_eq!((best(KvFormat::Kt4v4).stages, best(KvFormat::Kt4v4).blocks), (2, 3));
         assert_eq!((best(KvFormat::Kt2v2).stages, best(KvFormat::Kt2v2).blocks), (3, 3));
     }
 

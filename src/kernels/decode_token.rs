@@ -39,29 +39,82 @@ pub(super) fn token_kernel(format: KvFormat, head_dim: u32) -> Option<&'static K
 }
 
 /// Blocks of a multiprocessor that the sources ask the compiler for.
-const BLOCKS: u32 = 4;
-/// Bytes of shared memory for the scales of a row.
-const SCALE_SLOT: u32 = 8;
-/// The most stages of the pipeline.
+const BLOCKS: u32 = 3;
+/// The most stages of a pipeline.
 const MAX_STAGES: u32 = 4;
+/// Tokens of a run, which a bulk copy brings, and runs of a tile.
+const RUN: u32 = 16;
+const RUNS: u32 = 8;
+/// Bytes that a multiprocessor of sm_90 wants under way to run at the speed of its memory, with room
+/// for what does not come evenly.
+const ENOUGH_BYTES: u32 = 64 * 1024;
+
+/// What rows of codes and their scales take of shared memory.
+#[derive(Debug, Clone, Copy)]
+struct Stage {
+    row: u32,
+    scales: u32,
+}
+
+impl Stage {
+    fn of(format: KvFormat, head_dim: u32) -> Self {
+        let scales = format.row_scale_bytes(head_dim, 1) as u32;
+        Self { row: format.row_bytes(head_dim) as u32, scales }
+    }
+
+    /// A tile of runs, padded: all of codes, those of scales of 8 bytes.
+    fn bulk(self) -> u32 {
+        let scale_pad = if self.scales == 8 { 16 } else { 0 };
+        2 * RUNS * (RUN * (self.row + self.scales) + 16 + scale_pad)
+    }
+
+    /// Whether runs of rows, and of their scales, are what bulk copies take.
+    fn comes_in_runs(self, params: &DecodeTokenParams) -> bool {
+        let p = &params.call;
+        let (row, scales) = (i64::from(self.row), i64::from(self.scales));
+        let rows = p.block_tokens.is_multiple_of(RUN) && p.k_token == row && p.v_token == row;
+        let of_scales =
+            [params.k_scale_block, params.k_scale_head, params.v_scale_block, params.v_scale_head];
+        let aligned = of_scales.iter().all(|stride| stride % 16 == 0)
+            && (params.k_scales.0 | params.v_scales.0).is_multiple_of(16)
+            && params.k_scale_token == scales
+            && params.v_scale_token == scales;
+        rows && (scales == 0 || aligned)
+    }
+
+    /// A tile that chunks are copied to, with a slot of 8 bytes for the scales of a row.
+    fn copied(self) -> u32 {
+        2 * TILE_TOKENS * (self.row + if self.scales == 0 { 0 } else { 8 })
+    }
+}
 
 /// Stages and blocks of a multiprocessor: at least two stages, the warps' sums in their place
-/// afterwards, and the queries behind them.
+/// afterwards, and the queries and barriers behind them. As many blocks as have enough under way;
+/// where there is no room for tiles of runs, for those that are copied in chunks.
 pub(super) fn token_residence(
     format: KvFormat,
     head_dim: u32,
     multiprocessor_shared_bytes: u32,
 ) -> Option<Residence> {
-    let row = format.row_bytes(head_dim) as u32;
-    let slot = if format.row_scale_bytes(head_dim, 1) == 0 { 0 } else { SCALE_SLOT };
+    let stage = Stage::of(format, head_dim);
     let sums = THREADS / 32 * COLUMNS * (head_dim + 4 + 2) * 4;
     let queries = COLUMNS * ((head_dim + 8) * 2 + 8);
-    Residence::most_under_way((2..=MAX_STAGES).map(|stages: u32| {
-        let query_at = (stages * 2 * TILE_TOKENS * (row + slot)).max(sums).next_multiple_of(16);
-        let shared_bytes = query_at + queries;
+    let with = |stages: u32, bytes: u32| {
+        let query_at = (stages * bytes).max(sums).next_multiple_of(16);
+        // Two barriers and a word for each stage.
+        let shared_bytes = query_at + queries + MAX_STAGES * 24;
         let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
         Residence { stages, blocks: fit.min(BLOCKS), shared_bytes, query_at }
-    }))
+    };
+    let under_way = |r: &Residence| (r.blocks * (r.stages - 1) * stage.bulk()).min(ENOUGH_BYTES);
+    (2..=MAX_STAGES)
+        .map(|stages| with(stages, stage.bulk()))
+        .filter(|r| r.blocks > 0)
+        .max_by_key(|r| (under_way(r), r.blocks, r.stages))
+        .or_else(|| {
+            let copied = (2..=MAX_STAGES).map(|stages| with(stages, stage.copied()));
+            Residence::most_under_way(copied)
+        })
 }
 
 impl DecodePlan {
@@ -92,6 +145,10 @@ impl DecodePlan {
         )?;
         self.fill(workspace, &mut params.call, decode::CHUNK_BYTES)?;
         params.query_at = self.residence.query_at;
+        let stage = Stage::of(format, self.bounds.head_dim);
+        params.copy_stages = (params.query_at / stage.copied()).clamp(2, MAX_STAGES);
+        let room = params.query_at >= params.call.stages * stage.bulk();
+        params.call.bulk = u32::from(room && stage.comes_in_runs(params));
         Ok(self.kernel())
     }
 }
@@ -144,8 +201,10 @@ mod tests {
         let best = |format, head_dim| {
             token_residence(format, head_dim, SM90_SHARED_BYTES).map(|r| (r.stages, r.blocks))
         };
-        assert_eq!(best(KvFormat::Fp8E4m3, 128), Some((4, 3)));
-        assert_eq!(best(KvFormat::Int4T, 128), Some((4, 4)));
+        assert_eq!(best(KvFormat::Fp8E4m3, 128), Some((2, 3)));
+        assert_eq!(best(KvFormat::Int8T, 128), Some((2, 3)));
+        assert_eq!(best(KvFormat::Int4T, 128), Some((4, 3)));
+        assert_eq!(best(KvFormat::Nvfp4, 128), Some((3, 3)));
         assert_eq!(token_residence(KvFormat::Int8T, 128, 16 * 1024), None);
     }
 

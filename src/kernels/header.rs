@@ -38,7 +38,9 @@ fn kvc_params_h() -> String {
     structure::<CascadeSegment>(&mut out);
     structure::<CascadeSplitParams>(&mut out);
     structure::<CopyParams>(&mut out);
-    structure::<DecodeItem>(&mut out);
+    structure::<DecodeRange>(&mut out);
+    structure::<DecodeSpan>(&mut out);
+    structure::<DecodeHead>(&mut out);
     structure::<DecodePlanParams>(&mut out);
     structure::<DecodeParams>(&mut out);
     structure::<DecodeTileParams>(&mut out);

@@ -1,7 +1,7 @@
 //! How multi-head latent attention decode is planned and launched: which width of kernel, its grid
 //! and its workspace. Contexts are cut on the device, by the kernel that plans paged decode.
 
-use super::decode::Pieces;
+use super::decode::{Pieces, TILE_TOKENS};
 use super::params::{DecodePlanParams, In, MlaParams, Out};
 use super::split::{Split, SplitBounds};
 use super::{Kernel, Launch};
@@ -103,6 +103,9 @@ impl MlaPlan {
             columns,
             channels: MLA_VALUES,
             grid,
+            granule: TILE_TOKENS,
+            // Partial results are of 512 channels.
+            shorts: 1,
         })?;
         Ok(Self { bounds, kernel, units, shared_bytes: shared_bytes(columns), grid, split })
     }
@@ -160,8 +163,9 @@ impl MlaPlan {
             return Err(Error::invalid("scale", "must be finite"));
         }
         let at = self.split.addresses(workspace)?;
-        params.items = at.items;
-        params.item_count = at.item_count;
+        params.head = at.head;
+        params.ranges = at.ranges;
+        params.spans = at.spans;
         params.tickets = at.tickets;
         params.partial = at.partial;
         params.units = self.units;

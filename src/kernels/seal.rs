@@ -46,6 +46,14 @@ pub fn seal_launch(
     {
         return Err(Error::invalid("records", "must begin at multiples of 16 bytes"));
     }
+    let rows = [p.k, p.v, p.scratch_k, p.scratch_v].iter().any(|a| !a.0.is_multiple_of(16));
+    let strides = [p.k_block, p.k_head, p.k_token, p.v_block, p.v_head, p.v_token];
+    let scratch = [p.scratch_k_block, p.scratch_k_head, p.scratch_k_token];
+    let scratch =
+        scratch.into_iter().chain([p.scratch_v_block, p.scratch_v_head, p.scratch_v_token]);
+    if rows || strides.into_iter().chain(scratch).any(|s| s % 8 != 0) {
+        return Err(Error::invalid("k, v, scratch", "rows must begin at multiples of 16 bytes"));
+    }
     if p.staging_blocks.checked_add(p.scratch_blocks).is_none_or(|n| n > i32::MAX as u32) {
         return Err(Error::invalid("staging_blocks, scratch_blocks", "must fit in 31 bits"));
     }
@@ -65,7 +73,13 @@ pub fn seal_launch(
     p.k_mids_at = layout.k_mids.start as u32;
     p.v_scales_at = layout.v_scales.start as u32;
     p.header_at = layout.header.start as u32;
-    // Codes of values, two floats and a word for each thread, two floats for each key channel.
-    let shared_bytes = shape.tokens * shape.v_dim + 12 * THREADS + 8 * shape.k_dim;
+    // The record, codes of values, the table of the checksum, three floats for each key channel, two
+    // for each warp, a word for each thread.
+    let shared_bytes = layout.bytes() as u32
+        + shape.tokens * (shape.v_dim + 4)
+        + 4096
+        + 12 * shape.k_dim
+        + 8 * (THREADS / 32)
+        + 4 * THREADS;
     Ok(Some(Launch { kernel, grid: [blocks.unsigned_abs(), 1, 1], shared_bytes }))
 }

@@ -1,13 +1,18 @@
-//! The workspace of kernels that share the planning kernel: a batch whose contexts are cut into
-//! pieces, each worked on once for every unit (a tile of query columns).
+//! The workspace of kernels that share the planning kernel: a batch whose contexts, one after
+//! another, are cut into ranges, each worked on once for every unit (a tile of query columns).
 //!
-//! The host knows only maxima. The bounds hold for any lengths: with pieces of at least
-//! `total / target` tokens, a batch has at most `batch + target` of them, and the sequences cut at
-//! all have fewer than `2 * target`. This file knows nothing of heads, types or kernels.
+//! Balanced ranges take no notice of where sequences begin. There is one for each group of blocks
+//! that the device runs at a time, for three quarters of the work, and shorter ones for the rest,
+//! which blocks take as they come to their end: multiprocessors are not equally fast. A range can
+//! then hold the end of one sequence and the beginning of another, two partial results. Fixed
+//! ranges are pieces of one sequence.
+//!
+//! The host knows only maxima; the bounds hold for any lengths. This file knows nothing of heads,
+//! types or kernels.
 
 use super::Launch;
 use super::decode::{DECODE_PLAN, Pieces};
-use super::params::{DecodeItem, DecodePlanParams, In, Out};
+use super::params::{DecodeHead, DecodePlanParams, DecodeRange, DecodeSpan, In, Out};
 use crate::error::{Error, Result};
 
 /// Tokens that pieces are multiples of, as the planning kernel has it.
@@ -27,7 +32,7 @@ pub(super) struct SplitBounds {
     pub max_tokens: u32,
     /// How contexts are cut.
     pub pieces: Pieces,
-    /// Units of a piece, at least 1.
+    /// Units of a range, at least 1.
     pub units: u32,
     /// Query columns of a unit.
     pub columns: u32,
@@ -35,25 +40,29 @@ pub(super) struct SplitBounds {
     pub channels: u32,
     /// Blocks of threads that the device runs at a time.
     pub grid: u32,
+    /// Tokens that balanced ranges are multiples of: what a block works on at a time.
+    pub granule: u32,
+    /// Short balanced ranges for each long one, at least 1.
+    pub shorts: u32,
 }
 
 /// Where the plan and the partial results lie in a workspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Split {
     bounds: SplitBounds,
-    target: u32,
-    max_items: u32,
+    longs: u32,
+    max_ranges: u32,
     max_slots: u32,
-    max_tickets: u32,
-    offsets: [u64; 4],
+    offsets: [u64; 5],
     workspace_bytes: u64,
 }
 
 /// The addresses of a workspace that an attention kernel is given.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SplitAddresses {
-    pub items: In<DecodeItem>,
-    pub item_count: In<u32>,
+    pub head: Out<DecodeHead>,
+    pub ranges: In<DecodeRange>,
+    pub spans: In<DecodeSpan>,
     pub tickets: Out<u32>,
     pub partial: Out<f32>,
 }
@@ -69,34 +78,36 @@ impl Split {
         if b.batch == 0 || b.batch > MAX_BATCH {
             return Err(Error::invalid("batch", "must be 1 to 2^20"));
         }
-        let (target, pieces) = match b.pieces {
-            Pieces::Balanced => {
-                let target = b.grid.div_ceil(b.units);
-                (target, 2 * u64::from(target))
-            }
+        let longs = (b.grid / b.units).max(1);
+        let (ranges, slots) = match b.pieces {
+            Pieces::Balanced => (u64::from(longs) * (1 + u64::from(b.shorts)), 2),
             Pieces::Fixed(tokens) if tokens != 0 && tokens.is_multiple_of(TILE_TOKENS) => {
-                let pieces = u64::from(b.batch) * u64::from(b.max_tokens.div_ceil(tokens));
-                (1, pieces.max(2))
+                let pieces = u64::from(b.max_tokens.div_ceil(tokens).max(1));
+                (u64::from(b.batch) * pieces, 1)
             }
             Pieces::Fixed(_) => {
                 return Err(Error::invalid("pieces", "must be a positive multiple of 64 tokens"));
             }
         };
-        let max_slots = u32::try_from(pieces).map_err(|_| OVERFLOW)?;
-        let max_items = max_slots.checked_add(b.batch).ok_or(OVERFLOW)?;
-        let max_tickets = max_slots.min(b.batch);
+        let max_ranges = u32::try_from(ranges).map_err(|_| OVERFLOW)?;
+        let max_slots = max_ranges.checked_mul(slots).ok_or(OVERFLOW)?;
+        // Every unit of every range is counted in 32 bits, and a block of the grid beyond.
         let units = u64::from(b.units);
+        if u64::from(max_ranges) * units > u64::from(u32::MAX - b.grid) {
+            return Err(OVERFLOW);
+        }
         let row_bytes = (u64::from(b.channels) + 1) * 4;
-        // Items, their count, tickets, partial results: each from a multiple of 256 bytes.
+        // Head, ranges, spans, tickets, partial results: each from a multiple of 256 bytes.
         let parts = [
-            u64::from(max_items) * size_of::<DecodeItem>() as u64,
-            4,
-            u64::from(max_tickets) * units * 4,
+            size_of::<DecodeHead>() as u64,
+            (u64::from(max_ranges) + 1) * size_of::<DecodeRange>() as u64,
+            u64::from(b.batch) * size_of::<DecodeSpan>() as u64,
+            u64::from(max_ranges) * units * 4,
             (u64::from(max_slots) * units)
                 .checked_mul(u64::from(b.columns) * row_bytes)
                 .ok_or(OVERFLOW)?,
         ];
-        let mut offsets = [0; 4];
+        let mut offsets = [0; 5];
         let mut at: u64 = 0;
         for (offset, bytes) in offsets.iter_mut().zip(parts) {
             *offset = at;
@@ -105,8 +116,7 @@ impl Split {
                 .and_then(|end| end.checked_next_multiple_of(256))
                 .ok_or(OVERFLOW)?;
         }
-        let workspace_bytes = at;
-        Ok(Self { bounds, target, max_items, max_slots, max_tickets, offsets, workspace_bytes })
+        Ok(Self { bounds, longs, max_ranges, max_slots, offsets, workspace_bytes: at })
     }
 
     /// Bytes of workspace that any call within the bounds needs.
@@ -128,11 +138,13 @@ impl Split {
         if !fits || !workspace.is_multiple_of(256) {
             return Err(Error::invalid("workspace", "must begin at a multiple of 256 bytes"));
         }
+        let [head, ranges, spans, tickets, partial] = self.offsets.map(|offset| workspace + offset);
         Ok(SplitAddresses {
-            items: In::at(workspace + self.offsets[0]),
-            item_count: In::at(workspace + self.offsets[1]),
-            tickets: Out::at(workspace + self.offsets[2]),
-            partial: Out::at(workspace + self.offsets[3]),
+            head: Out::at(head),
+            ranges: In::at(ranges),
+            spans: In::at(spans),
+            tickets: Out::at(tickets),
+            partial: Out::at(partial),
         })
     }
 
@@ -157,8 +169,9 @@ impl Split {
         let at = self.addresses(workspace)?;
         let params = DecodePlanParams {
             seq_lens,
-            items: Out::at(at.items.0),
-            item_count: Out::at(at.item_count.0),
+            head: at.head,
+            ranges: Out::at(at.ranges.0),
+            spans: Out::at(at.spans.0),
             tickets: at.tickets,
             error_flag,
             batch,
@@ -169,11 +182,9 @@ impl Split {
                 Pieces::Balanced => 0,
                 Pieces::Fixed(tokens) => tokens,
             },
-            min_piece: TILE_TOKENS,
-            target_pieces: self.target,
-            max_items: self.max_items,
-            max_slots: self.max_slots,
-            max_tickets: self.max_tickets,
+            granule: self.bounds.granule,
+            longs: self.longs,
+            max_ranges: self.max_ranges,
         };
         Ok((Launch { kernel: &DECODE_PLAN, grid: [1, 1, 1], shared_bytes: 2048 }, params))
     }

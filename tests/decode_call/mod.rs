@@ -389,6 +389,13 @@ impl Call {
         if case.chunks {
             params.bulk = 0;
         }
+        if let Some(params) = token_params.as_mut() {
+            // Whole runs are for bulk copies, and nothing else is.
+            let runs = case.block_tokens.is_multiple_of(16) && !case.nhd;
+            let room = case.multiprocessor_shared_bytes >= 100 * 1024;
+            assert!(params.call.bulk == u32::from(runs) || !room);
+            params.call.bulk &= u32::from(!case.chunks);
+        }
         // SAFETY: every address is that of a buffer that lives to the end of this function.
         unsafe {
             let (kernel, shared) = (first.kernel, first.shared_bytes);

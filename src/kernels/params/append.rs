@@ -57,7 +57,7 @@ device_struct! {
         v_cache_token: i64,
         /// Tokens of the call.
         tokens: u32,
-        /// Tokens that one thread block takes.
+        /// Tokens that one thread block takes, a power of two.
         tokens_per_block: u32,
         /// Query heads; 0 without `q`.
         q_heads: u32,

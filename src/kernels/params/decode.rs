@@ -5,38 +5,62 @@ use alloc::string::String;
 use super::{Any, CType, DeviceStruct, In, Out};
 
 device_struct! {
-    /// A piece of one sequence's context: what a thread block of the decode kernel works on, once
-    /// for each unit (a KV head and up to eight of its query columns).
-    DecodeItem, "kvc_decode_item" {
+    /// Where a range of work begins: what a thread block of the decode kernel works on at a time,
+    /// once for each unit (a KV head and up to eight of its query columns). It ends where the next
+    /// begins, perhaps several sequences later.
+    DecodeRange, "kvc_decode_range" {
         /// The sequence.
         seq: u32,
-        /// First token of the piece.
+        /// Tokens of its span before the range.
+        offset: u32,
+        /// The range's first token.
         begin: u32,
-        /// One past its last token.
+        /// One past the last token of the sequence.
         end: u32,
-        /// Pieces that the sequence has.
-        pieces: u32,
-        /// Which of them this is.
-        piece: u32,
-        /// Partial result of the sequence's first piece; meaningless with one piece.
-        first_slot: u32,
-        /// Index among the sequences that have more than one piece; meaningless with one piece.
-        ticket: u32,
-        /// Keeps the size a power of two. Zero.
-        reserved: u32,
     }
 }
 
 device_struct! {
-    /// Plans paged decode on the device: cuts the contexts into pieces.
+    /// What a plan says of a sequence.
+    DecodeSpan, "kvc_decode_span" {
+        /// First token that any of its queries can see.
+        begin: u32,
+        /// One past the last.
+        end: u32,
+        /// The range that its first token lies in.
+        first: u32,
+        /// The range that its last token lies in.
+        last: u32,
+    }
+}
+
+device_struct! {
+    /// What a plan says of all.
+    DecodeHead, "kvc_decode_head" {
+        /// Ranges. One more is written: its sequence is the number of sequences.
+        ranges: u32,
+        /// Partial results that a range can have: 1, or 2 where it can hold the end of a sequence
+        /// and the beginning of another.
+        slots: u32,
+        /// Ranges that blocks have taken after their first; zero before a call, and after it.
+        taken: u32,
+        /// Blocks that are done with a call; zero before it, and after it.
+        done: u32,
+    }
+}
+
+device_struct! {
+    /// Plans paged decode on the device: cuts the contexts into ranges.
     DecodePlanParams, "kvc_decode_plan_params" {
         /// Tokens of each sequence, those of the queries included; below 1 is empty.
         seq_lens: In<i32>,
-        /// `[max_items]`, written from the first.
-        items: Out<DecodeItem>,
-        /// How many items were written.
-        item_count: Out<u32>,
-        /// `[max_tickets][units]` counters, zeroed.
+        /// Written whole.
+        head: Out<DecodeHead>,
+        /// `[max_ranges + 1]`, written from the first.
+        ranges: Out<DecodeRange>,
+        /// `[batch]`.
+        spans: Out<DecodeSpan>,
+        /// `[max_ranges][units]` counters, zeroed as far as there are ranges.
         tickets: Out<u32>,
         /// Raised (bit 2) where fixed pieces did not fit the bounds and were made longer, or null.
         error_flag: Out<u32>,
@@ -46,20 +70,17 @@ device_struct! {
         q_len: u32,
         /// Sliding window in tokens; 0 for none.
         window: u32,
-        /// Units of an item.
+        /// Units of a range.
         units: u32,
         /// Tokens of a piece in the deterministic mode, a multiple of 64; 0 to balance.
         fixed_piece: u32,
-        /// Fewest tokens of a piece when balancing, a multiple of 64.
-        min_piece: u32,
-        /// Pieces that balancing aims at, at least 1.
-        target_pieces: u32,
-        /// Room in `items`: at least `batch + target_pieces`.
-        max_items: u32,
-        /// Room for partial results: at least `2 * target_pieces`.
-        max_slots: u32,
-        /// Room for counters: at least `target_pieces`.
-        max_tickets: u32,
+        /// Tokens that ranges are multiples of when balancing, a multiple of 64.
+        granule: u32,
+        /// Ranges that are there at the beginning when balancing, at least 1.
+        longs: u32,
+        /// Room in `ranges`: at least `2 * longs` when balancing, whose rest is for short ones,
+        /// else at least `batch`.
+        max_ranges: u32,
     }
 }
 
@@ -95,10 +116,12 @@ device_struct! {
         sinks: In<f32>,
         /// ALiBi slope of each query head, or null.
         slopes: In<f32>,
-        /// The plan's items.
-        items: In<DecodeItem>,
-        /// How many items there are.
-        item_count: In<u32>,
+        /// The plan's summary.
+        head: Out<DecodeHead>,
+        /// The plan's ranges.
+        ranges: In<DecodeRange>,
+        /// The plan's spans.
+        spans: In<DecodeSpan>,
         /// The plan's counters: zero before the call, and after it.
         tickets: Out<u32>,
         /// Partial results: `[slot][unit][8][head_dim]`, then `[slot][unit][8]` of their LSE.
@@ -136,7 +159,7 @@ device_struct! {
         q_heads: u32,
         /// KV heads.
         kv_heads: u32,
-        /// Units of an item: `kv_heads` times the column tiles of a KV head.
+        /// Units of a range: `kv_heads` times the column tiles of a KV head.
         units: u32,
         /// Tokens of a cache block.
         block_tokens: u32,
@@ -164,7 +187,19 @@ device_struct! {
     }
 }
 
-impl CType for DecodeItem {
+impl CType for DecodeRange {
+    fn declare(field: &str) -> String {
+        alloc::format!("{} {field}", Self::C_NAME)
+    }
+}
+
+impl CType for DecodeSpan {
+    fn declare(field: &str) -> String {
+        alloc::format!("{} {field}", Self::C_NAME)
+    }
+}
+
+impl CType for DecodeHead {
     fn declare(field: &str) -> String {
         alloc::format!("{} {field}", Self::C_NAME)
     }

@@ -7,7 +7,9 @@ use super::{Any, CType, DecodeParams, DeviceStruct, In};
 device_struct! {
     /// Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
     DecodeTokenParams, "kvc_decode_token_params" {
-        /// The call. Strides of `k` and `v` are in bytes, multiples of 16; `bulk` means nothing.
+        /// The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
+        /// of a head and their scales follow each other within a block of a multiple of 16 tokens, and
+        /// scales begin at multiples of 16 bytes; `stages`, 2 to 4, is then of tiles of 128 tokens.
         call: DecodeParams,
         /// Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
         /// f16 at an even address; null where the format has none.
@@ -36,8 +38,8 @@ device_struct! {
         v_rotated: u32,
         /// Byte of shared memory from which the queries lie.
         query_at: u32,
-        /// Keeps the size a multiple of 8. Zero.
-        reserved: u32,
+        /// Stages of the pipeline without bulk copies, 2 to 4, in the same shared memory.
+        copy_stages: u32,
     }
 }
 

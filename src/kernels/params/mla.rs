@@ -1,6 +1,6 @@
 //! What multi-head latent attention decode is given. Its plan is that of paged decode.
 
-use super::{Any, DecodeItem, In, Out};
+use super::{Any, DecodeHead, DecodeRange, DecodeSpan, In, Out};
 
 device_struct! {
     /// Latent attention: 1 to 8 query tokens of each sequence over its cached latents of 576
@@ -22,10 +22,12 @@ device_struct! {
         table_indptr: In<i32>,
         /// Tokens of each sequence, those of the queries included; below 1 is empty.
         seq_lens: In<i32>,
-        /// The plan's items.
-        items: In<DecodeItem>,
-        /// How many items there are.
-        item_count: In<u32>,
+        /// The plan's summary.
+        head: Out<DecodeHead>,
+        /// The plan's ranges.
+        ranges: In<DecodeRange>,
+        /// The plan's spans.
+        spans: In<DecodeSpan>,
         /// The plan's counters: zero before the call, and after it.
         tickets: Out<u32>,
         /// Partial results: `[slot][unit][columns][512]`, then `[slot][unit][columns]` of their
@@ -54,7 +56,7 @@ device_struct! {
         causal: u32,
         /// Query heads.
         q_heads: u32,
-        /// Units of an item: query columns over the columns of the kernel, rounded up.
+        /// Units of a range: query columns over the columns of the kernel, rounded up.
         units: u32,
         /// Tokens of a cache block.
         block_tokens: u32,

@@ -138,7 +138,7 @@ pub use append::AppendParams;
 pub use append_token::AppendTokenParams;
 pub use cascade::{CascadeSegment, CascadeSplitParams};
 pub use copy::CopyParams;
-pub use decode::{DecodeItem, DecodeParams, DecodePlanParams};
+pub use decode::{DecodeHead, DecodeParams, DecodePlanParams, DecodeRange, DecodeSpan};
 pub use decode_tile::DecodeTileParams;
 pub use decode_token::DecodeTokenParams;
 pub use lookup::{LookupParams, LookupPatch, LookupPatchParams};
