@@ -121,18 +121,6 @@ struct Nibbles {
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
 };
 
-// The same codes less kLess. What all codes have in common would meet every rounding of a weight, and
-// come together in one channel where values are rotated back.
-struct NibblesLess8 : Nibbles {
-    static constexpr float kLess = 8.0f;
-    KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
-        biased(w, out);
-        for (uint32_t i = 0; i < 4; ++i)
-            out[i] = sub_f16x2(out[i], twice(i % 2 == 0 ? 0x6408 : 0x5480));
-    }
-    KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }
-};
-
 // e2m1 in order; 2^-14 of its value.
 struct E2m1 {
     static constexpr int kBits = 4, kPairs = 4;

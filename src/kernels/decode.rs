@@ -8,6 +8,7 @@
 use super::decode_tile::{tile_kernel, tile_residence};
 use super::decode_token::{token_kernel, token_residence};
 use super::params::{DecodeParams, DecodePlanParams, In, Out};
+use super::residence::{RESERVED_BYTES, Residence};
 use super::split::{Split, SplitBounds};
 use super::{Kernel, Launch};
 use crate::dtype::{DType, FormatClass, KvFormat};
@@ -73,8 +74,6 @@ pub(super) const TILE_TOKENS: u32 = 64;
 const MAX_STAGES: u32 = 3;
 /// Shared memory behind the stages: two barriers of 8 bytes for each.
 const BARRIER_BYTES: u32 = 64;
-/// What the device keeps of a multiprocessor's shared memory for each block.
-pub(super) const RESERVED_BYTES: u32 = 1024;
 /// Tokens of a run, which a bulk copy brings.
 const RUN_TOKENS: u32 = 8;
 /// Bytes that rows of codes begin at multiples of.
@@ -84,37 +83,18 @@ pub(super) const CHUNK_ELEMENTS: i64 = 8;
 /// The most query tokens of a sequence.
 const MAX_Q_LEN: u32 = 8;
 
-/// The stages of a block's pipeline, and how many such blocks a multiprocessor holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Residence {
-    pub stages: u32,
-    pub blocks: u32,
-    pub shared_bytes: u32,
-    /// Where a kernel over codes has its queries; 0 for others.
-    pub query_at: u32,
+/// The stages of the pipelines of 16-bit rows with the most tiles under way, then the most blocks;
+/// `None` where not even one stage fits.
+fn row_residence(head_dim: u32, multiprocessor_shared_bytes: u32) -> Option<Residence> {
+    let with = |stages: u32| {
+        // K and V, rows of eight elements more than they hold.
+        let shared_bytes = stages * 2 * TILE_TOKENS * (head_dim + 8) * 2 + BARRIER_BYTES;
+        let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
+        let blocks = fit.min(blocks_by_registers(head_dim));
+        Residence { stages, blocks, shared_bytes, query_at: 0 }
+    };
+    Residence::most_under_way((1..=MAX_STAGES).map(with))
 }
-
-impl Residence {
-    /// The one with the most tiles under way, then the most blocks; `None` where not even one
-    /// stage fits.
-    fn best(head_dim: u32, multiprocessor_shared_bytes: u32) -> Option<Self> {
-        let with = |stages: u32| {
-            // K and V, rows of eight elements more than they hold.
-            let shared_bytes = stages * 2 * TILE_TOKENS * (head_dim + 8) * 2 + BARRIER_BYTES;
-            let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
-            let blocks = fit.min(blocks_by_registers(head_dim));
-            Self { stages, blocks, shared_bytes, query_at: 0 }
-        };
-        Self::most_under_way((1..=MAX_STAGES).map(with))
-    }
-
-    pub(super) fn most_under_way(all: impl Iterator<Item = Self>) -> Option<Self> {
-        all.filter(|r| r.blocks > 0).max_by_key(|r| (r.blocks * (r.stages - 1), r.blocks))
-    }
-}
-
-/// Shared memory of a multiprocessor of sm_90, in bytes.
-pub const SM90_SHARED_BYTES: u32 = 228 * 1024;
 
 /// How contexts are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +130,7 @@ pub struct DecodeBounds {
     pub pieces: Pieces,
     /// Multiprocessors of the device.
     pub multiprocessors: u32,
-    /// Shared memory of a multiprocessor, in bytes: [`SM90_SHARED_BYTES`], 167936 on sm_80, 102400
+    /// Shared memory of a multiprocessor, in bytes: [`SM90_SHARED_BYTES`](super::SM90_SHARED_BYTES), 167936 on sm_80, 102400
     /// on sm_86 and sm_89.
     pub multiprocessor_shared_bytes: u32,
 }
@@ -189,7 +169,7 @@ impl DecodePlan {
         }
         let units = b.kv_heads * (b.q_heads / b.kv_heads * b.q_len).div_ceil(COLUMNS);
         let residence = match b.format.class() {
-            FormatClass::Float => Residence::best(b.head_dim, b.multiprocessor_shared_bytes),
+            FormatClass::Float => row_residence(b.head_dim, b.multiprocessor_shared_bytes),
             FormatClass::Token => {
                 token_residence(b.format, b.head_dim, b.multiprocessor_shared_bytes)
             }
@@ -331,6 +311,7 @@ fn check_call(p: &DecodeParams, chunk: i64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::residence::SM90_SHARED_BYTES;
     use super::*;
 
     fn sound() -> DecodeBounds {
@@ -369,9 +350,8 @@ mod tests {
 
     #[test]
     fn the_pipeline_fits_the_device() {
-        let best = |head_dim, kib: u32| {
-            Residence::best(head_dim, kib * 1024).map(|r| (r.stages, r.blocks))
-        };
+        let best =
+            |head_dim, kib: u32| row_residence(head_dim, kib * 1024).map(|r| (r.stages, r.blocks));
         assert_eq!(
             [64, 80, 96, 128].map(|d| best(d, 228)),
             [(3, 3), (3, 3), (3, 2), (3, 2)].map(Some)

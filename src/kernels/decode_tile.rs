@@ -1,8 +1,9 @@
 //! Paged decode over sealed tiles: which kernel, how much shared memory, and what a call says of the
 //! record. Work is cut as for any decode (decode.rs).
 
-use super::decode::{COLUMNS, DecodePlan, RESERVED_BYTES, Residence, THREADS};
+use super::decode::{COLUMNS, DecodePlan, THREADS};
 use super::params::DecodeTileParams;
+use super::residence::{RESERVED_BYTES, Residence};
 use super::{Kernel, Launch, decode};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};

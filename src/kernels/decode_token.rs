@@ -2,8 +2,9 @@
 //! scales. Work is cut as for any decode (decode.rs).
 
 use super::Launch;
-use super::decode::{COLUMNS, DecodePlan, RESERVED_BYTES, Residence, THREADS, TILE_TOKENS};
+use super::decode::{COLUMNS, DecodePlan, THREADS, TILE_TOKENS};
 use super::params::DecodeTokenParams;
+use super::residence::{RESERVED_BYTES, Residence};
 use super::{Kernel, decode};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};

@@ -34,6 +34,7 @@ mod mla;
 pub mod params;
 mod prefill;
 mod prefill_token;
+mod residence;
 mod seal;
 mod split;
 
@@ -48,12 +49,13 @@ pub use cascade_choice::{
     CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
 };
 pub use copy::{check_copies, copy_launch, zero_launch};
-pub use decode::{DecodeBounds, DecodePlan, Pieces, SM90_SHARED_BYTES};
+pub use decode::{DecodeBounds, DecodePlan, Pieces};
 pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 pub use prefill_token::prefill_token_launch;
+pub use residence::SM90_SHARED_BYTES;
 pub use seal::seal_launch;
 
 /// A kernel of `cuda/`.
