@@ -35,20 +35,19 @@ struct Place {
 // Calls `each(piece, unit)` for what this block works on. A block begins with its own range; where
 // there are more than blocks, the next are taken one by one. All threads call this, with `shared` a
 // word that `each` may use as well. Ahead: a block asks for its next range when it begins one, and
-// does not wait for the answer; that holds a register meanwhile.
+// does not wait for the answer; without, nothing is held in registers that can be read again.
 template <bool Ahead, typename Params, typename Each>
 KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
     // The first range is read beside the summary, not after it.
     const uint32_t own = block_x() / p.units;
     const kvc_decode_range *at = p.ranges + (own < p.max_slots ? own : p.max_slots - 1);
     kvc_decode_range from = at[0], to = at[1];
-    const uint32_t total = p.head->ranges * p.units; // below 2^32, as the host sees to
-    const bool more = total > grid_x();
-    for (uint32_t work = block_x(); work < total;) {
+    const uint32_t held = p.head->ranges * p.units; // below 2^32, as the host sees to
+    const auto total = [&] { return Ahead ? held : p.head->ranges * p.units; };
+    for (uint32_t work = block_x(); work < total();) {
         uint32_t next = 0;
-        if (Ahead && more && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
+        if (Ahead && total() > grid_x() && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
         for (;;) {
-            // Found again for each piece: registers are scarcer.
             const uint32_t range = work / p.units, unit = work % p.units;
             const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
             each(piece, unit);
@@ -59,18 +58,18 @@ KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
             const kvc_decode_span span = p.spans[seq];
             from = {seq, 0, span.begin, span.end};
         }
-        if (!more) return;
+        if (total() <= grid_x()) return;
         if (thread_x() == 0) *shared = Ahead ? next : atomic_add(&p.head->taken, 1);
         sync_threads();
         work = grid_x() + *shared;
         // Bulk copies may write there next.
         fence_bulk();
         sync_threads();
-        if (work >= total) break;
+        if (work >= total()) break;
         from = p.ranges[work / p.units];
         to = p.ranges[work / p.units + 1];
     }
-    if (more && thread_x() == 0 && atomic_add(&p.head->done, 1) + 1 == grid_x()) {
+    if (total() > grid_x() && thread_x() == 0 && atomic_add(&p.head->done, 1) + 1 == grid_x()) {
         p.head->taken = 0;
         p.head->done = 0;
     }
