@@ -646,8 +646,13 @@ fn a_random_life(seed: u64, steps: usize) {
     cache.audit().unwrap();
     // Nothing was left behind that is wrong, nor a buffer that is missing.
     for (prompt, truth) in prompts.iter().zip(&truth) {
-        let (_, out, ended) = onboarded(&mut cache, prompt);
-        assert_eq!((&out, ended), (truth, Ok(())), "seed {seed}");
+        // What a read of before, still under way, finds damaged goes: then it is computed once more.
+        let ended = (0..2).map(|_| {
+            let (_, out, ended) = onboarded(&mut cache, prompt);
+            assert!(&out == truth, "seed {seed}: {ended:?}");
+            ended
+        });
+        assert_eq!(ended.last(), Some(Ok(())), "seed {seed}");
     }
     assert!(finished > 0 && loaded > 0, "seed {seed}: {finished} {loaded} {failed}");
 }
