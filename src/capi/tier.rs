@@ -81,9 +81,11 @@ pub struct kvc_tier_options {
     /// The address of a remote store, below host and disk, at most 4096 bytes; NULL (the default) for
     /// none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `redis+unix:///PATH`,
     /// `s3+http://HOST[:PORT]/BUCKET`, `s3+https://HOST[:PORT]/BUCKET` or `s3://BUCKET`, with the
-    /// environment's AWS_* credentials. Nothing is connected to yet: a store that is down is found to
+    /// environment's AWS_* credentials; through NIXL `nixl+posix:/DIR`, a directory that machines share, or
+    /// `nixl+` before one of the last three. Nothing is connected to yet: a store that is down is found to
     /// be when it is used. KVC_ERR_UNSUPPORTED in a build without the feature remote, or remote-tls
-    /// for the last two.
+    /// for HTTPS; KVC_ERR_TIER_FAILED where the system does not find NIXL's libnixl_capi.so, and
+    /// KVCACHE_NIXL in the environment does not name it.
     pub remote: *const c_char,
     /// How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     /// 5,000 by default.

@@ -4,6 +4,8 @@
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
+#[cfg(unix)]
+use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 use std::io::{self, Read};
@@ -23,6 +25,9 @@ const SIGNED_FOR: Duration = Duration::from_secs(3600);
 /// The store.
 pub(super) struct S3Store {
     bucket: Bucket,
+    /// Of another than Amazon's.
+    #[cfg_attr(not(unix), expect(dead_code, reason = "NIXL is told"))]
+    endpoint: Option<String>,
     credentials: Option<Credentials>,
     agent: Agent,
     options: RemoteOptions,
@@ -40,7 +45,7 @@ impl S3Store {
         let region = std::env::var("AWS_REGION").unwrap_or_else(|_| "us-east-1".into());
         let host = url.host_str().filter(|host| !host.is_empty());
         let host = host.ok_or(bad("must name a host or a bucket"))?;
-        let (endpoint, style, bucket) = match url.scheme().strip_prefix("s3+") {
+        let (address, style, bucket) = match url.scheme().strip_prefix("s3+") {
             Some(scheme) => {
                 let bucket = url.path().trim_start_matches('/').trim_end_matches('/');
                 if bucket.is_empty() || bucket.contains('/') {
@@ -54,10 +59,10 @@ impl S3Store {
                 (endpoint, UrlStyle::VirtualHost, host)
             }
         };
-        if endpoint.starts_with("https") && cfg!(not(feature = "remote-tls")) {
+        if address.starts_with("https") && cfg!(not(feature = "remote-tls")) {
             return Err(Error::Unsupported { what: "a remote store over TLS" });
         }
-        let endpoint = Url::parse(&endpoint).map_err(|_| bad("is not a URL"))?;
+        let endpoint = Url::parse(&address).map_err(|_| bad("is not a URL"))?;
         let bucket = Bucket::new(endpoint, style, bucket.to_owned(), region)
             .map_err(|_| bad("is not that of a bucket"))?;
         let agent = Agent::config_builder()
@@ -68,7 +73,32 @@ impl S3Store {
             .build()
             .new_agent();
         let (credentials, options) = (Credentials::from_env(), options.clone());
-        Ok(Self { bucket, credentials, agent, options })
+        let endpoint = (url.scheme() != "s3").then_some(address);
+        Ok(Self { bucket, endpoint, credentials, agent, options })
+    }
+
+    /// The same store, as NIXL's plugin for S3 is told of it.
+    #[cfg(unix)]
+    pub fn nixl_parameters(&self) -> Vec<(&'static str, String)> {
+        let url = self.bucket.base_url();
+        let mut parameters = alloc::vec![
+            ("bucket", self.bucket.name().into()),
+            ("region", self.bucket.region().into()),
+            ("scheme", url.scheme().into()),
+            // Objects have checksums of ours, and not every server knows those of the SDK.
+            ("req_checksum", "required".into()),
+            ("resp_checksum", "required".into()),
+        ];
+        match &self.endpoint {
+            Some(endpoint) => parameters.push(("endpoint_override", endpoint.clone())),
+            None => parameters.push(("use_virtual_addressing", "true".into())),
+        }
+        if let Some(credentials) = &self.credentials {
+            parameters.push(("access_key", credentials.key().into()));
+            parameters.push(("secret_key", credentials.secret().into()));
+            parameters.extend(credentials.token().map(|token| ("session_token", token.into())));
+        }
+        parameters
     }
 
     fn deadline(&self) -> Instant {
