@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Remote tiers on real servers, started here and ended here: Redis from Debian, and s3rver (npm), which
 # takes any signature (scripts/signatures.sh has a server that does not); a directory and that server
-# again through NIXL (PyPI). The served model twice over each of them: the second run skips the system
+# again through NIXL (PyPI); Redis and that server over TLS. The served model twice over each of them: the second run skips the system
 # prompt and writes the same.
 source "$(dirname "$0")/common.sh"
-need_debian redis-server curl
+need_debian redis-server curl openssl socat
 command -v npm >/dev/null || need_debian nodejs npm
 if [ ! -x "$TOOLS/s3rver/node_modules/.bin/s3rver" ]; then
     npm install --silent --no-audit --no-fund --prefix "$TOOLS/s3rver" s3rver@3.7.1
@@ -51,10 +51,10 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 
-cargo test --quiet -p libkvcache --features remote "${UNOPTIMISED[@]}" --test remote
+cargo test --quiet -p libkvcache --features remote-tls "${UNOPTIMISED[@]}" --test remote --test remote_tls
 # With the library that the tests have just built, and in a file of its own: other stages build the
 # example without the feature.
-cargo build --quiet -p libkvcache --features remote "${UNOPTIMISED[@]}" --example generate
+cargo build --quiet -p libkvcache --features remote-tls "${UNOPTIMISED[@]}" --example generate
 generate=$dir/generate
 cp "$TARGET_DIR/debug/examples/generate" "$generate"
 addresses=("redis+unix://$dir/redis" "$KVCACHE_S3")

@@ -319,6 +319,8 @@ fn s3_with_a_wrong_secret_fails_and_is_counted() {
     cache.flush_tiers(LONG);
     let counted = counters(&cache);
     assert!(counted.failures > 0 && counted.stored == 0 && counted.down, "{counted:?}");
+    let refusal = report(&cache, TierKind::Remote).refusal.unwrap();
+    assert!(refusal.contains("refuses the access key") && !refusal.contains("wrong"), "{refusal}");
 }
 
 #[test]

@@ -340,6 +340,11 @@ impl Tier {
         counters
     }
 
+    /// What fails since the store refuses whoever calls ([`Store::refusal`]).
+    pub fn refusal(&self) -> Option<&'static str> {
+        self.shared.store.refusal()
+    }
+
     /// How fast loads are.
     pub fn load_rate(&self) -> Rate {
         self.shared.state().load_rate

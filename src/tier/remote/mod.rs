@@ -14,10 +14,13 @@
 #[cfg(unix)]
 mod nixl;
 mod redis;
+mod refusal;
 mod resp;
 mod s3;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "remote-tls")]
+mod tls;
 mod wire;
 
 use alloc::string::String;
@@ -57,6 +60,7 @@ impl Default for RemoteOptions {
 /// | address | what |
 /// |---|---|
 /// | `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]` | Redis or Valkey, over TCP |
+/// | `rediss://...` | the same over TLS (feature `remote-tls`) |
 /// | `redis+unix:///PATH` | the same, over a Unix socket |
 /// | `s3://BUCKET` | Amazon S3 (feature `remote-tls`) |
 /// | `s3+http://HOST[:PORT]/BUCKET` | another S3-compatible store |
@@ -67,6 +71,9 @@ impl Default for RemoteOptions {
 /// For S3 the environment gives the credentials (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
 /// `AWS_SESSION_TOKEN`; without them requests are not signed) and the region (`AWS_REGION`, else
 /// `us-east-1`). The bucket must exist.
+///
+/// Over TLS a server must have a certificate of an authority of Mozilla's list; where `SSL_CERT_FILE` in
+/// the environment names a file of certificates (PEM), of one of those instead.
 ///
 /// NIXL is loaded when a store of it is opened: `libnixl_capi.so` where the system finds it, or the file
 /// that `KVCACHE_NIXL` in the environment names (in NIXL's wheels it lies below `.nixl_cu12.mesonpy.libs`).
@@ -85,7 +92,7 @@ pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Store>> {
     }
     let url = Url::parse(address).map_err(|_| Error::invalid("address", "is not a URL"))?;
     match url.scheme() {
-        "redis" | "redis+unix" => Ok(Arc::new(redis::RedisStore::new(&url, options)?)),
+        "redis" | "rediss" | "redis+unix" => Ok(Arc::new(redis::RedisStore::new(&url, options)?)),
         "s3" | "s3+http" | "s3+https" => Ok(Arc::new(s3::S3Store::new(&url, options)?)),
         #[cfg(unix)]
         "nixl+posix" | "nixl+s3" | "nixl+s3+http" | "nixl+s3+https" => {
@@ -93,7 +100,7 @@ pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Store>> {
         }
         _ => Err(Error::invalid(
             "address",
-            "must begin with redis, redis+unix, s3, s3+http(s) or nixl+",
+            "must begin with redis(s), redis+unix, s3, s3+http(s) or nixl+",
         )),
     }
 }
@@ -144,10 +151,13 @@ mod address_tests {
         ] {
             assert!(open(bad, &options).is_err(), "{bad}");
         }
-        let tls = open("s3+https://localhost/bucket", &options);
-        assert_eq!(tls.is_ok(), cfg!(feature = "remote-tls"));
-        if let Err(error) = tls {
-            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        for tls in ["s3+https://localhost/bucket", "rediss://:secret@localhost/2"] {
+            let tls = open(tls, &options);
+            assert_eq!(tls.is_ok(), cfg!(feature = "remote-tls"));
+            match tls {
+                Ok(store) => assert!(!format!("{store:?}").contains("secret")),
+                Err(error) => assert!(matches!(error, Error::Unsupported { .. }), "{error}"),
+            }
         }
         for timeout in [Duration::ZERO, Duration::MAX] {
             let options = RemoteOptions { timeout, ..RemoteOptions::default() };

@@ -12,15 +12,21 @@ use std::io::{self, Read};
 use std::time::Instant;
 
 use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
-use ureq::Agent;
+use ureq::config::ConfigBuilder;
+use ureq::http::Response;
+use ureq::typestate::AgentScope;
+use ureq::{Agent, Body};
 use url::Url;
 
+use super::refusal::{self, Refusal};
 use super::{RemoteOptions, name};
 use crate::error::{Error, Result};
 use crate::tier::{Get, ObjectKey, Outcome, Put, Store};
 
 /// How long a signature is good for: longer than any call takes, clocks that differ included.
 const SIGNED_FOR: Duration = Duration::from_secs(3600);
+
+type AgentConfig = ConfigBuilder<AgentScope>;
 
 /// The store.
 pub(super) struct S3Store {
@@ -31,6 +37,7 @@ pub(super) struct S3Store {
     credentials: Option<Credentials>,
     agent: Agent,
     options: RemoteOptions,
+    refusal: Refusal,
 }
 
 impl fmt::Debug for S3Store {
@@ -69,12 +76,12 @@ impl S3Store {
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .timeout_connect(Some(options.connect_timeout))
-            .build()
-            .new_agent();
+            .timeout_connect(Some(options.connect_timeout));
+        let agent = trusting(agent)?.build().new_agent();
         let (credentials, options) = (Credentials::from_env(), options.clone());
         let endpoint = (url.scheme() != "s3").then_some(address);
-        Ok(Self { bucket, endpoint, credentials, agent, options })
+        let refusal = Refusal::default();
+        Ok(Self { bucket, endpoint, credentials, agent, options, refusal })
     }
 
     /// The same store, as NIXL's plugin for S3 is told of it.
@@ -92,6 +99,10 @@ impl S3Store {
         match &self.endpoint {
             Some(endpoint) => parameters.push(("endpoint_override", endpoint.clone())),
             None => parameters.push(("use_virtual_addressing", "true".into())),
+        }
+        #[cfg(feature = "remote-tls")]
+        if let Some(path) = super::tls::authorities_file() {
+            parameters.push(("ca_bundle", path.to_string_lossy().into_owned()));
         }
         if let Some(credentials) = &self.credentials {
             parameters.push(("access_key", credentials.key().into()));
@@ -114,7 +125,28 @@ impl S3Store {
         let action = self.bucket.head_object(self.credentials.as_ref(), &name);
         let request = self.agent.head(action.sign(SIGNED_FOR).as_str());
         let answer = request.config().timeout_global(Some(left(deadline))).build().call();
-        answer.map_or(Outcome::Failed, |answer| outcome(answer.status().as_u16()))
+        self.outcome(&answer)
+    }
+
+    /// What an answer says; where it refuses whoever asks that is remembered, until one does not.
+    fn outcome(&self, answer: &core::result::Result<Response<Body>, ureq::Error>) -> Outcome {
+        let status = match answer {
+            Ok(answer) => answer.status().as_u16(),
+            Err(error) => {
+                if is_certificate(error) {
+                    self.refusal.note(Some(refusal::CERTIFICATE));
+                }
+                return Outcome::Failed;
+            }
+        };
+        let outcome = outcome(status);
+        match (outcome, status) {
+            (_, 401 | 403) => self.refusal.note(Some(refusal::KEY)),
+            (Outcome::Done, _) => self.refusal.note(None),
+            // What is missing is so in a bucket that is not there, too.
+            _ => {}
+        }
+        outcome
     }
 
     fn put_one(&self, put: &Put, deadline: Instant) -> Outcome {
@@ -122,10 +154,13 @@ impl S3Store {
         let action = self.bucket.put_object(self.credentials.as_ref(), &name);
         let request = self.agent.put(action.sign(SIGNED_FOR).as_str());
         let request = request.config().timeout_global(Some(left(deadline))).build();
-        match request.send(put.object).map(|answer| outcome(answer.status().as_u16())) {
+        match self.outcome(&request.send(put.object)) {
             // A bucket that is not there is no missing object.
-            Ok(Outcome::Absent) | Err(_) => Outcome::Failed,
-            Ok(outcome) => outcome,
+            Outcome::Absent => {
+                self.refusal.note(Some(refusal::BUCKET));
+                Outcome::Failed
+            }
+            outcome => outcome,
         }
     }
 
@@ -134,10 +169,11 @@ impl S3Store {
         let action = self.bucket.get_object(self.credentials.as_ref(), &name);
         let request = self.agent.get(action.sign(SIGNED_FOR).as_str());
         let request = request.config().timeout_global(Some(left(deadline))).build();
-        let Ok(mut answer) = request.call() else { return Outcome::Failed };
-        match outcome(answer.status().as_u16()) {
-            Outcome::Done => {}
-            other => return other,
+        let answer = request.call();
+        let outcome = self.outcome(&answer);
+        let Ok(mut answer) = answer else { return outcome };
+        if outcome != Outcome::Done {
+            return outcome;
         }
         let bytes = get.object.len() as u64;
         if answer.body().content_length().is_some_and(|length| length != bytes) {
@@ -159,6 +195,39 @@ fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
+#[cfg(feature = "remote-tls")]
+fn is_certificate(error: &ureq::Error) -> bool {
+    use rustls::Error::InvalidCertificate;
+    match error {
+        ureq::Error::Io(error) => super::tls::is_certificate(error),
+        ureq::Error::Rustls(error) => matches!(error, InvalidCertificate(_)),
+        _ => false,
+    }
+}
+
+#[cfg(not(feature = "remote-tls"))]
+fn is_certificate(_: &ureq::Error) -> bool {
+    false
+}
+
+/// Agents that trust those whom all remote stores trust.
+#[cfg(feature = "remote-tls")]
+fn trusting(config: AgentConfig) -> Result<AgentConfig> {
+    use ureq::tls::{Certificate, RootCerts, TlsConfig};
+    let own = super::tls::authorities()?;
+    if own.is_empty() {
+        return Ok(config);
+    }
+    let own = own.iter().map(|certificate| Certificate::from_der(certificate).to_owned());
+    let roots = RootCerts::Specific(alloc::sync::Arc::new(own.collect()));
+    Ok(config.tls_config(TlsConfig::builder().root_certs(roots).build()))
+}
+
+#[cfg(not(feature = "remote-tls"))]
+fn trusting(config: AgentConfig) -> Result<AgentConfig> {
+    Ok(config)
+}
+
 fn outcome(status: u16) -> Outcome {
     match status {
         200 | 204 => Outcome::Done,
@@ -169,6 +238,10 @@ fn outcome(status: u16) -> Outcome {
 }
 
 impl Store for S3Store {
+    fn refusal(&self) -> Option<&'static str> {
+        self.refusal.get()
+    }
+
     fn knows(&self, _: &ObjectKey) -> Option<bool> {
         None
     }
