@@ -23,6 +23,7 @@ mod side;
 mod store;
 #[cfg(all(test, feature = "emulate"))]
 mod tests;
+mod tiles;
 
 pub use backend::{Backend, Stream};
 pub(crate) use backend::{launch, launch_attend};
@@ -33,6 +34,7 @@ pub use memory::DeviceMemory;
 pub use rows::{DeviceRows, DeviceRowsMut};
 pub use side::SideStream;
 pub use store::{DeviceStore, StoreOptions};
+pub(crate) use tiles::Outcome;
 
 use alloc::sync::Arc;
 
