@@ -118,6 +118,18 @@ impl Setup {
         outputs
     }
 
+    /// Appends tokens that nothing asks for.
+    pub fn fill(&self, cache: &mut KvCache, seq: SeqId, new: &[TokenId]) {
+        let (mut step, from) = (Step::new(), cache.tokens(seq).unwrap().len());
+        cache.begin(&mut step, &[Work { seq, tokens: new }]).unwrap();
+        for layer in 0..LAYERS {
+            let rows = |kind| self.rows(kind, layer, new, from, KV_HEADS);
+            let (k, v) = (rows(1), rows(2));
+            cache.append(&step, LayerId::uniform(layer), k[..].into(), v[..].into(), None).unwrap();
+        }
+        cache.commit(&mut step).unwrap();
+    }
+
     /// One step of some sequences, committed.
     pub fn run_all(&self, cache: &mut KvCache, work: &[(SeqId, &[TokenId])]) -> Outputs {
         let mut step = Step::new();
