@@ -7,11 +7,14 @@ mod tiles;
 use std::sync::Arc;
 
 use kvcache::Error;
-use kvcache::cache::{KvCache, Step, Work};
+use kvcache::cache::{Step, Work};
 use kvcache::device::{Backend, Device, open};
 use kvcache::dtype::KvFormat;
 use kvcache::ids::{Namespace, SeqId};
-use tiles::{FORMATS, LOUD, Rng, Setup, prompt, same};
+use tiles::{
+    FORMATS, LOUD, Rng, Setup, a_raw_tile, against_the_reference, chunks_and_hits,
+    chunks_at_the_end_of_a_piece, prompt, same,
+};
 
 fn emu() -> Arc<dyn Backend> {
     open(Device::Emu).unwrap()
@@ -22,78 +25,22 @@ fn every_format_against_the_reference() {
     let backend = emu();
     for (i, format) in FORMATS.into_iter().enumerate() {
         let (dim, tokens) = [(64, 64), (128, 64), (64, 128), (128, 128)][i % 4];
-        let setup =
-            Setup { deterministic: i % 2 == 0, ..Setup::new(&backend, format, dim, tokens) };
-        let mut cache = setup.cache();
-        let text = prompt(2 * tokens + 15);
-        let seq = setup.start(&mut cache, &text);
-        // Rows on both sides of the second tile's end, then a guess of three tokens and one more.
-        let mut at = 2 * tokens - 18;
-        setup.fill(&mut cache, seq, &text[..at]);
-        for count in [28, 4, 1] {
-            let out = setup.run(&mut cache, seq, &text[at..at + count]);
-            at += count;
-            setup.check(&out, &text[..at], count, 13);
-        }
-        setup.check_records(&mut cache, seq);
-    }
-}
-
-/// Runs a sequence in chunks; each row must be that of `all`, where the text was one chunk.
-fn chunks(
-    setup: &Setup,
-    cache: &mut KvCache,
-    seq: SeqId,
-    text: &[u32],
-    all: &[f32],
-    cut: &[usize],
-) {
-    let mut at = cache.tokens(seq).unwrap().len();
-    for &count in cut.iter().cycle() {
-        let count = count.min(text.len() - at);
-        if count == 0 {
-            break;
-        }
-        let out = setup.run(cache, seq, &text[at..at + count]);
-        let want = setup.part(&all.to_vec(), text.len(), at..at + count);
-        assert!(same(&out, &want), "{:?}: {count} from {at}", setup.format);
-        at += count;
+        let (deterministic, rules) = (i % 2 == 0, i == 1);
+        let setup = Setup::new(&backend, format, dim, tokens);
+        against_the_reference(&Setup { deterministic, rules, ..setup });
     }
 }
 
 #[test]
 fn chunks_and_hits_do_not_change_a_bit() {
     let backend = emu();
-    let text = prompt(139);
     for (i, format) in FORMATS.into_iter().enumerate() {
         // A window whose beginning lies in a tile, and none.
-        let window = [None, Some(70)][i % 2];
-        let setup = Setup { window, ..Setup::new(&backend, format, 64, 64) };
-        let all = setup.at_once(&text);
-        let mut cache = setup.cache();
-        let seq = setup.start(&mut cache, &text);
-        chunks(&setup, &mut cache, seq, &text, &all, [&[61, 4, 74][..], &[128, 3, 8]][i % 2]);
-        // Another finds the two tiles.
-        let other = cache.start(&text, Namespace(0)).unwrap();
-        assert_eq!(other.cached_tokens, 128);
-        chunks(&setup, &mut cache, other.seq, &text, &all, &[1, 6, 4]);
-        cache.release(seq).unwrap();
-        cache.release(other.seq).unwrap();
-        cache.audit().unwrap();
-        assert_eq!(cache.stats().staged_blocks, 0);
+        let (window, rules) = ([None, Some(70)][i % 2], i == 3);
+        let setup = Setup { window, rules, ..Setup::new(&backend, format, 64, 64) };
+        chunks_and_hits(&setup, [&[61, 4, 74][..], &[128, 3, 8]][i % 2]);
     }
-    // A context of two pieces, at whose end one chunk is rows of both.
-    let setup = Setup::new(&backend, KvFormat::Kt4v4, 64, 128);
-    let text = prompt(517);
-    let mut cache = setup.cache();
-    let seq = setup.start(&mut cache, &text);
-    setup.fill(&mut cache, seq, &text[..509]);
-    let fork = cache.fork(seq).unwrap();
-    let all = setup.run(&mut cache, seq, &text[509..]);
-    for (from, to) in [(0, 2), (2, 7), (7, 8)] {
-        let out = setup.run(&mut cache, fork, &text[509 + from..509 + to]);
-        assert!(same(&out, &setup.part(&all, 8, from..to)), "{from} to {to} at the end of a piece");
-    }
+    chunks_at_the_end_of_a_piece(&Setup::new(&backend, KvFormat::Kt4v4, 64, 128));
 }
 
 #[test]
@@ -130,28 +77,7 @@ fn forks_speculation_and_batches() {
 
 #[test]
 fn what_cannot_be_sealed_stays_raw_and_says_so() {
-    let setup = Setup::new(&emu(), KvFormat::Kt4v4, 64, 64);
-    let mut text = prompt(140);
-    text[70] = LOUD;
-    let all = setup.at_once(&text);
-    setup.check(&all, &text, 140, 35);
-    // In the staging pool, in scratch of two kinds of chunks.
-    for cut in [&[65, 20, 55][..], &[140], &[50, 90]] {
-        let mut cache = setup.cache();
-        let seq = setup.start(&mut cache, &text);
-        chunks(&setup, &mut cache, seq, &text, &all, cut);
-        assert_eq!(cache.stats().unsealed_blocks, 1, "{cut:?}");
-        // Tile 1 is raw: only the one before it is found, and a fork reads it raw as well.
-        let fork = cache.fork(seq).unwrap();
-        let more = [&text[..], &[3]].concat();
-        let out = setup.run(&mut cache, fork, &[3]);
-        setup.check(&out, &more, 1, 1);
-        assert_eq!(cache.start(&more, Namespace(0)).unwrap().cached_tokens, 64);
-        cache.release(seq).unwrap();
-        cache.release(fork).unwrap();
-        cache.audit().unwrap();
-        assert_eq!(cache.stats().staged_blocks, 0);
-    }
+    a_raw_tile(&Setup::new(&emu(), KvFormat::Kt4v4, 64, 64));
 }
 
 #[test]

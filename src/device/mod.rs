@@ -2,7 +2,7 @@
 //!
 //! A GPU and the emulator are the same to the layers above: a [`Backend`] that has memory and runs
 //! the launches that `kernels` plans. [`DeviceStore`] is the storage of one layer group on such a
-//! device, with the operations of the CPU's store. The CPU has no backend: its kernels are called
+//! device, with the operations of the CPU's store; `tiles` has those of formats with sealed tiles. The CPU has no backend: its kernels are called
 //! directly.
 //!
 //! `unsafe` is here because addresses of a device cannot be checked by the compiler: the functions

@@ -38,13 +38,25 @@ pub struct Setup {
     pub window: Option<u32>,
     pub deterministic: bool,
     pub staging_blocks: u32,
+    /// Scores with a soft-cap, sinks and ALiBi.
+    pub rules: bool,
 }
 
 impl Setup {
     pub fn new(backend: &Arc<dyn Backend>, format: KvFormat, dim: usize, tokens: usize) -> Self {
         let backend = backend.clone();
-        let (window, deterministic, staging_blocks) = (None, true, 0);
-        Setup { backend, format, dim, tokens, window, deterministic, staging_blocks }
+        let (window, deterministic, staging_blocks, rules) = (None, true, 0, false);
+        Setup { backend, format, dim, tokens, window, deterministic, staging_blocks, rules }
+    }
+
+    /// The window is the layer group's.
+    fn scoring(&self) -> Scoring<'static> {
+        let plain = Scoring::causal(self.dim as u32);
+        if !self.rules {
+            return plain;
+        }
+        let (sinks, alibi) = (Some(&[0.5, -1.0, 2.0, 0.0][..]), Some(&[0.1, 0.02, 0.0, 0.3][..]));
+        Scoring { softcap: Some(9.0), sinks, alibi, ..plain }
     }
 
     fn spec(&self) -> CacheSpec {
@@ -111,7 +123,7 @@ impl Setup {
             let id = LayerId::uniform(layer);
             cache.append(step, id, k[..].into(), v[..].into(), None).unwrap();
             let mut out = vec![f32::NAN; q.len()];
-            let scoring = Scoring::causal(self.dim as u32);
+            let scoring = self.scoring();
             cache.attend(step, id, q[..].into(), (&mut out[..]).into(), &scoring, None).unwrap();
             outputs.extend(out);
         }
@@ -210,7 +222,7 @@ impl Setup {
             v_dim: d as u32,
             v_in_k: false,
         };
-        let scoring = Scoring { window: self.window, ..Scoring::causal(d as u32) };
+        let scoring = Scoring { window: self.window, ..self.scoring() };
         let q = self.rows(0, layer, &tokens[at..at + 1], at, Q_HEADS);
         let seen = Seen { heads: &heads, dim: d };
         reference_attention(&shape, &scoring, &seen, Rows::F32(&q), &[0, 1], &[at + 1]).unwrap().out
@@ -265,4 +277,100 @@ pub fn same(a: &Outputs, b: &Outputs) -> bool {
 
 pub fn prompt(len: usize) -> Vec<TokenId> {
     (0..len as u32).map(|at| at * 7 + 1).collect()
+}
+
+/// Rows on both sides of a tile's end, a guess of three tokens and one more, against the reference, and
+/// the records.
+pub fn against_the_reference(setup: &Setup) {
+    let tokens = setup.tokens;
+    let mut cache = setup.cache();
+    let text = prompt(2 * tokens + 15);
+    let seq = setup.start(&mut cache, &text);
+    let mut at = 2 * tokens - 18;
+    setup.fill(&mut cache, seq, &text[..at]);
+    for count in [28, 4, 1] {
+        let out = setup.run(&mut cache, seq, &text[at..at + count]);
+        at += count;
+        setup.check(&out, &text[..at], count, 13);
+    }
+    setup.check_records(&mut cache, seq);
+}
+
+/// Runs a sequence in chunks; each row must be that of `all`, where the text was one chunk.
+fn chunks(
+    setup: &Setup,
+    cache: &mut KvCache,
+    seq: SeqId,
+    text: &[u32],
+    all: &[f32],
+    cut: &[usize],
+) {
+    let mut at = cache.tokens(seq).unwrap().len();
+    for &count in cut.iter().cycle() {
+        let count = count.min(text.len() - at);
+        if count == 0 {
+            break;
+        }
+        let out = setup.run(cache, seq, &text[at..at + count]);
+        let want = setup.part(&all.to_vec(), text.len(), at..at + count);
+        assert!(same(&out, &want), "{:?}: {count} from {at}", setup.format);
+        at += count;
+    }
+}
+
+/// Rows have the same bits in one step, in chunks, and behind a prefix that was found.
+pub fn chunks_and_hits(setup: &Setup, cut: &[usize]) {
+    let text = prompt(2 * setup.tokens + 11);
+    let all = setup.at_once(&text);
+    setup.check(&all, &text, text.len(), 50);
+    let mut cache = setup.cache();
+    let seq = setup.start(&mut cache, &text);
+    chunks(setup, &mut cache, seq, &text, &all, cut);
+    // Another finds the two tiles.
+    let other = cache.start(&text, Namespace(0)).unwrap();
+    assert_eq!(other.cached_tokens as usize, 2 * setup.tokens);
+    chunks(setup, &mut cache, other.seq, &text, &all, &[1, 6, 4]);
+    cache.release(seq).unwrap();
+    cache.release(other.seq).unwrap();
+    cache.audit().unwrap();
+    assert_eq!(cache.stats().staged_blocks, 0);
+}
+
+/// The same where a context becomes one of two pieces, at whose end one chunk has rows of both.
+pub fn chunks_at_the_end_of_a_piece(setup: &Setup) {
+    let text = prompt(517);
+    let mut cache = setup.cache();
+    let seq = setup.start(&mut cache, &text);
+    setup.fill(&mut cache, seq, &text[..509]);
+    let fork = cache.fork(seq).unwrap();
+    let all = setup.run(&mut cache, seq, &text[509..]);
+    for (from, to) in [(0, 2), (2, 7), (7, 8)] {
+        let out = setup.run(&mut cache, fork, &text[509 + from..509 + to]);
+        assert!(same(&out, &setup.part(&all, 8, from..to)), "{from} to {to} at the end of a piece");
+    }
+}
+
+/// A tile that cannot be sealed is read raw by whoever reads it, and says so.
+pub fn a_raw_tile(setup: &Setup) {
+    let mut text = prompt(140);
+    text[70] = LOUD;
+    let all = setup.at_once(&text);
+    setup.check(&all, &text, 140, 35);
+    // In the staging pool, in scratch of two kinds of chunks.
+    for cut in [&[65, 20, 55][..], &[140], &[50, 90]] {
+        let mut cache = setup.cache();
+        let seq = setup.start(&mut cache, &text);
+        chunks(&setup, &mut cache, seq, &text, &all, cut);
+        assert_eq!(cache.stats().unsealed_blocks, 1, "{cut:?}");
+        // Tile 1 is raw: only the one before it is found, and a fork reads it raw as well.
+        let fork = cache.fork(seq).unwrap();
+        let more = [&text[..], &[3]].concat();
+        let out = setup.run(&mut cache, fork, &[3]);
+        setup.check(&out, &more, 1, 1);
+        assert_eq!(cache.start(&more, Namespace(0)).unwrap().cached_tokens, 64);
+        cache.release(seq).unwrap();
+        cache.release(fork).unwrap();
+        cache.audit().unwrap();
+        assert_eq!(cache.stats().staged_blocks, 0);
+    }
 }
