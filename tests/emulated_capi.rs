@@ -280,14 +280,15 @@ fn either_side(format: u32, block_tokens: u32, count: usize) {
     let (k, v) = (halves(&mut rng, count * HEADS * D), halves(&mut rng, count * HEADS * D));
     let q = halves(&mut rng, count * Q_HEADS * D);
     let (mut seq, mut cached) = (0, 0);
-    let (mut host, mut host_lse) = (vec![f32::NAN; count * Q_HEADS * D], vec![0f32; count * Q_HEADS]);
+    let (mut host, mut host_lse) =
+        (vec![f32::NAN; count * Q_HEADS * D], vec![0f32; count * Q_HEADS]);
     // SAFETY: the pointers are to live memory of the sizes that the calls document.
     unsafe {
         let device = open();
         ok(kvc_cache_create(&options, &group, 1, &mut cache));
         ok(kvc_step_create(&mut step));
         ok(kvc_seq_start(cache, tokens.as_ptr(), count as u64, 0, &mut seq, &mut cached));
-        let work = kvc_work { seq, token_count: count as u64, tokens: tokens.as_ptr() };
+        let work = kvc_work { seq, token_count: count as u32, tokens: tokens.as_ptr() };
         ok(kvc_step_begin(cache, step, &work, 1));
         let (k_at, v_at) = (k.as_ptr().cast(), v.as_ptr().cast());
         ok(kvc_step_append(cache, step, 0, 0, k_at, v_at, KVC_DTYPE_F16, ptr::null()));

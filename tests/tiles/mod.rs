@@ -330,6 +330,13 @@ pub fn chunks_and_hits(setup: &Setup, cut: &[usize]) {
     let other = cache.start(&text, Namespace(0)).unwrap();
     assert_eq!(other.cached_tokens as usize, 2 * setup.tokens);
     chunks(setup, &mut cache, other.seq, &text, &all, &[1, 6, 4]);
+    // So does one in another cache that was given them.
+    let (mut stream, mut another) = (Vec::new(), setup.cache());
+    cache.export_blocks(seq, "m", None, &mut stream).unwrap();
+    another.import_blocks(&mut [&mut &stream[..]], "m", None, Namespace(0)).unwrap();
+    let given = another.start(&text, Namespace(0)).unwrap();
+    assert_eq!(given.cached_tokens, other.cached_tokens);
+    chunks(setup, &mut another, given.seq, &text, &all, &[11]);
     cache.release(seq).unwrap();
     cache.release(other.seq).unwrap();
     cache.audit().unwrap();
