@@ -3,8 +3,6 @@
 #![cfg(feature = "cuda")]
 
 mod backends;
-#[path = "random/mod.rs"]
-mod random;
 mod tiles;
 
 use std::sync::Arc;
@@ -17,7 +15,7 @@ use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, ScaleArgs, kernels,
 };
 use kvcache::layout::Strides;
-use random::Rng;
+use tiles::Rng;
 
 const SEQS: usize = 5;
 const BLOCKS: usize = 96;

@@ -30,8 +30,8 @@ use crate::layout::tile::TileLayout;
 use crate::layout::{GroupLayout, GroupSpec};
 use crate::quant::Tile;
 
-/// Workspace that a call in the deterministic mode may have beyond that of one sequence: partial
-/// results of all its pieces wait there, so a long prompt is attended in several calls.
+/// Workspace that is enough for calls in the deterministic mode, unless a few rows alone need more:
+/// partial results of all pieces wait there, so a long prompt is attended in several calls.
 const WORKSPACE_BYTES: u64 = 128 << 20;
 
 /// What a store has for tiles.
@@ -197,12 +197,12 @@ impl DeviceStore {
     }
 
     /// The words for the tiles of a batch that were to be sealed, in their order, for
-    /// [`Outcome::of`]; waits for them.
+    /// `Outcome::of`; waits for them.
     ///
     /// # Errors
     /// `InvalidArgument` where they are not as many; `InvalidState` for a batch without raw rows or
     /// that is not on the device; `DeviceFailed`.
-    pub fn read_refused(
+    pub(crate) fn read_refused(
         &self,
         batch: &DeviceBatch,
         group: usize,

@@ -367,7 +367,7 @@ pub fn a_raw_tile(setup: &Setup) {
     for cut in [&[65, 20, 55][..], &[140], &[50, 90]] {
         let mut cache = setup.cache();
         let seq = setup.start(&mut cache, &text);
-        chunks(&setup, &mut cache, seq, &text, &all, cut);
+        chunks(setup, &mut cache, seq, &text, &all, cut);
         assert_eq!(cache.stats().unsealed_blocks, 1, "{cut:?}");
         // Tile 1 is raw: only the one before it is found, and a fork reads it raw as well.
         let fork = cache.fork(seq).unwrap();
