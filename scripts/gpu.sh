@@ -103,6 +103,8 @@ part_generate() {
         echo "generate --device cuda --check --dtype $dtype"
         attempt within 60 "$BIN/generate" --device cuda --check --dtype "$dtype"
     done
+    echo "generate --device cuda --check --kv-format kt4v4"
+    attempt within 60 "$BIN/generate" --device cuda --check --kv-format kt4v4
 }
 
 part_bench() { OUT=$WORK attempt within 180 "$BIN/cuda" --bench; }

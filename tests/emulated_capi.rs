@@ -256,6 +256,12 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
 
 #[test]
 fn a_cache_on_a_device_takes_rows_from_either_side() {
+    either_side(KVC_FORMAT_F16, BLOCK as u32, 21);
+    // A tile that is sealed and one that is open.
+    either_side(KVC_FORMAT_KT4V4, 64, 70);
+}
+
+fn either_side(format: u32, block_tokens: u32, count: usize) {
     // SAFETY: every bit pattern is a value; init fills them in.
     let mut options: kvc_cache_options = unsafe { std::mem::zeroed() };
     let mut group: kvc_group_spec = unsafe { std::mem::zeroed() };
@@ -266,21 +272,23 @@ fn a_cache_on_a_device_takes_rows_from_either_side() {
     }
     options.device = KVC_DEVICE_EMU;
     (group.layers, group.kv_heads) = (1, HEADS as u32);
-    (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, KVC_FORMAT_F16);
+    (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, format);
+    options.block_tokens = block_tokens;
     let (mut cache, mut step) = (ptr::null_mut(), ptr::null_mut());
     let mut rng = Rng::new(6);
-    let tokens: Vec<u32> = (0..21).collect();
-    let (k, v) = (halves(&mut rng, 21 * HEADS * D), halves(&mut rng, 21 * HEADS * D));
-    let q = halves(&mut rng, 21 * Q_HEADS * D);
+    let tokens: Vec<u32> = (0..count as u32).collect();
+    let (k, v) = (halves(&mut rng, count * HEADS * D), halves(&mut rng, count * HEADS * D));
+    let q = halves(&mut rng, count * Q_HEADS * D);
     let (mut seq, mut cached) = (0, 0);
-    let (mut host, mut host_lse) = (vec![f32::NAN; 21 * Q_HEADS * D], vec![0f32; 21 * Q_HEADS]);
+    let (mut host, mut host_lse) =
+        (vec![f32::NAN; count * Q_HEADS * D], vec![0f32; count * Q_HEADS]);
     // SAFETY: the pointers are to live memory of the sizes that the calls document.
     unsafe {
         let device = open();
         ok(kvc_cache_create(&options, &group, 1, &mut cache));
         ok(kvc_step_create(&mut step));
-        ok(kvc_seq_start(cache, tokens.as_ptr(), 21, 0, &mut seq, &mut cached));
-        let work = kvc_work { seq, token_count: 21, tokens: tokens.as_ptr() };
+        ok(kvc_seq_start(cache, tokens.as_ptr(), count as u64, 0, &mut seq, &mut cached));
+        let work = kvc_work { seq, token_count: count as u32, tokens: tokens.as_ptr() };
         ok(kvc_step_begin(cache, step, &work, 1));
         let (k_at, v_at) = (k.as_ptr().cast(), v.as_ptr().cast());
         ok(kvc_step_append(cache, step, 0, 0, k_at, v_at, KVC_DTYPE_F16, ptr::null()));
