@@ -1201,8 +1201,9 @@ typedef struct {
     // The device's stream (a CUstream) that everything is enqueued on, for as long as the cache
     // lives; NULL (the default) for its default stream.
     void *stream;
-    // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
-    // on the CPU it always does. 0 by default.
+    // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed,
+    // and with sealed tiles also however it was cut into steps and whatever was found of it; on the
+    // CPU it always does. 0 by default.
     uint32_t deterministic;
     // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     uint32_t eviction;
@@ -1543,7 +1544,9 @@ kvc_status kvc_step_attend(kvc_cache *cache,
                            float *lse);
 
 // Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
-// index, and closes the step.
+// index, and closes the step. On a device, a step that filled sealed tiles is waited for, to learn
+// which of them stay raw; KVC_ERR_OUT_OF_BLOCKS where one of those found no staging block: the step
+// can only be cancelled then.
 //
 // Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_commit(kvc_cache *cache, kvc_step *step);
