@@ -206,8 +206,14 @@ fn a_cache_of_sealed_tiles() {
             let cut: &[usize] = if dim == 64 { &[61, 4, 190] } else { &[128, 3, 8] };
             tiles::chunks_and_hits(&Setup { window, ..setup.clone() }, cut);
         }
-        let setup = Setup::new(&backend, format, 128, 64);
-        tiles::a_raw_tile(&setup);
-        tiles::chunks_at_the_end_of_a_piece(&setup);
+        tiles::chunks_at_the_end_of_a_piece(&Setup::new(&backend, format, 128, 64));
+    }
+}
+
+#[test]
+fn a_tile_that_stays_raw() {
+    let Some(backend) = backends::gpu() else { return };
+    for format in tiles::FORMATS {
+        tiles::a_raw_tile(&tiles::Setup::new(&backend, format, 128, 64));
     }
 }
