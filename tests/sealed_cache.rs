@@ -271,6 +271,37 @@ fn layers_must_take_turns() {
     assert!(matches!(refused, Error::InvalidState { .. }));
 }
 
+#[test]
+fn steps_must_take_turns_too() {
+    let mut cache = cache(KvFormat::Kt4v4, &options());
+    let prompts = [prompt(100), prompt(120)];
+    let seqs = prompts.each_ref().map(|tokens| cache.start(tokens, Namespace(0)).unwrap().seq);
+    let mut steps = [Step::new(), Step::new()];
+    for ((step, seq), tokens) in steps.iter_mut().zip(seqs).zip(&prompts) {
+        cache.begin(step, &[Work { seq, tokens }]).unwrap();
+    }
+    let layer = LayerId::uniform(0);
+    let append = |cache: &mut KvCache, at: usize| {
+        let tokens = &prompts[at];
+        let (k, v) = (rows(1, 0, tokens, 0, KV_HEADS), rows(2, 0, tokens, 0, KV_HEADS));
+        cache.append(&steps[at], layer, k[..].into(), v[..].into(), None).unwrap();
+    };
+    let attend = |cache: &mut KvCache, at: usize| {
+        let q = rows(0, 0, &prompts[at], 0, Q_HEADS);
+        let (mut out, scoring) = (vec![0.0; q.len()], Scoring::causal(DIM as u32));
+        let (q, to) = (q[..].into(), (&mut out[..]).into());
+        cache.attend(&steps[at], layer, q, to, &scoring, None).map(|()| out)
+    };
+    append(&mut cache, 0);
+    let alone = attend(&mut cache, 0).unwrap();
+    append(&mut cache, 1);
+    // The raw rows in scratch are those of the other step.
+    assert!(matches!(attend(&mut cache, 0), Err(Error::InvalidState { .. })));
+    attend(&mut cache, 1).unwrap();
+    append(&mut cache, 0);
+    assert_eq!(attend(&mut cache, 0).unwrap(), alone);
+}
+
 /// Random operations beside a list of what each sequence holds.
 #[test]
 fn random_operations() {

@@ -149,6 +149,8 @@ pub struct KvCache {
     rescued: Vec<staging::Rescued>,
     /// Slots that a device may fill with raw rows of open steps.
     spares: Vec<spares::Spare>,
+    /// Steps that were begun, which is the number of the last.
+    steps_begun: u64,
     prefix: Option<PrefixIndex>,
     scrub: bool,
     sequences: Sequences,
@@ -300,6 +302,7 @@ impl KvCache {
             staging,
             rescued: Vec::new(),
             spares: Vec::new(),
+            steps_begun: 0,
             prefix,
             scrub: options.scrub,
             sequences,

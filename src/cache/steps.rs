@@ -47,6 +47,10 @@ impl KvCache {
             }
             return Err(error);
         }
+        self.steps_begun += 1;
+        for tables in &mut step.groups {
+            tables.raw.serial = self.steps_begun;
+        }
         step.owner = Some(self.id);
         Ok(())
     }
@@ -205,9 +209,9 @@ impl KvCache {
     /// waits until they have been read.
     ///
     /// Of a format with sealed tiles, the tiles that the step fills are sealed here, and a layer
-    /// must be attended before the next is appended. A tile with NaN, infinity or elements past the
-    /// scales of f16 stays raw: it is read raw, counted in [`CacheStats`](super::CacheStats), and
-    /// not published.
+    /// must be attended before the next is appended, of this step or of another that is open. A tile
+    /// with NaN, infinity or elements past the scales of f16 stays raw: it is read raw, counted in
+    /// [`CacheStats`](super::CacheStats), and not published.
     ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one, `InvalidArgument` for a layer

@@ -42,6 +42,8 @@ pub struct RawRows {
     pub refused: Vec<AtomicU32>,
     /// Blocks of scratch that are used.
     pub scratch_blocks: u32,
+    /// A number that no other step of the cache has: whose rows are in scratch.
+    pub serial: u64,
     /// Slots of the staging pool for rows in scratch that a device cannot seal.
     pub spares: Vec<i32>,
 }
@@ -56,6 +58,7 @@ impl RawRows {
         self.seals.clear();
         self.refused.clear();
         self.scratch_blocks = 0;
+        self.serial = 0;
         self.spares.clear();
     }
 }
@@ -75,8 +78,8 @@ pub struct TileStore {
     records: Memory,
     staging: Memory,
     scratch: Memory,
-    /// The layer whose rows are in scratch.
-    scratch_layer: Option<u32>,
+    /// The step and layer whose rows are in scratch.
+    scratch_of: Option<(u64, u32)>,
 }
 
 impl TileStore {
@@ -102,7 +105,7 @@ impl TileStore {
             records: Memory::zeroed(layout.pool_bytes(u64::from(blocks))?)?,
             staging: Memory::zeroed(raw.pool_bytes(u64::from(staging_blocks))?)?,
             scratch: Memory::zeroed(0)?,
-            scratch_layer: None,
+            scratch_of: None,
             level: CpuLevel::chosen()?,
             layout,
             tile,
@@ -140,7 +143,7 @@ impl TileStore {
             }
             self.scratch = Memory::zeroed(self.raw_layer.pool_bytes(u64::from(blocks))?)?;
             self.scratch_blocks = blocks;
-            self.scratch_layer = None;
+            self.scratch_of = None;
         }
         Ok(())
     }
@@ -210,7 +213,7 @@ impl TileStore {
             }
         }
         if raw.scratch_blocks != 0 {
-            self.scratch_layer = Some(layer);
+            self.scratch_of = Some((raw.serial, layer));
         }
         Ok(())
     }
@@ -218,7 +221,8 @@ impl TileStore {
     /// Attention of query rows over the store, as [`KvStore::attend`](crate::cpu::KvStore::attend).
     ///
     /// # Errors
-    /// As there; `InvalidState` where the raw rows of a long chunk are those of another layer.
+    /// As there; `InvalidState` where the raw rows of a long chunk are those of another layer, or of
+    /// another step that was appended since.
     #[allow(clippy::too_many_arguments)]
     pub fn attend(
         &self,
@@ -232,7 +236,7 @@ impl TileStore {
         workspace: &mut Vec<u8>,
         executor: &dyn Executor,
     ) -> Result<()> {
-        if raw.scratch_blocks != 0 && self.scratch_layer != Some(layer) {
+        if raw.scratch_blocks != 0 && self.scratch_of != Some((raw.serial, layer)) {
             let why = "a layer must be attended before the next is appended";
             return Err(Error::InvalidState { why });
         }
