@@ -133,7 +133,7 @@ fn recall_tells_formats_apart_and_depends_on_the_seed_alone() {
     let sweep = vec![ask(KvFormat::Kt4v4, 0.5), ask(KvFormat::Kt4v4, 1.0 / 128.0)];
     assert_eq!(recall::finest(&sweep), Some(0.5));
     assert_eq!(recall::finest(&sweep[1..]), None);
-    assert_eq!(recall::broken_thresholds(&[sweep.clone()]).len(), 1);
+    assert_eq!(recall::broken_thresholds(std::slice::from_ref(&sweep)).len(), 1);
     assert_eq!(recall::broken_thresholds(&[sweep[1..].to_vec()]).len(), 1);
     assert!(recall::broken_thresholds(&[vec![ask(KvFormat::Kt4v4, 0.088)]]).is_empty());
 }
