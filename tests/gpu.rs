@@ -3,8 +3,7 @@
 #![cfg(feature = "cuda")]
 
 mod backends;
-#[path = "random/mod.rs"]
-mod random;
+mod tiles;
 
 use std::sync::Arc;
 
@@ -16,7 +15,7 @@ use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, ScaleArgs, kernels,
 };
 use kvcache::layout::Strides;
-use random::Rng;
+use tiles::Rng;
 
 const SEQS: usize = 5;
 const BLOCKS: usize = 96;
@@ -189,4 +188,32 @@ fn events_measure_what_a_queue_does() {
     queue.sync().unwrap();
     let took = end.milliseconds_since(&start).unwrap();
     assert!(took > 0.0 && took < 1000.0, "{took} ms for 64 MiB");
+}
+
+/// Sealed tiles in a cache: records, attention and its bits, as under the emulator (emulated_tiles.rs).
+#[test]
+fn a_cache_of_sealed_tiles() {
+    use tiles::Setup;
+    let Some(backend) = backends::gpu() else { return };
+    for (i, format) in tiles::FORMATS.into_iter().enumerate() {
+        for (dim, tokens) in [(64, 64), (128, 64), (64, 128), (128, 128)] {
+            let setup = Setup::new(&backend, format, dim, tokens);
+            for deterministic in [true, false] {
+                let rules = tokens == 64;
+                tiles::against_the_reference(&Setup { deterministic, rules, ..setup.clone() });
+            }
+            let window = [None, Some(70)][i % 2];
+            let cut: &[usize] = if dim == 64 { &[61, 4, 190] } else { &[128, 3, 8] };
+            tiles::chunks_and_hits(&Setup { window, ..setup.clone() }, cut);
+        }
+        tiles::chunks_at_the_end_of_a_piece(&Setup::new(&backend, format, 128, 64));
+    }
+}
+
+#[test]
+fn a_tile_that_stays_raw() {
+    let Some(backend) = backends::gpu() else { return };
+    for format in tiles::FORMATS {
+        tiles::a_raw_tile(&tiles::Setup::new(&backend, format, 128, 64));
+    }
 }

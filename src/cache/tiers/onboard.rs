@@ -74,11 +74,13 @@ impl KvCache {
         let mut counters = tiers.host_counters;
         counters.objects = tiers.host.len() as u64;
         counters.bytes = counters.objects * tiers.config.payload_bytes();
-        let host = TierReport { kind: TierKind::Host, counters, load_rate: rate(tiers.host_rate) };
+        let (kind, load_rate) = (TierKind::Host, rate(tiers.host_rate));
+        let host = TierReport { kind, counters, load_rate, refusal: None };
         let lower = tiers.lower.iter().map(|(tier, _)| TierReport {
             kind: tier.kind(),
             counters: tier.counters(),
             load_rate: rate(tier.load_rate()),
+            refusal: tier.refusal(),
         });
         core::iter::once(host).chain(lower).collect()
     }
