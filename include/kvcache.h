@@ -222,6 +222,9 @@ typedef struct {
     uint32_t format;
     // Sliding window in tokens, the query's own included; 0 for full attention.
     uint32_t window;
+    // Of sealed tiles, the first tokens of every sequence that stay raw in bf16: a multiple of the
+    // tokens of a block, 0 (none) by default. On the CPU; such a cache has no tiers and no transfer.
+    uint32_t sink_tokens;
 } kvc_group_spec;
 
 // What to plan for.
@@ -1208,7 +1211,7 @@ typedef struct {
     // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     uint32_t eviction;
     // Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
-    // sequence, all that they can need unless tiles stay raw.
+    // sequence and its sinks, all that they can need unless tiles stay raw.
     uint32_t staging_blocks;
     // 1: zero the K and V of every block that becomes free, before anybody else can have it. 0 by
     // default. KVC_ERR_UNSUPPORTED with sealed tiles.

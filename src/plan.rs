@@ -8,13 +8,13 @@
 //! touch at its worst alignment, and no more however long the context grows. That is the steady
 //! state of decoding; a prefill in chunks of `n` tokens holds up to `n - 1` further tokens while
 //! it runs. A group of sealed tiles also holds raw blocks in a staging pool, for each sequence at
-//! most [`STAGING_BLOCKS`].
+//! most [`STAGING_BLOCKS`] and its sinks.
 
 pub mod presets;
 
 use alloc::vec::Vec;
 
-use crate::dtype::KvFormat;
+use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
 use crate::layout::{CacheSpec, GroupLayout, STAGING_BLOCKS};
 
@@ -156,11 +156,14 @@ pub fn plan(spec: &CacheSpec, budget: &Budget, workload: &Workload) -> Result<Pl
     })
 }
 
-/// The same spec with every group stored as `format`.
+/// The same spec with every group stored as `format`; without sinks where it has no sealed tiles.
 pub fn with_format(spec: &CacheSpec, format: KvFormat) -> CacheSpec {
     let mut spec = spec.clone();
     for group in &mut spec.groups {
         group.format = format;
+        if format.class() != FormatClass::Tile {
+            group.sink_tokens = 0;
+        }
     }
     spec
 }
@@ -172,7 +175,10 @@ pub fn sequence_blocks(layout: &GroupLayout, tokens: u64) -> u64 {
 
 /// Raw blocks that a sequence of `blocks` blocks holds in a group's staging pool.
 fn staging_blocks(layout: &GroupLayout, blocks: u64) -> u64 {
-    if layout.staging_block_bytes() == 0 { 0 } else { blocks.min(STAGING_BLOCKS) }
+    if layout.staging_block_bytes() == 0 {
+        return 0;
+    }
+    blocks.min(STAGING_BLOCKS + u64::from(layout.sink_blocks()))
 }
 
 /// Bytes that one sequence of `tokens` tokens holds in all groups, staging included.
@@ -208,7 +214,7 @@ fn window_blocks(layout: &GroupLayout) -> u64 {
 /// The longest context whose blocks fit in `sequence_budget` bytes, `None` where all do.
 fn max_context(layouts: &[GroupLayout], sequence_budget: u64) -> Option<u64> {
     // A group holds min(n, cap) blocks of an n-block context: monotone in n, so bisect. Every group
-    // has the same block_tokens. At most 2^60 blocks of 2^63 bytes in 16 groups, and two raw ones:
+    // has the same block_tokens. At most 2^60 blocks of 2^63 bytes in 16 groups, and 2^28 raw ones:
     // below 2^128.
     let block_tokens = layouts.first().map_or(1, |layout| u64::from(layout.block_tokens()));
     let fits = |blocks: u64| {

@@ -70,6 +70,7 @@ impl Cache {
             v_in_k: shape.v_in_k,
             format,
             window: None,
+            sink_tokens: 0,
         };
         let raw_spec = GroupSpec { format: KvFormat::Bf16, ..group.clone() };
         let group = GroupLayout::new(group, tokens).unwrap();

@@ -143,6 +143,7 @@ func groupArray(groups []GroupSpec) ([]C.kvc_group_spec, error) {
 		spec.layers, spec.kv_heads = C.uint32_t(g.Layers), C.uint32_t(g.KVHeads)
 		spec.k_dim, spec.v_dim = C.uint32_t(g.KDim), C.uint32_t(g.vDim())
 		spec.v_in_k, spec.window = flag(g.VInK), C.uint32_t(g.Window)
+		spec.sink_tokens = C.uint32_t(g.SinkTokens)
 		if g.Format != 0 {
 			spec.format = C.uint32_t(g.Format)
 		}

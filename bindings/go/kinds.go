@@ -221,6 +221,8 @@ type GroupSpec struct {
 	Format Format
 	// Window in tokens, the query's own included; 0 for full attention.
 	Window uint32
+	// SinkTokens: of sealed tiles, the first tokens of every sequence that stay raw, whole blocks.
+	SinkTokens uint32
 }
 
 func (g *GroupSpec) vDim() uint32 {

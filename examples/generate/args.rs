@@ -18,6 +18,8 @@ usage: cargo run --release --example generate -- [options]
   --kv-format NAME     how K and V are stored: f32, f16, bf16 (the default), fp8_e4m3, fp8_e5m2,
                        int8_t, int4_t, nvfp4, or sealed tiles: kt8v8, kt4v4, kt3v3, kt4v2, kt2v2;
                        --dtype is the same
+  --edge-format NAME   how the first and the last layer are stored, where it is not as the others
+  --sink-tokens N      of sealed tiles, the first N tokens of each sequence stay raw (default 0)
   --device cpu|cuda|emu  where K and V live and kernels run (default cpu; cuda needs the feature
                        cuda, emu the feature emulate; both want f16 or bf16)
   --tier host:BLOCKS   keep evicted blocks in host memory, so many
@@ -37,6 +39,9 @@ pub struct Args {
     pub max_tokens: usize,
     pub block_tokens: u32,
     pub format: KvFormat,
+    /// Of the first and the last layer.
+    pub edges: Option<KvFormat>,
+    pub sink_tokens: u32,
     pub device: Device,
     pub tier: Option<TierArg>,
     pub threads: u32,
@@ -54,6 +59,8 @@ impl Args {
             max_tokens: 32,
             block_tokens: 0,
             format: KvFormat::Bf16,
+            edges: None,
+            sink_tokens: 0,
             device: Device::Cpu,
             tier: None,
             threads: 0,
@@ -70,6 +77,8 @@ impl Args {
                 "--max-tokens" => args.max_tokens = number(&flag, &value()?)?,
                 "--block-tokens" => args.block_tokens = number(&flag, &value()?)?,
                 "--kv-format" | "--dtype" => args.format = KvFormat::from_name(&value()?)?,
+                "--edge-format" => args.edges = Some(KvFormat::from_name(&value()?)?),
+                "--sink-tokens" => args.sink_tokens = number(&flag, &value()?)?,
                 "--device" => args.device = Device::from_name(&value()?)?,
                 "--tier" => args.tier = Some(TierArg::parse(&value()?)?),
                 "--threads" => args.threads = number(&flag, &value()?)?,
@@ -81,7 +90,8 @@ impl Args {
             }
         }
         if args.block_tokens == 0 {
-            let tiled = args.format.class() == FormatClass::Tile;
+            let is_tile = |format: KvFormat| format.class() == FormatClass::Tile;
+            let tiled = is_tile(args.format) || args.edges.is_some_and(is_tile);
             args.block_tokens = if tiled { 64 } else { 16 };
         }
         if args.batch == 0 || args.max_tokens == 0 {

@@ -4,8 +4,8 @@
 //!
 //! K and V are rounded to the cache's format, by the library's scalar codec where that is codes,
 //! since that is what the format means; every other difference is the cache's and the kernels'. Of a
-//! format with sealed tiles a query reads its own tile as bf16 and those before it as the reference
-//! seals them.
+//! format with sealed tiles a query reads its own tile and the sinks as bf16 and those before its own as
+//! the reference seals them.
 
 use std::error::Error;
 
@@ -13,6 +13,7 @@ use kvcache::dtype::{FormatClass, KvFormat, bf16, f16};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::quant::{self, RowCodec, Tile};
 
+use crate::layers::Layers;
 use crate::model::{Attention, Config, Model};
 use crate::sample::argmax;
 use crate::serve::Output;
@@ -36,21 +37,22 @@ impl Report {
     }
 }
 
-/// How the cache stores K and V.
-#[derive(Clone, Copy)]
-pub struct Stored {
-    pub format: KvFormat,
-    pub block_tokens: u32,
-}
-
 struct Plain<'a> {
     config: &'a Config,
-    stored: Stored,
+    stored: Layers,
+}
+
+/// How one layer is stored.
+#[derive(Clone, Copy)]
+struct Stored {
+    format: KvFormat,
+    block_tokens: usize,
+    sink_tokens: usize,
 }
 
 pub fn check(
     model: &Model,
-    stored: Stored,
+    stored: Layers,
     prompts: &[Vec<u32>],
     outputs: &[Output],
     greedy: bool,
@@ -58,7 +60,7 @@ pub fn check(
     // One part in 2^22 of f32 kernels and sums of a few hundred terms; and, where K and V are
     // rounded, a last place that falls the other way after such a difference: of a sealed tile, a
     // code. There the kernels also round queries to 8 bits in front of codes of 4 and fewer.
-    let tolerance = match stored.format {
+    let tolerance = |format: KvFormat| match format {
         KvFormat::F32 => 2e-5,
         KvFormat::F16 => 1e-3,
         KvFormat::Bf16 => 5e-3,
@@ -68,6 +70,8 @@ pub fn check(
         KvFormat::Kt4v2 | KvFormat::Kt2v2 => 1e-1,
         _ => 4e-2,
     };
+    let all = (0..stored.layers).map(|layer| tolerance(stored.format_of(layer)));
+    let tolerance = all.fold(0.0, f64::max);
     let mut report = Report { max_relative_error: 0.0, tokens_equal: true, ties: 0, tolerance };
     for (prompt, output) in prompts.iter().zip(outputs) {
         let text: Vec<u32> = prompt.iter().chain(&output.tokens).copied().collect();
@@ -97,26 +101,29 @@ pub fn check(
 impl Attention for Plain<'_> {
     fn attend(
         &mut self,
-        _layer: usize,
+        layer: usize,
         q: &mut [f32],
         k: &mut [f32],
         v: &[f32],
         out: &mut [f32],
     ) -> Result<(), Box<dyn Error>> {
-        let c = self.config;
+        let (c, layers) = (self.config, &self.stored);
+        let stored = Stored {
+            format: layers.format_of(layer),
+            block_tokens: layers.block_tokens as usize,
+            sink_tokens: layers.sinks_of(layer) as usize,
+        };
         let (q_row, kv_row) = (c.q_heads * c.head_dim, c.kv_heads * c.head_dim);
         rotate(q, q_row, c);
         rotate(k, kv_row, c);
         let (dim, mut v) = (c.head_dim as u32, v.to_vec());
-        let codec =
-            |made: fn(KvFormat, u32) -> kvcache::Result<RowCodec>| made(self.stored.format, dim);
-        self.store(k, codec(RowCodec::key))?;
-        self.store(&mut v, codec(RowCodec::value))?;
+        let codec = |made: fn(KvFormat, u32) -> kvcache::Result<RowCodec>| made(stored.format, dim);
+        stored.store(k, codec(RowCodec::key), c)?;
+        stored.store(&mut v, codec(RowCodec::value), c)?;
         let keys: Vec<f64> = k.iter().map(|&x| f64::from(x)).collect();
         let values: Vec<f64> = v.iter().map(|&x| f64::from(x)).collect();
-        let (sealed_keys, sealed_values) = self.sealed(&keys, &values)?;
-        let tile =
-            if sealed_keys.is_empty() { usize::MAX } else { self.stored.block_tokens as usize };
+        let (sealed_keys, sealed_values) = stored.sealed(&keys, &values, c)?;
+        let tile = if sealed_keys.is_empty() { usize::MAX } else { stored.block_tokens };
         let scale = 1.0 / (c.head_dim as f64).sqrt();
         for (token, (q, out)) in q.chunks_exact(q_row).zip(out.chunks_exact_mut(q_row)).enumerate()
         {
@@ -125,7 +132,12 @@ impl Attention for Plain<'_> {
                 let kv = head / (c.q_heads / c.kv_heads) * c.head_dim;
                 let own = token / tile * tile;
                 let side = |at: usize, raw: &'_ [f64], sealed: &'_ [f64]| {
-                    row(if at < own { sealed } else { raw }, at * kv_row + kv, c).to_vec()
+                    row(
+                        if (stored.sink_tokens..own).contains(&at) { sealed } else { raw },
+                        at * kv_row + kv,
+                        c,
+                    )
+                    .to_vec()
                 };
                 let scores: Vec<f64> = (0..=token)
                     .map(|at| {
@@ -153,18 +165,21 @@ impl Attention for Plain<'_> {
     }
 }
 
-impl Plain<'_> {
+impl Stored {
     /// Keys and values with every whole tile as its record stands for; nothing where the format has
     /// no tiles.
-    fn sealed(&self, keys: &[f64], values: &[f64]) -> Result<(Vec<f64>, Vec<f64>), Box<dyn Error>> {
-        if self.stored.format.class() != FormatClass::Tile {
+    fn sealed(
+        &self,
+        keys: &[f64],
+        values: &[f64],
+        c: &Config,
+    ) -> Result<(Vec<f64>, Vec<f64>), Box<dyn Error>> {
+        if self.format.class() != FormatClass::Tile {
             return Ok((Vec::new(), Vec::new()));
         }
-        let (c, tokens) = (self.config, self.stored.block_tokens as usize);
-        let dim = c.head_dim as u32;
-        let shape =
-            TileShape { k_dim: dim, v_dim: dim, v_in_k: false, tokens: self.stored.block_tokens };
-        let layout = TileLayout::new(self.stored.format, shape)?;
+        let (tokens, dim) = (self.block_tokens, c.head_dim as u32);
+        let shape = TileShape { k_dim: dim, v_dim: dim, v_in_k: false, tokens: tokens as u32 };
+        let layout = TileLayout::new(self.format, shape)?;
         let (mut sealed_keys, mut sealed_values) = (keys.to_vec(), values.to_vec());
         let kv_row = c.kv_heads * c.head_dim;
         let (mut record, mut rows) = (vec![0; layout.bytes()], vec![0.0; tokens * c.head_dim]);
@@ -200,8 +215,9 @@ impl Plain<'_> {
         &self,
         rows: &mut [f32],
         codec: kvcache::Result<RowCodec>,
+        c: &Config,
     ) -> Result<(), Box<dyn Error>> {
-        match self.stored.format {
+        match self.format {
             KvFormat::F32 => {}
             KvFormat::F16 => rows.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
             KvFormat::Bf16 => to_bf16(rows),
@@ -210,7 +226,7 @@ impl Plain<'_> {
                 let codec = codec?;
                 let mut codes = vec![0; codec.code_bytes()];
                 let mut scales = vec![0; codec.scale_bytes()];
-                for row in rows.chunks_exact_mut(self.config.head_dim) {
+                for row in rows.chunks_exact_mut(c.head_dim) {
                     if codec.encode(row, &mut codes, &mut scales)? != quant::Stored::Encoded {
                         return Err("a row cannot be stored".into());
                     }

@@ -5,6 +5,7 @@
 //! | file | job |
 //! |---|---|
 //! | `serve.rs` | the engine: continuous batching over one `KvCache` |
+//! | `layers.rs` | which layer is stored in which format |
 //! | `model.rs` | the Llama model without attention |
 //! | `tier.rs` | `--tier`: blocks in host memory, on disk, or in a remote store |
 //! | `check.rs` | `--check`: the same without a cache, in f64 |
@@ -13,6 +14,7 @@
 
 mod args;
 mod check;
+mod layers;
 mod model;
 mod report;
 mod sample;
@@ -29,9 +31,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use kvcache::cache::{CacheOptions, KvCache};
-use kvcache::layout::{CacheSpec, GroupSpec};
 
 use args::{Args, USAGE};
+use layers::Layers;
 use model::Model;
 use report::Progress;
 use sample::Sampler;
@@ -97,9 +99,14 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         return Err(format!("{longest} tokens are past the model's {}", c.max_tokens).into());
     }
 
-    let group =
-        GroupSpec::uniform(c.layers as u32, c.kv_heads as u32, c.head_dim as u32, args.format);
-    let spec = CacheSpec::uniform(args.block_tokens, group);
+    let layers = Layers {
+        format: args.format,
+        edges: args.edges,
+        layers: c.layers,
+        block_tokens: args.block_tokens,
+        sink_tokens: args.sink_tokens,
+    };
+    let spec = layers.spec(c);
     // Room for a full batch, and for every prompt to stay in the index.
     let blocks = (args.batch + prompts.len()) * longest.div_ceil(args.block_tokens as usize);
     let options = CacheOptions {
@@ -116,8 +123,12 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
         found = tier::attach(&mut cache, tier, &name)?;
     }
 
-    let limits =
-        serve::Limits { batch: args.batch, max_tokens: args.max_tokens, keep_logits: args.check };
+    let limits = serve::Limits {
+        batch: args.batch,
+        max_tokens: args.max_tokens,
+        keep_logits: args.check,
+        layers,
+    };
     let mut sampler = Sampler::new(args.temperature, args.seed);
     let mut progress = Progress::new(prompts.len() * args.max_tokens);
     let clock = Instant::now();
@@ -127,8 +138,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
     let served_time = clock.elapsed();
     tier::flush(&mut cache);
     let checked = if args.check {
-        let stored = check::Stored { format: args.format, block_tokens: args.block_tokens };
-        Some(check::check(&model, stored, &prompts, &outputs, args.temperature == 0.0)?)
+        Some(check::check(&model, layers, &prompts, &outputs, args.temperature == 0.0)?)
     } else {
         None
     };

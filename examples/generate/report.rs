@@ -124,7 +124,14 @@ impl Report<'_> {
         let prompt_tokens = self.figures.prompt_tokens;
         let hits = self.stats.hit_tokens;
         let row = |name: &str, value: String| println!("{name:<34}{value}");
-        row("model", format!("{parameters:.2} M parameters, KV in {}", args.format.name()));
+        let mut stored = args.format.name().to_string();
+        if let Some(edges) = args.edges {
+            stored += &format!(", {} in the first and last layer", edges.name());
+        }
+        if args.sink_tokens != 0 {
+            stored += &format!(", the first {} tokens raw", args.sink_tokens);
+        }
+        row("model", format!("{parameters:.2} M parameters, KV in {stored}"));
         let seconds = self.served_time.as_secs_f64();
         row("device", format!("{}, {seconds:.1} s in all", self.device));
         row("prompt tokens", format!("{prompt_tokens}"));

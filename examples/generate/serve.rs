@@ -8,10 +8,11 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use kvcache::attention::Scoring;
-use kvcache::cache::{CacheStats, KvCache, LayerId, Step, Work};
+use kvcache::cache::{CacheStats, KvCache, Step, Work};
 use kvcache::cpu::{Rope, RopeStyle};
 use kvcache::ids::{Namespace, SeqId};
 
+use crate::layers::Layers;
 use crate::model::{Attention, Model};
 use crate::sample::Sampler;
 use crate::tier;
@@ -40,6 +41,7 @@ pub struct Limits {
     pub batch: usize,
     pub max_tokens: usize,
     pub keep_logits: bool,
+    pub layers: Layers,
 }
 
 struct Running {
@@ -55,6 +57,7 @@ struct Cached<'a> {
     step: &'a Step,
     rope: &'a Rope,
     head_dim: u32,
+    layers: Layers,
     scoring: Scoring<'a>,
 }
 
@@ -67,7 +70,7 @@ impl Attention for Cached<'_> {
         v: &[f32],
         out: &mut [f32],
     ) -> Result<(), Box<dyn Error>> {
-        let layer = LayerId::uniform(layer as u32);
+        let layer = self.layers.id(layer);
         self.rope.rotate(q, self.head_dim, self.step.positions())?;
         let (k, v) = ((&*k).into(), v.into());
         self.cache.append(self.step, layer, k, v, Some(self.rope))?;
@@ -112,7 +115,14 @@ pub fn serve(
         let tokens: Vec<u32> = running.iter().flat_map(|run| run.next.iter().copied()).collect();
         let last: Vec<usize> = step.last_rows().collect();
         let clock = Instant::now();
-        let attention = &mut Cached { cache, step: &step, rope: &rope, head_dim, scoring };
+        let attention = &mut Cached {
+            cache,
+            step: &step,
+            rope: &rope,
+            head_dim,
+            layers: limits.layers,
+            scoring,
+        };
         let logits = model.forward(&tokens, &last, attention)?;
         // A step that prefills counts as prefill, the tokens decoded beside it included in its time.
         if admitted.is_some() {

@@ -9,6 +9,7 @@ use kvcache::layout::{CacheSpec, GroupSpec};
 use serde_json::Value;
 
 use crate::check;
+use crate::layers::Layers;
 use crate::model::Model;
 use crate::sample::Sampler;
 use crate::serve::{self, Limits};
@@ -41,7 +42,9 @@ fn text_becomes_the_same_tokens_and_comes_back() {
 }
 
 /// How the cache under test stores K and V.
-const F32: check::Stored = check::Stored { format: KvFormat::F32, block_tokens: 16 };
+fn f32s(model: &Model) -> Layers {
+    Layers::uniform(KvFormat::F32, 16, model.config.layers)
+}
 
 #[test]
 fn the_cached_model_writes_what_pytorch_writes() {
@@ -52,7 +55,8 @@ fn the_cached_model_writes_what_pytorch_writes() {
     let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, ..CacheOptions::default() };
     let mut cache = KvCache::new(&CacheSpec::uniform(16, group), &options).unwrap();
     let prompts = [ids(&golden["prompt"])];
-    let limits = Limits { batch: 1, max_tokens: 48, keep_logits: true };
+    let layers = f32s(&model);
+    let limits = Limits { batch: 1, max_tokens: 48, keep_logits: true, layers };
     let mut sampler = Sampler::new(0.0, 0);
     let (outputs, _) =
         serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |_| {}).unwrap();
@@ -62,12 +66,12 @@ fn the_cached_model_writes_what_pytorch_writes() {
         let error = (f64::from(*logit) - want.as_f64().unwrap()).abs();
         assert!(error <= 1e-3, "{logit} for {want}");
     }
-    let report = check::check(&model, F32, &prompts, &outputs, true).unwrap();
+    let report = check::check(&model, layers, &prompts, &outputs, true).unwrap();
     assert!(report.passed() && report.ties == 0, "{}", report.max_relative_error);
     // The check can fail.
     let mut wrong = outputs.clone();
     wrong[0].logits[7][5] += 0.01;
-    let checked = check::check(&model, F32, &prompts, &wrong, true);
+    let checked = check::check(&model, layers, &prompts, &wrong, true);
     assert!(!checked.unwrap().passed());
 }
 
@@ -86,7 +90,8 @@ fn a_second_run_finds_the_prompt_on_disk_and_writes_the_same() {
         let spec = CacheSpec::uniform(16, group.clone());
         let mut cache = KvCache::new(&spec, &options).unwrap();
         let found = arg.map(|arg| tier::attach(&mut cache, arg, "m").unwrap().unwrap().objects);
-        let limits = Limits { batch: 1, max_tokens: 48, keep_logits: false };
+        let layers = f32s(&model);
+        let limits = Limits { batch: 1, max_tokens: 48, keep_logits: false, layers };
         let mut sampler = Sampler::new(0.0, 0);
         let (outputs, figures) =
             serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |_| {}).unwrap();
@@ -104,4 +109,33 @@ fn a_second_run_finds_the_prompt_on_disk_and_writes_the_same() {
     for bad in ["disk:", "host:x", "remote:", "redis://localhost"] {
         assert!(TierArg::parse(bad).is_err(), "{bad}");
     }
+}
+
+#[test]
+fn edges_and_sinks_are_stored_as_they_are_asked_for() {
+    let (model, golden) = (Model::load(&folder()).unwrap(), golden());
+    let prompts = [ids(&golden["prompt"])];
+    let c = &model.config;
+    let inner = Layers::uniform(KvFormat::Kt2v2, 32, c.layers);
+    let run = |layers: Layers| {
+        let options = CacheOptions { blocks: 64, max_seqs: 1, threads: 1, ..Default::default() };
+        let mut cache = KvCache::new(&layers.spec(c), &options).unwrap();
+        let limits = Limits { batch: 1, max_tokens: 40, keep_logits: true, layers };
+        let mut sampler = Sampler::new(0.0, 0);
+        let (outputs, _) =
+            serve::serve(&model, &mut cache, &prompts, &limits, &mut sampler, &mut |_| {}).unwrap();
+        let checked = check::check(&model, layers, &prompts, &outputs, true).unwrap();
+        assert!(checked.passed(), "{}", checked.max_relative_error);
+        outputs[0].logits.last().unwrap().clone()
+    };
+    let plain = run(inner);
+    let edges = Layers { edges: Some(KvFormat::F16), ..inner };
+    let spec = edges.spec(c);
+    assert_eq!(spec.groups.iter().map(|group| group.layers).sum::<u32>() as usize, c.layers);
+    assert_eq!((spec.groups[1].format, spec.groups[1].layers), (KvFormat::F16, 2));
+    assert_ne!(run(edges), plain);
+    let sinks = Layers { sink_tokens: 32, ..inner };
+    assert_eq!(sinks.spec(c).groups[0].sink_tokens, 32);
+    assert_ne!(run(sinks), plain);
+    assert_ne!(run(Layers { sink_tokens: 32, ..edges }), plain);
 }

@@ -14,6 +14,8 @@ usage: cargo run --release --example quality -- [options]
   --format NAME        a format or a published scheme; repeat for more (default all)
   --staging f32|f16|bf16
                        raw rows of tiles that are not sealed yet (default bf16)
+  --recall N,N,...     recall of planted pairs in texts of so many tokens, in place of the model (with
+                       --context beside it); formats of the library alone
   --check              exit with an error where a threshold does not hold
   --json               print the figures as a JSON list
   --plot FILE.svg      KL against bits
@@ -23,6 +25,8 @@ pub struct Args {
     pub contexts: Vec<(usize, usize)>,
     pub modes: Vec<Mode>,
     pub formats: Vec<String>,
+    /// Lengths of the texts of the recall probe.
+    pub recall: Vec<usize>,
     pub staging: DType,
     pub check: bool,
     pub json: bool,
@@ -35,6 +39,7 @@ impl Args {
             contexts: Vec::new(),
             modes: Vec::new(),
             formats: Vec::new(),
+            recall: Vec::new(),
             staging: DType::Bf16,
             check: false,
             json: false,
@@ -50,6 +55,12 @@ impl Args {
                 }
                 "--mode" => args.modes.push(Mode::from_name(&value()?)?),
                 "--format" => args.formats.push(value()?),
+                "--recall" => {
+                    let word = value()?;
+                    for tokens in word.split(',') {
+                        args.recall.push(number(&flag, tokens)?);
+                    }
+                }
                 "--staging" => {
                     args.staging = match value()?.as_str() {
                         "f32" => DType::F32,
@@ -68,7 +79,7 @@ impl Args {
                 _ => return Err(format!("unknown option {flag}").into()),
             }
         }
-        if args.contexts.is_empty() {
+        if args.contexts.is_empty() && args.recall.is_empty() {
             args.contexts = vec![(1024, 8), (4096, 2)];
         }
         if args.modes.is_empty() {

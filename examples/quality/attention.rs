@@ -62,11 +62,11 @@ impl<'a> Through<'a> {
         })
     }
 
-    /// Tokens of a tile, and whether a query reads its own as raw rows.
-    fn tiles(&self) -> (usize, bool) {
+    /// Tokens of a tile, and where a query reads its own as raw rows, how many of the first too.
+    fn tiles(&self) -> (usize, Option<usize>) {
         match self.scheme.map(|scheme| &scheme.store) {
-            Some(Store::Tiles { tokens, .. }) => (*tokens, true),
-            _ => (BLOCK, false),
+            Some(Store::Tiles { tokens, sinks, .. }) => (*tokens, Some(*sinks)),
+            _ => (BLOCK, None),
         }
     }
 
@@ -86,7 +86,7 @@ impl<'a> Through<'a> {
                 k(&mut stored.k).and_then(|()| v(&mut stored.v)).map_err(|e| e.to_string())?;
                 Ok([stored, raw])
             }
-            Some(Store::Tiles { tokens, staging, tile }) => {
+            Some(Store::Tiles { tokens, staging, tile, .. }) => {
                 round(&mut raw.k, *staging);
                 round(&mut raw.v, *staging);
                 let mut stored = raw.clone();
@@ -102,17 +102,18 @@ impl<'a> Through<'a> {
     /// Attention over `[block][kv_head][token][head_dim]` keys and values: stored blocks, then raw.
     fn run(&mut self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) -> kvcache::Result<()> {
         let c = self.config;
-        let (block, own_is_raw) = self.tiles();
+        let (block, raw) = self.tiles();
         let tokens = out.len() / (c.q_heads * c.head_dim);
         let tiles = tokens.div_ceil(block);
         let ends = |tile: usize| ((tile + 1) * block).min(tokens) as i32;
         let (mut q_indptr, mut kv_lens) = (vec![0], Vec::new());
         let (mut indptr, mut indices) = (vec![0], Vec::new());
-        for tile in if own_is_raw { 0..tiles } else { tiles - 1..tiles } {
+        for tile in if raw.is_some() { 0..tiles } else { tiles - 1..tiles } {
             q_indptr.push(ends(tile));
             kv_lens.push(ends(tile));
-            let own = if own_is_raw { tiles + tile } else { tile };
-            indices.extend((0..tile).chain([own]).map(|block| block as i32));
+            let is_raw = |at| raw.is_some_and(|sinks| at == tile || at < sinks);
+            let place = |at| if is_raw(at) { tiles + at } else { at };
+            indices.extend((0..=tile).map(|at| place(at) as i32));
             indptr.push(indices.len() as i32);
         }
         let (dim, heads) = (c.head_dim as u32, c.q_heads as u32);

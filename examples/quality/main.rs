@@ -10,6 +10,7 @@
 //! | `schemes.rs`, `published.rs` | the library's formats, and published ones for comparison |
 //! | `attention.rs` | the model's attention over what a scheme made of K and V |
 //! | `modes.rs` | outliers and offsets that leave the f32 model unchanged |
+//! | `recall.rs` | which keys a constructed induction head still tells apart, far back |
 //! | `measure.rs` | text, sequences, figures with error bars, the thresholds of `--check` |
 //! | `args.rs`, `report.rs`, `plot.rs` | command line, table and JSON, picture |
 //!
@@ -27,6 +28,7 @@ mod model;
 mod modes;
 mod plot;
 mod published;
+mod recall;
 mod report;
 mod schemes;
 #[path = "../generate/tokenizer.rs"]
@@ -42,7 +44,11 @@ use std::time::Instant;
 use args::{Args, USAGE};
 use measure::{Figure, Reference};
 use model::Model;
+use recall::Answers;
 use tokenizer::{END, Tokenizer};
+
+/// The codes of the recall probe are the same in every run.
+const RECALL_SEED: u64 = 2024;
 
 fn main() -> ExitCode {
     if std::env::args().any(|word| word == "--help" || word == "-h") {
@@ -68,11 +74,50 @@ fn main() -> ExitCode {
 
 /// Measures and prints; true unless a threshold of `--check` did not hold.
 fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
+    let clock = Instant::now();
+    let answers = recall(args)?;
+    let figures = if args.contexts.is_empty() { Vec::new() } else { figures(args)? };
+    eprintln!("\r{:.0} s{:<50}", clock.elapsed().as_secs_f64(), "");
+    if args.json {
+        println!("{:#}", report::json(&figures, &answers));
+    } else {
+        print!("{}{}", report::recall_tables(&answers), report::tables(&figures));
+    }
+    if let Some(path) = &args.plot {
+        fs::write(path, plot::svg(&figures))?;
+    }
+    let mut failed = Vec::new();
+    if args.check {
+        failed.extend(measure::broken_thresholds(&figures));
+        failed.extend(recall::broken_thresholds(&answers));
+    }
+    for line in &failed {
+        eprintln!("does not hold: {line}");
+    }
+    Ok(failed.is_empty())
+}
+
+/// What an induction head recalls, one sweep a length, mode and format.
+fn recall(args: &Args) -> Result<Vec<Vec<Answers>>, Box<dyn Error>> {
+    let mut all = Vec::new();
+    for &tokens in &args.recall {
+        let text = recall::Text::new(tokens, RECALL_SEED)?;
+        for &mode in &args.modes {
+            for format in recall::formats(&args.formats)? {
+                eprint!("\r{tokens} tokens, {}: {:<24}", mode.name(), format.name());
+                all.push(recall::sweep(&text, format, mode)?);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// What each scheme costs the model.
+fn figures(args: &Args) -> Result<Vec<Figure>, Box<dyn Error>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
     let model = Model::load(&folder)?;
     let (text, token_bytes) = held_out(&folder)?;
     let schemes = schemes::chosen(&args.formats, model.config.head_dim, args.staging)?;
-    let clock = Instant::now();
     let mut figures: Vec<Figure> = Vec::new();
     for &(context, sequences) in &args.contexts {
         let references = measure::sequences(&text, context, sequences)?
@@ -87,20 +132,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn Error>> {
             }
         }
     }
-    eprintln!("\r{:.0} s{:<50}", clock.elapsed().as_secs_f64(), "");
-    if args.json {
-        println!("{:#}", report::json(&figures));
-    } else {
-        print!("{}", report::tables(&figures));
-    }
-    if let Some(path) = &args.plot {
-        fs::write(path, plot::svg(&figures))?;
-    }
-    let failed = if args.check { measure::broken_thresholds(&figures) } else { Vec::new() };
-    for line in &failed {
-        eprintln!("does not hold: {line}");
-    }
-    Ok(failed.is_empty())
+    Ok(figures)
 }
 
 /// The held-out documents as one stream, each followed by the end marker, and the bytes of text

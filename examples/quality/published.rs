@@ -63,7 +63,7 @@ fn tokens(name: &str, bits: f64, rows: impl Fn() -> Box<Rows>) -> Scheme {
 /// A scheme of independent rows, read as tiles of 64 of which a query's own is raw.
 fn raw_tile(name: &str, bits: f64, staging: DType, rows: Box<Rows>) -> Scheme {
     let tile: Box<Tiles> = Box::new(move |k, v| rows(k).and_then(|()| rows(v)));
-    let store = Store::Tiles { tokens: 64, staging, tile };
+    let store = Store::Tiles { tokens: 64, staging, tile, sinks: 0 };
     Scheme { name: name.into(), own: false, bits, store }
 }
 
@@ -173,7 +173,7 @@ fn kivi(bits: u32, dim: usize, staging: DType) -> Result<Scheme, Box<dyn Error>>
         name: format!("kivi-{bits}"),
         own: false,
         bits: f64::from(bits) + 1.0,
-        store: Store::Tiles { tokens: GROUP, staging, tile },
+        store: Store::Tiles { tokens: GROUP, staging, tile, sinks: 0 },
     })
 }
 

@@ -1,10 +1,11 @@
-//! The figures as tables for people and as JSON.
+//! The figures and answers as tables for people and as JSON.
 
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
 use crate::measure::Figure;
+use crate::recall::{self, Answers};
 
 /// One table a context and mode, by bits.
 pub fn tables(figures: &[Figure]) -> String {
@@ -52,8 +53,62 @@ pub fn tables(figures: &[Figure]) -> String {
     text
 }
 
-/// A list of objects, one a figure. An unknown error is null.
-pub fn json(figures: &[Figure]) -> Value {
+/// One table a mode: a row a format, the finest gap that passes at each length.
+pub fn recall_tables(sweeps: &[Vec<Answers>]) -> String {
+    let mut text = String::new();
+    let all = || sweeps.iter().filter_map(|sweep| Some((sweep.first()?, recall::finest(sweep))));
+    let (mut modes, mut lengths, mut formats) = (Vec::new(), Vec::new(), Vec::new());
+    for (first, _) in all() {
+        let note = |known: &mut Vec<_>, new| {
+            if !known.contains(&new) {
+                known.push(new)
+            }
+        };
+        note(&mut lengths, first.context);
+        if !modes.contains(&first.mode) {
+            modes.push(first.mode);
+        }
+        if !formats.contains(&first.format) {
+            formats.push(first.format);
+        }
+    }
+    // Writing to a string cannot fail.
+    for mode in modes {
+        let _ =
+            write!(text, "smallest gap recalled, {}\n{:<12}{:>6}", mode.name(), "format", "bits");
+        lengths.iter().for_each(|tokens| text += &format!("{tokens:>10}"));
+        text += "  raw tail\n";
+        for &format in &formats {
+            let of_row = || all().filter(|(a, _)| a.mode == mode && a.format == format);
+            let Some((row, _)) = of_row().next() else { continue };
+            let _ = write!(text, "{:<12}{:>6.2}", format.name(), row.bits);
+            for &tokens in &lengths {
+                let finest = of_row().find(|(a, _)| a.context == tokens).and_then(|(_, gap)| gap);
+                text += &finest.map_or(format!("{:>10}", "none"), |gap| format!("{gap:>10.5}"));
+            }
+            let _ = writeln!(text, "  {}", row.tail_policy());
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// A list of objects, one a figure and one a recall. An unknown error is null.
+pub fn json(figures: &[Figure], sweeps: &[Vec<Answers>]) -> Value {
+    let answers = sweeps.iter().flatten().map(|a| {
+        json!({
+            "probe": "recall",
+            "format": a.format.name(),
+            "bits": a.bits,
+            "mode": a.mode.name(),
+            "context": a.context,
+            "gap": a.gap,
+            "recall": a.recall,
+            "queries": recall::queries(),
+            "passed": a.passed(),
+            "tail_policy": a.tail_policy(),
+        })
+    });
     figures
         .iter()
         .map(|f| {
@@ -76,5 +131,6 @@ pub fn json(figures: &[Figure]) -> Value {
                 "tail_policy": f.tail_policy,
             })
         })
+        .chain(answers)
         .collect()
 }

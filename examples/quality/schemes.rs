@@ -19,8 +19,8 @@ pub enum Store {
     /// Every token is read as stored, a query's own too.
     Tokens { k: Box<Rows>, v: Box<Rows> },
     /// A tile is read as stored once it ended before the query's own tile; raw rows, which are what
-    /// is sealed too, have `staging`.
-    Tiles { tokens: usize, staging: DType, tile: Box<Tiles> },
+    /// is sealed too, have `staging`. The first `sinks` tiles stay raw.
+    Tiles { tokens: usize, staging: DType, tile: Box<Tiles>, sinks: usize },
 }
 
 pub struct Scheme {
@@ -36,8 +36,9 @@ impl Scheme {
     pub fn tail_policy(&self) -> String {
         match &self.store {
             Store::Tokens { .. } => "none: all tokens as stored".to_string(),
-            Store::Tiles { tokens, staging, .. } => {
-                format!("own tile of {tokens} raw in {}", staging.name())
+            Store::Tiles { tokens, staging, sinks, .. } => {
+                let first = if *sinks == 0 { "" } else { "first and " };
+                format!("{first}own tile of {tokens} raw in {}", staging.name())
             }
         }
     }
@@ -57,6 +58,13 @@ pub fn chosen(names: &[String], dim: usize, staging: DType) -> Result<Vec<Scheme
                 for &tokens in sizes {
                     all.push(tiles(format, dim, tokens, staging)?);
                 }
+                // With the first tile of each sequence raw, whose bits are counted by none of these.
+                let mut sunk = tiles(format, dim, 64, staging)?;
+                if let Store::Tiles { sinks, .. } = &mut sunk.store {
+                    *sinks = 1;
+                }
+                sunk.name += "+sink";
+                all.push(sunk);
             }
             _ => all.push(tokens(format, dim)?),
         }
@@ -144,6 +152,6 @@ fn tiles(
         name: format!("{}{suffix}", format.name()),
         own: true,
         bits: bits(format, dim, tokens)?,
-        store: Store::Tiles { tokens, staging, tile },
+        store: Store::Tiles { tokens, staging, tile, sinks: 0 },
     })
 }

@@ -8,6 +8,7 @@ use kvcache::dtype::{DType, KvFormat};
 use crate::measure::{self, Reference};
 use crate::model::Model;
 use crate::modes::Mode;
+use crate::recall::{self, Text};
 use crate::schemes::{self, Scheme, Store};
 
 fn folder() -> PathBuf {
@@ -54,6 +55,10 @@ fn a_query_reads_its_own_tile_raw_and_the_tiles_before_as_stored() {
     *tokens = 256;
     let raw = kl(&scheme);
     assert!(!(raw.abs() > 1e-8), "{raw:e}");
+    // With the first tile raw too the last 63 rows' queries see one sealed tile less.
+    let sunk = kl(&self::scheme("kt2v2+sink", DType::F32));
+    let plain = kl(&self::scheme("kt2v2", DType::F32));
+    assert!(sunk > 0.0 && sunk < 0.9 * plain, "{sunk:e} of {plain:e}");
     // The same tiles under a coarser store cost more.
     let finer = kl(&self::scheme("kt8v8", DType::F32));
     assert!(finer < sealed / 100.0, "{finer:e}");
@@ -101,4 +106,34 @@ fn thresholds_can_fail() {
         (figure.kl.0, figure.perplexity_change) = (kl, (change, error));
         assert_eq!(measure::broken_thresholds(std::slice::from_ref(&figure)).len(), 1);
     }
+}
+
+#[test]
+fn recall_tells_formats_apart_and_depends_on_the_seed_alone() {
+    let text = Text::new(4096, 1).unwrap();
+    let ask = |format, gap| recall::ask(&text, format, Mode::Natural, gap).unwrap();
+    // What finds every key at one gap finds few at another.
+    for (format, wide, narrow) in [
+        (KvFormat::Bf16, 1.0 / 64.0, 1.0 / 4096.0),
+        (KvFormat::Kt8v8, 1.0 / 64.0, 1.0 / 2048.0),
+        (KvFormat::Kt4v4, 1.0 / 8.0, 1.0 / 128.0),
+        (KvFormat::Kt2v2, 1.0 / 3.0, 1.0 / 32.0),
+    ] {
+        let (wide, narrow) = (ask(format, wide), ask(format, narrow));
+        assert!(wide.passed(), "{format:?} {}", wide.recall);
+        assert!(narrow.recall < 0.7, "{format:?} {}", narrow.recall);
+        assert!(ask(KvFormat::F32, narrow.gap as f32).passed());
+        assert_eq!(ask(format, narrow.gap as f32).recall, narrow.recall);
+    }
+    let other = Text::new(4096, 2).unwrap();
+    let other = recall::ask(&other, KvFormat::Kt4v4, Mode::Natural, 1.0 / 64.0).unwrap();
+    assert_ne!(other.recall, ask(KvFormat::Kt4v4, 1.0 / 64.0).recall);
+    assert!(Text::new(4095, 1).is_err() && Text::new(0, 1).is_err());
+    // A sweep that stops short breaks its limit.
+    let sweep = vec![ask(KvFormat::Kt4v4, 0.5), ask(KvFormat::Kt4v4, 1.0 / 128.0)];
+    assert_eq!(recall::finest(&sweep), Some(0.5));
+    assert_eq!(recall::finest(&sweep[1..]), None);
+    assert_eq!(recall::broken_thresholds(std::slice::from_ref(&sweep)).len(), 1);
+    assert_eq!(recall::broken_thresholds(&[sweep[1..].to_vec()]).len(), 1);
+    assert!(recall::broken_thresholds(&[vec![ask(KvFormat::Kt4v4, 0.088)]]).is_empty());
 }

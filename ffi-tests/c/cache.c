@@ -68,6 +68,26 @@ int main(void) {
         cache = NULL;
     }
 
+    // Sealed tiles of which the first stay raw: a slot a sequence more in the staging pool.
+    OK(kvc_cache_options_init(&options, sizeof options));
+    options.block_tokens = 32;
+    options.max_seqs = 4;
+    options.threads = 1;
+    group = toy_group();
+    CHECK(group.sink_tokens == 0);
+    group.format = KVC_FORMAT_KT4V4;
+    group.k_dim = group.v_dim = 32;
+    group.sink_tokens = 33;
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "sink_tokens", kvc_cache_create(&options, &group, 1, &cache));
+    group.sink_tokens = 32;
+    OK(kvc_cache_create(&options, &group, 1, &cache));
+    OK(kvc_cache_stats(cache, &counts, sizeof counts));
+    CHECK(counts.staging_blocks == 3 * 4 && counts.staged_blocks == 0);
+    OK(kvc_cache_destroy(cache));
+    cache = NULL;
+    group.format = KVC_FORMAT_BF16;
+    FAILS(KVC_ERR_INVALID_ARGUMENT, "sink_tokens", kvc_cache_create(&options, &group, 1, &cache));
+
     // Two groups, the defaults.
     groups[0] = groups[1] = toy_group();
     groups[1].window = 32;

@@ -111,7 +111,9 @@ fn in_rust() -> Layout {
             state, ready_layers, device_tokens, loading_tokens, missing_group, missing_layer, why,
             reserved,
         }
-        kvc_group_spec { struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window }
+        kvc_group_spec {
+            struct_size, layers, kv_heads, k_dim, v_dim, v_in_k, format, window, sink_tokens,
+        }
         kvc_plan_group { token_bytes, block_bytes, sequence_blocks, blocks }
         kvc_plan_options {
             struct_size, block_tokens, reserve_ppm, reserved, memory_bytes, weight_bytes,

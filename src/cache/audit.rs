@@ -122,6 +122,10 @@ impl KvCache {
                     holders.into_iter().for_each(|count| *count += 1);
                 }
             }
+            for &(block, slot) in self.sinks[group].entries() {
+                must(self.pools[group].is_cached(block), "cache: sink rows of an unknown block")?;
+                holders[slot.index()] += 1;
+            }
             for rescued in self.rescued.iter().filter(|rescued| rescued.group == group) {
                 holders[rescued.slot.index()] += 1;
             }

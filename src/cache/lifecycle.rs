@@ -118,7 +118,7 @@ impl KvCache {
         reserve(&mut sequence.tokens, cached.len())?;
         sequence.tokens.extend_from_slice(cached);
         sequence.published = hit.at;
-        Ok(())
+        self.adopt_sinks(sequence)
     }
 
     /// Copies the matching tokens of the block at which the prompt diverges; how many. None where

@@ -22,6 +22,7 @@ mod outside;
 mod retention;
 mod scales;
 mod sequence;
+mod sinks;
 mod spares;
 mod staging;
 mod stats;
@@ -56,6 +57,7 @@ use crate::prefix::{Eviction, Hit, PrefixIndex};
 use media::MediaKeys;
 use outside::Outside;
 use sequence::Sequences;
+use sinks::SinkSlots;
 use store::Store;
 use tiers::Tiers;
 
@@ -69,8 +71,9 @@ pub struct CacheOptions {
     pub group_blocks: Vec<u32>,
     /// Sequences that may live at once: 1 to 65,536.
     pub max_seqs: u32,
-    /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence (and no
-    /// more than `blocks`), all that they can need unless tiles stay raw.
+    /// Raw blocks of each layer group whose format has sealed tiles; 0 for two a sequence and its
+    /// sinks (and no more than `blocks`), all that they can need unless tiles stay raw. Sinks of
+    /// prefixes that no sequence uses stay as long as there is room.
     pub staging_blocks: u32,
     /// Threads for kernels; 0 for one a core.
     pub threads: u32,
@@ -145,6 +148,8 @@ pub struct KvCache {
     pools: Vec<BlockPool>,
     /// Raw blocks of the groups whose format has sealed tiles.
     staging: Vec<Option<BlockPool>>,
+    /// The raw slots of shared sink blocks, one list a group.
+    sinks: Vec<SinkSlots>,
     /// Raw tiles of open steps that could not be sealed and did not fit into scratch for longer.
     rescued: Vec<staging::Rescued>,
     /// Slots that a device may fill with raw rows of open steps.
@@ -227,6 +232,9 @@ impl KvCache {
             layout.pool_bytes(blocks_of(group).into())?;
         }
         let sealed = |layout: &GroupLayout| layout.staging_block_bytes() != 0;
+        if backend.is_some() && layouts.iter().any(|layout| layout.sink_blocks() != 0) {
+            return Err(Error::Unsupported { what: "raw sink tokens on a device" });
+        }
         if options.scrub && layouts.iter().any(sealed) {
             return Err(Error::Unsupported { what: "scrubbing of sealed tiles" });
         }
@@ -256,16 +264,24 @@ impl KvCache {
             None
         };
         let threads = Threads::new(options.threads)?;
-        let raw = match options.staging_blocks {
+        let raw = |layout: &GroupLayout| match options.staging_blocks {
             // Every raw tile has a block, too.
-            0 => options.max_seqs.saturating_mul(STAGING_BLOCKS as u32).min(options.blocks),
+            0 => (STAGING_BLOCKS as u32)
+                .saturating_add(layout.sink_blocks())
+                .saturating_mul(options.max_seqs)
+                .min(options.blocks),
             given => given,
         };
         let staging = layouts
             .iter()
             .map(|layout| {
-                (layout.staging_block_bytes() != 0).then(|| BlockPool::new(raw)).transpose()
+                let tiled = layout.staging_block_bytes() != 0;
+                tiled.then(|| BlockPool::new(raw(layout))).transpose()
             })
+            .collect::<Result<Vec<_>>>()?;
+        let sinks = layouts
+            .iter()
+            .map(|layout| SinkSlots::new(if layout.sink_blocks() == 0 { 0 } else { raw(layout) }))
             .collect::<Result<Vec<_>>>()?;
         let outside = Outside::new(pools.len());
         let stores = layouts
@@ -273,6 +289,7 @@ impl KvCache {
             .enumerate()
             .map(|(group, layout)| match &backend {
                 None if layout.staging_block_bytes() != 0 => {
+                    let raw = raw(&layout);
                     let store = TileStore::new(layout, blocks_of(group), raw)?;
                     Ok(Store::Tiles(Box::new(store)))
                 }
@@ -281,7 +298,7 @@ impl KvCache {
                     let how = StoreOptions {
                         stream: options.stream,
                         deterministic: options.deterministic,
-                        staging_blocks: raw,
+                        staging_blocks: raw(&layout),
                     };
                     let mut store = DeviceStore::new(backend, layout, blocks_of(group), how)?;
                     if options.scrub {
@@ -300,6 +317,7 @@ impl KvCache {
             stream: options.stream,
             pools,
             staging,
+            sinks,
             rescued: Vec::new(),
             spares: Vec::new(),
             steps_begun: 0,
@@ -389,6 +407,7 @@ impl KvCache {
                 }
             }
         }
+        self.sweep_sinks()?;
         if let Some(tiers) = &mut self.tiers {
             tiers.evicted(&self.ids, &mut self.stores, why == Evicted::Capacity);
         }

@@ -30,14 +30,18 @@ impl KvCache {
         Ok(())
     }
 
-    /// Makes formats and scales part of digests. Floats alone have no say: their digests are those
+    /// Makes formats, sinks and scales part of digests. Floats alone have no say: their digests are those
     /// that other stores know.
     pub(super) fn name_storage(&mut self) {
         let mut bytes = Vec::new();
         if self.spec.groups.iter().any(|group| !group.format.is_float()) {
             for store in &self.stores {
-                let format = store.layout().spec().format;
+                let (format, sinks) = (store.layout().spec().format, store.layout().sink_blocks());
                 bytes.extend_from_slice(&format.id().to_le_bytes());
+                if sinks != 0 {
+                    bytes.extend_from_slice(b"sinks");
+                    bytes.extend_from_slice(&sinks.to_le_bytes());
+                }
                 let scales = store.scales();
                 bytes.extend_from_slice(&(scales.clone().count() as u64).to_le_bytes());
                 bytes.extend(scales.flat_map(f32::to_le_bytes));

@@ -6,7 +6,7 @@
 //! tokens back (a speculation that is rejected); tiles that one step fills from end to end have
 //! their rows in scratch, for one layer at a time. Slots are shared by forks, and copied before one
 //! of them writes. A full tile that cannot be sealed keeps its slot, is read raw, and neither it
-//! nor what follows it enters the prefix index.
+//! nor what follows it enters the prefix index. Sinks, which stay raw too, do (see `sinks.rs`).
 //! How a device says what it could not seal is in `spares`.
 
 use core::sync::atomic::Ordering;
@@ -77,8 +77,9 @@ impl KvCache {
     /// `OutOfBlocks` with how many slots are missing.
     pub(super) fn check_staging(&mut self, work: &[Work]) -> Result<()> {
         let block_tokens = self.spec.block_tokens as usize;
-        for (group, pool) in self.staging.iter().enumerate() {
-            let Some(pool) = pool else { continue };
+        for group in 0..self.staging.len() {
+            let sinks = self.sink_tiles(group);
+            let Some(pool) = &self.staging[group] else { continue };
             let mut needed = 0u32;
             for item in work {
                 let sequence = self.sequences.get(item.seq)?;
@@ -86,15 +87,11 @@ impl KvCache {
                 let last = (from + item.tokens.len() - 1) / block_tokens;
                 let tail = sequence.raw_slot(group, from / block_tokens);
                 let open = !from.is_multiple_of(block_tokens);
-                needed += u32::from(!open || last > from / block_tokens);
+                let new = from.div_ceil(block_tokens);
+                needed += (sinks.min(last).saturating_sub(new) + usize::from(new <= last)) as u32;
                 needed += u32::from(open && tail.is_some_and(|slot| pool.refs(slot) > 1));
             }
-            if needed > pool.free_blocks() {
-                let missing = needed - pool.free_blocks();
-                let error = Error::OutOfBlocks { needed, missing };
-                self.outside.refused(&error);
-                return Err(error);
-            }
+            self.make_slots_free(group, needed)?;
         }
         Ok(())
     }
@@ -104,6 +101,7 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         let rows = work.iter().map(|item| item.tokens.len()).sum::<usize>();
         for group in 0..self.staging.len() {
+            let sinks = self.sink_tiles(group);
             if !self.is_tiled(group) {
                 continue;
             }
@@ -113,10 +111,11 @@ impl KvCache {
                 let from = sequence.tokens.len();
                 let end = from + item.tokens.len();
                 filled += end / block_tokens - from / block_tokens;
-                // All new tiles but the last.
-                scratch += ((end - 1) / block_tokens).saturating_sub(from.div_ceil(block_tokens));
+                // All new tiles but sinks and the last.
+                let new = from.div_ceil(block_tokens).max(sinks);
+                scratch += ((end - 1) / block_tokens).saturating_sub(new);
                 raw += sequence.raw[group].len() + end.div_ceil(block_tokens) - from / block_tokens;
-                reserve(&mut sequence.raw[group], 2 + filled)?;
+                reserve(&mut sequence.raw[group], 2 + sinks + filled)?;
             }
             let scratch = u32::try_from(scratch).map_err(|_| Error::Overflow { what: "tiles" })?;
             self.stores[group].reserve_scratch(scratch)?;
@@ -146,6 +145,7 @@ impl KvCache {
         index: usize,
         item: &Work,
     ) -> Result<()> {
+        let sinks = self.sink_tiles(group);
         let Some(pool) = &mut self.staging[group] else { return Ok(()) };
         let store = &mut self.stores[group];
         let block_tokens = self.spec.block_tokens as usize;
@@ -155,7 +155,9 @@ impl KvCache {
         let (first, last) = (from / block_tokens, (end - 1) / block_tokens);
         let open = from % block_tokens;
         // A tile before the first of the step can no longer be opened by taking the step back.
-        sequence.retain_raw(group, pool, |staged| staged.kept || staged.tile >= first)?;
+        sequence.retain_raw(group, pool, |staged| {
+            staged.kept || staged.tile >= first || staged.tile < sinks
+        })?;
         if open != 0 {
             let Some(tail) = sequence.raw[group].iter_mut().find(|staged| staged.tile == first)
             else {
@@ -170,14 +172,20 @@ impl KvCache {
             }
         }
         let new = from.div_ceil(block_tokens);
-        if new <= last {
+        for tile in (new..sinks.min(last)).chain((new <= last).then_some(last)) {
             let slot = pool.allocate()?;
-            sequence.raw[group].push(Staged { tile: last, slot, kept: false });
+            sequence.raw[group].push(Staged { tile, slot, kept: false });
+        }
+        if let Some(tiles) = store.tiles() {
+            for &block in sequence.tables[group].blocks().iter().take(sinks).skip(first) {
+                tiles.unseal(block)?;
+            }
         }
 
         let staging_blocks = pool.blocks();
         let raw = &mut tables.raw;
-        let scratch_tiles = new..last.max(new);
+        let in_slots = new.max(sinks);
+        let scratch_tiles = in_slots..last.max(in_slots);
         let scratch_from = raw.scratch_blocks;
         let scratch = |tile: usize| scratch_from + (tile - scratch_tiles.start) as u32;
         let blocks_before = raw.blocks.len();
@@ -210,7 +218,7 @@ impl KvCache {
             }
         }
         let blocks = sequence.tables[group].blocks();
-        for tile in first..end / block_tokens {
+        for tile in first.max(sinks)..end / block_tokens {
             let own = raw.blocks[blocks_before..].iter().find(|raw| raw.tile == tile as i32);
             let Some(own) = own else { continue };
             raw.seals.push(SealTile { slot: own.slot, block: blocks[tile].0 as i32 });
@@ -263,6 +271,7 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         let seq = step.seqs[index];
         for group in 0..self.staging.len() {
+            let sinks = self.sink_tiles(group);
             let Some(pool) = &mut self.staging[group] else { continue };
             let tables = &step.groups[group];
             let sequence = self.sequences.get_mut(seq)?;
@@ -289,7 +298,9 @@ impl KvCache {
                 }
             }
             let open = sequence.tokens.len() / block_tokens;
-            sequence.retain_raw(group, pool, |staged| staged.kept || staged.tile + 1 >= open)?;
+            sequence.retain_raw(group, pool, |staged| {
+                staged.kept || staged.tile + 1 >= open || staged.tile < sinks
+            })?;
         }
         Ok(())
     }

@@ -420,6 +420,6 @@ impl KvCache {
                 tiers.stored(&chain, tokens, (&self.outside, &self.media), &mut self.stores);
             }
         }
-        Ok(())
+        self.share_sinks(seq)
     }
 }

@@ -112,6 +112,7 @@ impl KvCache {
         slice: Option<&Slice>,
         out: &mut dyn Write,
     ) -> Result<usize> {
+        self.check_no_sinks("transfer of a cache with raw sink tokens")?;
         let slices = self.part(slice)?.groups;
         let block_tokens = self.spec.block_tokens as usize;
         let sequence = self.sequences.get_idle(seq)?;
@@ -165,6 +166,7 @@ impl KvCache {
         slice: Option<&Slice>,
         space: Namespace,
     ) -> Result<usize> {
+        self.check_no_sinks("transfer of a cache with raw sink tokens")?;
         if self.prefix.is_none() {
             return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
         }

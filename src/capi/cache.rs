@@ -70,7 +70,7 @@ pub struct kvc_cache_options {
     /// KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     pub eviction: u32,
     /// Raw blocks of each layer group whose format has sealed tiles; 0 (the default) for two a
-    /// sequence, all that they can need unless tiles stay raw.
+    /// sequence and its sinks, all that they can need unless tiles stay raw.
     pub staging_blocks: u32,
     /// 1: zero the K and V of every block that becomes free, before anybody else can have it. 0 by
     /// default. KVC_ERR_UNSUPPORTED with sealed tiles.

@@ -29,6 +29,9 @@ pub struct kvc_group_spec {
     pub format: u32,
     /// Sliding window in tokens, the query's own included; 0 for full attention.
     pub window: u32,
+    /// Of sealed tiles, the first tokens of every sequence that stay raw in bf16: a multiple of the
+    /// tokens of a block, 0 (none) by default. On the CPU; such a cache has no tiers and no transfer.
+    pub sink_tokens: u32,
 }
 
 // SAFETY: integers.
@@ -36,7 +39,7 @@ unsafe impl Plain for kvc_group_spec {}
 // SAFETY: the first field is the size.
 unsafe impl Sized32 for kvc_group_spec {
     const NAME: &'static str = "kvc_group_spec";
-    const FIRST_BYTES: usize = size_of::<Self>();
+    const FIRST_BYTES: usize = 32;
     fn initial() -> Self {
         Self {
             struct_size: size_of::<Self>() as u32,
@@ -47,6 +50,7 @@ unsafe impl Sized32 for kvc_group_spec {
             v_in_k: 0,
             format: KvFormat::Bf16.id(),
             window: 0,
+            sink_tokens: 0,
         }
     }
 }
@@ -161,6 +165,7 @@ pub(super) unsafe fn read_spec(
                 v_in_k: flag(group.v_in_k, "v_in_k")?,
                 format: KvFormat::from_id(group.format)?,
                 window: (group.window != 0).then_some(group.window),
+                sink_tokens: group.sink_tokens,
             })
         })
         .collect::<Result<_>>()?;

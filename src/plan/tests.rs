@@ -215,6 +215,12 @@ fn sealed_tiles_count_their_raw_blocks() {
     assert_eq!(bytes_at(&spec, 64), block + raw);
     assert_eq!(bytes_at(&spec, 65), 2 * (block + raw));
     assert_eq!(bytes_at(&spec, 64_000), 1000 * block + 2 * raw);
+    // And the sinks.
+    let mut sunk = spec.clone();
+    sunk.groups[0].sink_tokens = 192;
+    assert_eq!(bytes_at(&sunk, 65), 2 * (block + raw));
+    assert_eq!(bytes_at(&sunk, 64_000), 1000 * block + 5 * raw);
+    assert_eq!(with_format(&sunk, KvFormat::Bf16).groups[0].sink_tokens, 0);
 
     let workload = Workload { context_tokens: 8192, batch: 4 };
     let tiles = plan(&spec, &budget(GIB), &workload).unwrap();

@@ -168,12 +168,14 @@ impl Keys {
             farthest = farthest.max(middle(ranges[at]).abs());
         }
         let mid_unit = f16_up(farthest / 127.0)?;
+        // Widened once: it asks what the CPU has each time.
+        let mids_unit = mid_unit.to_f32();
         let mut steps = [0.0f32; MAX_HEAD_DIM as usize];
         let mut widest = 0.0f32;
         for at in channels.clone() {
             let (low, high) = ranges[at];
-            self.mids[at] = code(middle(ranges[at]), mid_unit.to_f32(), -127.0, 127.0) as i8;
-            let stored = f32::from(self.mids[at]) * mid_unit.to_f32();
+            self.mids[at] = code(middle(ranges[at]), mids_unit, -127.0, 127.0) as i8;
+            let stored = f32::from(self.mids[at]) * mids_unit;
             let half = if self.bits == 8 {
                 (high - stored).max(stored - low)
             } else {
@@ -186,8 +188,8 @@ impl Keys {
         // Which zero the largest of zeros is must not reach the bits.
         let unit = f16_up(widest / 255.0 + 0.0)?;
         self.units[part] = (unit, mid_unit);
+        let (unit, mid_unit) = (unit.to_f32(), mids_unit);
         for at in channels {
-            let (unit, mid_unit) = (unit.to_f32(), mid_unit.to_f32());
             // Every channel is constant and at its middle: no unit, and any step says the same.
             let units = if unit == 0.0 { 1.0 } else { libm::ceilf(steps[at] / unit) };
             self.steps[at] = units.clamp(1.0, 255.0) as u8;

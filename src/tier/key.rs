@@ -125,9 +125,13 @@ impl Configuration {
 /// One layer group. The number of bytes is there so that a format whose record changed is another.
 fn describe(layout: &GroupLayout, part: &crate::layout::slice::GroupSlice) -> String {
     let spec = layout.spec();
+    let sinks = match spec.sink_tokens {
+        0 => String::new(),
+        tokens => format!(" sink_tokens={tokens}"),
+    };
     format!(
         "group format={} k_bits={} v_bits={} k_dim={} v_dim={} v_in_k={} window={} layers={}+{} \
-         heads={}+{} bytes={}",
+         heads={}+{} bytes={}{}",
         spec.format.name(),
         spec.format.k_bits(),
         spec.format.v_bits(),
@@ -140,6 +144,7 @@ fn describe(layout: &GroupLayout, part: &crate::layout::slice::GroupSlice) -> St
         part.first_head,
         part.heads,
         layout.block_bytes(),
+        sinks,
     )
 }
 
@@ -186,6 +191,11 @@ mod tests {
             let slice = Slice::pipeline(&spec(), rank, 2).unwrap();
             let part = spec().slice(&slice).unwrap();
             variants.push(Configuration::new("a", &part, &slice).unwrap());
+        }
+        for sink_tokens in [0, 64] {
+            let mut tiles = CacheSpec::uniform(64, GroupSpec::uniform(4, 4, 64, KvFormat::Kt4v4));
+            tiles.groups[0].sink_tokens = sink_tokens;
+            variants.push(of("a", &tiles));
         }
         let keys: BTreeSet<_> = variants.iter().map(|c| c.key(&block)).collect();
         assert_eq!(keys.len(), variants.len());

@@ -191,6 +191,8 @@ fn parse(bytes: &[u8]) -> Option<StreamHead> {
             v_in_k: shape[3] != 0,
             format: KvFormat::from_id(shape[0]).ok()?,
             window: (shape[4] != 0).then_some(shape[4]),
+            // Caches with sinks write no streams.
+            sink_tokens: 0,
         });
         slices.push(GroupSlice {
             first_layer: shape[5],

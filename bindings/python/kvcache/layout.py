@@ -21,6 +21,7 @@ class GroupSpec:
 
     `v_dim` is `k_dim` where it is not given. `v_in_k`: values are the first `v_dim` channels of the
     keys (latent attention). `window` in tokens, the query's own included; 0 for full attention.
+    `sink_tokens`: of sealed tiles, the first tokens of every sequence that stay raw, whole blocks.
     """
 
     layers: int
@@ -30,6 +31,7 @@ class GroupSpec:
     format: str = "bf16"
     window: int = 0
     v_in_k: bool = False
+    sink_tokens: int = 0
 
 
 def groups_array(groups: GroupSpec | Iterable[GroupSpec]) -> Any:
@@ -43,6 +45,7 @@ def groups_array(groups: GroupSpec | Iterable[GroupSpec]) -> Any:
         _structs.assign(struct, "k_dim", group.k_dim)
         _structs.assign(struct, "v_dim", group.k_dim if group.v_dim is None else group.v_dim)
         _structs.assign(struct, "window", group.window)
+        _structs.assign(struct, "sink_tokens", group.sink_tokens)
         struct.format = number(FORMATS, group.format, "format")
         struct.v_in_k = int(group.v_in_k)
     return out

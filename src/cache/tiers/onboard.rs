@@ -41,8 +41,10 @@ impl KvCache {
     /// Whether this cache can be given tiers now: to be asked before a store is opened for it.
     ///
     /// # Errors
-    /// `InvalidState` where [`attach_tiers`](Self::attach_tiers) would refuse any options.
+    /// `InvalidState` or `Unsupported` where [`attach_tiers`](Self::attach_tiers) would refuse any
+    /// options.
     pub fn check_can_attach(&self) -> Result<()> {
+        self.check_no_sinks("tiers of a cache with raw sink tokens")?;
         if self.tiers.is_some() {
             return Err(Error::InvalidState { why: "the cache has tiers already" });
         }

@@ -24,7 +24,7 @@
 //! | `dots.rs`, `softmax.rs` | its products; its probabilities |
 //! | `scratch.rs` | its private memory |
 //! | `codes.rs` | packed words to bytes; words to lanes |
-//! | `seal.rs` | raw rows to records |
+//! | `seal.rs`, `seal_values.rs` | raw rows to records: keys and the whole; values |
 //! | `store.rs` | records, staging and scratch of one layer group, for the cache |
 
 mod args;
@@ -35,6 +35,7 @@ mod kernel;
 mod plan;
 mod scratch;
 mod seal;
+mod seal_values;
 mod softmax;
 #[cfg(feature = "std")]
 mod store;

@@ -1,30 +1,26 @@
 //! Raw rows to records, by the rules of [`crate::quant::seal`] and to its bits.
 //!
-//! Keys keep their channels in the lanes; values have tokens in them, so that the rotation and the
-//! sums over a row are the reference's own, operation for operation, for several tokens at once.
-//! Nothing is fused, and least and largest elements do not depend on an order.
+//! Keys keep their channels in the lanes; values, in `seal_values.rs`, have tokens in them. Nothing is
+//! fused, and least and largest elements do not depend on an order.
 
-use core::mem::MaybeUninit;
 use core::sync::atomic::Ordering;
 
 use super::SealedKernels;
 use super::args::SealArgs;
 use super::codes;
+use super::seal_values::seal_values;
 use crate::cpu::executor::Executor;
 use crate::cpu::level::CpuLevel;
+use crate::cpu::vector::prefetch;
 use crate::cpu::words::Words;
-use crate::dtype::f16;
 use crate::error::{Error, Result};
+use crate::layout::MAX_HEAD_DIM;
 use crate::layout::tile::TileLayout;
-use crate::layout::{MAX_HEAD_DIM, MAX_SPLIT_HEAD_DIM};
 use crate::quant::{self, HEADER_CRC, HEADER_FORMAT, HEADER_UNITS, Keys};
 
-/// The most tokens of a tile.
-const MAX_TOKENS: usize = 128;
 const K_DIM: usize = MAX_HEAD_DIM as usize;
-const V_DIM: usize = MAX_SPLIT_HEAD_DIM as usize;
 /// The most lanes.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// One record: rows of bf16 of one head, and where it goes.
 pub(crate) struct SealJob<'a> {
@@ -37,6 +33,8 @@ pub(crate) struct SealJob<'a> {
     pub v_row_bytes: isize,
     /// Written.
     pub record: *mut u8,
+    /// The keys of the record that is likely sealed next, of as many rows, for prefetches.
+    pub next_k: *const u8,
 }
 
 /// Seals full raw tiles, every head of the layer, as [`crate::quant::seal`] does: the same bits at
@@ -63,26 +61,31 @@ pub unsafe fn seal_tiles(
     let seal = SealedKernels::of(level).seal;
     let heads = args.shape.kv_heads as usize;
     let units = args.list.len().checked_mul(heads).ok_or(Error::Overflow { what: "tiles" })?;
-    executor.run(units, &|_, unit| {
-        let (index, head) = (unit / heads, (unit % heads) as u32);
-        let tile = args.list[index];
-        let (Some(record), Some((raw, block))) =
-            (args.tiles.record(tile.block, head), args.tiles.raw(tile.slot))
-        else {
-            return;
-        };
-        let at = |base: *mut u8, block_stride: i64, head_stride: i64| {
+    let rows = |unit: usize| {
+        let (tile, head) = (args.list.get(unit / heads)?, (unit % heads) as u32);
+        let (raw, block) = args.tiles.raw(tile.slot)?;
+        let at = move |base: *mut u8, block_stride: i64, head_stride: i64| {
             let elements = i64::from(block) * block_stride + i64::from(head) * head_stride;
             base.wrapping_offset(elements as isize * 2).cast_const()
         };
         let (k, v) = (&raw.k_strides, &raw.v_strides);
+        Some((raw, at(raw.k, k.block, k.head), at(raw.v, v.block, v.head)))
+    };
+    executor.run(units, &|_, unit| {
+        let (index, head) = (unit / heads, (unit % heads) as u32);
+        let (Some(record), Some((raw, k, v))) =
+            (args.tiles.record(args.list[index].block, head), rows(unit))
+        else {
+            return;
+        };
         let job = SealJob {
             layout: args.tiles.layout,
-            k: at(raw.k, k.block, k.head),
-            k_row_bytes: k.token as isize * 2,
-            v: at(raw.v, v.block, v.head),
-            v_row_bytes: v.token as isize * 2,
+            k,
+            k_row_bytes: raw.k_strides.token as isize * 2,
+            v,
+            v_row_bytes: raw.v_strides.token as isize * 2,
             record,
+            next_k: rows(unit + 1).map_or(k, |(_, next, _)| next),
         };
         // SAFETY: the caller's promise; blocks are distinct, so records are.
         if !unsafe { seal(&job) } {
@@ -124,6 +127,59 @@ pub(crate) unsafe fn seal_record<V: Words>(job: &SealJob<'_>) -> bool {
     }
 }
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
+/// Least and largest elements of the channels of `N` vectors from `c` on; 0 in every lane, or NaN for
+/// what is not finite. Values are on their way to the cache meanwhile.
+///
+/// # Safety
+/// As for [`seal_record`].
+#[inline(always)]
+unsafe fn ranges_of<V: Words, const N: usize>(
+    job: &SealJob<'_>,
+    c: usize,
+    ranges: &mut [(f32, f32); K_DIM],
+) -> V {
+    let (shape, bytes) = (job.layout.shape(), 2 * N * V::LANES);
+    // SAFETY: the caller's promise; prefetches may have any address.
+    unsafe {
+        let at = |token: usize, i: usize| {
+            let row = job.k.wrapping_offset(token as isize * job.k_row_bytes);
+            row.cast::<u16>().add(c + i * V::LANES)
+        };
+        let (mut low, mut broken) = ([V::splat(0.0); N], [V::splat(0.0); N]);
+        for i in 0..N {
+            low[i] = V::load_bf16(at(0, i));
+        }
+        let mut high = low;
+        for token in 0..shape.tokens as usize {
+            if !shape.v_in_k {
+                let row = job.v.wrapping_offset(token as isize * job.v_row_bytes);
+                (0..bytes).step_by(LINE).for_each(|line| prefetch(row.wrapping_add(2 * c + line)));
+            }
+            for i in 0..N {
+                let x = V::load_bf16(at(token, i));
+                (low[i], high[i]) = (low[i].min(x), high[i].max(x));
+                broken[i] = broken[i].add(x.sub(x));
+            }
+        }
+        let (mut lows, mut highs) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for i in 0..N {
+            low[i].store(lows.as_mut_ptr());
+            high[i].store(highs.as_mut_ptr());
+            for lane in 0..V::LANES {
+                ranges[c + i * V::LANES + lane] = (lows[lane], highs[lane]);
+            }
+        }
+        let mut all = broken[0];
+        for i in 1..N {
+            all = all.add(broken[i]);
+        }
+        all
+    }
+}
+
 /// # Safety
 /// As for [`seal_record`].
 #[inline(always)]
@@ -136,21 +192,17 @@ unsafe fn seal_keys<V: Words>(job: &SealJob<'_>) -> bool {
     unsafe {
         let row = |token: usize| job.k.wrapping_offset(token as isize * job.k_row_bytes);
         let mut broken = V::splat(0.0);
-        for c in (0..k_dim).step_by(V::LANES) {
-            let first = V::load_bf16(row(0).cast::<u16>().add(c));
-            let (mut low, mut high) = (first, first);
-            for token in 0..tokens {
-                let x = V::load_bf16(row(token).cast::<u16>().add(c));
-                (low, high) = (low.min(x), high.max(x));
-                // 0, or NaN for what is not finite.
-                broken = broken.add(x.sub(x));
-            }
-            let (mut lows, mut highs) = ([0.0f32; LANES], [0.0f32; LANES]);
-            low.store(lows.as_mut_ptr());
-            high.store(highs.as_mut_ptr());
-            for i in 0..V::LANES {
-                ranges[c + i] = (lows[i], highs[i]);
-            }
+        let mut c = 0;
+        while c < k_dim {
+            // As many as registers hold.
+            let left = (k_dim - c) / V::LANES;
+            let (found, vectors) = match left {
+                8.. if V::LANES == 16 => (ranges_of::<V, 8>(job, c, &mut ranges), 8),
+                4.. => (ranges_of::<V, 4>(job, c, &mut ranges), 4),
+                _ => (ranges_of::<V, 1>(job, c, &mut ranges), 1),
+            };
+            broken = broken.add(found);
+            c += vectors * V::LANES;
         }
         if broken.sum() != 0.0 {
             return false;
@@ -206,231 +258,12 @@ unsafe fn seal_keys<V: Words>(job: &SealJob<'_>) -> bool {
     true
 }
 
-/// # Safety
-/// As for [`seal_record`], where values are stored.
-#[inline(always)]
-unsafe fn seal_values<V: Words, const BITS: u32>(job: &SealJob<'_>) -> bool {
-    let layout = job.layout;
-    let (v_dim, tokens) = (layout.shape().v_dim as usize, layout.shape().tokens as usize);
-    let mut rows = MaybeUninit::<[f32; LANES * V_DIM]>::uninit();
-    let mut lanes = MaybeUninit::<[f32; LANES * V_DIM]>::uninit();
-    let mut bytes = MaybeUninit::<[u8; V_DIM * MAX_TOKENS]>::uninit();
-    let (rows, y) = (rows.as_mut_ptr().cast::<f32>(), lanes.as_mut_ptr().cast::<f32>());
-    let bytes = bytes.as_mut_ptr().cast::<u8>();
-    // SAFETY: the caller's promise; the buffers hold the largest tile, and are written before they
-    // are read.
-    unsafe {
-        let mut broken = V::splat(0.0);
-        for first in (0..tokens).step_by(V::LANES) {
-            for i in 0..V::LANES {
-                let row = job.v.wrapping_offset((first + i) as isize * job.v_row_bytes);
-                for c in (0..v_dim).step_by(V::LANES) {
-                    let x = V::load_bf16(row.cast::<u16>().add(c));
-                    broken = broken.add(x.sub(x));
-                    x.store(rows.add(i * v_dim + c));
-                }
-            }
-            for c in (0..v_dim).step_by(V::LANES) {
-                let to = y.add(c * V::LANES).cast();
-                V::transpose(rows.add(c).cast(), v_dim, to, V::LANES);
-            }
-            if broken.sum() != 0.0 {
-                return false;
-            }
-            let bytes = bytes.add(first);
-            let scales = if BITS == 8 {
-                plain_codes::<V>(y, v_dim, tokens, bytes)
-            } else {
-                rotate::<V>(y, v_dim);
-                rotated_codes::<V, BITS>(y, rows, v_dim, tokens, bytes)
-            };
-            let Some(scales) = scales else { return false };
-            let to = job.record.add(layout.v_scales.start + 2 * first).cast::<[u8; 2]>();
-            for i in 0..V::LANES {
-                to.add(i).write(scales[i].to_le_bytes());
-            }
-        }
-        for c in 0..v_dim {
-            let (main, plane) = layout.v_channel(c);
-            let (main, plane) = (job.record.add(main.start), job.record.add(plane.start));
-            pack::<V, BITS>(bytes.add(c * tokens), tokens, main, plane);
-        }
-    }
-    true
-}
-
-/// Codes of 8 bits of `LANES` tokens, `[channel]` bytes `tokens` apart, and the tokens' scales.
-///
-/// # Safety
-/// As for [`seal_record`].
-#[inline(always)]
-unsafe fn plain_codes<V: Words>(
-    y: *const f32,
-    v_dim: usize,
-    tokens: usize,
-    bytes: *mut u8,
-) -> Option<[f16; LANES]> {
-    let (mut largest, mut steps) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let mut scales = [f16::ZERO; LANES];
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut top = V::splat(0.0);
-        for c in 0..v_dim {
-            let x = V::load(y.add(c * V::LANES));
-            top = top.max(x).max(V::splat(0.0).sub(x));
-        }
-        top.store(largest.as_mut_ptr());
-        for i in 0..V::LANES {
-            // Not the sign of a zero that happened to be the largest.
-            scales[i] = quant::f16_up(largest[i] / 127.0 + 0.0)?;
-            steps[i] = scales[i].to_f32();
-        }
-        let step = V::load(steps.as_ptr());
-        for c in 0..v_dim {
-            let x = V::load(y.add(c * V::LANES)).div(step);
-            let code = x.max(V::splat(-127.0)).min(V::splat(127.0)).round();
-            code.above(step, V::splat(f32::from_bits(1))).store_bytes(bytes.add(c * tokens));
-        }
-    }
-    Some(scales)
-}
-
-/// Rotates `LANES` rows, `[channel][lane]`, as [`crate::quant::rotate`] does one.
-///
-/// # Safety
-/// As for [`seal_record`].
-#[inline(always)]
-unsafe fn rotate<V: Words>(y: *mut f32, dim: usize) {
-    let n = quant::hadamard_block(dim);
-    // SAFETY: the caller's promise.
-    unsafe {
-        for c in 0..dim {
-            if quant::SIGNS[c / 64] >> (c % 64) & 1 == 1 {
-                let y = y.add(c * V::LANES);
-                V::load(y).mul(V::splat(-1.0)).store(y);
-            }
-        }
-        // Two steps at a time: half as much goes through memory, and sums are the same.
-        let mut half = 1;
-        while 2 * half < n {
-            for first in (0..dim).step_by(4 * half) {
-                for at in first..first + half {
-                    let p = |i: usize| y.add((at + i * half) * V::LANES);
-                    let (a, b) = (V::load(p(0)), V::load(p(1)));
-                    let (c, d) = (V::load(p(2)), V::load(p(3)));
-                    let (a, b, c, d) = (a.add(b), a.sub(b), c.add(d), c.sub(d));
-                    a.add(c).store(p(0));
-                    b.add(d).store(p(1));
-                    a.sub(c).store(p(2));
-                    b.sub(d).store(p(3));
-                }
-            }
-            half *= 4;
-        }
-        if half < n {
-            for first in (0..dim).step_by(2 * half) {
-                for at in first..first + half {
-                    let (a, b) = (y.add(at * V::LANES), y.add((at + half) * V::LANES));
-                    let (low, high) = (V::load(a), V::load(b));
-                    low.add(high).store(a);
-                    low.sub(high).store(b);
-                }
-            }
-        }
-        let scale = V::splat(quant::hadamard_scale(n));
-        for c in 0..dim {
-            V::load(y.add(c * V::LANES)).mul(scale).store(y.add(c * V::LANES));
-        }
-    }
-}
-
-/// Codes below 8 bits of `LANES` rotated tokens, `[channel]` bytes `tokens` apart, and their
-/// scales. `terms` has room for as many f32 as `y`.
-///
-/// # Safety
-/// As for [`seal_record`].
-#[inline(always)]
-unsafe fn rotated_codes<V: Words, const BITS: u32>(
-    y: *const f32,
-    terms: *mut f32,
-    v_dim: usize,
-    tokens: usize,
-    bytes: *mut u8,
-) -> Option<[f16; LANES]> {
-    let (mut squares, mut widths) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let mut scales = [f16::ZERO; LANES];
-    let (step, middle) = (quant::value_step(BITS), (1u32 << (BITS - 1)) as f32);
-    let n = ((1u32 << BITS) - 1) as f32;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for c in 0..v_dim {
-            let y = V::load(y.add(c * V::LANES));
-            y.mul(y).store(terms.add(c * V::LANES));
-        }
-        tree_sum::<V>(terms, v_dim).store(squares.as_mut_ptr());
-        for i in 0..V::LANES {
-            if !squares[i].is_finite() {
-                return None;
-            }
-            widths[i] = libm::sqrtf(squares[i] / v_dim as f32) * step;
-        }
-        let width = V::load(widths.as_ptr());
-        let tiny = V::splat(f32::from_bits(1));
-        for c in 0..v_dim {
-            let y = V::load(y.add(c * V::LANES));
-            // Codes end long before 16 widths.
-            let x = y.div(width).max(V::splat(-16.0)).min(V::splat(16.0));
-            let near = x.round();
-            let floor = near.sub(V::splat(1.0).above(near.sub(x), tiny));
-            let code = floor.add(V::splat(middle)).max(V::splat(0.0)).min(V::splat(n));
-            let code = code.above(width, tiny);
-            code.store_bytes(bytes.add(c * tokens));
-            let point = code.add(V::splat(0.5)).sub(V::splat(middle)).mul(V::splat(step));
-            y.mul(point).store(terms.add(c * V::LANES));
-        }
-        let mut aligned = [0.0f32; LANES];
-        tree_sum::<V>(terms, v_dim).store(aligned.as_mut_ptr());
-        for i in 0..V::LANES {
-            if widths[i] != 0.0 {
-                scales[i] = f16::from_f32(squares[i] / aligned[i]);
-                if !scales[i].is_finite() {
-                    return None;
-                }
-            }
-        }
-    }
-    Some(scales)
-}
-
-/// The sums over the channels of `[channel][lane]` terms, which it uses up, in the order of
-/// [`crate::quant::tree_sum`].
-///
-/// # Safety
-/// As for [`seal_record`].
-#[inline(always)]
-unsafe fn tree_sum<V: Words>(terms: *mut f32, mut count: usize) -> V {
-    // SAFETY: the caller's promise.
-    unsafe {
-        while count > 1 {
-            for at in 0..count / 2 {
-                let (a, b) = (terms.add(2 * at * V::LANES), terms.add((2 * at + 1) * V::LANES));
-                V::load(a).add(V::load(b)).store(terms.add(at * V::LANES));
-            }
-            if count % 2 == 1 {
-                V::load(terms.add((count - 1) * V::LANES)).store(terms.add(count / 2 * V::LANES));
-            }
-            count = count.div_ceil(2);
-        }
-        V::load(terms)
-    }
-}
-
 /// Packs `count` codes (a multiple of 16) as [`crate::quant`] does; the bytes of `main` that takes.
 ///
 /// # Safety
 /// As for [`seal_record`].
 #[inline(always)]
-unsafe fn pack<V: Words, const BITS: u32>(
+pub(super) unsafe fn pack<V: Words, const BITS: u32>(
     codes: *const u8,
     count: usize,
     main: *mut u8,

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use crate::layout::tile::TileLayout;
 use crate::layout::{GroupLayout, GroupSpec};
-use crate::quant::Tile;
+use crate::quant::{HEADER_CRC, HEADER_FORMAT, Tile};
 
 /// Where a step's new rows go, and what becomes of them.
 #[derive(Debug, Default)]
@@ -96,7 +96,7 @@ impl TileStore {
             return Err(Error::invalid("blocks, staging_blocks", "must fit in 31 bits"));
         }
         debug_assert_eq!(layout.spec().format.class(), FormatClass::Tile);
-        let spec = GroupSpec { format: KvFormat::Bf16, ..layout.spec().clone() };
+        let spec = GroupSpec { format: KvFormat::Bf16, sink_tokens: 0, ..layout.spec().clone() };
         let raw_layer =
             GroupLayout::new(GroupSpec { layers: 1, ..spec.clone() }, layout.block_tokens())?;
         let raw = GroupLayout::new(spec, layout.block_tokens())?;
@@ -307,6 +307,23 @@ impl TileStore {
             let to = slot.index() * self.raw.block_bytes() as usize;
             let to = self.staging.start().add(to + self.raw.k_offset(layer) as usize);
             ptr::copy_nonoverlapping(from, to, layer_bytes);
+        }
+        Ok(())
+    }
+
+    /// Makes the records of a block, all layers, say that they are not sealed: its rows are read raw.
+    ///
+    /// # Errors
+    /// `BadBlock`.
+    pub fn unseal(&mut self, id: BlockId) -> Result<()> {
+        let bytes = self.layout.block_bytes() as usize;
+        let at = self.block_at(id, bytes)?;
+        let id = self.tile.header.start + HEADER_FORMAT;
+        for record in (at..at + bytes).step_by(self.tile.bytes()) {
+            // SAFETY: the block is in the memory, and it is whole records.
+            unsafe {
+                self.records.start().add(record + id).write_bytes(0, HEADER_CRC - HEADER_FORMAT)
+            }
         }
         Ok(())
     }

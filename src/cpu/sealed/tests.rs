@@ -42,6 +42,7 @@ fn seal_at(level: CpuLevel, layout: &TileLayout, k: &[bf16], v: &[bf16]) -> (boo
         v: v.as_ptr().cast(),
         v_row_bytes: 2 * layout.shape().v_dim as isize,
         record,
+        next_k: core::ptr::null(),
     };
     // SAFETY: the level is available, the rows and the record have the layout's sizes.
     let (sealed, bytes) = unsafe {
