@@ -2559,8 +2559,11 @@ typedef struct {
     // How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     // 5,000 by default.
     uint32_t remote_timeout_ms;
-    // 0.
-    uint32_t reserved;
+    // For a cache on a GPU, whose blocks of host memory are page-locked, so that they are copied without
+    // a detour and beside the kernels; all of that memory is taken by kvc_tier_attach. 1: plain memory
+    // instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
+    // slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
+    uint32_t plain_memory;
 } kvc_tier_options;
 
 // What a tier counted since kvc_tier_attach, in blocks where it says nothing else.
@@ -2603,6 +2606,10 @@ typedef struct {
     double load_latency;
     // Bytes a second of loads; 0 before the first load.
     double load_bandwidth;
+    // 1: its memory is page-locked, so that a GPU copies from and to it by itself. Of the host alone.
+    uint32_t page_locked;
+    // 0.
+    uint32_t reserved;
 } kvc_tier_counts;
 
 // Fills a kvc_tier_options of `struct_size` bytes with its defaults.

@@ -381,9 +381,9 @@ impl KvCache {
             }
         }
         if let Some(tiers) = &mut self.tiers {
-            tiers.evicted(&self.ids, &mut self.stores, why == Evicted::Capacity);
+            tiers.evicted(&self.ids, &self.stores, why == Evicted::Capacity);
         }
         self.outside.evicted(&self.ids, why);
-        Ok(())
+        self.join_down()
     }
 }

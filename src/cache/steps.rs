@@ -26,6 +26,7 @@ impl KvCache {
             return Err(Error::InvalidState { why: "the step is open" });
         }
         self.check_work(work)?;
+        self.note_step();
         self.outside.tick();
         self.outside.resync(self.prefix.as_ref(), &self.media);
         step.clear();
@@ -394,7 +395,7 @@ impl KvCache {
             let chain = chain(&[], 0..refilled, ids);
             self.outside.stored(&chain, &[], &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, &[], (&self.outside, &self.media), &mut self.stores);
+                tiers.stored(&chain, &[], (&self.outside, &self.media), &self.stores);
             }
         }
         if stored > 0 {
@@ -409,7 +410,7 @@ impl KvCache {
             let chain = chain(before, first..first + stored, ids);
             self.outside.stored(&chain, tokens, &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, tokens, (&self.outside, &self.media), &mut self.stores);
+                tiers.stored(&chain, tokens, (&self.outside, &self.media), &self.stores);
             }
         }
         Ok(())

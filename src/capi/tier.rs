@@ -88,8 +88,11 @@ pub struct kvc_tier_options {
     /// How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     /// 5,000 by default.
     pub remote_timeout_ms: u32,
-    /// 0.
-    pub reserved: u32,
+    /// For a cache on a GPU, whose blocks of host memory are page-locked, so that they are copied without
+    /// a detour and beside the kernels; all of that memory is taken by kvc_tier_attach. 1: plain memory
+    /// instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
+    /// slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
+    pub plain_memory: u32,
 }
 
 // SAFETY: numbers and pointers.
@@ -118,7 +121,7 @@ unsafe impl Sized32 for kvc_tier_options {
             prefill_seconds: 0.0,
             remote: ptr::null(),
             remote_timeout_ms: 5000,
-            reserved: 0,
+            plain_memory: 0,
         }
     }
 }
@@ -165,6 +168,10 @@ pub struct kvc_tier_counts {
     pub load_latency: f64,
     /// Bytes a second of loads; 0 before the first load.
     pub load_bandwidth: f64,
+    /// 1: its memory is page-locked, so that a GPU copies from and to it by itself. Of the host alone.
+    pub page_locked: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: numbers.
@@ -172,7 +179,7 @@ unsafe impl Plain for kvc_tier_counts {}
 
 /// Size of [`kvc_tier_counts`] in ABI 0.1.
 const COUNTS_FIRST_BYTES: usize = 144;
-const _: () = assert!(size_of::<kvc_tier_counts>() == COUNTS_FIRST_BYTES);
+const _: () = assert!(size_of::<kvc_tier_counts>() == COUNTS_FIRST_BYTES + 8);
 
 /// Which part of a model a cache of `spec` holds.
 ///
@@ -239,9 +246,6 @@ pub unsafe extern "C" fn kvc_tier_attach(
         // SAFETY: the caller's promise.
         let remote = unsafe { pointer::text(given.remote, 4096, "remote") }?;
         let model = model.ok_or(Error::NullPointer { what: "model" })?;
-        if given.reserved != 0 {
-            return Err(Error::invalid("reserved", "must be 0"));
-        }
         let cache = open(cache)?;
         let mut cache = cache.lock()?;
         // Before the disk's directory is opened or made, which this cache may be using.
@@ -297,6 +301,7 @@ pub unsafe extern "C" fn kvc_tier_attach(
                 0.0 => PrefillCost::Unknown,
                 seconds => PrefillCost::PerToken(seconds),
             },
+            plain_memory: flag(given.plain_memory, "plain_memory")?,
         })
     })
 }
@@ -381,6 +386,8 @@ pub unsafe extern "C" fn kvc_tier_stats(
             bytes: c.bytes,
             load_latency,
             load_bandwidth,
+            page_locked: report.page_locked.into(),
+            reserved: 0,
         };
         // SAFETY: the caller's promise.
         unsafe { pointer::write(out, out_bytes, counts, "out", COUNTS_FIRST_BYTES) }
