@@ -14,9 +14,10 @@ use kvcache::cache::{
     CacheOptions, Demotion, KvCache, LayerId, LowerTier, Step, TierOptions, Work,
 };
 use kvcache::device::{
-    self, Backend, Copies, Device, DeviceStore, HostPart, SideStream, StoreOptions, Way,
+    self, Backend, Copies, Device, DeviceMemory, DeviceRows, DeviceStore, HostPart, SideStream,
+    StoreOptions, Stream, Way,
 };
-use kvcache::dtype::KvFormat;
+use kvcache::dtype::{DType, KvFormat};
 use kvcache::error::{Error, Result};
 use kvcache::ids::BlockId;
 use kvcache::layout::slice::Slice;
@@ -211,29 +212,72 @@ fn what_goes_down_and_comes_back_is_what_it_was_in_every_order_of_events() {
 fn an_order_that_is_not_kept_is_found_out() {
     let prompts = Prompts::new(6);
     // The cache's stream overwrites a block before it was copied down; attends before it was copied up; is
-    // overtaken by the copy down of what it writes; what is copied up was not copied down yet.
+    // overtaken by the copy down of what it writes, and by the copy up over what it writes; what is copied
+    // up was not copied down yet.
     for (order, pace) in [
         ((DOWN, CACHE), Pace::Lazy),
         ((UP, CACHE), Pace::Lazy),
         ((CACHE, DOWN), Pace::EagerSides),
+        ((CACHE, UP), Pace::EagerSides),
         ((DOWN, UP), Pace::Lazy),
     ] {
         let late = late(pace).0;
-        *late.forgets.lock().unwrap() = Some(order);
-        let wrong = match order {
+        let wrong = || match order {
             (CACHE, DOWN) => early(&late),
+            (CACHE, UP) => overwritten(&late, false).min(overwritten(&late, true)),
             (DOWN, UP) => overtaken(&late),
             _ => live(&late, &prompts, None, 14, 1),
         };
-        assert!(wrong > 0, "{order:?} is not needed");
+        *late.forgets.lock().unwrap() = Some(order);
+        assert!(wrong() > 0, "{order:?} is not needed");
         *late.forgets.lock().unwrap() = None;
         let wrong = match order {
-            (CACHE, DOWN) => early(&late),
-            (DOWN, UP) => overtaken(&late),
-            _ => 0,
+            (CACHE, UP) => overwritten(&late, false) + overwritten(&late, true),
+            _ => wrong(),
         };
         assert_eq!(wrong, 0, "{order:?}");
     }
+}
+
+/// Serves a prompt of rows of ones, and waits for nothing; what would wait when it is freed.
+fn enqueue(
+    cache: &mut KvCache,
+    backend: &Arc<dyn Backend>,
+    prompt: &[u32],
+) -> (DeviceMemory, Step) {
+    let row = vec![0x3c00u16; prompt.len() * DIM];
+    let bytes: Vec<u8> = row.iter().flat_map(|half| half.to_ne_bytes()).collect();
+    let memory = DeviceMemory::new(backend, bytes.len() as u64).unwrap();
+    let seq = cache.start(prompt, SPACE).unwrap().seq;
+    let mut step = Step::new();
+    cache.begin(&mut step, &[Work { seq, tokens: prompt }]).unwrap();
+    // SAFETY: the memory has the bytes, and outlives what is enqueued on it.
+    let rows = unsafe {
+        backend.upload(memory.address(), &bytes, Stream::DEFAULT).unwrap();
+        DeviceRows::new(memory.address(), DType::F16, row.len() as u64)
+    };
+    for layer in 0..LAYERS {
+        cache.append_device(&step, LayerId::uniform(layer), rows, rows, None).unwrap();
+    }
+    cache.commit(&mut step).unwrap();
+    cache.release(seq).unwrap();
+    (memory, step)
+}
+
+/// Whether blocks that come up are overwritten by what is still to be written to those that had their
+/// places before.
+fn overwritten(late: &Arc<Late>, by_layers: bool) -> u32 {
+    let backend: Arc<dyn Backend> = late.clone();
+    let mut cache = on(&backend, 8);
+    cache.attach_tiers(TierOptions::host("m", 24)).unwrap();
+    let (prompt, expected) = &Prompts::new(3).0[2];
+    serve(&mut cache, prompt, false).unwrap();
+    let others = |n: u32| -> Vec<u32> { (0..7 * BLOCK as u32 + 1).map(|t| n * 1000 + t).collect() };
+    serve(&mut cache, &others(70), false).unwrap();
+    let _held = enqueue(&mut cache, &backend, &others(80));
+    let (cached, out) = serve(&mut cache, prompt, by_layers).unwrap();
+    assert_eq!(cached, prompt.len() / BLOCK * BLOCK);
+    u32::from(out != *expected)
 }
 
 /// Whether a copy down of a block that the cache's stream has still to write is too early: blocks are
@@ -242,9 +286,6 @@ fn early(late: &Arc<Late>) -> u32 {
     let backend: Arc<dyn Backend> = late.clone();
     let folder = Folder::new("early");
     let prompt: Vec<u32> = (0..2 * BLOCK as u32 + 1).collect();
-    let row = vec![0x3c00u16; prompt.len() * DIM];
-    let bytes: Vec<u8> = row.iter().flat_map(|half| half.to_ne_bytes()).collect();
-    let memory = device::DeviceMemory::new(&backend, bytes.len() as u64).unwrap();
     let mut cache = on(&backend, 8);
     let mut options = TierOptions::host("m", 0);
     options.lower.push(LowerTier {
@@ -252,21 +293,8 @@ fn early(late: &Arc<Late>) -> u32 {
         ..folder.tier()
     });
     cache.attach_tiers(options).unwrap();
-    let seq = cache.start(&prompt, SPACE).unwrap().seq;
-    let mut step = Step::new();
-    cache.begin(&mut step, &[Work { seq, tokens: &prompt }]).unwrap();
-    // SAFETY: the memory has the bytes, and outlives what is enqueued on it.
-    let rows = unsafe {
-        backend.upload(memory.address(), &bytes, Default::default()).unwrap();
-        let elements = row.len() as u64;
-        device::DeviceRows::new(memory.address(), kvcache::dtype::DType::F16, elements)
-    };
-    for layer in 0..LAYERS {
-        cache.append_device(&step, LayerId::uniform(layer), rows, rows, None).unwrap();
-    }
-    cache.commit(&mut step).unwrap();
+    let _held = enqueue(&mut cache, &backend, &prompt);
     assert!(cache.flush_tiers(LONG));
-    cache.release(seq).unwrap();
     drop(cache);
     // What the disk has, on a device that keeps all orders.
     let mut other = on(&emulated(), 8);
