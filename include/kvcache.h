@@ -2564,6 +2564,12 @@ typedef struct {
     // instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
     // slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
     uint32_t plain_memory;
+    // For a cache on a GPU: so many blocks are left free when a step has begun, so that what the next
+    // one takes was copied beside the kernels of this one; about as many as a step takes. 0 by default:
+    // a step evicts what it needs, and its kernels wait until that was copied.
+    uint32_t ahead_blocks;
+    // 0.
+    uint32_t reserved;
 } kvc_tier_options;
 
 // What a tier counted since kvc_tier_attach, in blocks where it says nothing else.

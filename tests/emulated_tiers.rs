@@ -166,6 +166,7 @@ fn live(
     let mut cache = on(&backend, 8);
     let mut options = TierOptions::host("m", if folder.is_some() { 4 } else { 24 });
     options.transit_blocks = 16;
+    options.ahead_blocks = seed % 3;
     if let Some(folder) = folder {
         let mut tier = folder.tier();
         tier.demotion.on_commit = seed % 2 == 1;
@@ -378,6 +379,33 @@ fn what_a_step_evicts_is_one_batch_that_nobody_waits_for() {
         (0, blocks as u64, blocks as u64)
     );
     assert!(report(&cache, TierKind::Host).load_rate.is_some());
+}
+
+#[test]
+fn what_is_evicted_ahead_is_waited_for_by_the_step_that_takes_its_room() {
+    let (late, backend) = late(Pace::Lazy);
+    let mut cache = on(&backend, 8);
+    let options = TierOptions { ahead_blocks: 3, ..TierOptions::host("m", 24) };
+    cache.attach_tiers(options).unwrap();
+    let prompts = Prompts::new(3);
+    // Four blocks are cached and four are free, of which the step takes two.
+    serve(&mut cache, &prompts.0[2].0, false).unwrap();
+    let seq = cache.start(&[1], SPACE).unwrap().seq;
+    let tokens: Vec<u32> = (0..2 * BLOCK as u32).map(|t| 90_000 + t).collect();
+    let mut step = Step::new();
+    cache.begin(&mut step, &[Work { seq, tokens: &tokens }]).unwrap();
+    assert_eq!(cache.stats().free_blocks, 3);
+    late.sync(Stream::DEFAULT).unwrap();
+    assert_eq!(late.waits(), 1, "the step does not wait for it");
+    cache.commit(&mut step).unwrap();
+    cache.begin(&mut step, &[Work { seq, tokens: &tokens }]).unwrap();
+    late.sync(Stream::DEFAULT).unwrap();
+    // The first, which the step could write, is copied; those that it evicted ahead are not.
+    assert_eq!((late.waits(), cache.stats().free_blocks), (2, 3));
+    cache.cancel(&mut step).unwrap();
+    cache.release(seq).unwrap();
+    let (prompt, expected) = &prompts.0[2];
+    assert_eq!(serve(&mut cache, prompt, false).unwrap(), (4 * BLOCK, expected.clone()));
 }
 
 #[test]

@@ -168,28 +168,31 @@ fn pinned(gpu: &Gpu, mib: u32, way: Way) -> Result<Sample> {
     Ok(sample(times))
 }
 
-const SEQS: usize = 32;
-/// Blocks of each sequence.
-const LONG: usize = 128;
+const SEQS: usize = 128;
+/// Blocks of each sequence when the steps begin.
+const LONG: usize = 32;
 const STEPS: usize = 60;
-/// Blocks that each step evicts, and that come back in it.
-const MOVED: usize = 8;
+const WARM_UP: usize = 24;
+/// Blocks of what is cached beside them, a prompt. As many are evicted in each step, on average, since the
+/// sequences grow, and as many come back.
+const MOVED: usize = SEQS / BLOCK;
+const PROMPTS: usize = 2 * (STEPS + WARM_UP) + 8;
 
-/// Steps that decode a token of each sequence in all layers, and evict and take blocks back beside that:
-/// with a host tier, and without one, where what is evicted is gone.
+/// Steps that decode a token of each sequence in all layers and evict what they need for it, with a host
+/// tier and without one, where what is evicted is gone.
 fn decode(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()> {
     let name = |what: &str| format!("decode {SEQS} x {} {what}", LONG * BLOCK);
-    let kinds = ["evicting", "demoting", "demoting and promoting"];
+    let kinds = ["evicting", "demoting", "demoting and promoting", "demoting ahead and promoting"];
     if !kinds.iter().any(|what| name(what).contains(filter)) {
         return Ok(());
     }
-    let blocks = SEQS * (LONG + 1) + 8 * MOVED;
+    let blocks = SEQS * (LONG + 1) + PROMPTS * MOVED + 1;
     if (blocks as u64) << 21 > gpu.room()? {
         println!("{:<52} does not fit", name(kinds[0]));
         return Ok(());
     }
     // In turns, so that clocks are the same for all.
-    let mut samples = [Vec::new(), Vec::new(), Vec::new()];
+    let mut samples = [const { Vec::new() }; 4];
     for _ in 0..3 {
         for (kind, times) in samples.iter_mut().enumerate() {
             times.extend(steps(gpu, blocks, kind)?);
@@ -211,22 +214,29 @@ fn decode(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()> 
     Ok(())
 }
 
-/// Microseconds of each step. 0: no tier; 1: blocks go down; 2: others come back, too.
+/// Microseconds of each step. 0: no tier; 1: blocks go down; 2: others come back, too; 3: a step evicts
+/// what the next one takes.
 fn steps(gpu: &Gpu, blocks: usize, kind: usize) -> Result<Vec<f64>> {
     let mut cache = cache(gpu, 1, blocks)?;
     if kind > 0 {
-        let host = 64 * MOVED;
+        let ahead_blocks = if kind == 3 { 3 * MOVED as u32 } else { 0 };
         cache.attach_tiers(TierOptions {
-            transit_blocks: host,
-            ..TierOptions::host("bench", host)
+            transit_blocks: 64 * MOVED,
+            ahead_blocks,
+            ..TierOptions::host("bench", PROMPTS * MOVED)
         })?;
     }
     let mut step = Step::new();
+    for n in 0..PROMPTS {
+        pass(&mut cache, &mut step, &prompt(n, MOVED))?;
+    }
     let mut seqs = Vec::new();
     for n in 0..SEQS {
-        let prompt = prompt(10_000 + n, LONG);
+        let prompt = prompt(10_000 + n, LONG + 1);
         let seq = cache.start(&prompt, SPACE)?.seq;
-        cache.begin(&mut step, &[Work { seq, tokens: &prompt[..LONG * BLOCK] }])?;
+        // So that not all of them fill a block in the same step.
+        let tokens = &prompt[..LONG * BLOCK + n % BLOCK + 1];
+        cache.begin(&mut step, &[Work { seq, tokens }])?;
         cache.commit(&mut step)?;
         seqs.push(seq);
     }
@@ -244,13 +254,10 @@ fn steps(gpu: &Gpu, blocks: usize, kind: usize) -> Result<Vec<f64>> {
         seqs.iter().map(|&seq| Work { seq, tokens: &[7] }).collect::<Vec<_>>(),
         Scoring::causal(128),
     );
-    let mut beside = Step::new();
     let mut times = Vec::new();
-    for n in 0..STEPS + 24 {
+    for n in 0..WARM_UP + STEPS {
         let begin = Instant::now();
-        // A prompt that is new, for which others go.
-        pass(&mut cache, &mut beside, &prompt(n, MOVED))?;
-        let back = match n.checked_sub(16).filter(|_| kind == 2) {
+        let back = match n.checked_sub(16).filter(|_| kind >= 2) {
             Some(n) => Some(cache.start(&prompt(n, MOVED), SPACE)?),
             None => None,
         };
@@ -262,15 +269,19 @@ fn steps(gpu: &Gpu, blocks: usize, kind: usize) -> Result<Vec<f64>> {
             let out = unsafe { DeviceRowsMut::new(out.address(), DType::Bf16, elements(32)) };
             cache.attend_device(&step, at, q, out, &scoring, None)?;
         }
+        cache.commit(&mut step)?;
         cache.sync()?;
-        if n >= 24 {
+        if n >= WARM_UP {
             times.push(micros(begin));
         }
-        cache.cancel(&mut step)?;
         if let Some(back) = back {
             assert_eq!(back.cached_tokens as usize, MOVED * BLOCK, "the host had it");
             cache.release(back.seq)?;
         }
+    }
+    if kind > 0 {
+        let stored = cache.tier_reports()[0].counters.stored as usize;
+        assert!(stored >= STEPS * MOVED, "{stored} blocks went down");
     }
     Ok(times)
 }

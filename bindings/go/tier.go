@@ -48,6 +48,8 @@ type TierOptions struct {
 	RemoteTimeoutMS uint32
 	// PlainMemory: the host's blocks are not page-locked for a GPU, where so much cannot be had.
 	PlainMemory bool
+	// AheadBlocks are left free for the next step of a cache on a GPU, copied beside the kernels of this one.
+	AheadBlocks uint32
 }
 
 // TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else.
@@ -103,7 +105,7 @@ func (c *Cache) AttachTiers(options *TierOptions) error {
 	if p.QueuedBlocks != 0 {
 		o.queued_blocks = C.uint32_t(p.QueuedBlocks)
 	}
-	o.plain_memory = flag(p.PlainMemory)
+	o.plain_memory, o.ahead_blocks = flag(p.PlainMemory), C.uint32_t(p.AheadBlocks)
 	o.on_commit, o.direct, o.prefill_seconds = flag(p.OnCommit), flag(!p.PageCache), C.double(p.PrefillSeconds)
 	var pins runtime.Pinner
 	defer pins.Unpin()

@@ -173,7 +173,8 @@ fn in_rust() -> Layout {
         kvc_tier_options {
             struct_size, least_priority, model, host_blocks, transit_blocks, disk_dir, disk_bytes,
             store, slices, slice_count, least_uses, on_commit, direct, readers, queued_blocks,
-            prefill_seconds, remote, remote_timeout_ms, plain_memory,
+            prefill_seconds, remote, remote_timeout_ms, plain_memory, ahead_blocks,
+            reserved,
         }
         kvc_tier_slice { first_layer, first_head }
         kvc_tier_store { struct_size, reserved, user, exists, put, get, remove }

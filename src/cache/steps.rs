@@ -39,7 +39,7 @@ impl KvCache {
         for item in work {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
-        planned = planned.and_then(|()| self.upload_step(step));
+        planned = planned.and_then(|()| self.evict_ahead()).and_then(|()| self.upload_step(step));
         if let Err(error) = planned {
             step.clear();
             for item in work {

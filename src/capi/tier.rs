@@ -93,6 +93,12 @@ pub struct kvc_tier_options {
     /// instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
     /// slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
     pub plain_memory: u32,
+    /// For a cache on a GPU: so many blocks are left free when a step has begun, so that what the next
+    /// one takes was copied beside the kernels of this one; about as many as a step takes. 0 by default:
+    /// a step evicts what it needs, and its kernels wait until that was copied.
+    pub ahead_blocks: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: numbers and pointers.
@@ -122,6 +128,8 @@ unsafe impl Sized32 for kvc_tier_options {
             remote: ptr::null(),
             remote_timeout_ms: 5000,
             plain_memory: 0,
+            ahead_blocks: 0,
+            reserved: 0,
         }
     }
 }
@@ -246,6 +254,9 @@ pub unsafe extern "C" fn kvc_tier_attach(
         // SAFETY: the caller's promise.
         let remote = unsafe { pointer::text(given.remote, 4096, "remote") }?;
         let model = model.ok_or(Error::NullPointer { what: "model" })?;
+        if given.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         let cache = open(cache)?;
         let mut cache = cache.lock()?;
         // Before the disk's directory is opened or made, which this cache may be using.
@@ -302,6 +313,7 @@ pub unsafe extern "C" fn kvc_tier_attach(
                 seconds => PrefillCost::PerToken(seconds),
             },
             plain_memory: flag(given.plain_memory, "plain_memory")?,
+            ahead_blocks: given.ahead_blocks,
         })
     })
 }

@@ -100,6 +100,7 @@ def attach(
     remote: str | None = None,
     remote_timeout_ms: int | None = None,
     plain_memory: bool = False,
+    ahead_blocks: int = 0,
 ) -> None:
     """Gives a cache tiers: see `Cache.attach_tiers`."""
     parts, count = _parts(slices)
@@ -126,6 +127,7 @@ def attach(
         remote=address,
         remote_timeout_ms=remote_timeout_ms,
         plain_memory=int(plain_memory),
+        ahead_blocks=ahead_blocks,
     )
     check(lib.kvc_tier_attach(cache._handle, options))
 

@@ -132,7 +132,7 @@ impl Tiers {
             cost: options.prefill_cost,
             notes,
             shelf: None,
-            lift: backend.map(Lift::new).transpose()?,
+            lift: backend.map(|backend| Lift::new(backend, options.ahead_blocks)).transpose()?,
             groups,
             last: None,
         })

@@ -12,7 +12,8 @@
 //!   cache's stream waits for it.
 //!
 //! So a step waits on the device for the copies of what it evicted itself, if those are not done by the
-//! time its kernels' turn has come, and the host for none.
+//! time its kernels' turn has come, and the host for none. With `TierOptions::ahead_blocks` the step before
+//! has evicted them, and they were copied beside its kernels.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -24,6 +25,8 @@ use crate::cache::store::Store;
 use crate::device::{Backend, Copies, Flight, SideStream, Stream, StreamMark, Way};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
+use crate::metrics::Evicted;
+use crate::pool::BlockPool;
 use crate::tier::buffer::Buffer;
 use crate::tier::object::HEAD_BYTES;
 use crate::tier::{HostBlock, ObjectKey};
@@ -36,6 +39,8 @@ pub(super) struct Lift {
     /// What the cache's stream had to do when the last step began, and how many had begun then.
     begun: Option<StreamMark>,
     steps: u64,
+    /// Blocks that a step leaves free for the next.
+    ahead: u32,
     /// Copies down are under way that the cache's stream does not wait for yet.
     unjoined: bool,
     trips: Vec<(Arc<Flight>, Cargo)>,
@@ -62,12 +67,13 @@ pub(super) struct Departure<'a> {
 }
 
 impl Lift {
-    pub fn new(backend: &Arc<dyn Backend>) -> Result<Self> {
+    pub fn new(backend: &Arc<dyn Backend>, ahead: u32) -> Result<Self> {
         Ok(Self {
             backend: backend.clone(),
             down: SideStream::new(backend)?,
             begun: None,
             steps: 0,
+            ahead,
             unjoined: false,
             trips: Vec::new(),
         })
@@ -219,6 +225,25 @@ impl KvCache {
             lift.steps += 1;
             // Without a point copies wait for more than they need to.
             lift.begun = StreamMark::new(&lift.backend, stream).ok();
+        }
+    }
+
+    /// Evicts what the next step is to find free, so that it is copied beside the kernels of this one.
+    pub(in crate::cache) fn evict_ahead(&mut self) -> Result<()> {
+        let lift = self.tiers.as_ref().and_then(|tiers| tiers.lift.as_ref());
+        let Some(ahead) = lift.map(|lift| lift.ahead).filter(|&ahead| ahead > 0) else {
+            return Ok(());
+        };
+        let lacking = |(group, pool): (usize, &BlockPool)| match self.window(group) {
+            // Evicted alone, and copied nowhere.
+            Some(_) => 0,
+            None => ahead.saturating_sub(pool.free_blocks()).min(pool.cached_blocks()),
+        };
+        let lacking = self.pools.iter().enumerate().map(lacking).max().unwrap_or(0);
+        match self.take_out(lacking, Evicted::Capacity) {
+            // Then the next step does it.
+            Err(Error::OutOfMemory { .. }) => Ok(()),
+            result => result,
         }
     }
 

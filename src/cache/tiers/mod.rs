@@ -81,6 +81,11 @@ pub struct TierOptions {
     /// fails, and the engine may ask again with this set: plain memory then, and copies that are slower
     /// and that the calling thread may wait for. Without a GPU all memory is plain.
     pub plain_memory: bool,
+    /// On a device, so many blocks are left free when a step has begun, as far as others can be evicted:
+    /// the next step finds room that was copied beside the kernels of this one, and does not wait for
+    /// it. About as many as a step takes; what they held is in the tiers, not on the device. 0 by default:
+    /// a step evicts what it needs when it begins, and its kernels wait until that was copied.
+    pub ahead_blocks: u32,
 }
 
 impl TierOptions {
@@ -95,6 +100,7 @@ impl TierOptions {
             lower: Vec::new(),
             prefill_cost: PrefillCost::Unknown,
             plain_memory: false,
+            ahead_blocks: 0,
         }
     }
 }
