@@ -2596,7 +2596,7 @@ typedef struct {
     uint64_t missed;
     // Damaged, or another block's; removed, and missed.
     uint64_t bad;
-    // Calls of the store that failed.
+    // Calls of the store that failed; of the host, copies that a device could not make.
     uint64_t failures;
     // Loads that somebody stopped waiting for.
     uint64_t timeouts;

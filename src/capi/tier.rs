@@ -160,7 +160,7 @@ pub struct kvc_tier_counts {
     pub missed: u64,
     /// Damaged, or another block's; removed, and missed.
     pub bad: u64,
-    /// Calls of the store that failed.
+    /// Calls of the store that failed; of the host, copies that a device could not make.
     pub failures: u64,
     /// Loads that somebody stopped waiting for.
     pub timeouts: u64,

@@ -25,7 +25,8 @@ impl KvCache {
     ///
     /// # Errors
     /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
-    /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
+    /// `InvalidArgument` for options that cannot be; `OutOfMemory`, on a GPU where the system refuses as
+    /// much page-locked memory ([`TierOptions::plain_memory`]); `DeviceFailed`. Nothing changed then.
     pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
         self.check_can_attach()?;
         let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
