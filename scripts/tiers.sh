@@ -3,7 +3,7 @@
 # twice over one directory: the second run skips the system prompt and writes the same.
 source "$(dirname "$0")/common.sh"
 KVCACHE_CRASHES=${KVCACHE_CRASHES:-200} \
-    cargo test --quiet -p libkvcache --features io-uring --test tier_crash -- --nocapture
+    cargo test --quiet "${UNOPTIMISED[@]}" -p libkvcache --features io-uring --test tier_crash -- --nocapture
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cargo build --quiet --release --example generate

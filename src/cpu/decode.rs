@@ -17,6 +17,7 @@ pub(super) use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
 use super::job::Job;
+use super::kernels::Kernel;
 use super::vector::Vector;
 use crate::dtype::DType;
 
@@ -55,20 +56,20 @@ pub(crate) const fn padded_rows(rows: usize) -> usize {
     if rows < 3 { rows } else { rows.next_multiple_of(4) }
 }
 
-/// Attention of all rows of a job that has at most [`DECODE_ROWS`] a KV head and, padded,
-/// [`JOB_ROWS`] in all.
+/// Runs a job with the one of three kernels whose number of rows at a time fits its own: one, two or
+/// four. They are functions of their own, as all in one take several times as long to compile.
 ///
 /// # Safety
-/// As for [`Kernel`](super::kernels::Kernel).
-#[inline(always)]
-pub(crate) unsafe fn decode<V: Vector, D: KeyDot<V>, W: Weigh<V>>(job: &Job<'_>) {
+/// As for [`Kernel`].
+pub(crate) unsafe fn by_rows(job: &Job<'_>, kernels: [Kernel; 3]) {
+    let [one, two, four] = kernels;
     // SAFETY: the caller's promise.
     unsafe {
         match job.rows() {
             0 => {}
-            1 => stream::<V, D, W, 1>(job),
-            2 => stream::<V, D, W, 2>(job),
-            _ => stream::<V, D, W, 4>(job),
+            1 => one(job),
+            2 => two(job),
+            _ => four(job),
         }
     }
 }
@@ -198,9 +199,13 @@ impl Scratch {
     }
 }
 
-/// The kernel: the rows of each head in groups of `R`; rows past a head's last are zeros.
+/// Attention of all rows of a job that has at most [`DECODE_ROWS`] a KV head and, padded,
+/// [`JOB_ROWS`] in all: the rows of each head in groups of `R`; rows past a head's last are zeros.
+///
+/// # Safety
+/// As for [`Kernel`].
 #[inline(always)]
-unsafe fn stream<V: Vector, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
+pub(crate) unsafe fn decode<V: Vector, D: KeyDot<V>, W: Weigh<V>, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         let padded = padded_rows(job.rows());

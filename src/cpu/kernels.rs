@@ -61,9 +61,14 @@ macro_rules! instantiate {
             use $crate::quant::RowCodec;
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
+            unsafe fn decode_rows<S: Stored, const R: usize>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { decode::decode::<$vector, Widened<S>, decode::OneByOne<S>>(job) }
+                unsafe { decode::decode::<$vector, Widened<S>, decode::OneByOne<S>, R>(job) }
+            }
+            unsafe fn decode_kernel<S: Stored>(job: &Job<'_>) {
+                let rows = [decode_rows::<S, 1> as Kernel, decode_rows::<S, 2>, decode_rows::<S, 4>];
+                // SAFETY: the caller's promise.
+                unsafe { decode::by_rows(job, rows) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn tile_kernel<S: Stored>(job: &Job<'_>) {
@@ -82,9 +87,13 @@ macro_rules! instantiate {
                 unsafe { finish_row(parts, sink, dtype, out, v_dim) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn decode_codes(job: &Job<'_>) {
+            unsafe fn code_rows<const R: usize>(job: &Job<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { quant::decode::<$vector>(job) }
+                unsafe { quant::decode::<$vector, R>(job) }
+            }
+            unsafe fn decode_codes(job: &Job<'_>) {
+                // SAFETY: the caller's promise.
+                unsafe { decode::by_rows(job, [code_rows::<1>, code_rows::<2>, code_rows::<4>]) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn tile_codes(job: &Job<'_>) {

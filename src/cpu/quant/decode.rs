@@ -13,23 +13,6 @@ use crate::cpu::dot::{KeyDot, Widened};
 use crate::cpu::job::{Blocks, Job};
 use crate::cpu::vector::prefetch;
 
-/// Attention of all rows of a job, as [`decode`](crate::cpu::decode::decode).
-///
-/// # Safety
-/// As for [`Kernel`](crate::cpu::kernels::Kernel).
-#[inline(always)]
-pub(in crate::cpu) unsafe fn decode<V: CodeVector>(job: &Job<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match job.rows() {
-            0 => {}
-            1 => stream::<V, 1>(job),
-            2 => stream::<V, 2>(job),
-            _ => stream::<V, 4>(job),
-        }
-    }
-}
-
 /// Query rows of a job in f32, rotated as its keys were.
 ///
 /// # Safety
@@ -66,8 +49,12 @@ pub(super) unsafe fn rotate_parts<V: CodeVector>(row: *mut f32, first: usize, di
     }
 }
 
+/// Attention of all rows of a job, as [`decode`](crate::cpu::decode::decode).
+///
+/// # Safety
+/// As for [`Kernel`](crate::cpu::kernels::Kernel).
 #[inline(always)]
-unsafe fn stream<V: CodeVector, const R: usize>(job: &Job<'_>) {
+pub(in crate::cpu) unsafe fn decode<V: CodeVector, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
     unsafe {
         let padded = padded_rows(job.rows());

@@ -79,25 +79,13 @@ pub(super) unsafe fn is_sealed(layout: &TileLayout, record: *const u8) -> bool {
     u32::from(u16::from_le_bytes(id)) == layout.format().id()
 }
 
-/// The kernel.
+/// The kernel, for `R` rows at a time; a job of one row has the one of 1, any other that of 4.
 ///
 /// # Safety
 /// The CPU must have the level of `V` and `D`, and every pointer of the job must be valid as its
 /// field documents.
 #[inline(always)]
-pub(crate) unsafe fn tiles<V: Words, D: ByteDot<V>>(job: &SealedJob<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match job.heads * job.tokens {
-            0 => {}
-            1 => run::<V, D, 1>(job),
-            _ => run::<V, D, 4>(job),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn run<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
+pub(crate) unsafe fn tiles<V: Words, D: ByteDot<V>, const R: usize>(job: &SealedJob<'_>) {
     let dims = Dims::new(job.layout);
     let (s, _) = Scratch::new(job.scratch, &dims);
     let rows = job.heads * job.tokens;

@@ -81,9 +81,19 @@ macro_rules! instantiate_sealed {
             use $crate::cpu::sealed::{SealJob, SealedJob, SealedKernels, seal_record, tiles};
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend(job: &SealedJob<'_>) {
+            unsafe fn rows<const R: usize>(job: &SealedJob<'_>) {
                 // SAFETY: the caller's promise; the features are enabled here.
-                unsafe { tiles::<$vector, $dot>(job) }
+                unsafe { tiles::<$vector, $dot, R>(job) }
+            }
+            unsafe fn attend(job: &SealedJob<'_>) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match job.heads * job.tokens {
+                        0 => {}
+                        1 => rows::<1>(job),
+                        _ => rows::<4>(job),
+                    }
+                }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn seal(job: &SealJob<'_>) -> bool {

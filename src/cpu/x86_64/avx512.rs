@@ -3,12 +3,12 @@
 use core::arch::x86_64::*;
 
 use super::{tiles, vnni};
-use crate::cpu::decode::{self, InPairs, OneByOne};
-use crate::cpu::dot::{Pairs, SplitPairs, Widened};
+use crate::cpu::decode::{self, InPairs, OneByOne, Weigh};
+use crate::cpu::dot::{KeyDot, Pairs, SplitPairs};
 use crate::cpu::job::Job;
-use crate::cpu::kernels::Kernels;
+use crate::cpu::kernels::{Kernel, Kernels};
 use crate::cpu::prefill;
-use crate::cpu::quant::{self, CodePairs, E4m3, E5m2};
+use crate::cpu::quant::{CodePairs, E4m3, E5m2};
 use crate::cpu::sealed::{SealedJob, SealedKernels};
 use crate::cpu::vector::{PairDot, Vector};
 use crate::cpu::words::{ByteDot, Words};
@@ -392,55 +392,49 @@ pub(crate) fn kernels_bf16(format: KvFormat) -> Kernels {
         // SAFETY: the caller's promise; the features are enabled here.
         unsafe { prefill::tile_pairs::<F32x16>(job) }
     }
-    /// [`decode::decode`] by pair products: bf16 queries as they are, f16 ones in two
-    /// parts; f32 ones would need three, and multiply as fast as widened keys.
+    /// [`decode::decode`] with the level's instructions.
     ///
     /// # Safety
-    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-    unsafe fn decode_pairs(job: &Job<'_>) {
-        // SAFETY: the caller's promise; the features are enabled here.
-        unsafe {
-            match job.q_dtype {
-                DType::Bf16 => decode::decode::<F32x16, Pairs, InPairs>(job),
-                DType::F16 => decode::decode::<F32x16, SplitPairs, OneByOne<bf16>>(job),
-                DType::F32 => decode::decode::<F32x16, Widened<bf16>, OneByOne<bf16>>(job),
-            }
-        }
-    }
-    /// [`vnni::decode`] with the level's instructions.
-    ///
-    /// # Safety
-    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
-    #[target_feature(
-        enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"
-    )]
-    unsafe fn decode_integers(job: &Job<'_>) {
-        // SAFETY: the caller's promise; the features are enabled here.
-        unsafe { vnni::decode(job) }
-    }
-    /// FP8 by pair products, for queries that are bf16; wider ones multiply in f32.
-    ///
-    /// # Safety
-    /// As for [`Kernel`](crate::cpu::kernels::Kernel).
+    /// As for [`Kernel`].
     #[target_feature(
         enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx2,fma,f16c"
     )]
-    unsafe fn decode_fp8(job: &Job<'_>) {
+    unsafe fn rows<D: KeyDot<F32x16>, W: Weigh<F32x16>, const R: usize>(job: &Job<'_>) {
         // SAFETY: the caller's promise; the features are enabled here.
+        unsafe { decode::decode::<F32x16, D, W, R>(job) }
+    }
+    unsafe fn decode<D: KeyDot<F32x16>, W: Weigh<F32x16>>(job: &Job<'_>) {
+        let rows = [rows::<D, W, 1> as Kernel, rows::<D, W, 2>, rows::<D, W, 4>];
+        // SAFETY: the caller's promise.
+        unsafe { decode::by_rows(job, rows) }
+    }
+    /// By pair products: bf16 queries as they are, f16 ones in two parts; f32 ones would need three,
+    /// and multiply as fast as widened keys.
+    unsafe fn decode_pairs(job: &Job<'_>) {
+        // SAFETY: the caller's promise.
         unsafe {
-            match (job.q_dtype, job.coding.format) {
-                (DType::Bf16, KvFormat::Fp8E4m3) => {
-                    decode::decode::<F32x16, CodePairs<E4m3>, CodePairs<E4m3>>(job)
-                }
-                (DType::Bf16, _) => decode::decode::<F32x16, CodePairs<E5m2>, CodePairs<E5m2>>(job),
-                _ => quant::decode::<F32x16>(job),
+            match job.q_dtype {
+                DType::Bf16 => decode::<Pairs, InPairs>(job),
+                DType::F16 => decode::<SplitPairs, OneByOne<bf16>>(job),
+                DType::F32 => (kernels(KvFormat::Bf16).decode)(job),
+            }
+        }
+    }
+    /// FP8 by pair products, for queries that are bf16; wider ones multiply in f32.
+    unsafe fn decode_fp8(job: &Job<'_>) {
+        let format = job.coding.format;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (job.q_dtype, format) {
+                (DType::Bf16, KvFormat::Fp8E4m3) => decode::<CodePairs<E4m3>, CodePairs<E4m3>>(job),
+                (DType::Bf16, _) => decode::<CodePairs<E5m2>, CodePairs<E5m2>>(job),
+                _ => (kernels(format).decode)(job),
             }
         }
     }
     match format {
         KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2 => Kernels { decode: decode_fp8, ..kernels(format) },
-        KvFormat::Int8T | KvFormat::Int4T => Kernels { decode: decode_integers, ..kernels(format) },
+        KvFormat::Int8T | KvFormat::Int4T => Kernels { decode: vnni::decode, ..kernels(format) },
         KvFormat::Bf16 => Kernels { decode: decode_pairs, tile, ..kernels(format) },
         _ => kernels(format),
     }

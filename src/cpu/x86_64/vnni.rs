@@ -14,12 +14,14 @@ use core::arch::x86_64::*;
 mod rows;
 mod values;
 
-use super::avx512::F32x16;
+use super::avx512::{self, F32x16};
 use crate::cpu::decode::{
-    Hints, JOB_ROWS, OneByOne, PIECE, Scratch, Side, TILE, Tile, Walk, adjust, padded_rows, soften,
+    Hints, JOB_ROWS, OneByOne, PIECE, Scratch, Side, TILE, Tile, Walk, adjust, by_rows,
+    padded_rows, soften,
 };
 use crate::cpu::job::Job;
-use crate::cpu::quant::{self, expect_scales, query};
+use crate::cpu::kernels::Kernel;
+use crate::cpu::quant::{expect_scales, query};
 use crate::dtype::KvFormat;
 use rows::{Ends, Rounded, Scales, of_keys, plane, planes, prepare};
 use values::{Weights, put_row, values, weigh};
@@ -27,38 +29,30 @@ use values::{Weights, put_row, values, weigh};
 /// Attention of all rows of a job over INT8_T or INT4_T.
 ///
 /// # Safety
-/// As for [`Kernel`](crate::cpu::kernels::Kernel), with AVX512_VNNI.
-#[inline(always)]
+/// As for [`Kernel`], with AVX512_VNNI.
 pub(super) unsafe fn decode(job: &Job<'_>) {
     let int4 = job.coding.format == KvFormat::Int4T;
     // SAFETY: the caller's promise.
     unsafe {
         // Latents have two parts with scales of their own; short rows leave most of a register empty.
         if job.v_in_k || job.k_dim < 64 || job.v_dim < 64 {
-            return quant::decode::<F32x16>(job);
+            return (avx512::kernels(job.coding.format).decode)(job);
         }
-        match (int4, planes::<false>(job.k_dim), job.k_dim <= 128) {
-            (false, 1, _) => groups::<false, 1>(job),
-            (false, 2, _) => groups::<false, 2>(job),
-            (false, 3, _) => groups::<false, 3>(job),
-            (false, _, _) => groups::<false, 4>(job),
-            (true, _, true) => groups::<true, 2>(job),
-            (true, _, false) => groups::<true, 4>(job),
-        }
+        let kernels = match (int4, planes::<false>(job.k_dim), job.k_dim <= 128) {
+            (false, 1, _) => by_planes::<false, 1>(),
+            (false, 2, _) => by_planes::<false, 2>(),
+            (false, 3, _) => by_planes::<false, 3>(),
+            (false, _, _) => by_planes::<false, 4>(),
+            (true, _, true) => by_planes::<true, 2>(),
+            (true, _, false) => by_planes::<true, 4>(),
+        };
+        by_rows(job, kernels);
     }
 }
 
-#[inline(always)]
-unsafe fn groups<const INT4: bool, const PLANES: usize>(job: &Job<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match job.rows() {
-            0 => {}
-            1 => stream::<INT4, PLANES, 1>(job),
-            2 => stream::<INT4, PLANES, 2>(job),
-            _ => stream::<INT4, PLANES, 4>(job),
-        }
-    }
+/// The kernels of keys of one width, for [`by_rows`].
+fn by_planes<const INT4: bool, const PLANES: usize>() -> [Kernel; 3] {
+    [stream::<INT4, PLANES, 1>, stream::<INT4, PLANES, 2>, stream::<INT4, PLANES, 4>]
 }
 
 /// Four rows' factors, in each quarter of a register.
@@ -68,7 +62,11 @@ unsafe fn quarters(four: [f32; 4]) -> __m512 {
     unsafe { _mm512_broadcast_f32x4(_mm_loadu_ps(four.as_ptr())) }
 }
 
-#[inline(always)]
+/// The kernel for one width of keys and `R` rows at a time.
+///
+/// # Safety
+/// As for [`decode`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")]
 unsafe fn stream<const INT4: bool, const PLANES: usize, const R: usize>(job: &Job<'_>) {
     // SAFETY: the caller's promise; scratch has `scratch_bytes`, cut up here.
     unsafe {
