@@ -54,6 +54,12 @@ pub(super) struct Batch(CopyBatch);
 impl Batch {
     /// `None` where the driver has none.
     pub fn find() -> Option<Self> {
+        let mut version = 0;
+        // SAFETY: the driver was started; the pointer is to a live integer.
+        let known = unsafe { sys::cuDriverGetVersion(&mut version) };
+        if known != CUresult::CUDA_SUCCESS || version < BATCH_VERSION {
+            return None;
+        }
         let (mut found, mut status) = (
             ptr::null_mut(),
             sys::CUdriverProcAddressQueryResult::CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND,
@@ -70,8 +76,8 @@ impl Batch {
     }
 }
 
-/// A copy by addresses: to, from, bytes.
-pub(crate) type Copy = (u64, u64, usize);
+/// What a copy is between: address to, address from, bytes.
+pub(crate) type Ranges = (u64, u64, usize);
 
 impl Cuda {
     /// Whether many copies are one call of this driver.
@@ -121,7 +127,7 @@ impl Cuda {
     pub(crate) unsafe fn copy_host(
         &self,
         up: bool,
-        copies: impl ExactSizeIterator<Item = Copy>,
+        copies: impl ExactSizeIterator<Item = Ranges>,
         locked: bool,
         stream: *mut c_void,
     ) -> Result<()> {
