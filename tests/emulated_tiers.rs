@@ -347,6 +347,21 @@ fn overtaken(late: &Arc<Late>) -> u32 {
     store.read_block(BlockId(1), &mut read).unwrap();
     // Who reads the part waits for what writes it.
     assert!(part[..] == block[..] && flight.poll() == Some(Ok(())));
+    // Copies that are given up leave nothing to copy on, before somebody has written it.
+    let mut copies = Copies::new(&backend, Way::Down);
+    copies.read(store.span(BlockId(0)).unwrap(), &mut part, 0).unwrap();
+    drop(copies);
+    let mut copies = Copies::new(&backend, Way::Up);
+    assert!(part.arrived().is_err() && !part.is_lent());
+    assert!(copies.write(store.span(BlockId(0)).unwrap(), &part, 0).is_err());
+    part.fill(7);
+    copies.write(store.span(BlockId(0)).unwrap(), &part, 0).unwrap();
+    assert_eq!(
+        (part.arrived(), copies.enqueue(&up).1, up.lead(Stream::DEFAULT)),
+        (Ok(()), Ok(()), Ok(()))
+    );
+    store.read_block(BlockId(0), &mut part).unwrap();
+    assert!(part.iter().all(|&byte| byte == 7));
     u32::from(read != block)
 }
 

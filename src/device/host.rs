@@ -235,9 +235,10 @@ impl Deref for HostPart {
 }
 
 impl DerefMut for HostPart {
-    /// Its bytes, when the device has done with them.
+    /// Its bytes, when the device has done with them. What they are from here on is the owner's word.
     fn deref_mut(&mut self) -> &mut [u8] {
         self.wait(true, None);
+        self.loan().spoiled = None;
         // SAFETY: as above, and borrowed alone.
         unsafe { core::slice::from_raw_parts_mut(self.memory.at.as_ptr().add(self.at), self.bytes) }
     }
