@@ -21,7 +21,10 @@ struct Span {
 KVC_DEVICE Span seen(const kvc_decode_plan_params &p, uint32_t seq) {
     const int32_t length = p.seq_lens[seq];
     if (length <= 0) return {0, 0};
-    const int64_t hidden = static_cast<int64_t>(length) - p.q_len + 1 - p.window;
+    const uint32_t last = static_cast<uint32_t>(length) - 1;
+    const int64_t row = p.row_span != 0 ? static_cast<int64_t>(last - last % p.row_span)
+                                        : static_cast<int64_t>(length) - p.q_len;
+    const int64_t hidden = row + 1 - p.window;
     const uint32_t begin = p.window == 0 || hidden <= 0 ? 0 : static_cast<uint32_t>(hidden) / 16 * 16;
     return {begin, static_cast<uint32_t>(length)};
 }

@@ -475,14 +475,16 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Pie
     Unit u = find_unit(p, item.seq, unit);
     if (u.empty) return;
     const uint32_t g = lane_id() / 4, tokens = params.tile_tokens;
-    const BlockTable table(p.table, p.table_indptr, p.table_stride, u.seq, tokens, p.num_blocks,
-                           p.error_flag);
+    const BlockTable table(p.table, p.table_indptr, p.table_stride, owner_of(params, u.seq),
+                           tokens, p.num_blocks, p.error_flag);
 
-    // Sealed tiles are those before the own tile of the last row.
+    // Sealed tiles are those before the own tile of the last row. Which warp has which follows from
+    // the piece, not from what the rows of this call see of it.
     const int32_t last = u.length > 0 ? (u.length - 1) / static_cast<int32_t>(tokens) : 0;
-    const uint32_t seen = u.first_token > static_cast<int32_t>(item.begin)
-                              ? static_cast<uint32_t>(u.first_token) : item.begin;
-    const uint32_t first = seen / tokens + warp_id();
+    uint32_t first = item.begin / tokens + warp_id();
+    // A table of the call's own may lack a tile that no row sees.
+    if (params.owners == nullptr && static_cast<int64_t>(first + 1) * tokens <= u.first_token)
+        first += kDecodeWarps;
     const uint32_t past = (item.end + tokens - 1) / tokens;
     const uint32_t end = past < static_cast<uint32_t>(last) ? past : static_cast<uint32_t>(last);
     ring.look_up(table, first, first < end);

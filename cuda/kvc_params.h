@@ -296,11 +296,16 @@ struct kvc_decode_plan_params {
     uint32_t granule;
     // Ranges that are there at the beginning when balancing, at least 1.
     uint32_t longs;
+    // Sequences of rows at positions between two multiples of this: what their window hides
+    // follows from its first; 0 for that of the first of `q_len` rows.
+    uint32_t row_span;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
     // Room in `ranges`: at least `2 * longs` when balancing, whose rest is for short ones,
     // else at least `batch`.
     uint32_t max_ranges;
 };
-static_assert(sizeof(kvc_decode_plan_params) == 80, "layout of kvc_decode_plan_params");
+static_assert(sizeof(kvc_decode_plan_params) == 88, "layout of kvc_decode_plan_params");
 
 // Paged decode: attention of 1 to 8 query tokens of each sequence over its cached context.
 struct kvc_decode_params {
@@ -414,6 +419,9 @@ struct kvc_decode_tile_params {
     const void *records;
     // `[batch + 1]` offsets into `raw_blocks`, never decreasing.
     const int32_t *raw_indptr;
+    // For each sequence of the call whose tables it reads, so that the rows of one can be
+    // several; null for its own. Tables are then those of the owners.
+    const int32_t *owners;
     // Tile of the sequence and raw slot, a pair each, tiles ascending: every tile that holds a
     // query, and every earlier one whose record is not sealed.
     const int32_t *raw_blocks;
@@ -470,7 +478,7 @@ struct kvc_decode_tile_params {
     // Keeps the size a multiple of 8. Zero.
     uint32_t reserved;
 };
-static_assert(sizeof(kvc_decode_tile_params) == 464, "layout of kvc_decode_tile_params");
+static_assert(sizeof(kvc_decode_tile_params) == 472, "layout of kvc_decode_tile_params");
 
 // Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_decode_token_params {
@@ -835,10 +843,10 @@ static_assert(sizeof(kvc_mla_params) == 216, "layout of kvc_mla_params");
 
 // Seals full raw tiles: a block for each of the list and each KV head.
 struct kvc_seal_params {
-    // Keys of raw slot 0, head 0, token 0, bf16.
-    const void *k;
+    // Keys of raw slot 0, head 0, token 0, bf16. Written in spare slots alone.
+    void *k;
     // Values, likewise.
-    const void *v;
+    void *v;
     // Keys of raw slot `staging_blocks`; null without scratch blocks.
     const void *scratch_k;
     // Values, likewise.
@@ -847,8 +855,14 @@ struct kvc_seal_params {
     void *records;
     // Raw slot and block of the record, a pair for each tile; blocks are distinct.
     const int32_t *list;
-    // Set to 1 for each tile some head of which cannot be sealed; else left as it is.
+    // For each tile, 0 before its first layer; else left as it is where all heads are sealed.
+    // Where some head is not: 1; with bit 31, for a tile in scratch where there are spares, 2
+    // and the number of the spare that keeps its rows, or 1 where none was left.
     uint32_t *refused;
+    // Raw slots below `staging_blocks` for rows of scratch that cannot be sealed, or null.
+    const int32_t *spares;
+    // How many of them were asked for, 0 before the first layer; null without spares.
+    uint32_t *spares_taken;
     // Raised (bit 0: a slot or a block that does not exist), or null.
     uint32_t *error_flag;
     // Elements from a block to the next in `k`.
@@ -909,10 +923,10 @@ struct kvc_seal_params {
     uint32_t v_scales_at;
     // The header.
     uint32_t header_at;
-    // Keeps the size a multiple of 8. Zero.
-    uint32_t reserved;
+    // Entries of `spares`.
+    uint32_t spare_count;
 };
-static_assert(sizeof(kvc_seal_params) == 240, "layout of kvc_seal_params");
+static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
 
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \

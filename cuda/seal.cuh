@@ -3,7 +3,9 @@
 // over a row as a tree of neighbours. One block for each tile and KV head.
 //
 // The record is made in shared memory and written at the end. A head whose rows cannot be sealed leaves
-// a record whose header has no format, and sets its tile's entry of `refused`. A CRC is linear: every
+// a record whose header has no format, and sets its tile's entry of `refused`; rows of scratch, which
+// nobody keeps, are then copied to a spare slot of the staging pool, one for all heads and layers of a
+// tile. A CRC is linear: every
 // thread takes each 256th word, multiplied by what lies behind it.
 #pragma once
 #include "append_token.cuh"
@@ -155,6 +157,35 @@ KVC_UNROLL
     const float aligned = row_sum<kLanes>(y);
     scale = width == 0.0f ? 0 : pack_f16(div_rn(squares, aligned), 0.0f) & 0xffff;
     return is_finite(squares) && is_finite_f16(scale);
+}
+
+constexpr uint32_t kRefused = 1, kFirstSpare = 2, kTaken = 1u << 31;
+
+// The spare slot of a tile, which the first of its heads takes; none is left from `spare_count` on.
+KVC_DEVICE uint32_t take_spare(const kvc_seal_params &p, uint32_t index) {
+    uint32_t *word = p.refused + index;
+    if (atomic_or(word, kTaken) == 0) {
+        const uint32_t taken = atomic_add(p.spares_taken, 1);
+        atomic_or(word, taken < p.spare_count ? kFirstSpare + taken : kRefused);
+    }
+    // Whoever came first runs and waits for nobody.
+    uint32_t seen;
+    do {
+        seen = atomic_or(word, kTaken) & ~kTaken;
+    } while (seen == 0);
+    return seen - kFirstSpare;
+}
+
+// Copies the rows of a head.
+template <int HeadDim>
+KVC_DEVICE void copy_rows(const uint16_t *from, int64_t from_token, uint16_t *to, int64_t to_token,
+                          uint32_t tokens) {
+    constexpr uint32_t kChunks = HeadDim / 8;
+    for (uint32_t i = thread_x(); i < tokens * kChunks; i += kSealThreads) {
+        const uint32_t token = i / kChunks, channel = i % kChunks * 8;
+        store_16(to + token * to_token + channel,
+                 *reinterpret_cast<const Vec16 *>(from + token * from_token + channel));
+    }
 }
 
 // Bytes of four words as words of their first, second, third and fourth bytes.
@@ -379,10 +410,26 @@ KVC_ROLL
     unsigned char *out =
         static_cast<unsigned char *>(p.records) + block * p.record_block + head * p.record_head;
     if (block_max(area.room, sound ? 0.0f : 1.0f) != 0.0f) {
+        const bool keep = scratch && p.spare_count != 0;
         if (thread == 0) {
             reinterpret_cast<uint32_t *>(out + p.header_at)[2] = 0;
-            p.refused[index] = 1;
+            if (keep)
+                area.sums[0] = take_spare(p, index);
+            else
+                p.refused[index] = kRefused;
         }
+        if (!keep) return;
+        sync_threads();
+        if (area.sums[0] >= p.spare_count) return;
+        const int32_t spare = p.spares[area.sums[0]];
+        if (static_cast<uint32_t>(spare) >= p.staging_blocks) {
+            if (thread == 0) raise(p.error_flag, kFlagBlock);
+            return;
+        }
+        copy_rows<HeadDim>(k, k_token, static_cast<uint16_t *>(p.k) + spare * p.k_block + head * p.k_head,
+                           p.k_token, tokens);
+        copy_rows<HeadDim>(v, v_token, static_cast<uint16_t *>(p.v) + spare * p.v_block + head * p.v_head,
+                           p.v_token, tokens);
         return;
     }
 

@@ -26,6 +26,11 @@ KVC_DEVICE Column only_where(const Column &column, bool seen) {
     return out;
 }
 
+// The sequence whose tables a sequence of the call reads.
+KVC_DEVICE uint32_t owner_of(const kvc_decode_tile_params &p, uint32_t seq) {
+    return p.owners == nullptr ? seq : static_cast<uint32_t>(p.owners[seq]);
+}
+
 // The record of a tile; null where the table has no block for it.
 KVC_DEVICE const unsigned char *record_of(const kvc_decode_tile_params &p, const BlockTable &table,
                                           uint32_t tile, uint32_t kv_head) {
@@ -41,6 +46,7 @@ KVC_DEVICE bool is_sealed(const kvc_decode_tile_params &p, const unsigned char *
 
 // Whether the second table has a tile.
 KVC_DEVICE bool has_raw(const kvc_decode_tile_params &p, uint32_t seq, uint32_t tile) {
+    seq = owner_of(p, seq);
     for (int32_t i = p.raw_indptr[seq]; i < p.raw_indptr[seq + 1]; ++i)
         if (p.raw_blocks[2 * static_cast<int64_t>(i)] == static_cast<int32_t>(tile)) return true;
     return false;
@@ -104,7 +110,8 @@ KVC_DEVICE void accumulate_raw(const kvc_decode_tile_params &params, const Piece
     uint16_t *values = keys + kStrip * kRow;
     bool any = false;
     uint32_t q[HeadDim / 16][2];
-    for (int32_t e = params.raw_indptr[u.seq]; e < params.raw_indptr[u.seq + 1]; ++e) {
+    const uint32_t owner = owner_of(params, u.seq);
+    for (int32_t e = params.raw_indptr[owner]; e < params.raw_indptr[owner + 1]; ++e) {
         const int32_t tile = params.raw_blocks[2 * static_cast<int64_t>(e)];
         const int32_t slot = params.raw_blocks[2 * static_cast<int64_t>(e) + 1];
         const int64_t first = static_cast<int64_t>(tile) * tokens;
@@ -122,6 +129,8 @@ KVC_DEVICE void accumulate_raw(const kvc_decode_tile_params &params, const Piece
                 record_of(params, table, static_cast<uint32_t>(tile), u.kv_head);
             later = record == nullptr || !is_sealed(params, record);
         }
+        // Most tiles that a long call fills are sealed before it reads them.
+        if (!later && ballot(kFullMask, own[0] == tile || own[1] == tile) == 0) continue;
         Column columns[2];
         for (uint32_t c = 0; c < 2; ++c)
             columns[c] = only_where(find_column(p, u, 2 * t + c),

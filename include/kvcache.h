@@ -1201,8 +1201,9 @@ typedef struct {
     // The device's stream (a CUstream) that everything is enqueued on, for as long as the cache
     // lives; NULL (the default) for its default stream.
     void *stream;
-    // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
-    // on the CPU it always does. 0 by default.
+    // 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed,
+    // and with sealed tiles also however it was cut into steps and whatever was found of it; on the
+    // CPU it always does. 0 by default.
     uint32_t deterministic;
     // KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     uint32_t eviction;
@@ -1543,7 +1544,9 @@ kvc_status kvc_step_attend(kvc_cache *cache,
                            float *lse);
 
 // Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
-// index, and closes the step.
+// index, and closes the step. On a device, a step that filled sealed tiles is waited for, to learn
+// which of them stay raw; KVC_ERR_OUT_OF_BLOCKS where one of those found no staging block: the step
+// can only be cancelled then.
 //
 // Threads: thread-safe on the cache, per-handle on the step.
 kvc_status kvc_step_commit(kvc_cache *cache, kvc_step *step);
@@ -2550,11 +2553,14 @@ typedef struct {
     // computing is left; 0 (the default): not known, everything is loaded.
     double prefill_seconds;
     // The address of a remote store, below host and disk, at most 4096 bytes; NULL (the default) for
-    // none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `redis+unix:///PATH`,
+    // none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `rediss://...` over TLS, `redis+unix:///PATH`,
     // `s3+http://HOST[:PORT]/BUCKET`, `s3+https://HOST[:PORT]/BUCKET` or `s3://BUCKET`, with the
-    // environment's AWS_* credentials. Nothing is connected to yet: a store that is down is found to
+    // environment's AWS_* credentials; through NIXL `nixl+posix:/DIR`, a directory that machines share, or
+    // `nixl+` before one of the last three. Nothing is connected to yet: a store that is down is found to
     // be when it is used. KVC_ERR_UNSUPPORTED in a build without the feature remote, or remote-tls
-    // for the last two.
+    // for TLS (certificates of Mozilla's authorities, or of those that SSL_CERT_FILE in the environment
+    // names); KVC_ERR_TIER_FAILED where the system does not find NIXL's libnixl_capi.so, and
+    // KVCACHE_NIXL in the environment does not name it.
     const char *remote;
     // How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     // 5,000 by default.
@@ -2633,9 +2639,13 @@ kvc_status kvc_tier_attach(kvc_cache *cache, const kvc_tier_options *options);
 // Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
 // most `wait_ms` milliseconds, during which the cache is in use; writes 1 to `out_done` where all
 // is there, else 0. What waits in queues is written in any case, before the cache ends.
+// KVC_ERR_TIER_FAILED while a remote store refuses the password, key or bucket, or has a certificate that
+// is not trusted; kvc_last_error says which, and names no secret.
 //
 // Threads: thread-safe.
-kvc_status kvc_tier_flush(kvc_cache *cache, uint32_t wait_ms, uint32_t *out_done);
+kvc_status kvc_tier_flush(kvc_cache *cache,
+                          uint32_t wait_ms,
+                          uint32_t *out_done);
 
 // Writes what tier `index` of a cache counted to `out`, `out_bytes` (its sizeof) at most: 0 is the
 // host, then disk, store and remote store as far as they are there. KVC_ERR_INVALID_ARGUMENT past the last.

@@ -23,8 +23,12 @@ case "${1:-} $asan" in
         ;;
     *) echo "skipped: $CXX has no libasan" ;;
 esac
-"${run[@]}" cargo test -p libkvcache --features emulate --test 'emulat*' --test conformance_device \
-    --test conformance_device_codes --test cache
+"${run[@]}" cargo test -p libkvcache --features emulate --test 'emulat*' --test 'device_*' \
+    --test conformance_device --test conformance_device_codes --test cache
 "${run[@]}" cargo run -p libkvcache --features emulate --example generate -- \
     --device emu --check --prompt 'What is a KV cache?' --max-tokens 4
-[ "${1:-}" != --plain ] || cargo test -p ffi-tests --features emulate --test programs --test wrapper
+if [ "${1:-}" = --plain ]; then
+    cargo run -p libkvcache --features emulate --example generate -- --device emu --kv-format kt4v4 \
+        --check --prompt 'What is a KV cache?' --max-tokens 4
+    cargo test -p ffi-tests --features emulate --test programs --test wrapper
+fi

@@ -50,6 +50,9 @@ part_conformance() {
     attempt within 120 "$BIN/conformance_device"
     attempt within 60 "$BIN/conformance_device_codes"
     attempt within 60 "$BIN/cache" device
+    # Copies, lookups, merges and cascades; the kernels alone.
+    attempt within 60 "$BIN/device_capi"
+    attempt within 60 "$BIN/device_capi_shared"
 }
 
 part_graph() { attempt within 60 "$BIN/gpu" --nocapture --test-threads=1; }
@@ -66,18 +69,31 @@ sanitizer() {
 part_sanitizer() {
     local tool check
     tool=$(sanitizer) || { echo "skipped: no compute-sanitizer"; worst=77; return; }
-    # A kernel that is not in the image is looked for and not found: no error of ours.
-    for check in "memcheck --report-api-errors no" racecheck synccheck; do
-        echo "$check"
+    # Under one check, a program's tests of these names.
+    sanitized() {
+        local check=$1 program=$2
+        shift 2
+        echo "$check: $program $*"
         # shellcheck disable=SC2086
-        attempt within 60 "$tool" --tool $check --error-exitcode 1 "$BIN/conformance_device" \
-            --test-threads=1 every_format_and_row_type appended_rows >"$WORK/sanitized" 2>&1
+        attempt within 60 "$tool" --tool $check --error-exitcode 1 "$BIN/$program" \
+            --test-threads=1 "$@" >"$WORK/sanitized" 2>&1
         cat "$WORK/sanitized"
+    }
+    # A kernel that is not in the image is looked for and not found: no error of ours.
+    local checks=("memcheck --report-api-errors no" racecheck synccheck)
+    for check in "${checks[@]}"; do
+        sanitized "$check" conformance_device every_format_and_row_type appended_rows
         if grep -q 'Device not supported' "$WORK/sanitized"; then
             echo "skipped: compute-sanitizer does not support this device"
             worst=77
             return
         fi
+    done
+    # Codes, sealed tiles, and what sequences share, as far as time reaches.
+    for check in "${checks[@]}"; do
+        sanitized "$check" gpu a_tile_that_stays_raw
+        sanitized "$check" conformance_device_codes what_is_appended_is_attended
+        sanitized "$check" device_capi_shared
     done
 }
 
@@ -87,6 +103,8 @@ part_generate() {
         echo "generate --device cuda --check --dtype $dtype"
         attempt within 60 "$BIN/generate" --device cuda --check --dtype "$dtype"
     done
+    echo "generate --device cuda --check --kv-format kt4v4"
+    attempt within 60 "$BIN/generate" --device cuda --check --kv-format kt4v4
 }
 
 part_bench() { OUT=$WORK attempt within 180 "$BIN/cuda" --bench; }
@@ -154,6 +172,8 @@ without() {
     starts "$BIN/conformance_device" --nocapture
     starts "$BIN/conformance_device_codes" --nocapture
     starts "$BIN/cache" device --nocapture
+    starts "$BIN/device_capi" --nocapture
+    starts "$BIN/device_capi_shared" --nocapture
     starts "$BIN/gpu" --nocapture
     starts "$BIN/generate" --prompt Hi --max-tokens 4 --check
     starts "$BIN/cuda" --bench

@@ -1,12 +1,32 @@
 #!/usr/bin/env bash
 # Remote tiers on real servers, started here and ended here: Redis from Debian, and s3rver (npm), which
-# takes any signature (scripts/signatures.sh has a server that does not). The served model twice over
-# each of them: the second run skips the system prompt and writes the same.
+# takes any signature (scripts/signatures.sh has a server that does not); a directory and that server
+# again through NIXL (PyPI); Redis and that server over TLS. The served model twice over each of them: the second run skips the system
+# prompt and writes the same.
 source "$(dirname "$0")/common.sh"
-need_debian redis-server curl
+need_debian redis-server curl openssl socat
 command -v npm >/dev/null || need_debian nodejs npm
 if [ ! -x "$TOOLS/s3rver/node_modules/.bin/s3rver" ]; then
     npm install --silent --no-audit --no-fund --prefix "$TOOLS/s3rver" s3rver@3.7.1
+fi
+# The wheel for CUDA 12: the plugin for S3 of that for CUDA 13 needs a library that no registry has. Of
+# either CUDA nothing is needed here.
+nixl=
+if [ "$(uname -m)" = x86_64 ]; then
+    nixl=$TOOLS/nixl-1.5.1
+    if [ ! -d "$nixl" ]; then
+        new=$nixl.new.$$
+        mkdir -p "$new"
+        echo "nixl-cu12==1.5.1 --hash=sha256:341d0dfa499f941c054614252f1d8047d1380e33f29c87707372ff5ec7d3779a" \
+            >"$new/requirements.txt"
+        python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps \
+            --require-hashes --only-binary :all: --implementation cp --python-version 3.11 --abi cp311 \
+            --platform manylinux_2_28_x86_64 --target "$new" -r "$new/requirements.txt"
+        mv "$new" "$nixl"
+    fi
+    export KVCACHE_NIXL=$nixl/.nixl_cu12.mesonpy.libs/libnixl_capi.so KVCACHE_REQUIRE_NIXL=1
+else
+    echo "skipped: NIXL, of which no wheel for $(uname -m) is pinned here"
 fi
 dir=$(mktemp -d)
 servers=()
@@ -31,15 +51,20 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 
-cargo test --quiet -p libkvcache --features remote --test remote
+cargo test --quiet -p libkvcache --features remote-tls "${UNOPTIMISED[@]}" --test remote --test remote_tls
 # With the library that the tests have just built, and in a file of its own: other stages build the
 # example without the feature.
-cargo build --quiet -p libkvcache --features remote --example generate
+cargo build --quiet -p libkvcache --features remote-tls "${UNOPTIMISED[@]}" --example generate
 generate=$dir/generate
 cp "$TARGET_DIR/debug/examples/generate" "$generate"
-for address in "redis+unix://$dir/redis" "$KVCACHE_S3"; do
+addresses=("redis+unix://$dir/redis" "$KVCACHE_S3")
+mkdir "$dir/shared"
+[ -z "$nixl" ] || addresses+=("nixl+posix:$dir/shared" "nixl+$KVCACHE_S3")
+for address in "${addresses[@]}"; do
+    # The store of before serves the same prompts.
+    rm -rf "$dir"/s3/kv/kvcache
     for run in first second; do
-        "$generate" --tier "remote:$address" --json >"$dir/$run.json"
+        "$generate" --tier "remote:$address" --max-tokens 8 --json >"$dir/$run.json"
     done
     python3 - "$dir" "${address%%:*}" <<'PY'
 import json, sys

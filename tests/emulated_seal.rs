@@ -7,7 +7,7 @@ use device::Rng;
 use kvcache::dtype::{KvFormat, bf16};
 use kvcache::emu::{Buffer, Options, Schedule, launch};
 use kvcache::kernels::params::{In, Out, SealParams};
-use kvcache::kernels::seal_launch;
+use kvcache::kernels::{FIRST_SPARE, SPARE_TAKEN, seal_launch};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::quant::{Stored, Tile, seal};
 
@@ -80,22 +80,29 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
     assert_eq!(refused.iter().sum::<u32>(), if spoil.is_some() { 2 } else { 0 });
 
     let halves: Vec<bf16> = raw.iter().map(|&x| bf16::from_f32(x)).collect();
-    // The first slots are staged, the others in scratch.
+    // The first slots are staged, and one more is spare; the others are in scratch.
     let staged = 4;
     let (staging, scratch) = halves.split_at(staged * slot);
-    let (staging, scratch) = (Buffer::of(staging).unwrap(), Buffer::of(scratch).unwrap());
+    let kept = vec![bf16::from_f32(f32::NEG_INFINITY); slot];
+    let staging = Buffer::of(&[staging, &kept].concat()).unwrap();
+    let scratch = Buffer::of(scratch).unwrap();
+    // Of the tiles that cannot be sealed the second is in scratch.
+    if let Some(word) = refused[staged..].iter_mut().find(|word| **word != 0) {
+        *word = SPARE_TAKEN | FIRST_SPARE;
+    }
+    let (spares, taken) = (Buffer::of(&[staged as i32]).unwrap(), Buffer::of(&[0u32]).unwrap());
     let records = Buffer::of(&vec![UNTOUCHED; want.len()]).unwrap();
-    let pairs: Vec<i32> =
-        list.iter().flat_map(|&(slot, block)| [slot as i32, block as i32]).collect();
+    let id = |slot: usize| (slot + usize::from(slot >= staged)) as i32;
+    let pairs: Vec<i32> = list.iter().flat_map(|&(slot, block)| [id(slot), block as i32]).collect();
     let (pairs, flag) = (Buffer::of(&pairs).unwrap(), Buffer::of(&[0u32]).unwrap());
     let answers = Buffer::of(&vec![0u32; kinds]).unwrap();
     let (block, head, token) = (slot as i64, (tokens * dim) as i64, dim as i64);
-    let v_at = |buffer: &Buffer| In::at(buffer.address() + 2 * side as u64);
+    let v_at = |buffer: &Buffer| buffer.address() + 2 * side as u64;
     let mut params = SealParams {
-        k: In::at(staging.address()),
-        v: v_at(&staging),
+        k: Out::at(staging.address()),
+        v: Out::at(v_at(&staging)),
         scratch_k: In::at(scratch.address()),
-        scratch_v: v_at(&scratch),
+        scratch_v: In::at(v_at(&scratch)),
         records: Out::at(records.address()),
         list: In::at(pairs.address()),
         refused: Out::at(answers.address()),
@@ -114,7 +121,10 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
         scratch_v_token: token,
         record_block: (HEADS * bytes) as i64,
         record_head: bytes as i64,
-        staging_blocks: staged as u32,
+        staging_blocks: staged as u32 + 1,
+        spares: In::at(spares.address()),
+        spares_taken: Out::at(taken.address()),
+        spare_count: 1,
         scratch_blocks: (kinds - staged) as u32,
         num_blocks: blocks as u32,
         kv_heads: HEADS as u32,
@@ -129,6 +139,17 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
     }
     assert_eq!(answers.read::<u32>(), refused, "{format:?}");
     assert_eq!(flag.read::<u32>()[0], 0);
+    // Of a tile in scratch the rows of the head that cannot be sealed are kept, and no others.
+    let spare = &staging.read::<bf16>()[staged * slot..];
+    let mut want_kept = kept.clone();
+    if spoil.is_some() {
+        for at in [0, side] {
+            let rows = at..at + tokens * dim;
+            want_kept[rows.clone()].copy_from_slice(&halves[5 * slot..6 * slot][rows]);
+        }
+    }
+    let same = |(a, b): (&bf16, &bf16)| a.to_bits() == b.to_bits();
+    assert!(spare.iter().zip(&want_kept).all(same), "{format:?}: the spare slot");
     let got = records.read::<u8>();
     for (i, (got, want)) in got.chunks_exact(bytes).zip(want.chunks_exact(bytes)).enumerate() {
         let what = format!("{format:?} d{dim} of {tokens}, block {} head {}", i / HEADS, i % HEADS);

@@ -1,10 +1,10 @@
 //! What only a GPU can show: a graph captured once and replayed with other lengths and tables, streams,
-//! and page-locked memory; the last under the emulator, too, where it is built in. Skipped where there is none (`KVCACHE_REQUIRE_GPU=1`: fails).
+//! and page-locked memory; the last under the emulator, too, where it is built in. Skipped where there
+//! is none (`KVCACHE_REQUIRE_GPU=1`: fails).
 #![cfg(feature = "cuda")]
 
 mod backends;
-#[path = "random/mod.rs"]
-mod random;
+mod tiles;
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use kvcache::kernels::{
 };
 use kvcache::layout::{CacheSpec, GroupSpec, Strides};
 use kvcache::tier::TierKind;
-use random::Rng;
+use tiles::Rng;
 
 const SEQS: usize = 5;
 const BLOCKS: usize = 96;
@@ -261,5 +261,33 @@ fn blocks_leave_for_the_host_and_come_back() {
         assert_eq!((host.counters.queued, host.counters.failures), (0, 0));
         assert!(host.load_rate.is_some());
         cache.release(seq).unwrap();
+    }
+}
+
+/// Sealed tiles in a cache: records, attention and its bits, as under the emulator (emulated_tiles.rs).
+#[test]
+fn a_cache_of_sealed_tiles() {
+    use tiles::Setup;
+    let Some(backend) = backends::gpu() else { return };
+    for (i, format) in tiles::FORMATS.into_iter().enumerate() {
+        for (dim, tokens) in [(64, 64), (128, 64), (64, 128), (128, 128)] {
+            let setup = Setup::new(&backend, format, dim, tokens);
+            for deterministic in [true, false] {
+                let rules = tokens == 64;
+                tiles::against_the_reference(&Setup { deterministic, rules, ..setup.clone() });
+            }
+            let window = [None, Some(70)][i % 2];
+            let cut: &[usize] = if dim == 64 { &[61, 4, 190] } else { &[128, 3, 8] };
+            tiles::chunks_and_hits(&Setup { window, ..setup.clone() }, cut);
+        }
+        tiles::chunks_at_the_end_of_a_piece(&Setup::new(&backend, format, 128, 64));
+    }
+}
+
+#[test]
+fn a_tile_that_stays_raw() {
+    let Some(backend) = backends::gpu() else { return };
+    for format in tiles::FORMATS {
+        tiles::a_raw_tile(&tiles::Setup::new(&backend, format, 128, 64));
     }
 }

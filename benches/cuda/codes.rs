@@ -306,8 +306,8 @@ fn decode_tiles(
     let refused = gpu.put((0..count).map(|_| 0u32.to_ne_bytes()))?;
     let seal = |[kv, rows, ..]: &[DeviceMemory; 4]| {
         let mut params = SealParams {
-            k: In::at(rows.address()),
-            v: In::at(rows.address() + v_at),
+            k: Out::at(rows.address()),
+            v: Out::at(rows.address() + v_at),
             records: Out::at(kv.address()),
             list: In::at(list.address()),
             refused: Out::at(refused.address()),

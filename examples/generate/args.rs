@@ -23,7 +23,8 @@ usage: cargo run --release --example generate -- [options]
   --tier host:BLOCKS   keep evicted blocks in host memory, so many
   --tier disk:DIR      keep blocks on disk: the next run finds them
   --tier remote:URL    keep blocks in a store that other machines share (feature remote):
-                       redis://HOST:PORT, redis+unix:///PATH, s3://BUCKET, s3+http://HOST:PORT/BUCKET
+                       redis://HOST:PORT, redis+unix:///PATH, s3://BUCKET, s3+http://HOST:PORT/BUCKET,
+                       nixl+posix:/DIR, nixl+s3+http://HOST:PORT/BUCKET
   --threads N          threads (default: one a core)
   --temperature T      0 is greedy (default 0)
   --seed N             seed of the draw where the temperature is not 0 (default 0)

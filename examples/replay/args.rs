@@ -19,9 +19,12 @@ usage: cargo run --release --example replay -- TRACE [options]
   --requests N          only the first N requests
   --host-blocks N       a whole cache (LRU) with a host tier of N blocks, 0 for none, below its
                         --capacity-blocks; with --plot, hit rate against the size of the host tier
+  --disk-blocks N       and below it a disk tier of N blocks, in the directory for temporary files;
+                        the host then has 512 blocks more, for what comes and goes
   --token-bytes N       K and V of a token of the model, for bytes moved (default 131072)
   --prefill-us N        microseconds that it takes to compute a token (default 50)
   --load-gbps N         10^9 bytes a second from the host (default 20)
+  --disk-gbps N         10^9 bytes a second from the disk (default 5)
   --plot FILE.svg       draw hit rate against capacity for every policy and for Belady's optimum
   --json                one JSON object
   --quiet               no progress bar
@@ -37,9 +40,11 @@ pub struct Args {
     pub users: usize,
     pub requests: Option<usize>,
     pub host_blocks: Option<usize>,
+    pub disk_blocks: usize,
     pub token_bytes: f64,
     pub prefill_us: f64,
     pub load_gbps: f64,
+    pub disk_gbps: f64,
     pub plot: Option<PathBuf>,
     pub json: bool,
     pub quiet: bool,
@@ -57,9 +62,11 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
         users: 64,
         requests: None,
         host_blocks: None,
+        disk_blocks: 0,
         token_bytes: 131_072.0,
         prefill_us: 50.0,
         load_gbps: 20.0,
+        disk_gbps: 5.0,
         plot: None,
         json: false,
         quiet: false,
@@ -84,6 +91,8 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
             }
             "--token-bytes" => args.token_bytes = positive(&word, &value()?)?,
             "--prefill-us" => args.prefill_us = positive(&word, &value()?)?,
+            "--disk-blocks" => args.disk_blocks = number(&word, &value()?)? as usize,
+            "--disk-gbps" => args.disk_gbps = positive(&word, &value()?)?,
             "--load-gbps" => args.load_gbps = positive(&word, &value()?)?,
             "--plot" => args.plot = Some(value()?.into()),
             "--json" => args.json = true,
@@ -95,6 +104,9 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>, Bo
         }
     }
     args.trace = trace.ok_or("no trace given")?;
+    if args.disk_blocks > 0 && args.host_blocks.is_none() {
+        return Err("--disk-blocks needs --host-blocks, which may be 0".into());
+    }
     Ok(Some(args))
 }
 

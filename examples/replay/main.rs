@@ -102,7 +102,7 @@ fn run(args: &Args) -> Result<String, Box<dyn Error>> {
     Ok(outcome.to_text(&bounds))
 }
 
-/// The replay with a host tier; with `--plot` from no host tier to one of `host_blocks`.
+/// The replay with tiers; with `--plot` from a host tier of a 32nd of `host_blocks` to one of all.
 fn run_tiers(args: &Args, trace: &Trace, host_blocks: usize) -> Result<String, Box<dyn Error>> {
     let device_blocks = args.capacity_blocks.ok_or("--host-blocks needs --capacity-blocks")?;
     if device_blocks < 2 {
@@ -111,9 +111,11 @@ fn run_tiers(args: &Args, trace: &Trace, host_blocks: usize) -> Result<String, B
     let setup = |host_blocks| TierSetup {
         device_blocks,
         host_blocks,
+        disk_blocks: args.disk_blocks,
         token_bytes: args.token_bytes,
         prefill_seconds: args.prefill_us / 1e6,
         bandwidth: args.load_gbps * 1e9,
+        disk_bandwidth: args.disk_gbps * 1e9,
     };
     let mut bar = Bar::new(args, trace.requests.len());
     let mut serve = |host_blocks| {
@@ -126,24 +128,37 @@ fn run_tiers(args: &Args, trace: &Trace, host_blocks: usize) -> Result<String, B
         return Ok(outcome.text(&setup(host_blocks), trace.block_tokens));
     };
     let sizes: Vec<usize> = (0..=5).rev().map(|halvings| host_blocks >> halvings).collect();
-    let alone = serve(0)?;
-    let (mut all, mut device) = (Vec::new(), Vec::new());
+    // From the device down: what each tier serves with those above it.
+    let mut rates = [const { Vec::new() }; 3];
+    let mut requested = 0;
     for &size in &sizes {
         let outcome = serve(size)?;
-        all.push(percent(outcome.hits(), outcome.requested_blocks));
-        device.push(percent(outcome.device_hits, outcome.requested_blocks));
+        requested = outcome.requested_blocks;
+        let mut hits = 0;
+        let tiers = [outcome.device_hits, outcome.host_hits, outcome.disk_hits];
+        for (rates, tier) in rates.iter_mut().zip(tiers) {
+            hits += tier;
+            rates.push(percent(hits, requested));
+        }
     }
     bar.clear();
-    let future = Future::of(trace);
-    let ideal = percent(future.ideal_hit_blocks, alone.requested_blocks);
-    let none = percent(alone.hits(), alone.requested_blocks);
-    let lines = [
-        Line { name: "device and host".into(), rates: all },
-        Line { name: "of it on device".into(), rates: device },
-        Line { name: "device alone".into(), rates: vec![none; sizes.len()] },
+    let ideal = percent(Future::of(trace).ideal_hit_blocks, requested);
+    let [device, host, disk] = rates;
+    let mut lines = vec![
+        Line { name: "on the device".into(), rates: device },
+        Line { name: "or in the host".into(), rates: host },
+        Line { name: "or on the disk".into(), rates: disk },
         Line { name: "without bounds".into(), rates: vec![ideal; sizes.len()] },
     ];
-    let title = format!("blocks hit, {device_blocks} on the device, against blocks of the host");
+    if args.disk_blocks == 0 {
+        lines.remove(2);
+    }
+    let title = match args.disk_blocks {
+        0 => format!("blocks hit, {device_blocks} on the device, against blocks of the host"),
+        disk => format!(
+            "blocks hit, {device_blocks} on the device and {disk} on disk, against the host's"
+        ),
+    };
     let sizes: Vec<u32> = sizes.iter().map(|&size| size as u32).collect();
     let svg = plot::svg(&title, &sizes, &lines);
     std::fs::write(path, svg).map_err(|error| format!("{}: {error}", path.display()))?;

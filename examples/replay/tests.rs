@@ -274,9 +274,21 @@ fn hints_close_a_third_of_the_gap_to_the_optimum() {
     }
 }
 
-fn tiered(trace: &Trace, device_blocks: u32, host_blocks: usize) -> TierOutcome {
-    let (token_bytes, prefill_seconds, bandwidth) = (1e5, 5e-5, 2e10);
-    let setup = TierSetup { device_blocks, host_blocks, token_bytes, prefill_seconds, bandwidth };
+fn tiered(
+    trace: &Trace,
+    device_blocks: u32,
+    host_blocks: usize,
+    disk_blocks: usize,
+) -> TierOutcome {
+    let setup = TierSetup {
+        device_blocks,
+        host_blocks,
+        disk_blocks,
+        token_bytes: 1e5,
+        prefill_seconds: 5e-5,
+        bandwidth: 2e10,
+        disk_bandwidth: 5e9,
+    };
     tiers::replay(trace, &setup, &mut |_| {}).unwrap()
 }
 
@@ -284,8 +296,8 @@ fn tiered(trace: &Trace, device_blocks: u32, host_blocks: usize) -> TierOutcome 
 fn a_host_tier_gives_back_what_the_device_evicts() {
     let trace = Trace::synthetic();
     let needed = trace.requests.iter().map(|r| trace.blocks_of(r)).max().unwrap() as u32;
-    let alone = tiered(&trace, needed + 1, 0);
-    let with_host = tiered(&trace, needed + 1, 100_000);
+    let alone = tiered(&trace, needed + 1, 0, 0);
+    let with_host = tiered(&trace, needed + 1, 100_000, 0);
     assert!(alone.host_hits == 0 && with_host.host_hits > 0);
     // Nothing that was computed once is computed again.
     assert_eq!(with_host.hits(), Future::of(&trace).ideal_hit_blocks);
@@ -296,6 +308,19 @@ fn a_host_tier_gives_back_what_the_device_evicts() {
 #[test]
 fn the_conversation_trace_reaches_its_rate_with_a_host_tier() {
     let Some(trace) = real("mooncake_conversation_trace.jsonl") else { return };
-    let outcome = tiered(&trace, 10_000, 50_000);
+    let outcome = tiered(&trace, 10_000, 50_000, 0);
     assert!(outcome.hits() * 1000 >= outcome.requested_blocks * 353, "{outcome:?}");
+}
+
+#[test]
+fn a_disk_tier_gives_back_what_host_and_device_evict() {
+    let mut trace = Trace::synthetic();
+    trace.requests.truncate(300);
+    let needed = trace.requests.iter().map(|r| trace.blocks_of(r)).max().unwrap() as u32;
+    let ideal = Future::of(&trace).ideal_hit_blocks;
+    for host_blocks in [0, 20] {
+        let outcome = tiered(&trace, needed + 1, host_blocks, 100_000);
+        assert_eq!((outcome.hits(), outcome.dropped), (ideal, 0), "{outcome:?}");
+        assert!(outcome.disk_hits > 0 && outcome.written > 0);
+    }
 }

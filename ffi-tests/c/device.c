@@ -46,7 +46,7 @@ static void options_and_plans(void) {
     desc.format = KVC_FORMAT_INT8_T;
     OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
     CHECK(strcmp(name, "kvc_decode_int8_t_d128") == 0);
-    // As codes are stored, for 64 and 128 channels; a cache on a device seals no tiles.
+    // As codes are stored, for 64 and 128 channels; sealed tiles only in a cache.
     desc.k_dim = desc.v_dim = 256;
     FAILS(KVC_ERR_UNSUPPORTED, "format",
           kvc_device_attend_kernel(NULL, &desc, &options, name, 64));

@@ -10,13 +10,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 # What a pack and the sources that travel beside it may weigh together.
 MOST_MIB=${MOST_MIB:-62}
-tests=(conformance_device conformance_device_codes cache gpu)
+tests=(conformance_device conformance_device_codes cache device_capi device_capi_shared gpu)
 bench=cuda
 example=generate
 model=(config.json model.safetensors tokenizer.txt)
 scripts=(scripts/gpu.sh scripts/gpu/peers.py scripts/gpu/report.py)
 # Tests that gpu.sh asks for by name.
-named=(every_format_and_row_type appended_rows)
+named=(every_format_and_row_type appended_rows a_tile_that_stays_raw what_is_appended_is_attended)
 
 check() {
     local name file
@@ -27,7 +27,7 @@ check() {
     done
     for name in "${named[@]}"; do
         grep -q "$name" scripts/gpu.sh || { echo "gpu.sh does not run $name"; exit 1; }
-        grep -rqE "$name" tests/conformance_device.rs tests/device ||
+        grep -rqE "$name" tests/conformance_device*.rs tests/gpu.rs tests/device ||
             { echo "there is no test $name"; exit 1; }
     done
     bash -n scripts/gpu.sh

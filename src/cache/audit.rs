@@ -125,6 +125,9 @@ impl KvCache {
             for rescued in self.rescued.iter().filter(|rescued| rescued.group == group) {
                 holders[rescued.slot.index()] += 1;
             }
+            for spare in self.spares.iter().filter(|spare| spare.group == group) {
+                holders[spare.slot.index()] += 1;
+            }
             for (&count, slot) in holders.iter().zip((0..pool.blocks()).map(BlockId)) {
                 must(count == pool.refs(slot), "cache: a raw slot's reference count is wrong")?;
             }

@@ -22,6 +22,7 @@ mod outside;
 mod retention;
 mod scales;
 mod sequence;
+mod spares;
 mod staging;
 mod stats;
 mod step;
@@ -79,8 +80,9 @@ pub struct CacheOptions {
     pub device: Device,
     /// The stream of the device that everything is enqueued on.
     pub stream: Stream,
-    /// On a device, a sequence gets the same bits whatever else is in the batch, for some speed; on
-    /// the CPU it always does.
+    /// On a device, a sequence gets the same bits whatever else is in the batch, for some speed, and
+    /// with sealed tiles also however it was cut into steps and whatever was found of it; on the CPU
+    /// it always does.
     pub deterministic: bool,
     /// Which cached blocks go first.
     pub eviction: Eviction,
@@ -145,6 +147,8 @@ pub struct KvCache {
     staging: Vec<Option<BlockPool>>,
     /// Raw tiles of open steps that could not be sealed and did not fit into scratch for longer.
     rescued: Vec<staging::Rescued>,
+    /// Slots that a device may fill with raw rows of open steps.
+    spares: Vec<spares::Spare>,
     prefix: Option<PrefixIndex>,
     scrub: bool,
     sequences: Sequences,
@@ -275,6 +279,7 @@ impl KvCache {
                     let how = StoreOptions {
                         stream: options.stream,
                         deterministic: options.deterministic,
+                        staging_blocks: raw,
                     };
                     let mut store = DeviceStore::new(backend, layout, blocks_of(group), how)?;
                     if options.scrub {
@@ -294,6 +299,7 @@ impl KvCache {
             pools,
             staging,
             rescued: Vec::new(),
+            spares: Vec::new(),
             prefix,
             scrub: options.scrub,
             sequences,

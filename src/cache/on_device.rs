@@ -3,11 +3,13 @@
 
 use alloc::sync::Arc;
 
+use super::step::GroupTables;
 use super::{KvCache, LayerId, Step};
 use crate::attention::Scoring;
 use crate::cpu::Rope;
 use crate::device::{
-    Backend, BatchTables, Device, DeviceRows, DeviceRowsMut, GroupTables, SideStream, Stream,
+    Backend, BatchTables, Device, DeviceRows, DeviceRowsMut, GroupTables as BlockTables,
+    SideStream, Stream,
 };
 use crate::error::Result;
 
@@ -106,11 +108,10 @@ impl KvCache {
     pub(super) fn upload_step(&self, step: &mut Step) -> Result<()> {
         let Some(backend) = &self.backend else { return Ok(()) };
         let Step { q_indptr, kv_lens, groups, device, .. } = step;
-        let groups = groups.iter().map(|tables| GroupTables {
-            indptr: &tables.indptr,
-            indices: &tables.indices,
-            slots: &tables.slots,
+        let groups = groups.iter().enumerate().map(|(group, tables)| {
+            let GroupTables { indptr, indices, slots, raw, .. } = tables;
+            (BlockTables { indptr, indices, slots }, self.is_tiled(group).then_some(raw))
         });
-        device.upload(backend, self.stream, &BatchTables { q_indptr, kv_lens }, groups)
+        device.upload_raw(backend, self.stream, &BatchTables { q_indptr, kv_lens }, groups)
     }
 }

@@ -7,10 +7,12 @@
 //! their rows in scratch, for one layer at a time. Slots are shared by forks, and copied before one
 //! of them writes. A full tile that cannot be sealed keeps its slot, is read raw, and neither it
 //! nor what follows it enters the prefix index.
+//! How a device says what it could not seal is in `spares`.
 
 use core::sync::atomic::Ordering;
 
 use super::sequence::{Sequence, Staged};
+use super::spares::reserve_spares;
 use super::step::GroupTables;
 use super::{KvCache, LayerId, Step, Work, reserve};
 use crate::cpu::{RawBlock, SealTile};
@@ -102,7 +104,9 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         let rows = work.iter().map(|item| item.tokens.len()).sum::<usize>();
         for group in 0..self.staging.len() {
-            let Some(tiles) = self.stores[group].tiles() else { continue };
+            if !self.is_tiled(group) {
+                continue;
+            }
             let (mut scratch, mut filled, mut raw) = (0, 0, 0);
             for item in work {
                 let sequence = self.sequences.get_mut(item.seq)?;
@@ -115,8 +119,11 @@ impl KvCache {
                 reserve(&mut sequence.raw[group], 2 + filled)?;
             }
             let scratch = u32::try_from(scratch).map_err(|_| Error::Overflow { what: "tiles" })?;
-            tiles.reserve_scratch(scratch)?;
+            self.stores[group].reserve_scratch(scratch)?;
             let tables = &mut step.groups[group];
+            if self.backend.is_some() {
+                reserve_spares(&mut tables.raw, &mut self.spares)?;
+            }
             reserve(&mut tables.raw.indptr, work.len() + 1)?;
             reserve(&mut tables.raw.blocks, raw)?;
             reserve(&mut tables.raw.staging, rows)?;
@@ -139,10 +146,8 @@ impl KvCache {
         index: usize,
         item: &Work,
     ) -> Result<()> {
-        let (Some(pool), Some(store)) = (&mut self.staging[group], self.stores[group].tiles())
-        else {
-            return Ok(());
-        };
+        let Some(pool) = &mut self.staging[group] else { return Ok(()) };
+        let store = &mut self.stores[group];
         let block_tokens = self.spec.block_tokens as usize;
         let sequence = self.sequences.get_mut(item.seq)?;
         let from = sequence.tokens.len();
@@ -300,6 +305,9 @@ impl KvCache {
             while let Some(at) = self.rescued.iter().position(|r| r.seq == seq && r.group == group)
             {
                 pool.release(self.rescued.swap_remove(at).slot)?;
+            }
+            while let Some(at) = self.spares.iter().position(|s| s.seq == seq && s.group == group) {
+                pool.release(self.spares.swap_remove(at).slot)?;
             }
         }
         Ok(())

@@ -39,6 +39,7 @@ impl KvCache {
         for item in work {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
+        planned = planned.and_then(|()| self.plan_spares(step));
         planned = planned.and_then(|()| self.evict_ahead()).and_then(|()| self.upload_step(step));
         if let Err(error) = planned {
             step.clear();
@@ -263,15 +264,18 @@ impl KvCache {
     }
 
     /// Makes the step's tokens part of their sequences and publishes the blocks they filled.
-    /// A block whose tokens the index already has is given back for the one it has. Where memory for
+    /// A block whose tokens the index already has is given back for the one it has. On a device, a step
+    /// that filled sealed tiles is waited for, to learn which of them stay raw. Where memory for
     /// the index is refused, blocks are published with the next one that fills.
     ///
     /// # Errors
     /// `InvalidState` for a step that is not this cache's open one, and while a sequence of it is being
-    /// loaded; `LayerMissing` where that failed: the step can only be cancelled then.
+    /// loaded; `LayerMissing` where that failed, and `OutOfBlocks` where a device found no staging
+    /// block for tiles that stay raw: the step can only be cancelled then. `DeviceFailed`.
     pub fn commit(&mut self, step: &mut Step) -> Result<()> {
         if step.owner == Some(self.id) {
             self.check_all_loaded(step)?;
+            self.settle(step)?;
         }
         self.close(step)?;
         for (n, &seq) in step.seqs.iter().enumerate() {

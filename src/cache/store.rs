@@ -54,11 +54,30 @@ impl Store {
     pub fn raw_bytes(&self) -> u64 {
         match self {
             Store::Tiles(store) => store.raw_bytes(),
-            Store::Cpu(_) | Store::Device(_) => 0,
+            Store::Device(store) => store.raw_bytes(),
+            Store::Cpu(_) => 0,
         }
     }
 
-    /// The sealed tiles of a group whose format has them.
+    /// Makes room for a step that fills so many sealed tiles from end to end.
+    pub fn reserve_scratch(&mut self, tiles: u32) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Ok(()),
+            Store::Tiles(store) => store.reserve_scratch(tiles),
+            Store::Device(store) => store.reserve_scratch(tiles),
+        }
+    }
+
+    /// Copies the first tokens of a slot of the staging pool to another.
+    pub fn copy_raw(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Err(Error::InvalidState { why: "the format has no sealed tiles" }),
+            Store::Tiles(store) => store.copy_raw(src, dst, tokens),
+            Store::Device(store) => store.copy_raw(src, dst, tokens),
+        }
+    }
+
+    /// The sealed tiles of a group in host memory whose format has them.
     pub fn tiles(&mut self) -> Option<&mut TileStore> {
         match self {
             Store::Tiles(store) => Some(store),
@@ -72,6 +91,7 @@ impl Store {
         match self {
             Store::Cpu(store) => store.copy_tokens(src, dst, tokens),
             Store::Tiles(_) => Ok(()),
+            Store::Device(store) if store.layout().staging_block_bytes() != 0 => Ok(()),
             Store::Device(store) => store.copy_tokens(src, dst, tokens),
         }
     }
@@ -101,6 +121,14 @@ impl Store {
             Store::Cpu(store) => store.write_layers(id, first, from),
             Store::Tiles(store) => store.write_layers(id, first, from),
             Store::Device(_) => Err(Error::InvalidState { why: "blocks are on a device" }),
+        }
+    }
+
+    /// Checks bytes that are to be copied to a device: sealed records of the group's format.
+    pub fn check_records(&self, from: &[u8]) -> Result<()> {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => Ok(()),
+            Store::Device(store) => store.check_records(from),
         }
     }
 

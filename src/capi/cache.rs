@@ -63,8 +63,9 @@ pub struct kvc_cache_options {
     /// The device's stream (a CUstream) that everything is enqueued on, for as long as the cache
     /// lives; NULL (the default) for its default stream.
     pub stream: *mut c_void,
-    /// 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed;
-    /// on the CPU it always does. 0 by default.
+    /// 1: on a device, a sequence gets the same bits whatever else is in the batch, for some speed,
+    /// and with sealed tiles also however it was cut into steps and whatever was found of it; on the
+    /// CPU it always does. 0 by default.
     pub deterministic: u32,
     /// KVC_EVICTION_*: which cached blocks go first. KVC_EVICTION_LRU by default.
     pub eviction: u32,

@@ -373,7 +373,9 @@ pub unsafe extern "C" fn kvc_step_attend(
 }
 
 /// Makes the step's tokens part of their sequences, publishes the blocks they filled to the prefix
-/// index, and closes the step.
+/// index, and closes the step. On a device, a step that filled sealed tiles is waited for, to learn
+/// which of them stay raw; KVC_ERR_OUT_OF_BLOCKS where one of those found no staging block: the step
+/// can only be cancelled then.
 ///
 /// Threads: thread-safe on the cache, per-handle on the step.
 ///

@@ -79,11 +79,14 @@ pub struct kvc_tier_options {
     /// computing is left; 0 (the default): not known, everything is loaded.
     pub prefill_seconds: f64,
     /// The address of a remote store, below host and disk, at most 4096 bytes; NULL (the default) for
-    /// none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `redis+unix:///PATH`,
+    /// none. `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]`, `rediss://...` over TLS, `redis+unix:///PATH`,
     /// `s3+http://HOST[:PORT]/BUCKET`, `s3+https://HOST[:PORT]/BUCKET` or `s3://BUCKET`, with the
-    /// environment's AWS_* credentials. Nothing is connected to yet: a store that is down is found to
+    /// environment's AWS_* credentials; through NIXL `nixl+posix:/DIR`, a directory that machines share, or
+    /// `nixl+` before one of the last three. Nothing is connected to yet: a store that is down is found to
     /// be when it is used. KVC_ERR_UNSUPPORTED in a build without the feature remote, or remote-tls
-    /// for the last two.
+    /// for TLS (certificates of Mozilla's authorities, or of those that SSL_CERT_FILE in the environment
+    /// names); KVC_ERR_TIER_FAILED where the system does not find NIXL's libnixl_capi.so, and
+    /// KVCACHE_NIXL in the environment does not name it.
     pub remote: *const c_char,
     /// How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     /// 5,000 by default.
@@ -334,6 +337,8 @@ fn open_remote(_: &str, _: Duration) -> Result<Arc<dyn Store>> {
 /// Copies everything that is cached to disk and store, as far as it is to be demoted, and waits at
 /// most `wait_ms` milliseconds, during which the cache is in use; writes 1 to `out_done` where all
 /// is there, else 0. What waits in queues is written in any case, before the cache ends.
+/// KVC_ERR_TIER_FAILED while a remote store refuses the password, key or bucket, or has a certificate that
+/// is not trusted; kvc_last_error says which, and names no secret.
 ///
 /// Threads: thread-safe.
 ///
@@ -348,7 +353,12 @@ pub unsafe extern "C" fn kvc_tier_flush(
     guard(|| {
         // SAFETY: the caller's promise.
         let out = unsafe { pointer::out(out_done, "out_done") }?;
-        let done = open(cache)?.lock()?.flush_tiers(Duration::from_millis(wait_ms.into()));
+        let cache = open(cache)?;
+        let mut cache = cache.lock()?;
+        let done = cache.flush_tiers(Duration::from_millis(wait_ms.into()));
+        if let Some(what) = cache.tier_reports().iter().find_map(|report| report.refusal) {
+            return Err(Error::TierFailed { what, os_code: 0 });
+        }
         out.write(u32::from(done));
         Ok(())
     })

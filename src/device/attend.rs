@@ -11,6 +11,7 @@ use super::batch::{BatchView, DeviceBatch};
 use super::memory::DeviceMemory;
 use super::rows::{DeviceRows, DeviceRowsMut};
 use super::store::{DeviceStore, check_len};
+use super::tiles::{Tiles, is_tiled};
 use super::{Backend, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::DType;
@@ -26,18 +27,19 @@ const FIXED_PIECE: u32 = 512;
 #[derive(Debug)]
 pub(super) struct Attend {
     /// The plan that the workspace holds, and what it was made for.
-    planned: Option<(PlanKey, AttendPlan)>,
+    pub planned: Option<(PlanKey, AttendPlan)>,
     workspace: DeviceMemory,
     /// Sinks and slopes, and what was uploaded there last.
     per_head: DeviceMemory,
     per_head_bytes: Vec<u8>,
 }
 
+/// What a plan was made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct PlanKey {
-    serial: u64,
-    q_heads: u32,
-    window: Option<u32>,
+pub(super) struct PlanKey {
+    pub serial: u64,
+    pub q_heads: u32,
+    pub window: Option<u32>,
 }
 
 impl Attend {
@@ -51,12 +53,21 @@ impl Attend {
         })
     }
 
+    /// The address of a workspace of at least this size.
+    pub fn room(&mut self, bytes: u64) -> Result<u64> {
+        self.workspace.grow(bytes)?;
+        Ok(self.workspace.address())
+    }
+
     /// Whether there are kernels for a layout.
     ///
     /// # Errors
     /// `Unsupported` where there are none.
     pub fn check(layout: &GroupLayout) -> Result<()> {
         let spec = layout.spec();
+        if is_tiled(layout) {
+            return Tiles::check(layout);
+        }
         AttendPlan::new(&AttendBounds {
             shape: HeadShape {
                 q_heads: spec.kv_heads,
@@ -177,6 +188,9 @@ impl DeviceStore {
             slopes,
             error_flag: self.flag(),
         };
+        if self.tiles.is_some() {
+            return self.attend_tiles(layer, &at, &shape, args);
+        }
         let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: scoring.window };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,
@@ -199,22 +213,23 @@ impl DeviceStore {
             q_len: at.max_q,
             q_tokens: at.rows,
             kv_len: at.max_kv,
-            pieces: if self.options.deterministic {
-                Pieces::Fixed(FIXED_PIECE)
-            } else {
-                Pieces::Balanced
-            },
+            pieces: self.pieces(),
             multiprocessors: self.backend.multiprocessors(),
             multiprocessor_shared_bytes: self.backend.multiprocessor_shared_bytes(),
         })?;
         self.attend.planned = None;
-        self.attend.workspace.grow(plan.workspace_bytes())?;
-        if let Some((first, params)) = plan.plan_launch(self.attend.workspace.address(), args)? {
+        let workspace = self.attend.room(plan.workspace_bytes())?;
+        if let Some((first, params)) = plan.plan_launch(workspace, args)? {
             // SAFETY: the workspace has the bytes that the plan asks for, and the lengths are those
             // of the batch; all of it is freed after what is enqueued.
             unsafe { launch(&*self.backend, &first, &params, self.options.stream) }?;
         }
         Ok(plan)
+    }
+
+    /// How contexts are cut.
+    pub(super) fn pieces(&self) -> Pieces {
+        if self.options.deterministic { Pieces::Fixed(FIXED_PIECE) } else { Pieces::Balanced }
     }
 
     fn run(&mut self, plan: &AttendPlan, args: &AttendArgs) -> Result<()> {

@@ -10,7 +10,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::DeviceMemory;
 use super::{Backend, Stream};
+use crate::cpu::RawRows;
 use crate::error::{Error, Result};
+use crate::kernels::TILE_ROWS;
 
 /// A batch in host memory, as [`crate::cpu::AttendArgs`] describes it.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +40,7 @@ struct GroupAt {
     indptr: u64,
     indices: u64,
     slots: u64,
+    raw: Option<RawView>,
 }
 
 /// A batch in device memory. Reused from step to step, it keeps its memory.
@@ -53,6 +56,7 @@ pub struct DeviceBatch {
     q_indptr: u64,
     kv_lens: u64,
     row_numbers: u64,
+    parts: Parts,
     groups: Vec<GroupAt>,
 }
 
@@ -71,6 +75,20 @@ impl DeviceBatch {
         batch: &BatchTables,
         groups: impl Iterator<Item = GroupTables<'a>>,
     ) -> Result<()> {
+        self.upload_raw(backend, stream, batch, groups.map(|group| (group, None)))
+    }
+
+    /// The same with the raw rows of groups whose format has sealed tiles.
+    ///
+    /// # Errors
+    /// As for [`upload`](Self::upload).
+    pub(crate) fn upload_raw<'a>(
+        &mut self,
+        backend: &Arc<dyn Backend>,
+        stream: Stream,
+        batch: &BatchTables,
+        groups: impl Iterator<Item = (GroupTables<'a>, Option<&'a RawRows>)>,
+    ) -> Result<()> {
         self.serial = 0;
         let seqs = batch.kv_lens.len();
         let rises = |list: &[i32]| list[0] == 0 && list.windows(2).all(|w| w[0] <= w[1]);
@@ -86,7 +104,11 @@ impl DeviceBatch {
         self.q_indptr = self.put(batch.q_indptr.iter().map(|x| x.to_ne_bytes()))?;
         self.kv_lens = self.put(batch.kv_lens.iter().map(|x| x.to_ne_bytes()))?;
         self.row_numbers = self.put((0..rows).map(|row| (row as u32).to_ne_bytes()))?;
-        for group in groups {
+        self.parts = Parts::default();
+        for (group, raw) in groups {
+            if raw.is_some() && self.parts.count == 0 {
+                self.put_parts(batch)?;
+            }
             let fits = group.indptr.len() == seqs + 1 && group.slots.len() == rows;
             if !fits || !rises(group.indptr) || group.indptr[seqs] as usize > group.indices.len() {
                 return Err(Error::invalid("indptr, slots", "do not fit the batch"));
@@ -95,6 +117,7 @@ impl DeviceBatch {
                 indptr: self.put(group.indptr.iter().map(|x| x.to_ne_bytes()))?,
                 indices: self.put(group.indices.iter().map(|x| x.to_ne_bytes()))?,
                 slots: self.put(group.slots.iter().map(|x| x.to_ne_bytes()))?,
+                raw: raw.map(|raw| self.put_raw(raw, seqs, rows)).transpose()?,
             };
             self.groups.push(at);
         }
@@ -116,6 +139,71 @@ impl DeviceBatch {
         self.max_kv = batch.kv_lens.iter().map(|&n| n.max(0) as u32).max().unwrap_or(0);
         self.serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Cuts the sequences into rows at positions between two multiples of `TILE_ROWS`: those are the
+    /// sequences of attention calls over sealed tiles.
+    fn put_parts(&mut self, batch: &BatchTables) -> Result<()> {
+        let span = TILE_ROWS as i32;
+        let mut lists = [const { Vec::new() }; 3];
+        let rows = batch.q_indptr[batch.kv_lens.len()] as usize;
+        for list in &mut lists {
+            let refused = Error::OutOfMemory { bytes: 4 * rows as u64 };
+            list.try_reserve(rows + 1).map_err(|_| refused)?;
+        }
+        let [q_indptr, lens, owners] = &mut lists;
+        q_indptr.push(0);
+        let mut most = 0;
+        for (seq, (ends, &len)) in batch.q_indptr.windows(2).zip(batch.kv_lens).enumerate() {
+            let (mut row, mut position) = (ends[0], len - (ends[1] - ends[0]));
+            if position < 0 {
+                return Err(Error::invalid("kv_lens", "must count the tokens of the rows"));
+            }
+            while row < ends[1] {
+                let count = (span - position % span).min(ends[1] - row);
+                (row, position) = (row + count, position + count);
+                q_indptr.push(row);
+                lens.push(position);
+                owners.push(seq as i32);
+                most = most.max(count as u32);
+            }
+        }
+        self.parts = Parts {
+            count: owners.len() as u32,
+            rows: most,
+            q_indptr: self.put(q_indptr.iter().map(|x| x.to_ne_bytes()))?,
+            lens: self.put(lens.iter().map(|x| x.to_ne_bytes()))?,
+            owners: self.put(owners.iter().map(|x| x.to_ne_bytes()))?,
+        };
+        Ok(())
+    }
+
+    fn put_raw(&mut self, raw: &RawRows, seqs: usize, rows: usize) -> Result<RawView> {
+        let fits = raw.indptr.len() == seqs + 1
+            && raw.indptr.last().is_some_and(|&end| end as usize == raw.blocks.len())
+            && [raw.staging.len(), raw.scratch.len()] == [rows; 2];
+        if !fits {
+            return Err(Error::invalid("raw rows", "do not fit the batch"));
+        }
+        // Which tiles could not be sealed, and behind them how many spares were taken.
+        let refused = self.put((0..raw.seals.len() + 1).map(|_| [0; 4]))?;
+        let words = |pair: [i32; 2]| {
+            let [a, b] = pair.map(|x| x.to_ne_bytes());
+            [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+        };
+        Ok(RawView {
+            indptr: self.put(raw.indptr.iter().map(|x| x.to_ne_bytes()))?,
+            blocks: self.put(raw.blocks.iter().map(|raw| words([raw.tile, raw.slot])))?,
+            staging: self.put(raw.staging.iter().map(|x| x.to_ne_bytes()))?,
+            scratch: self.put(raw.scratch.iter().map(|x| x.to_ne_bytes()))?,
+            seals: self.put(raw.seals.iter().map(|seal| words([seal.slot, seal.block])))?,
+            spares: self.put(raw.spares.iter().map(|x| x.to_ne_bytes()))?,
+            refused,
+            spares_taken: refused + 4 * raw.seals.len() as u64,
+            seal_count: raw.seals.len() as u32,
+            spare_count: raw.spares.len() as u32,
+            scratch_blocks: raw.scratch_blocks,
+        })
     }
 
     /// Appends a table to what will be uploaded, from a multiple of 16 bytes; where it is.
@@ -153,7 +241,62 @@ impl DeviceBatch {
             indptr: base + at.indptr,
             indices: base + at.indices,
             slots: base + at.slots,
+            parts: Parts {
+                q_indptr: base + self.parts.q_indptr,
+                lens: base + self.parts.lens,
+                owners: base + self.parts.owners,
+                ..self.parts
+            },
+            raw: at.raw.map(|raw| raw.from(base)),
         })
+    }
+}
+
+/// The sequences of attention calls over sealed tiles, each of a few rows of one that owns it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Parts {
+    pub count: u32,
+    /// Most rows of one.
+    pub rows: u32,
+    /// `[count + 1]` offsets of their rows.
+    pub q_indptr: u64,
+    /// `[count]` tokens up to their last row.
+    pub lens: u64,
+    /// `[count]` sequences of the batch.
+    pub owners: u64,
+}
+
+/// Where the raw rows of one group go, and what becomes of them: `RawRows` on the device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RawView {
+    pub indptr: u64,
+    pub blocks: u64,
+    pub staging: u64,
+    pub scratch: u64,
+    pub seals: u64,
+    pub spares: u64,
+    /// A word for each of `seals`.
+    pub refused: u64,
+    pub spares_taken: u64,
+    pub seal_count: u32,
+    pub spare_count: u32,
+    pub scratch_blocks: u32,
+}
+
+impl RawView {
+    /// Addresses of what were offsets.
+    fn from(self, base: u64) -> Self {
+        Self {
+            indptr: base + self.indptr,
+            blocks: base + self.blocks,
+            staging: base + self.staging,
+            scratch: base + self.scratch,
+            seals: base + self.seals,
+            spares: base + self.spares,
+            refused: base + self.refused,
+            spares_taken: base + self.spares_taken,
+            ..self
+        }
     }
 }
 
@@ -174,4 +317,6 @@ pub(super) struct BatchView {
     pub indptr: u64,
     pub indices: u64,
     pub slots: u64,
+    pub parts: Parts,
+    pub raw: Option<RawView>,
 }

@@ -2,7 +2,7 @@
 //!
 //! A GPU and the emulator are the same to the layers above: a [`Backend`] that has memory and runs
 //! the launches that `kernels` plans. [`DeviceStore`] is the storage of one layer group on such a
-//! device, with the operations of the CPU's store. The CPU has no backend: its kernels are called
+//! device, with the operations of the CPU's store; `tiles` has those of formats with sealed tiles. The CPU has no backend: its kernels are called
 //! directly.
 //!
 //! `unsafe` is here because addresses of a device cannot be checked by the compiler: the functions
@@ -27,6 +27,7 @@ mod side;
 mod store;
 #[cfg(all(test, feature = "emulate"))]
 mod tests;
+mod tiles;
 
 pub use backend::{Backend, HostCopy, Mark, Stream, Way};
 pub(crate) use backend::{launch, launch_attend};
@@ -40,6 +41,7 @@ pub use memory::DeviceMemory;
 pub use rows::{DeviceRows, DeviceRowsMut};
 pub use side::SideStream;
 pub use store::{DeviceStore, StoreOptions};
+pub(crate) use tiles::Outcome;
 
 use alloc::sync::Arc;
 

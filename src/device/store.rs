@@ -13,6 +13,7 @@ use super::backend::launch;
 use super::memory::DeviceMemory;
 use super::rotation::Rotation;
 use super::rows::{DeviceRows, DeviceRowsMut};
+use super::tiles::Tiles;
 use super::{Backend, DeviceBatch, Span, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::cpu::{Rope, RopeStyle};
@@ -34,6 +35,8 @@ pub struct StoreOptions {
     /// A sequence gets the same bits whatever else is in the batch, at the price of pieces that
     /// are not balanced.
     pub deterministic: bool,
+    /// Raw blocks of a format with sealed tiles.
+    pub staging_blocks: u32,
 }
 
 /// `blocks` blocks of one layer group on a device.
@@ -47,6 +50,8 @@ pub struct DeviceStore {
     flag: DeviceMemory,
     rotation: Rotation,
     pub(super) attend: Attend,
+    /// Of a format that has them.
+    pub(super) tiles: Option<Tiles>,
     scratch: [DeviceMemory; 3],
 }
 
@@ -58,6 +63,39 @@ pub(super) struct LayerView {
     pub k_strides: Strides,
     pub v_strides: Strides,
     pub scales: ScaleArgs,
+}
+
+impl LayerView {
+    /// One layer of blocks at `base`.
+    pub fn new(layout: &GroupLayout, base: u64, layer: u32) -> Self {
+        let at = |offset: u64| base + offset;
+        Self {
+            k: at(layout.k_offset(layer)),
+            v: at(layout.v_offset(layer)),
+            k_strides: layout.k_strides(),
+            v_strides: layout.v_strides(),
+            // Every head has the scale 1.
+            scales: ScaleArgs {
+                k: at(layout.k_scale_offset(layer)),
+                v: at(layout.v_scale_offset(layer)),
+                k_strides: layout.k_scale_strides(),
+                v_strides: layout.v_scale_strides(),
+                ..ScaleArgs::NONE
+            },
+        }
+    }
+
+    /// Has an append write there.
+    pub fn place(&self, params: &mut AppendParams) {
+        params.k_cache = Out::at(self.k);
+        params.v_cache = Out::at(self.v);
+        params.k_cache_block = self.k_strides.block;
+        params.k_cache_head = self.k_strides.head;
+        params.k_cache_token = self.k_strides.token;
+        params.v_cache_block = self.v_strides.block;
+        params.v_cache_head = self.v_strides.head;
+        params.v_cache_token = self.v_strides.token;
+    }
 }
 
 impl DeviceStore {
@@ -78,6 +116,7 @@ impl DeviceStore {
         }
         Attend::check(&layout)?;
         let memory = DeviceMemory::new(backend, layout.pool_bytes(u64::from(blocks))?)?;
+        let tiles = Tiles::new(backend, &layout, options.staging_blocks)?;
         let mut flag = DeviceMemory::new(backend, 4)?;
         flag.zero(options.stream)?;
         let scratch = || DeviceMemory::new(backend, 1);
@@ -89,6 +128,7 @@ impl DeviceStore {
             flag,
             rotation: Rotation::new(backend)?,
             attend: Attend::new(backend)?,
+            tiles,
             scratch: [scratch()?, scratch()?, scratch()?],
             backend: backend.clone(),
         })
@@ -149,21 +189,7 @@ impl DeviceStore {
         if layer >= self.layout.spec().layers {
             return Err(Error::invalid("layer", "is not in the group"));
         }
-        let at = |offset: u64| self.memory.address() + offset;
-        Ok(LayerView {
-            k: at(self.layout.k_offset(layer)),
-            v: at(self.layout.v_offset(layer)),
-            k_strides: self.layout.k_strides(),
-            v_strides: self.layout.v_strides(),
-            // Every head has the scale 1.
-            scales: ScaleArgs {
-                k: at(self.layout.k_scale_offset(layer)),
-                v: at(self.layout.v_scale_offset(layer)),
-                k_strides: self.layout.k_scale_strides(),
-                v_strides: self.layout.v_scale_strides(),
-                ..ScaleArgs::NONE
-            },
-        })
+        Ok(LayerView::new(&self.layout, self.memory.address(), layer))
     }
 
     pub(super) fn shape(&self, q_heads: u32) -> HeadShape {
@@ -234,20 +260,12 @@ impl DeviceStore {
         let mut params = AppendParams {
             k: In::at(k.address()),
             v: In::at(if v_dim == 0 { 0 } else { v.address() }),
-            k_cache: Out::at(view.k),
-            v_cache: Out::at(view.v),
             slots: In::at(at.slots),
             error_flag: Out::at(self.flag()),
             k_token: row(shape.k_dim),
             k_head: shape.k_dim.into(),
             v_token: row(v_dim),
             v_head: v_dim.into(),
-            k_cache_block: view.k_strides.block,
-            k_cache_head: view.k_strides.head,
-            k_cache_token: view.k_strides.token,
-            v_cache_block: view.v_strides.block,
-            v_cache_head: view.v_strides.head,
-            v_cache_token: view.v_strides.token,
             tokens: at.rows,
             kv_heads: shape.kv_heads,
             k_dim: shape.k_dim,
@@ -258,6 +276,7 @@ impl DeviceStore {
             cache_dtype: self.layout.spec().format.dtype().id(),
             ..AppendParams::default()
         };
+        view.place(&mut params);
         if let Some((rope, positions)) = rope {
             rope.check(shape.k_dim)?;
             if positions.len() != at.rows as usize {
@@ -274,12 +293,20 @@ impl DeviceStore {
             params.rope_interleaved = u32::from(rope.style() == RopeStyle::Interleaved);
         }
         let format = self.layout.spec().format;
+        if self.tiles.is_some() {
+            return self.append_tiles(layer, &at, params);
+        }
         if !format.is_float() {
             let mut params = append_token_params(params, format, &view.scales);
             let Some(plan) = append_token_launch(&mut params)? else { return Ok(()) };
             // SAFETY: as below.
             return unsafe { launch(&*self.backend, &plan, &params, self.options.stream) };
         }
+        self.append_rows(params)
+    }
+
+    /// Enqueues the append of rows of floats.
+    pub(super) fn append_rows(&self, mut params: AppendParams) -> Result<()> {
         let Some(plan) = append_launch(&mut params)? else { return Ok(()) };
         // SAFETY: rows were vouched for, and have the elements that the sizes say; tables and cache
         // are this store's and the batch's own memory, which is freed after what is enqueued.
@@ -390,9 +417,11 @@ impl DeviceStore {
     /// Copies a block, all layers, from host memory, and waits until that has been read.
     ///
     /// # Errors
-    /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block; `DeviceFailed`.
+    /// `BadBlock`; `InvalidArgument` where `from` is not as long as a block, or a sealed record of it
+    /// is damaged or another format's; `DeviceFailed`.
     pub fn write_block(&mut self, id: BlockId, from: &[u8]) -> Result<()> {
         let at = self.block_at(id, from.len())?;
+        self.check_records(from)?;
         self.memory.upload(at, from, self.options.stream)
     }
 

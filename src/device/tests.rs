@@ -101,8 +101,40 @@ fn a_store_refuses_what_does_not_fit() {
     assert!(store.append(0, &batch, 0, rows(), rows(), None).is_ok());
     assert!(store.append(2, &batch, 0, rows(), rows(), None).is_err(), "no such layer");
     assert!(store.append(0, &batch, 1, rows(), rows(), None).is_err(), "no such group");
+    assert!(store.reserve_scratch(1).is_err(), "a format without sealed tiles");
+    assert!(store.copy_raw(block(0), block(0), 1).is_err());
     let short = Rows::F32(&row[..56]);
     assert!(store.append(0, &batch, 0, short, rows(), None).is_err());
     assert!(store.append(0, &batch, 0, rows(), short, None).is_err());
     assert_eq!(store.sync(), Ok(()));
+}
+
+#[test]
+fn a_store_of_sealed_tiles_refuses_what_does_not_fit() {
+    let backend = emu();
+    let layout = |dim, tokens| {
+        GroupLayout::new(GroupSpec::uniform(2, 1, dim, KvFormat::Kt4v4), tokens).unwrap()
+    };
+    let options = StoreOptions { staging_blocks: 2, ..StoreOptions::default() };
+    for bad in [layout(64, 32), layout(96, 64)] {
+        let refused = DeviceStore::new(&backend, bad, 4, options);
+        assert!(matches!(refused, Err(Error::Unsupported { .. })));
+    }
+    let mut store = DeviceStore::new(&backend, layout(64, 64), 4, options).unwrap();
+    assert_eq!(store.copy_raw(BlockId(0), BlockId(2), 1), Err(Error::BadBlock { block: 2 }));
+    assert!(store.copy_raw(BlockId(0), BlockId(1), 65).is_err());
+    assert_eq!((store.in_scratch(1), store.in_scratch(2)), (None, Some(0)));
+    // What is no record, whole or in part, is not stored.
+    let bytes = store.layout().block_bytes() as usize;
+    assert!(store.write_block(BlockId(0), &vec![0; bytes]).is_err());
+    assert!(store.write_layers(BlockId(0), 1, &vec![0; bytes / 2], None).is_err());
+    // A batch without raw rows.
+    let mut batch = DeviceBatch::default();
+    let lens = BatchTables { q_indptr: &[0, 1], kv_lens: &[1] };
+    let tables = GroupTables { indptr: &[0, 1], indices: &[0], slots: &[0] };
+    batch.upload(&backend, Stream::DEFAULT, &lens, [tables].into_iter()).unwrap();
+    let row = [0f32; 64];
+    let refused = store.append(0, &batch, 0, Rows::F32(&row), Rows::F32(&row), None);
+    assert!(matches!(refused, Err(Error::InvalidState { .. })));
+    assert!(store.read_refused(&batch, 0, &mut []).is_err());
 }

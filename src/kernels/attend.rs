@@ -139,7 +139,7 @@ pub struct AttendArgs {
 }
 
 impl AttendArgs {
-    fn check(&self, v_in_k: bool) -> Result<()> {
+    pub(super) fn check(&self, v_in_k: bool) -> Result<()> {
         let needed = [
             ("q", self.q),
             ("out", self.out),
@@ -240,7 +240,8 @@ impl AttendPlan {
         let b = bounds;
         b.shape.check()?;
         if b.format.class() == FormatClass::Tile {
-            return Err(Error::Unsupported { what: "sealed tiles in a cache on a device" });
+            // A cache has kernels for them; a call of the caller's own says nothing of raw rows.
+            return Err(Error::Unsupported { what: "sealed tiles but in a cache on a device" });
         }
         if b.shape.v_in_k {
             return Self::latent(b);

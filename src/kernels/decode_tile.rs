@@ -1,8 +1,13 @@
 //! Paged decode over sealed tiles: which kernel, how much shared memory, and what a call says of the
 //! record. Work is cut as for any decode (decode.rs).
+//!
+//! The same kernel serves any number of query tokens, in calls whose sequences are up to
+//! [`TILE_ROWS`] rows each: a sequence of the call reads the tables of the one that owns it.
 
+use super::attend::AttendArgs;
+use super::attend_params::decode_params;
 use super::decode::{COLUMNS, DecodePlan, THREADS};
-use super::params::DecodeTileParams;
+use super::params::{DecodePlanParams, DecodeTileParams, In, Out};
 use super::residence::{RESERVED_BYTES, Residence};
 use super::{Kernel, Launch, decode};
 use crate::dtype::{FormatClass, KvFormat};
@@ -60,6 +65,20 @@ const WORK_BYTES: u32 = 128;
 /// Bytes of the barriers: one a warp and stage.
 const BARRIER_BYTES: u32 = WARPS * MAX_STAGES * 8;
 
+/// Rows of a long call that are one sequence of it, at positions between two multiples of this. A
+/// piece ends at none of them, so that a row's pieces are the same whatever comes with it.
+pub const TILE_ROWS: u32 = 8;
+
+/// The parameters of a call over sealed tiles, from the form that all calls have: tables and blocks
+/// are those of the records, `k`, `v` and their strides those of the staged raw rows.
+///
+/// # Errors
+/// `NullPointer`, `Misaligned`, `InvalidArgument`: what any attention call is refused for.
+pub fn decode_tile_params(args: &AttendArgs) -> Result<DecodeTileParams> {
+    args.check(false)?;
+    Ok(DecodeTileParams { call: decode_params(args), ..DecodeTileParams::default() })
+}
+
 /// The layout of a record of the shape that decode has.
 fn record(format: KvFormat, head_dim: u32, tile_tokens: u32) -> Result<TileLayout> {
     let (k_dim, v_dim) = (head_dim, head_dim);
@@ -93,6 +112,23 @@ pub(super) fn tile_residence(
 }
 
 impl DecodePlan {
+    /// [`plan_launch`](Self::plan_launch) for sequences whose rows lie between two multiples of
+    /// [`TILE_ROWS`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn plan_tile_launch(
+        &self,
+        workspace: u64,
+        seq_lens: In<i32>,
+        batch: u32,
+        window: Option<u32>,
+        error_flag: Out<u32>,
+    ) -> Result<(Launch, DecodePlanParams)> {
+        let (launch, params) = self.plan_launch(workspace, seq_lens, batch, window, error_flag)?;
+        Ok((launch, DecodePlanParams { row_span: TILE_ROWS, ..params }))
+    }
+
     /// [`decode_launch`](Self::decode_launch) for sealed tiles. Fills also what the layout of the
     /// record determines.
     ///

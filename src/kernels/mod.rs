@@ -50,13 +50,14 @@ pub use cascade_choice::{
 };
 pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
+pub use decode_tile::{TILE_ROWS, decode_tile_params};
 pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
 pub use prefill_token::prefill_token_launch;
 pub use residence::SM90_SHARED_BYTES;
-pub use seal::seal_launch;
+pub use seal::{FIRST_SPARE, SPARE_TAKEN, seal_launch};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]

@@ -14,6 +14,11 @@ kernels! {
 /// Threads of a block.
 const THREADS: u32 = 256;
 
+/// Set in an entry of `SealParams::refused` beside the number of a spare slot.
+pub const SPARE_TAKEN: u32 = 1 << 31;
+/// The number of the first spare there.
+pub const FIRST_SPARE: u32 = 2;
+
 /// Fills what the layout determines of `params` and gives the launch for `count` tiles; `None` where
 /// there are none.
 ///
@@ -46,13 +51,16 @@ pub fn seal_launch(
     {
         return Err(Error::invalid("records", "must begin at multiples of 16 bytes"));
     }
-    let rows = [p.k, p.v, p.scratch_k, p.scratch_v].iter().any(|a| !a.0.is_multiple_of(16));
+    let rows = (p.k.0 | p.v.0 | p.scratch_k.0 | p.scratch_v.0) % 16 != 0;
     let strides = [p.k_block, p.k_head, p.k_token, p.v_block, p.v_head, p.v_token];
     let scratch = [p.scratch_k_block, p.scratch_k_head, p.scratch_k_token];
     let scratch =
         scratch.into_iter().chain([p.scratch_v_block, p.scratch_v_head, p.scratch_v_token]);
     if rows || strides.into_iter().chain(scratch).any(|s| s % 8 != 0) {
         return Err(Error::invalid("k, v, scratch", "rows must begin at multiples of 16 bytes"));
+    }
+    if p.spare_count != 0 && (p.spares.0 == 0 || p.spares_taken.0 == 0) {
+        return Err(Error::NullPointer { what: "spares, spares_taken" });
     }
     if p.staging_blocks.checked_add(p.scratch_blocks).is_none_or(|n| n > i32::MAX as u32) {
         return Err(Error::invalid("staging_blocks, scratch_blocks", "must fit in 31 bits"));

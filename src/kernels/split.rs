@@ -185,6 +185,7 @@ impl Split {
             granule: self.bounds.granule,
             longs: self.longs,
             max_ranges: self.max_ranges,
+            ..DecodePlanParams::default()
         };
         Ok((Launch { kernel: &DECODE_PLAN, grid: [1, 1, 1], shared_bytes: 2048 }, params))
     }

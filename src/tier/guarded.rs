@@ -99,6 +99,10 @@ impl Guarded {
         self.call_silent(|store| store.watch(watcher)).unwrap_or(false)
     }
 
+    pub fn refusal(&self) -> Option<&'static str> {
+        self.call_silent(|store| store.refusal()).flatten()
+    }
+
     pub fn used(&self) -> Option<(u64, u64)> {
         self.call_silent(|store| store.used()).flatten()
     }

@@ -96,7 +96,7 @@ pub struct TierCounters {
     pub timeouts: u64,
     /// Blocks evicted from it.
     pub evicted: u64,
-    /// Blocks that wait to be stored or loaded.
+    /// Blocks that wait to be stored or loaded, or are being stored.
     pub queued: u64,
     /// Blocks it holds, where it knows.
     pub objects: u64,

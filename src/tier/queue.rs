@@ -332,12 +332,17 @@ impl Tier {
         let state = self.shared.state();
         let mut counters = state.counters;
         let shared: usize = state.shares.iter().map(|share| share.wants.len()).sum();
-        counters.queued = (state.puts.len() + state.loads.len() + shared) as u64;
+        counters.queued = (state.writing.len() + state.loads.len() + shared) as u64;
         counters.down = state.paused();
         drop(state);
         (counters.bytes, counters.objects) = self.shared.store.used().unwrap_or_default();
         counters.failures += self.shared.store.silent_failures();
         counters
+    }
+
+    /// What fails since the store refuses whoever calls ([`Store::refusal`]).
+    pub fn refusal(&self) -> Option<&'static str> {
+        self.shared.store.refusal()
     }
 
     /// How fast loads are.

@@ -15,6 +15,8 @@ pub struct TierReport {
     pub page_locked: bool,
     /// Seconds before the first byte of a load, and bytes a second; `None` before the first load.
     pub load_rate: Option<(f64, f64)>,
+    /// What fails since the store refuses whoever calls: [`Store::refusal`](super::Store::refusal).
+    pub refusal: Option<&'static str>,
 }
 
 /// Writes the reports as Prometheus reads them (text format 0.0.4), each metric with the tier as
@@ -78,6 +80,16 @@ pub fn write_prometheus(reports: &[TierReport], out: &mut dyn Write) -> fmt::Res
             writeln!(out, "kvcache:tier_{name}{{tier=\"{tier}\"}} {}", value(report))?;
         }
     }
+    let refused = |r: &&TierReport| r.refusal.is_some();
+    if reports.iter().any(|r| refused(&r)) {
+        let name = "kvcache:tier_refused";
+        writeln!(out, "# HELP {name} 1 while the store refuses its user.\n# TYPE {name} gauge")?;
+    }
+    for report in reports.iter().filter(refused) {
+        let (tier, why) = (report.kind.name(), report.refusal.unwrap_or_default());
+        let why = why.trim_end_matches(',');
+        writeln!(out, "kvcache:tier_refused{{tier=\"{tier}\",while=\"{why}\"}} 1")?;
+    }
     Ok(())
 }
 
@@ -89,8 +101,13 @@ mod tests {
     #[test]
     fn every_metric_has_a_line_for_each_tier() {
         let counters = TierCounters { loaded: 7, down: true, ..TierCounters::default() };
-        let load_rate = Some((0.1, 2e9));
-        let disk = TierReport { kind: TierKind::Disk, counters, page_locked: false, load_rate };
+        let disk = TierReport {
+            kind: TierKind::Disk,
+            counters,
+            page_locked: false,
+            load_rate: Some((0.1, 2e9)),
+            refusal: None,
+        };
         let host = TierReport { kind: TierKind::Host, page_locked: true, ..disk };
         let mut text = String::new();
         write_prometheus(&[host, disk], &mut text).unwrap();
@@ -98,6 +115,12 @@ mod tests {
         assert!(text.contains("\nkvcache:tier_loaded_blocks_total{tier=\"disk\"} 7\n"));
         assert!(text.contains("\nkvcache:tier_page_locked{tier=\"host\"} 1\n"));
         assert!(text.contains("kvcache:tier_load_bytes_per_second{tier=\"host\"} 2000000000\n"));
+        text.clear();
+        let refusal = Some("asking, which is refused,");
+        write_prometheus(&[TierReport { kind: TierKind::Remote, refusal, ..disk }], &mut text)
+            .unwrap();
+        let last = "kvcache:tier_refused{tier=\"remote\",while=\"asking, which is refused\"} 1";
+        assert_eq!(text.lines().last(), Some(last));
         text.clear();
         write_prometheus(&[], &mut text).unwrap();
         assert!(text.is_empty());

@@ -135,6 +135,13 @@ pub trait Store: fmt::Debug + Send + Sync {
         false
     }
 
+    /// What fails since it refuses whoever calls, until a call succeeds: a password or key that it does
+    /// not take, a certificate that is not trusted. None where it does not, as far as it knows. The text
+    /// names no secret; " failed" follows it.
+    fn refusal(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Bytes and objects that it holds, where it knows.
     fn used(&self) -> Option<(u64, u64)> {
         None

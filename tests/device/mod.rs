@@ -8,7 +8,6 @@ use kvcache::emu::Buffer;
 mod random;
 pub use random::Rng;
 
-pub mod capi;
 pub mod codes;
 pub mod paged;
 

@@ -319,5 +319,9 @@ fn add_up<'a>(
     bytes: usize,
 ) -> Result<()> {
     let lacking = Error::InvalidState { why: "a buffer that no device copies from" };
+    // What is still on its way from this very device has not been anywhere else.
+    if !buffer.is_lent() && store.layout().staging_block_bytes() != 0 {
+        store.check_records(buffer.get(at..at + bytes).unwrap_or(&[]))?;
+    }
     copies.write(store.span(id, layer, bytes)?, buffer.part().ok_or(lacking)?, at)
 }

@@ -75,12 +75,14 @@ impl KvCache {
         counters.queued = tiers.on_their_way();
         counters.bytes = counters.objects * tiers.config.payload_bytes();
         let (page_locked, load_rate) = (tiers.buffers.are_locked(), rate(tiers.host_rate));
-        let host = TierReport { kind: TierKind::Host, counters, page_locked, load_rate };
+        let kind = TierKind::Host;
+        let host = TierReport { kind, counters, page_locked, load_rate, refusal: None };
         let lower = tiers.lower.iter().map(|(tier, _)| TierReport {
             kind: tier.kind(),
             counters: tier.counters(),
             page_locked: false,
             load_rate: rate(tier.load_rate()),
+            refusal: tier.refusal(),
         });
         core::iter::once(host).chain(lower).collect()
     }

@@ -42,6 +42,8 @@ pub struct RawRows {
     pub refused: Vec<AtomicU32>,
     /// Blocks of scratch that are used.
     pub scratch_blocks: u32,
+    /// Slots of the staging pool for rows in scratch that a device cannot seal.
+    pub spares: Vec<i32>,
 }
 
 impl RawRows {
@@ -54,6 +56,7 @@ impl RawRows {
         self.seals.clear();
         self.refused.clear();
         self.scratch_blocks = 0;
+        self.spares.clear();
     }
 }
 

@@ -78,6 +78,11 @@ device_struct! {
         granule: u32,
         /// Ranges that are there at the beginning when balancing, at least 1.
         longs: u32,
+        /// Sequences of rows at positions between two multiples of this: what their window hides
+        /// follows from its first; 0 for that of the first of `q_len` rows.
+        row_span: u32,
+        /// Keeps the size a multiple of 8. Zero.
+        reserved: u32,
         /// Room in `ranges`: at least `2 * longs` when balancing, whose rest is for short ones,
         /// else at least `batch`.
         max_ranges: u32,

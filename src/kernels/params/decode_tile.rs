@@ -13,6 +13,9 @@ device_struct! {
         records: In<Any>,
         /// `[batch + 1]` offsets into `raw_blocks`, never decreasing.
         raw_indptr: In<i32>,
+        /// For each sequence of the call whose tables it reads, so that the rows of one can be
+        /// several; null for its own. Tables are then those of the owners.
+        owners: In<i32>,
         /// Tile of the sequence and raw slot, a pair each, tiles ascending: every tile that holds a
         /// query, and every earlier one whose record is not sealed.
         raw_blocks: In<i32>,

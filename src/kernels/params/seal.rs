@@ -5,10 +5,10 @@ use super::{Any, In, Out};
 device_struct! {
     /// Seals full raw tiles: a block for each of the list and each KV head.
     SealParams, "kvc_seal_params" {
-        /// Keys of raw slot 0, head 0, token 0, bf16.
-        k: In<Any>,
+        /// Keys of raw slot 0, head 0, token 0, bf16. Written in spare slots alone.
+        k: Out<Any>,
         /// Values, likewise.
-        v: In<Any>,
+        v: Out<Any>,
         /// Keys of raw slot `staging_blocks`; null without scratch blocks.
         scratch_k: In<Any>,
         /// Values, likewise.
@@ -17,8 +17,14 @@ device_struct! {
         records: Out<Any>,
         /// Raw slot and block of the record, a pair for each tile; blocks are distinct.
         list: In<i32>,
-        /// Set to 1 for each tile some head of which cannot be sealed; else left as it is.
+        /// For each tile, 0 before its first layer; else left as it is where all heads are sealed.
+        /// Where some head is not: 1; with bit 31, for a tile in scratch where there are spares, 2
+        /// and the number of the spare that keeps its rows, or 1 where none was left.
         refused: Out<u32>,
+        /// Raw slots below `staging_blocks` for rows of scratch that cannot be sealed, or null.
+        spares: In<i32>,
+        /// How many of them were asked for, 0 before the first layer; null without spares.
+        spares_taken: Out<u32>,
         /// Raised (bit 0: a slot or a block that does not exist), or null.
         error_flag: Out<u32>,
         /// Elements from a block to the next in `k`.
@@ -79,7 +85,7 @@ device_struct! {
         v_scales_at: u32,
         /// The header.
         header_at: u32,
-        /// Keeps the size a multiple of 8. Zero.
-        reserved: u32,
+        /// Entries of `spares`.
+        spare_count: u32,
     }
 }

@@ -16,10 +16,10 @@ use crate::tier::key::Configuration;
 use crate::tier::object::{Label, Origin};
 
 const NAME: &str = "labels";
-/// Media of a record; a block in which more begin has none.
-const MOST_MEDIA: usize = 4;
+/// Media of a record are one for so many tokens of a block, and four at least.
+const MEDIUM_TOKENS: usize = 16;
 const MEDIA_AT: usize = 112;
-const TOKENS_AT: usize = MEDIA_AT + MOST_MEDIA * 36;
+const MEDIUM_BYTES: usize = 36;
 /// Read at once, and so told at once.
 const READ_RECORDS: usize = 1024;
 
@@ -28,9 +28,13 @@ const READ_RECORDS: usize = 1024;
 /// 4    u8 1: there is a parent; u8 1: there is a seed; u8 media; u8 0
 /// 8    u64 number of the namespace
 /// 16   digest of the block, of its parent, of the namespace's seed
-/// 112  media: u32 place, digest
-/// 256  the tokens, u32 each
+/// 112  media: u32 place, digest; room for as many as `most_media`
+///      the tokens, u32 each
 /// ```
+///
+/// A block in which more media begin has no record: it is served all the same, and no event tells of it
+/// between a restart and when it is next put. Room for the most that there could be, one a token, would
+/// make the file three to six times as large.
 #[derive(Debug)]
 pub struct Labels {
     /// `None` where there is no such file to be had.
@@ -39,9 +43,20 @@ pub struct Labels {
     record: Vec<u8>,
 }
 
+/// Media that a record of a block of so many tokens has room for.
+fn most_media(block_tokens: usize) -> usize {
+    (block_tokens / MEDIUM_TOKENS).max(4)
+}
+
+/// Where the tokens of a record begin.
+fn tokens_at(block_tokens: usize) -> usize {
+    MEDIA_AT + most_media(block_tokens) * MEDIUM_BYTES
+}
+
 impl Labels {
     pub fn open(files: &dyn Files, config: &Configuration) -> Self {
-        let bytes = TOKENS_AT + config.block_tokens() as usize * 4;
+        let tokens = config.block_tokens() as usize;
+        let bytes = tokens_at(tokens) + tokens * 4;
         let file = files.open(NAME, true, false).ok();
         Self { file, config: config.clone(), record: alloc::vec![0; bytes] }
     }
@@ -51,10 +66,9 @@ impl Labels {
         let Label { block, parent, tokens, origin, .. } = label;
         let Origin { space, seed, media } = origin;
         let record = &mut self.record;
-        let (bytes, fits) = (record.len(), TOKENS_AT + tokens.len() * 4 == record.len());
-        let Some(file) = self.file.as_ref().filter(|_| fits && media.len() <= MOST_MEDIA) else {
-            return;
-        };
+        let (bytes, tokens_at) = (record.len(), tokens_at(tokens.len()));
+        let fits = tokens_at + tokens.len() * 4 == bytes && media.len() <= most_media(tokens.len());
+        let Some(file) = self.file.as_ref().filter(|_| fits) else { return };
         record.fill(0);
         let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
         put(4, &[u8::from(parent.is_some()), u8::from(seed.is_some()), media.len() as u8]);
@@ -63,11 +77,11 @@ impl Labels {
         put(48, &parent.unwrap_or_default().0);
         put(80, &seed.unwrap_or_default().0);
         for (n, (at, digest)) in media.iter().enumerate() {
-            put(MEDIA_AT + n * 36, &at.to_le_bytes());
-            put(MEDIA_AT + n * 36 + 4, &digest.0);
+            put(MEDIA_AT + n * MEDIUM_BYTES, &at.to_le_bytes());
+            put(MEDIA_AT + n * MEDIUM_BYTES + 4, &digest.0);
         }
         for (n, token) in tokens.iter().enumerate() {
-            put(TOKENS_AT + n * 4, &token.to_le_bytes());
+            put(tokens_at + n * 4, &token.to_le_bytes());
         }
         let crc = crc32c::crc32c(&record[4..]).to_le_bytes();
         record[..4].copy_from_slice(&crc);
@@ -111,15 +125,19 @@ impl Labels {
         };
         let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| record[at + n]));
         let count = usize::from(record[6]);
-        if count > MOST_MEDIA {
+        let block_tokens = self.config.block_tokens() as usize;
+        if count > most_media(block_tokens) {
             return None;
         }
         let block = digest(16);
         let (parent, seed) =
             ((record[4] != 0).then(|| digest(48)), (record[5] != 0).then(|| digest(80)));
-        let media: Box<[(u32, Digest)]> =
-            (0..count).map(|n| MEDIA_AT + n * 36).map(|at| (word(at), digest(at + 4))).collect();
-        let tokens: Box<[TokenId]> = (TOKENS_AT..record.len()).step_by(4).map(word).collect();
+        let media: Box<[(u32, Digest)]> = (0..count)
+            .map(|n| MEDIA_AT + n * MEDIUM_BYTES)
+            .map(|at| (word(at), digest(at + 4)))
+            .collect();
+        let tokens: Box<[TokenId]> =
+            (tokens_at(block_tokens)..record.len()).step_by(4).map(word).collect();
         // What it says of itself leads to what it is called.
         let inside = media.iter().all(|(at, _)| (*at as usize) < tokens.len());
         if !inside || Digest::of_block_with_media(parent.as_ref(), &tokens, &media) != block {
@@ -129,5 +147,43 @@ impl Labels {
         let keys = Digest::of_media(seed.as_ref(), &media);
         let key = self.config.key(&block);
         Some(Label { key, block, parent, keys, tokens, origin: Origin { space, seed, media } })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::faulty::FaultyFiles;
+    use super::*;
+    use crate::dtype::KvFormat;
+    use crate::layout::slice::Slice;
+    use crate::layout::{CacheSpec, GroupSpec};
+
+    #[test]
+    fn records_have_room_for_a_medium_every_16_tokens_and_for_four() {
+        for (block_tokens, most) in [(16, 4), (64, 4), (128, 8), (256, 16)] {
+            let group = GroupSpec::uniform(1, 1, 16, KvFormat::F16);
+            let spec = CacheSpec::uniform(block_tokens, group);
+            let config = Configuration::new("m", &spec, &Slice::whole(&spec)).unwrap();
+            let files = FaultyFiles::default();
+            let mut labels = Labels::open(&files, &config);
+            let label = |media: u32| {
+                let tokens: Box<[TokenId]> = (0..block_tokens).map(|n| n + media * 1000).collect();
+                let media: Box<[_]> = (0..media).map(|n| (n, Digest([n as u8; 32]))).collect();
+                let block = Digest::of_block_with_media(None, &tokens, &media);
+                let keys = Digest::of_media(None, &media);
+                let origin = Origin { space: Namespace(3), seed: None, media };
+                Label { key: config.key(&block), block, parent: None, keys, tokens, origin }
+            };
+            (0..=most + 1).for_each(|n| labels.write(n, &label(n)));
+            let mut found = Vec::new();
+            let has = |key: &ObjectKey, slot| *key == label(slot).key;
+            Labels::open(&files, &config).read(has, |labels| found.extend_from_slice(labels));
+            let expected: Vec<Label> = (0..=most).map(label).collect();
+            assert_eq!(found, expected, "{block_tokens}");
+            let origins = |labels: &[Label]| -> Vec<Origin> {
+                labels.iter().map(|label| label.origin.clone()).collect()
+            };
+            assert_eq!(origins(&found), origins(&expected));
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Remote stores: Redis or Valkey, and object stores that speak S3, behind the trait of all stores.
+//! Remote stores: Redis or Valkey, object stores that speak S3, and what NIXL moves bytes to, behind the
+//! trait of all stores.
 //!
 //! Every call ends within its time limit, however slowly the other side answers: the limit is for
 //! the whole call, connecting included, not for each read. Two waits are the system's own: for a
@@ -10,11 +11,16 @@
 //! hexadecimal digits. How long it stays is the server's business (`maxmemory-policy`, a life-cycle
 //! rule): what is not there any more is a miss.
 
+#[cfg(unix)]
+mod nixl;
 mod redis;
+mod refusal;
 mod resp;
 mod s3;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "remote-tls")]
+mod tls;
 mod wire;
 
 use alloc::string::String;
@@ -54,18 +60,30 @@ impl Default for RemoteOptions {
 /// | address | what |
 /// |---|---|
 /// | `redis://[[USER:]PASSWORD@]HOST[:PORT][/DB]` | Redis or Valkey, over TCP |
+/// | `rediss://...` | the same over TLS (feature `remote-tls`) |
 /// | `redis+unix:///PATH` | the same, over a Unix socket |
 /// | `s3://BUCKET` | Amazon S3 (feature `remote-tls`) |
 /// | `s3+http://HOST[:PORT]/BUCKET` | another S3-compatible store |
 /// | `s3+https://HOST[:PORT]/BUCKET` | the same over TLS (feature `remote-tls`) |
+/// | `nixl+posix:/DIR` | a directory that machines share, through NIXL (not on Windows) |
+/// | `nixl+` and an address of S3 | that bucket through NIXL |
 ///
 /// For S3 the environment gives the credentials (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
 /// `AWS_SESSION_TOKEN`; without them requests are not signed) and the region (`AWS_REGION`, else
 /// `us-east-1`). The bucket must exist.
 ///
+/// Over TLS a server must have a certificate of an authority of Mozilla's list; where `SSL_CERT_FILE` in
+/// the environment names a file of certificates (PEM), of one of those instead.
+///
+/// NIXL is loaded when a store of it is opened: `libnixl_capi.so` where the system finds it, or the file
+/// that `KVCACHE_NIXL` in the environment names (in NIXL's wheels it lies below `.nixl_cu12.mesonpy.libs`).
+/// It writes to the standard error stream what it finds wrong; `NIXL_LOG_LEVEL=FATAL` silences it. Files
+/// in the directory can be read by whom its permissions and the process's umask let.
+///
 /// # Errors
 /// `InvalidArgument` for an address that is none of these, or time limits of 0; `Unsupported` for TLS
-/// in a build without `remote-tls`.
+/// in a build without `remote-tls`; `TierFailed` where NIXL or its plugin cannot be loaded, or the
+/// directory is not there.
 pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Store>> {
     for limit in [options.timeout, options.connect_timeout] {
         if limit.is_zero() || limit > LONGEST {
@@ -74,9 +92,16 @@ pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Store>> {
     }
     let url = Url::parse(address).map_err(|_| Error::invalid("address", "is not a URL"))?;
     match url.scheme() {
-        "redis" | "redis+unix" => Ok(Arc::new(redis::RedisStore::new(&url, options)?)),
+        "redis" | "rediss" | "redis+unix" => Ok(Arc::new(redis::RedisStore::new(&url, options)?)),
         "s3" | "s3+http" | "s3+https" => Ok(Arc::new(s3::S3Store::new(&url, options)?)),
-        _ => Err(Error::invalid("address", "must begin with redis, redis+unix, s3 or s3+http(s)")),
+        #[cfg(unix)]
+        "nixl+posix" | "nixl+s3" | "nixl+s3+http" | "nixl+s3+https" => {
+            Ok(Arc::new(nixl::NixlStore::new(&url, options)?))
+        }
+        _ => Err(Error::invalid(
+            "address",
+            "must begin with redis(s), redis+unix, s3, s3+http(s) or nixl+",
+        )),
     }
 }
 
@@ -126,10 +151,13 @@ mod address_tests {
         ] {
             assert!(open(bad, &options).is_err(), "{bad}");
         }
-        let tls = open("s3+https://localhost/bucket", &options);
-        assert_eq!(tls.is_ok(), cfg!(feature = "remote-tls"));
-        if let Err(error) = tls {
-            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        for tls in ["s3+https://localhost/bucket", "rediss://:secret@localhost/2"] {
+            let tls = open(tls, &options);
+            assert_eq!(tls.is_ok(), cfg!(feature = "remote-tls"));
+            match tls {
+                Ok(store) => assert!(!format!("{store:?}").contains("secret")),
+                Err(error) => assert!(matches!(error, Error::Unsupported { .. }), "{error}"),
+            }
         }
         for timeout in [Duration::ZERO, Duration::MAX] {
             let options = RemoteOptions { timeout, ..RemoteOptions::default() };

@@ -12,6 +12,7 @@ use std::time::Instant;
 use percent_encoding::percent_decode_str;
 use url::Url;
 
+use super::refusal::{self, Refusal};
 use super::resp::{Connection, Reply};
 use super::wire::{Endpoint, Wire};
 use super::{RemoteOptions, name};
@@ -26,11 +27,18 @@ pub(super) struct RedisStore {
     database: u32,
     options: RemoteOptions,
     idle: Mutex<Vec<Connection>>,
+    refusal: Refusal,
 }
 
 impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("RedisStore").field(&self.endpoint).field(&self.database).finish()
+        let (scheme, place) = match &self.endpoint {
+            Endpoint::Tcp(host, port) => ("redis", alloc::format!("{host}:{port}")),
+            #[cfg(feature = "remote-tls")]
+            Endpoint::Tls(host, port, _) => ("rediss", alloc::format!("{host}:{port}")),
+            Endpoint::Unix(path) => ("redis+unix", path.display().to_string()),
+        };
+        f.debug_tuple("RedisStore").field(&scheme).field(&place).field(&self.database).finish()
     }
 }
 
@@ -40,7 +48,7 @@ impl RedisStore {
         let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
         let host = url.host_str().unwrap_or_default();
         let mut database = 0;
-        let endpoint = if url.scheme() == "redis" {
+        let endpoint = if matches!(url.scheme(), "redis" | "rediss") {
             if host.is_empty() {
                 return Err(bad("must name a host"));
             }
@@ -49,7 +57,11 @@ impl RedisStore {
                 database = number.parse().map_err(|_| bad("must end with a database's number"))?;
             }
             let host = host.trim_start_matches('[').trim_end_matches(']');
-            Endpoint::Tcp(host.into(), url.port().unwrap_or(6379))
+            let port = url.port().unwrap_or(6379);
+            match url.scheme() {
+                "redis" => Endpoint::Tcp(host.into(), port),
+                _ => tls(host, port)?,
+            }
         } else {
             let path = decoded(url.path());
             if !host.is_empty() || path.len() < 2 {
@@ -60,7 +72,8 @@ impl RedisStore {
         let (user, password) =
             (decoded(url.username()), decoded(url.password().unwrap_or_default()));
         let options = options.clone();
-        Ok(Self { endpoint, user, password, database, options, idle: Mutex::default() })
+        let (idle, refusal) = (Mutex::default(), Refusal::default());
+        Ok(Self { endpoint, user, password, database, options, idle, refusal })
     }
 
     fn name(&self, key: &ObjectKey) -> String {
@@ -68,7 +81,8 @@ impl RedisStore {
     }
 
     fn connect(&self, deadline: Instant) -> io::Result<Connection> {
-        let wire = Wire::connect(&self.endpoint, self.options.connect_timeout, deadline)?;
+        let wire = Wire::connect(&self.endpoint, self.options.connect_timeout, deadline)
+            .inspect_err(|error| self.note_failure(error))?;
         let mut connection = Connection::new(wire);
         let mut asked = 0;
         if !self.password.is_empty() {
@@ -86,11 +100,47 @@ impl RedisStore {
         }
         connection.send()?;
         for _ in 0..asked {
-            if connection.reply()? != Reply::Status {
+            if self.reply(&mut connection)? != Reply::Status {
                 return Err(ErrorKind::PermissionDenied.into());
             }
         }
         Ok(connection)
+    }
+
+    /// The next reply. Where it refuses whoever asks that is remembered, until one does not.
+    fn reply(&self, connection: &mut Connection) -> io::Result<Reply> {
+        let reply = connection.reply()?;
+        self.note(&reply);
+        Ok(reply)
+    }
+
+    #[cfg(feature = "remote-tls")]
+    fn note_failure(&self, error: &io::Error) {
+        if super::tls::is_certificate(error) {
+            self.refusal.note(Some(refusal::CERTIFICATE));
+        }
+    }
+
+    #[cfg(not(feature = "remote-tls"))]
+    fn note_failure(&self, _: &io::Error) {}
+
+    fn note(&self, reply: &Reply) {
+        let why = match reply {
+            Reply::Error(text) if text.starts_with("NOAUTH") => Some(refusal::NO_PASSWORD),
+            Reply::Error(text) if text.starts_with("NOPERM") => Some(refusal::NOT_ALLOWED),
+            Reply::Error(text)
+                if text.starts_with("WRONGPASS")
+                    // Redis before 6, and one that has no password.
+                    || text.starts_with("ERR invalid password")
+                    || text.starts_with("ERR AUTH") =>
+            {
+                Some(refusal::PASSWORD)
+            }
+            // Busy, full, or not for this key.
+            Reply::Error(_) => return,
+            _ => None,
+        };
+        self.refusal.note(why);
     }
 
     /// Makes a call over a connection, a kept one if there is one. A kept one that the server has
@@ -100,7 +150,7 @@ impl RedisStore {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = idle().pop();
         if let Some(mut connection) = kept {
-            connection.wire.deadline = deadline;
+            connection.wire.set_deadline(deadline);
             match call(&mut connection) {
                 Ok(result) => {
                     self.keep(connection);
@@ -138,7 +188,7 @@ impl RedisStore {
             }
             connection.send()?;
             for (n, (get, outcome)) in objects.iter_mut().zip(&mut *outcomes).enumerate() {
-                *outcome = match connection.reply()? {
+                *outcome = match self.reply(connection)? {
                     Reply::Bytes(bytes) if bytes == get.object.len() as u64 => {
                         connection.take(get.object)?;
                         see(n, get.object);
@@ -161,6 +211,16 @@ impl RedisStore {
     }
 }
 
+#[cfg(feature = "remote-tls")]
+fn tls(host: &str, port: u16) -> Result<Endpoint> {
+    Ok(Endpoint::Tls(host.into(), port, super::tls::Tls::new(host)?))
+}
+
+#[cfg(not(feature = "remote-tls"))]
+fn tls(_: &str, _: u16) -> Result<Endpoint> {
+    Err(Error::Unsupported { what: "a remote store over TLS" })
+}
+
 fn was_closed(kind: ErrorKind) -> bool {
     use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     matches!(kind, BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
@@ -175,6 +235,10 @@ fn close(result: io::Result<()>, outcomes: &mut [Outcome]) {
 }
 
 impl Store for RedisStore {
+    fn refusal(&self) -> Option<&'static str> {
+        self.refusal.get()
+    }
+
     fn knows(&self, _: &ObjectKey) -> Option<bool> {
         None
     }
@@ -188,7 +252,7 @@ impl Store for RedisStore {
             connection.send()?;
             let mut answered = true;
             for found in &mut *found {
-                let reply = connection.reply()?;
+                let reply = self.reply(connection)?;
                 *found = reply == Reply::Number(1);
                 answered &= matches!(reply, Reply::Number(_));
             }
@@ -206,7 +270,7 @@ impl Store for RedisStore {
             }
             connection.send()?;
             for outcome in &mut *outcomes {
-                *outcome = match connection.reply()? {
+                *outcome = match self.reply(connection)? {
                     Reply::Status => Outcome::Done,
                     Reply::Error(text) if text.starts_with("OOM") => Outcome::Full,
                     _ => Outcome::Failed,

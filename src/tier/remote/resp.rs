@@ -62,7 +62,7 @@ impl Connection {
     pub fn send(&mut self) -> io::Result<()> {
         self.wire.write_all(&self.gathered)?;
         self.gathered.clear();
-        Ok(())
+        self.wire.flush()
     }
 
     /// The next reply. `InvalidData` for what is none, or of a kind that was not asked for.

@@ -90,6 +90,41 @@ fn answers_of_redis_that_cannot_be_are_failures_or_bad_objects() {
 }
 
 #[test]
+fn what_a_server_refuses_is_said_until_it_does_not() {
+    let redis = |answer: &str| server("redis", answers(answer.as_bytes()));
+    let s3 = |status: &str| {
+        let close = "Connection: close\r\nContent-Length: 0\r\n\r\n";
+        server("s3+http", answers(alloc::format!("HTTP/1.1 {status}\r\n{close}").as_bytes()))
+    };
+    let mut wrong = alloc::string::String::from(HELLO);
+    wrong.push_str("-NOPERM this user has no permissions\r\n-ERR other\r\n");
+    for (store, words) in [
+        (redis("-WRONGPASS invalid pw\r\n+OK\r\n"), Some("refuses the user or the password")),
+        (redis("-ERR invalid password\r\n+OK\r\n"), Some("refuses the user or the password")),
+        (redis("+OK\r\n-NOAUTH pw\r\n"), Some("wants a password")),
+        (redis(&wrong), Some("does not allow")),
+        (redis(&alloc::format!("{HELLO}-LOADING wait\r\n-MISCONF no\r\n")), None),
+        (redis(&alloc::format!("{HELLO}-NOPERM no\r\n$-1\r\n")), None),
+        (s3("403 Forbidden"), Some("refuses the access key")),
+        (s3("401 Unauthorized"), Some("refuses the access key")),
+        (s3("404 Not Found"), None),
+        (s3("500 Oops"), None),
+    ] {
+        assert_eq!(store.refusal(), None);
+        get_two(&*store);
+        let said = store.refusal();
+        assert_eq!(said.is_some(), words.is_some(), "{said:?}");
+        if let (Some(said), Some(words)) = (said, words) {
+            assert!(said.contains(words) && !said.contains("pw"), "{said}");
+        }
+    }
+    let no_bucket = s3("404 Not Found");
+    let put = Put { key: ObjectKey::default(), object: &[0; 10], label: None };
+    no_bucket.put(&[put], &mut [Outcome::None]);
+    assert!(no_bucket.refusal().is_some_and(|said| said.contains("no such bucket")));
+}
+
+#[test]
 fn puts_say_when_there_is_no_room() {
     let answer = alloc::format!("{HELLO}+OK\r\n-OOM command not allowed\r\n-READONLY\r\n");
     let store = server("redis", answers(answer.as_bytes()));

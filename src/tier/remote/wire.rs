@@ -11,10 +11,15 @@ use std::path::PathBuf;
 use std::string::String;
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "remote-tls")]
+use super::tls::Tls;
+
 /// Where a server listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) enum Endpoint {
     Tcp(String, u16),
+    #[cfg(feature = "remote-tls")]
+    Tls(String, u16, Tls),
     Unix(PathBuf),
 }
 
@@ -23,10 +28,27 @@ pub(super) enum Endpoint {
 const AHEAD: usize = 512;
 
 #[derive(Debug)]
-enum Stream {
+enum Socket {
     Tcp(TcpStream),
     #[cfg(unix)]
     Unix(UnixStream),
+}
+
+/// A socket that waits no longer than until the deadline.
+#[derive(Debug)]
+struct Timed {
+    socket: Socket,
+    /// How long the socket waits for reads and for writes, as it was last told.
+    waits: [Duration; 2],
+    /// When what is being done must be done.
+    deadline: Instant,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Plain(Timed),
+    #[cfg(feature = "remote-tls")]
+    Tls(Box<rustls::StreamOwned<rustls::ClientConnection, Timed>>),
 }
 
 /// The connection, with a buffer for what is read in lines.
@@ -36,10 +58,6 @@ pub(super) struct Wire {
     buffer: Box<[u8]>,
     from: usize,
     to: usize,
-    /// How long the socket waits for reads and for writes, as it was last told.
-    waits: [Duration; 2],
-    /// When what is being done must be done.
-    pub deadline: Instant,
 }
 
 /// What is left until `deadline`; `TimedOut` where that is nothing.
@@ -52,31 +70,34 @@ fn left(deadline: Instant) -> io::Result<Duration> {
 
 impl Wire {
     pub fn connect(to: &Endpoint, limit: Duration, deadline: Instant) -> io::Result<Self> {
+        let timed = |socket| Timed { socket, waits: [Duration::ZERO; 2], deadline };
         let stream = match to {
-            Endpoint::Tcp(host, port) => {
-                let mut last = io::Error::from(ErrorKind::NotFound);
-                let mut found = None;
-                for address in (host.as_str(), *port).to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&address, left(deadline)?.min(limit)) {
-                        Ok(stream) => {
-                            found = Some(stream);
-                            break;
-                        }
-                        Err(error) => last = error,
-                    }
+            Endpoint::Tcp(host, port) => Stream::Plain(timed(tcp(host, *port, limit, deadline)?)),
+            #[cfg(feature = "remote-tls")]
+            Endpoint::Tls(host, port, tls) => {
+                let socket = timed(tcp(host, *port, limit, deadline)?);
+                let mut stream = rustls::StreamOwned::new(tls.client()?, socket);
+                while stream.conn.is_handshaking() {
+                    stream.conn.complete_io(&mut stream.sock)?;
                 }
-                let stream = found.ok_or(last)?;
-                stream.set_nodelay(true)?;
-                Stream::Tcp(stream)
+                Stream::Tls(Box::new(stream))
             }
             #[cfg(unix)]
-            Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
+            Endpoint::Unix(path) => Stream::Plain(timed(Socket::Unix(UnixStream::connect(path)?))),
             #[cfg(not(unix))]
             Endpoint::Unix(_) => return Err(ErrorKind::Unsupported.into()),
         };
         let buffer = alloc::vec![0; 16 << 10].into_boxed_slice();
-        let waits = [Duration::ZERO; 2];
-        Ok(Self { stream, buffer, from: 0, to: 0, waits, deadline })
+        Ok(Self { stream, buffer, from: 0, to: 0 })
+    }
+
+    /// When what is done from now on must be done.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        match &mut self.stream {
+            Stream::Plain(timed) => timed.deadline = deadline,
+            #[cfg(feature = "remote-tls")]
+            Stream::Tls(stream) => stream.sock.deadline = deadline,
+        }
     }
 
     /// Whether something came that nobody has read.
@@ -84,56 +105,40 @@ impl Wire {
         self.from < self.to
     }
 
-    pub fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.stream.wait_for(&mut self.waits[1], self.deadline, Stream::set_write_timeout)?;
-            let written = match &mut self.stream {
-                Stream::Tcp(stream) => stream.write(bytes),
-                #[cfg(unix)]
-                Stream::Unix(stream) => stream.write(bytes),
-            };
-            match written {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(n) => bytes = &bytes[n..],
-                Err(error) => self.retry(error)?,
-            }
+    pub fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.stream {
+            Stream::Plain(timed) => timed.write_all(bytes),
+            #[cfg(feature = "remote-tls")]
+            Stream::Tls(stream) => stream.write_all(bytes),
         }
-        Ok(())
+    }
+
+    /// Sends what was written and is kept, which TLS does with less than a record.
+    pub fn flush(&mut self) -> io::Result<()> {
+        match &mut self.stream {
+            Stream::Plain(_) => Ok(()),
+            #[cfg(feature = "remote-tls")]
+            Stream::Tls(stream) => stream.flush(),
+        }
     }
 
     /// Reads at least a byte into `into`, and what comes with it into the first `ahead` bytes of the
     /// buffer, which is empty; how much is in `into`.
     fn read_some(&mut self, into: &mut [u8], ahead: usize) -> io::Result<usize> {
-        loop {
-            self.stream.wait_for(&mut self.waits[0], self.deadline, Stream::set_read_timeout)?;
-            let (bytes, buffer) = (into.len(), &mut self.buffer[..ahead]);
-            let parts = &mut [IoSliceMut::new(into), IoSliceMut::new(buffer)];
-            let read = match &mut self.stream {
-                Stream::Tcp(stream) => stream.read_vectored(parts),
-                #[cfg(unix)]
-                Stream::Unix(stream) => stream.read_vectored(parts),
-            };
-            match read {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    (self.from, self.to) = (0, count.saturating_sub(bytes));
-                    return Ok(count.min(bytes));
-                }
-                Err(error) => self.retry(error)?,
+        let (bytes, buffer) = (into.len(), &mut self.buffer[..ahead]);
+        let read = match &mut self.stream {
+            Stream::Plain(timed) => {
+                timed.read_vectored(&mut [IoSliceMut::new(into), IoSliceMut::new(buffer)])
             }
-        }
-    }
-
-    /// Whether a call that failed is to be made again: it was interrupted, or the socket waited for
-    /// as long as it was told before there was more time.
-    fn retry(&mut self, error: io::Error) -> io::Result<()> {
-        match error.kind() {
-            ErrorKind::Interrupted => Ok(()),
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                self.waits = [Duration::ZERO; 2];
-                left(self.deadline).map(drop)
+            #[cfg(feature = "remote-tls")]
+            Stream::Tls(stream) => stream.read(into),
+        };
+        match read? {
+            0 => Err(ErrorKind::UnexpectedEof.into()),
+            count => {
+                (self.from, self.to) = (0, count.saturating_sub(bytes));
+                Ok(count.min(bytes))
             }
-            _ => Err(error),
         }
     }
 
@@ -178,35 +183,90 @@ impl Wire {
     }
 }
 
-impl Stream {
-    fn set_read_timeout(&self, limit: Duration) -> io::Result<()> {
-        match self {
-            Stream::Tcp(stream) => stream.set_read_timeout(Some(limit)),
-            #[cfg(unix)]
-            Stream::Unix(stream) => stream.set_read_timeout(Some(limit)),
+/// A connection to the first of a host's addresses that takes one.
+fn tcp(host: &str, port: u16, limit: Duration, deadline: Instant) -> io::Result<Socket> {
+    let mut last = io::Error::from(ErrorKind::NotFound);
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, left(deadline)?.min(limit)) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(Socket::Tcp(stream));
+            }
+            Err(error) => last = error,
         }
     }
+    Err(last)
+}
 
-    fn set_write_timeout(&self, limit: Duration) -> io::Result<()> {
-        match self {
-            Stream::Tcp(stream) => stream.set_write_timeout(Some(limit)),
-            #[cfg(unix)]
-            Stream::Unix(stream) => stream.set_write_timeout(Some(limit)),
-        }
-    }
-
+impl Timed {
     /// Makes the socket wait until the deadline, if what it was told last is not about that.
-    fn wait_for(
-        &self,
-        told: &mut Duration,
-        deadline: Instant,
-        tell: fn(&Self, Duration) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let left = left(deadline)?;
-        if told.abs_diff(left) > left / 10 {
-            tell(self, left)?;
-            *told = left;
+    fn wait(&mut self, way: usize) -> io::Result<()> {
+        let left = left(self.deadline)?;
+        if self.waits[way].abs_diff(left) > left / 10 {
+            let limit = Some(left);
+            match (&self.socket, way) {
+                (Socket::Tcp(socket), READS) => socket.set_read_timeout(limit),
+                (Socket::Tcp(socket), _) => socket.set_write_timeout(limit),
+                #[cfg(unix)]
+                (Socket::Unix(socket), READS) => socket.set_read_timeout(limit),
+                #[cfg(unix)]
+                (Socket::Unix(socket), _) => socket.set_write_timeout(limit),
+            }?;
+            self.waits[way] = left;
         }
+        Ok(())
+    }
+
+    /// Makes a call until it is done: again where it was interrupted, or the socket waited for as long
+    /// as it was told before there was more time.
+    fn until_done(
+        &mut self,
+        way: usize,
+        mut call: impl FnMut(&mut Socket) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            self.wait(way)?;
+            match call(&mut self.socket) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
+                    self.waits = [Duration::ZERO; 2];
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+/// Ways of a socket.
+const READS: usize = 0;
+const WRITES: usize = 1;
+
+impl Read for Timed {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.read_vectored(&mut [IoSliceMut::new(into)])
+    }
+
+    fn read_vectored(&mut self, parts: &mut [IoSliceMut]) -> io::Result<usize> {
+        self.until_done(READS, |socket| match socket {
+            Socket::Tcp(socket) => socket.read_vectored(parts),
+            #[cfg(unix)]
+            Socket::Unix(socket) => socket.read_vectored(parts),
+        })
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.until_done(WRITES, |socket| match socket {
+            Socket::Tcp(socket) => socket.write(bytes),
+            #[cfg(unix)]
+            Socket::Unix(socket) => socket.write(bytes),
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

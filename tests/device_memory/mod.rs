@@ -1,9 +1,15 @@
-//! The C ABI on the emulated device, as a C program would call it: memory with numbers in it.
+//! The C ABI on the devices of this build and machine, as a C program would call it: memory with numbers
+//! in it.
+#![allow(dead_code)]
 
 use std::ffi::c_void;
 use std::ptr;
 
 use kvcache::capi::*;
+use kvcache::device::Device;
+
+#[path = "../backends/mod.rs"]
+mod backends;
 
 /// The status of a call that must succeed.
 pub fn ok(status: kvc_status) {
@@ -55,11 +61,18 @@ impl Drop for Memory {
     }
 }
 
-/// An emulated device.
-pub fn open() -> *mut kvc_device {
+/// The kinds of device to test: that of the emulator where it is built in, and of a GPU where there is
+/// one.
+pub fn kinds() -> Vec<u32> {
+    let kind = |device| if device == Device::Emu { KVC_DEVICE_EMU } else { KVC_DEVICE_CUDA };
+    backends::all().iter().map(|backend| kind(backend.device())).collect()
+}
+
+/// A device of a kind.
+pub fn open(kind: u32) -> *mut kvc_device {
     let mut device = ptr::null_mut();
     // SAFETY: the pointer is to a live handle.
-    ok(unsafe { kvc_device_open(KVC_DEVICE_EMU, 0, &mut device) });
+    ok(unsafe { kvc_device_open(kind, 0, &mut device) });
     device
 }
 

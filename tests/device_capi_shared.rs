@@ -1,15 +1,17 @@
-//! What sequences share, through the C ABI on the emulated device: lookups in a copy of a prefix
-//! index, cascades against plain attention, merges of partial results.
-#![cfg(feature = "emulate")]
+//! What sequences share, through the C ABI on every device of this build and machine: lookups in a
+//! copy of a prefix index, cascades against plain attention, merges of partial results.
+#![cfg(any(feature = "emulate", feature = "cuda"))]
 
 use std::ptr;
 
 use kvcache::capi::*;
 use kvcache::dtype::f16;
 
-mod device;
-use device::Rng;
-use device::capi::{Memory, made, ok, open};
+mod device_memory;
+#[path = "random/mod.rs"]
+mod random;
+use device_memory::{Memory, kinds, made, ok, open};
+use random::Rng;
 
 const BLOCK: usize = 4;
 const GROUPS: usize = 2;
@@ -119,7 +121,11 @@ fn compare(
 
 #[test]
 fn lookups_in_a_copy_are_those_of_the_index() {
-    let (device, mut rng) = (open(), Rng::new(11));
+    kinds().into_iter().for_each(lookups);
+}
+
+fn lookups(kind: u32) {
+    let (device, mut rng) = (open(kind), Rng::new(11));
     let (mut prefix, mut copy, mut next) = (ptr::null_mut(), ptr::null_mut(), 0);
     let (mut all, mut bytes, mut gone) = (0, 0, 0);
     let mut evicted = vec![0i32; 600 * GROUPS];
@@ -172,8 +178,14 @@ fn halves(rng: &mut Rng, count: usize) -> Vec<f16> {
 
 /// Sequences whose tables begin with the same `shared` blocks, `q` query tokens each: a cascade over
 /// them against plain attention.
-fn cascade_is_plain_attention(seqs: usize, q: usize, shared: usize, claimed: u32, ragged: bool) {
-    let (device, mut rng) = (open(), Rng::new((seqs * 31 + q) as u64));
+fn cascade_is_plain_attention(
+    kind: u32,
+    (seqs, q): (usize, usize),
+    shared: usize,
+    claimed: u32,
+    ragged: bool,
+) {
+    let (device, mut rng) = (open(kind), Rng::new((seqs * 31 + q) as u64));
     let lens: Vec<i32> = (0..seqs).map(|s| (shared * BT + q + 11 * s) as i32).collect();
     let width = (lens[seqs - 1] as usize).div_ceil(BT);
     let mut next = shared as i32;
@@ -281,18 +293,24 @@ fn cascade_is_plain_attention(seqs: usize, q: usize, shared: usize, claimed: u32
 
 #[test]
 fn a_cascade_is_plain_attention() {
-    // The shared half by the decode kernel, by the prefill kernel, several query tokens, and a claim
-    // of more than is shared.
-    cascade_is_plain_attention(4, 1, 5, 5, false);
-    cascade_is_plain_attention(11, 1, 5, 5, false);
-    cascade_is_plain_attention(5, 3, 4, 4, true);
-    cascade_is_plain_attention(3, 12, 3, 3, true);
-    cascade_is_plain_attention(4, 2, 4, 6, false);
+    for kind in kinds() {
+        // The shared half by the decode kernel, by the prefill kernel, several query tokens, and a
+        // claim of more than is shared.
+        cascade_is_plain_attention(kind, (4, 1), 5, 5, false);
+        cascade_is_plain_attention(kind, (11, 1), 5, 5, false);
+        cascade_is_plain_attention(kind, (5, 3), 4, 4, true);
+        cascade_is_plain_attention(kind, (3, 12), 3, 3, true);
+        cascade_is_plain_attention(kind, (4, 2), 4, 6, false);
+    }
 }
 
 #[test]
 fn parts_with_strides_are_merged() {
-    let (device, mut rng) = (open(), Rng::new(3));
+    kinds().into_iter().for_each(merge);
+}
+
+fn merge(kind: u32) {
+    let (device, mut rng) = (open(kind), Rng::new(3));
     let (count, rows, heads, dim) = (3usize, 4usize, 2usize, 16usize);
     // Rows of f16 with a gap, as heads of one tensor have it.
     let (row, part) = (heads * dim + 8, rows * (heads * dim + 8));

@@ -1,6 +1,6 @@
-//! The C ABI on a device, driven as a C program would: the emulator's memory, the kernels alone on
-//! it, and a cache on it with rows on either side.
-#![cfg(feature = "emulate")]
+//! The C ABI on every device of this build and machine, driven as a C program would: memory, the kernels
+//! alone on it, and a cache on it with rows on either side.
+#![cfg(any(feature = "emulate", feature = "cuda"))]
 
 use std::ptr;
 
@@ -9,9 +9,11 @@ use kvcache::capi::*;
 use kvcache::dtype::{Rows, f16};
 use kvcache::layout::Strides;
 
-mod device;
-use device::Rng;
-use device::capi::{Memory, ok, open};
+mod device_memory;
+#[path = "random/mod.rs"]
+mod random;
+use device_memory::{Memory, kinds, ok, open};
+use random::Rng;
 
 fn halves(rng: &mut Rng, count: usize) -> Vec<f16> {
     (0..count).map(|_| f16::from_f32(rng.normal())).collect()
@@ -25,7 +27,11 @@ const BLOCKS: usize = 12;
 
 #[test]
 fn append_and_attend_alone_are_right() {
-    let device = open();
+    kinds().into_iter().for_each(append_and_attend);
+}
+
+fn append_and_attend(kind: u32) {
+    let device = open(kind);
     let mut rng = Rng::new(5);
     let lens = [37i32, 0, 64];
     let rows: usize = lens.iter().map(|&n| n as usize).sum();
@@ -179,7 +185,11 @@ fn append_and_attend_alone_are_right() {
 
 #[test]
 fn blocks_are_copied_and_zeroed_by_a_list() {
-    let device = open();
+    kinds().into_iter().for_each(copy_and_zero);
+}
+
+fn copy_and_zero(kind: u32) {
+    let device = open(kind);
     let blocks: Vec<u32> = (0..6 * 8).collect();
     let pool = Memory::of(device, &blocks);
     let other = Memory::of(device, &[u32::MAX; 4 * 8]);
@@ -256,6 +266,14 @@ fn blocks_are_copied_and_zeroed_by_a_list() {
 
 #[test]
 fn a_cache_on_a_device_takes_rows_from_either_side() {
+    for kind in kinds() {
+        either_side(kind, KVC_FORMAT_F16, BLOCK as u32, 21);
+        // A tile that is sealed and one that is open.
+        either_side(kind, KVC_FORMAT_KT4V4, 64, 70);
+    }
+}
+
+fn either_side(kind: u32, format: u32, block_tokens: u32, count: usize) {
     // SAFETY: every bit pattern is a value; init fills them in.
     let mut options: kvc_cache_options = unsafe { std::mem::zeroed() };
     let mut group: kvc_group_spec = unsafe { std::mem::zeroed() };
@@ -264,23 +282,25 @@ fn a_cache_on_a_device_takes_rows_from_either_side() {
         ok(kvc_cache_options_init(&mut options, size_of::<kvc_cache_options>() as u32));
         ok(kvc_group_spec_init(&mut group, size_of::<kvc_group_spec>() as u32));
     }
-    options.device = KVC_DEVICE_EMU;
+    options.device = kind;
     (group.layers, group.kv_heads) = (1, HEADS as u32);
-    (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, KVC_FORMAT_F16);
+    (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, format);
+    options.block_tokens = block_tokens;
     let (mut cache, mut step) = (ptr::null_mut(), ptr::null_mut());
     let mut rng = Rng::new(6);
-    let tokens: Vec<u32> = (0..21).collect();
-    let (k, v) = (halves(&mut rng, 21 * HEADS * D), halves(&mut rng, 21 * HEADS * D));
-    let q = halves(&mut rng, 21 * Q_HEADS * D);
+    let tokens: Vec<u32> = (0..count as u32).collect();
+    let (k, v) = (halves(&mut rng, count * HEADS * D), halves(&mut rng, count * HEADS * D));
+    let q = halves(&mut rng, count * Q_HEADS * D);
     let (mut seq, mut cached) = (0, 0);
-    let (mut host, mut host_lse) = (vec![f32::NAN; 21 * Q_HEADS * D], vec![0f32; 21 * Q_HEADS]);
+    let (mut host, mut host_lse) =
+        (vec![f32::NAN; count * Q_HEADS * D], vec![0f32; count * Q_HEADS]);
     // SAFETY: the pointers are to live memory of the sizes that the calls document.
     unsafe {
-        let device = open();
+        let device = open(kind);
         ok(kvc_cache_create(&options, &group, 1, &mut cache));
         ok(kvc_step_create(&mut step));
-        ok(kvc_seq_start(cache, tokens.as_ptr(), 21, 0, &mut seq, &mut cached));
-        let work = kvc_work { seq, token_count: 21, tokens: tokens.as_ptr() };
+        ok(kvc_seq_start(cache, tokens.as_ptr(), count as u64, 0, &mut seq, &mut cached));
+        let work = kvc_work { seq, token_count: count as u32, tokens: tokens.as_ptr() };
         ok(kvc_step_begin(cache, step, &work, 1));
         let (k_at, v_at) = (k.as_ptr().cast(), v.as_ptr().cast());
         ok(kvc_step_append(cache, step, 0, 0, k_at, v_at, KVC_DTYPE_F16, ptr::null()));
