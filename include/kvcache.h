@@ -2568,6 +2568,15 @@ typedef struct {
     // How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     // 5,000 by default.
     uint32_t remote_timeout_ms;
+    // For a cache on a GPU, whose blocks of host memory are page-locked, so that they are copied without
+    // a detour and beside the kernels; all of that memory is taken by kvc_tier_attach. 1: plain memory
+    // instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
+    // slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
+    uint32_t plain_memory;
+    // For a cache on a GPU: so many blocks are left free when a step has begun, so that what the next
+    // one takes was copied beside the kernels of this one; about as many as a step takes. 0 by default:
+    // a step evicts what it needs, and its kernels wait until that was copied.
+    uint32_t ahead_blocks;
     // 0.
     uint32_t reserved;
 } kvc_tier_options;
@@ -2596,7 +2605,7 @@ typedef struct {
     uint64_t missed;
     // Damaged, or another block's; removed, and missed.
     uint64_t bad;
-    // Calls of the store that failed.
+    // Calls of the store that failed; of the host, copies that a device could not make.
     uint64_t failures;
     // Loads that somebody stopped waiting for.
     uint64_t timeouts;
@@ -2612,6 +2621,10 @@ typedef struct {
     double load_latency;
     // Bytes a second of loads; 0 before the first load.
     double load_bandwidth;
+    // 1: its memory is page-locked, so that a GPU copies from and to it by itself. Of the host alone.
+    uint32_t page_locked;
+    // 0.
+    uint32_t reserved;
 } kvc_tier_counts;
 
 // Fills a kvc_tier_options of `struct_size` bytes with its defaults.

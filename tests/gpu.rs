@@ -1,5 +1,6 @@
-//! What only a GPU can show: a graph captured once and replayed with other lengths and tables, and
-//! streams. Skipped where there is none (`KVCACHE_REQUIRE_GPU=1`: fails).
+//! What only a GPU can show: a graph captured once and replayed with other lengths and tables, streams,
+//! and page-locked memory; the last under the emulator, too, where it is built in. Skipped where there
+//! is none (`KVCACHE_REQUIRE_GPU=1`: fails).
 #![cfg(feature = "cuda")]
 
 mod backends;
@@ -8,13 +9,16 @@ mod tiles;
 use std::sync::Arc;
 
 use kvcache::attention::HeadShape;
+use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, TierOptions, Work};
 use kvcache::cuda::{Cuda, Event, Graph, Queue};
 use kvcache::device::{Backend, DeviceMemory, Stream};
 use kvcache::dtype::{DType, KvFormat, bf16};
+use kvcache::ids::{Namespace, SeqId};
 use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Kernel, Launch, Pieces, ScaleArgs, kernels,
 };
-use kvcache::layout::Strides;
+use kvcache::layout::{CacheSpec, GroupSpec, Strides};
+use kvcache::tier::TierKind;
 use tiles::Rng;
 
 const SEQS: usize = 5;
@@ -188,6 +192,76 @@ fn events_measure_what_a_queue_does() {
     queue.sync().unwrap();
     let took = end.milliseconds_since(&start).unwrap();
     assert!(took > 0.0 && took < 1000.0, "{took} ms for 64 MiB");
+}
+
+const LAYERS: u32 = 3;
+
+/// What the blocks of a sequence hold, out of its stream.
+fn content(cache: &mut KvCache, seq: SeqId) -> Vec<u8> {
+    let mut stream = Vec::new();
+    cache.export_blocks(seq, "m", None, &mut stream).unwrap();
+    stream
+}
+
+/// Prompts leave the device for host memory and come back, whole and layer by layer, with copies on side
+/// streams that nobody waits for; to the bit.
+#[test]
+fn blocks_leave_for_the_host_and_come_back() {
+    for backend in backends::all() {
+        let spec =
+            CacheSpec::uniform(BLOCK as u32, GroupSpec::uniform(LAYERS, 2, 128, KvFormat::Bf16));
+        let blocks = 40;
+        let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
+        let mut cache = KvCache::on(&backend, &spec, &options).unwrap();
+        cache.attach_tiers(TierOptions::host("m", 256)).unwrap();
+        let locked = cache.tier_reports()[0].page_locked;
+        assert_eq!(locked, backend.locks_pages());
+        let mut rng = Rng::new(3);
+        let space = Namespace(0);
+        let mut known: Vec<(Vec<u32>, Vec<u8>)> = Vec::new();
+        let mut step = Step::new();
+        for n in 0..8u32 {
+            let prompt: Vec<u32> = (0..14 * BLOCK as u32 + 1).map(|t| n * 1000 + t).collect();
+            let seq = cache.start(&prompt, space).unwrap().seq;
+            cache.begin(&mut step, &[Work { seq, tokens: &prompt }]).unwrap();
+            for layer in 0..LAYERS {
+                let rows: Vec<bf16> =
+                    (0..prompt.len() * 256).map(|_| bf16::from_f32(rng.normal())).collect();
+                let at = LayerId::uniform(layer);
+                cache.append(&step, at, rows[..].into(), rows[..].into(), None).unwrap();
+            }
+            cache.commit(&mut step).unwrap();
+            known.push((prompt, content(&mut cache, seq)));
+            cache.release(seq).unwrap();
+        }
+        let mut back = 0;
+        for turn in 0..32usize {
+            let (prompt, expected) = &known[(turn * 5 + turn / 8) % known.len()];
+            let seq = if turn % 2 == 0 {
+                cache.start(prompt, space).unwrap().seq
+            } else {
+                let seq = cache.start_onboarding(prompt, &[], space).unwrap().seq;
+                for layer in 0..LAYERS {
+                    let limit = std::time::Duration::from_secs(10);
+                    assert!(cache.wait_layer(seq, LayerId::uniform(layer), limit).unwrap());
+                }
+                seq
+            };
+            assert_eq!(cache.tokens(seq).unwrap().len(), 14 * BLOCK, "turn {turn}");
+            assert!(content(&mut cache, seq) == *expected, "turn {turn} on {backend:?}");
+            cache.release(seq).unwrap();
+            cache.audit().unwrap();
+            back += 1;
+        }
+        cache.sync().unwrap();
+        let seq = cache.start(&[1], space).unwrap().seq;
+        let host = cache.tier_reports()[0];
+        assert_eq!(host.kind, TierKind::Host);
+        assert!(host.counters.loaded >= 14 * back / 2, "{host:?}");
+        assert_eq!((host.counters.queued, host.counters.failures), (0, 0));
+        assert!(host.load_rate.is_some());
+        cache.release(seq).unwrap();
+    }
 }
 
 /// Sealed tiles in a cache: records, attention and its bits, as under the emulator (emulated_tiles.rs).

@@ -4,23 +4,21 @@
 
 #![cfg(unix)]
 
+mod late_device;
 mod tier_case;
 
-use core::ffi::c_void;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvcache::cache::{CacheOptions, Step};
 use kvcache::cache::{KvCache, LayerId, TierOptions, Work};
-use kvcache::device::{Backend, Device, Stream};
+use kvcache::device::{Backend, Stream};
 use kvcache::dtype::KvFormat;
-use kvcache::error::{Error, Result};
-use kvcache::kernels::Launch;
 use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::tier::disk::{DiskOptions, DiskStore};
 use kvcache::tier::{Configuration, Store, TierKind};
+use late_device::{Late, Pace};
 use tier_case::{BLOCK, LONG, SPACE, below, prompt};
 
 const LAYERS: u32 = 5;
@@ -29,110 +27,6 @@ const BLOCKS: usize = 6;
 
 fn spec() -> CacheSpec {
     CacheSpec::uniform(BLOCK as u32, GroupSpec::uniform(LAYERS, 2, DIM, KvFormat::F16))
-}
-
-/// Memory, and a side stream whose copies wait.
-#[derive(Debug, Default)]
-struct Late {
-    memory: Mutex<BTreeMap<u64, Vec<u64>>>,
-    /// Copies of the side stream that were not made yet.
-    waiting: Mutex<Vec<(u64, Vec<u8>)>>,
-    streams: Mutex<i32>,
-}
-
-impl Late {
-    fn side() -> Stream {
-        // SAFETY: never given to a driver.
-        unsafe { Stream::from_raw(core::ptr::without_provenance_mut(0x51de)) }
-    }
-
-    fn write(&self, to: u64, from: &[u8]) {
-        let at = core::ptr::with_exposed_provenance_mut::<u8>(to as usize);
-        // SAFETY: the library's promise of `upload`.
-        unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), at, from.len()) }
-    }
-
-    fn read(&self, from: u64, bytes: usize) -> Vec<u8> {
-        let at = core::ptr::with_exposed_provenance::<u8>(from as usize);
-        // SAFETY: within the pool, which lives as long as the cache.
-        unsafe { core::slice::from_raw_parts(at, bytes) }.to_vec()
-    }
-
-    /// The pool: the largest allocation.
-    fn pool(&self) -> u64 {
-        let memory = self.memory.lock().unwrap();
-        *memory.iter().max_by_key(|(_, words)| words.len()).unwrap().0
-    }
-
-    fn waits(&self) -> usize {
-        self.waiting.lock().unwrap().len()
-    }
-}
-
-impl Backend for Late {
-    fn device(&self) -> Device {
-        Device::Cuda { ordinal: 0 }
-    }
-    fn name(&self) -> &str {
-        "late"
-    }
-    fn multiprocessors(&self) -> u32 {
-        1
-    }
-    fn multiprocessor_shared_bytes(&self) -> u32 {
-        1 << 16
-    }
-    fn alloc(&self, bytes: u64) -> Result<u64> {
-        let mut words = vec![0u64; bytes as usize / 8 + 1];
-        let address = words.as_mut_ptr().expose_provenance() as u64;
-        self.memory.lock().unwrap().insert(address, words);
-        Ok(address)
-    }
-    unsafe fn free(&self, address: u64) {
-        self.memory.lock().unwrap().remove(&address);
-    }
-    unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
-        if stream == Late::side() {
-            self.waiting.lock().unwrap().push((to, from.to_vec()));
-        } else {
-            self.write(to, from);
-        }
-        Ok(())
-    }
-    unsafe fn download(&self, from: u64, to: &mut [u8], _: Stream) -> Result<()> {
-        to.copy_from_slice(&self.read(from, to.len()));
-        Ok(())
-    }
-    unsafe fn copy(&self, from: u64, to: u64, bytes: u64, _: Stream) -> Result<()> {
-        self.write(to, &self.read(from, bytes as usize));
-        Ok(())
-    }
-    unsafe fn zero(&self, at: u64, bytes: u64, _: Stream) -> Result<()> {
-        self.write(at, &vec![0; bytes as usize]);
-        Ok(())
-    }
-    unsafe fn launch(&self, _: &Launch, _: *const c_void, _: usize, _: Stream) -> Result<()> {
-        Err(Error::NoKernels { what: "none here" })
-    }
-    fn open_stream(&self) -> Result<Stream> {
-        *self.streams.lock().unwrap() += 1;
-        Ok(Late::side())
-    }
-    unsafe fn close_stream(&self, stream: Stream) {
-        assert!(stream == Late::side());
-        *self.streams.lock().unwrap() -= 1;
-    }
-    fn fence(&self, before: Stream, _: Stream) -> Result<()> {
-        if before == Late::side() {
-            for (to, bytes) in self.waiting.lock().unwrap().drain(..) {
-                self.write(to, &bytes);
-            }
-        }
-        Ok(())
-    }
-    fn sync(&self, stream: Stream) -> Result<()> {
-        self.fence(stream, Stream::DEFAULT)
-    }
 }
 
 struct Folder(PathBuf);
@@ -196,7 +90,7 @@ fn on(late: &Arc<Late>, folder: &Folder) -> KvCache {
 fn a_layer_is_there_for_what_is_enqueued_after_it_was_said_to_be() {
     let text = prompt(1, BLOCKS);
     let (folder, blocks) = written("layers", &text);
-    let late = Arc::new(Late::default());
+    let late = Late::memory(Pace::Lazy);
     let mut cache = on(&late, &folder);
     let started = cache.start_onboarding(&text, &[], SPACE).unwrap();
     assert_eq!(started.cached_tokens as usize, BLOCKS * BLOCK);
@@ -214,7 +108,8 @@ fn a_layer_is_there_for_what_is_enqueued_after_it_was_said_to_be() {
         assert!(!seen(layer), "layer {layer} before it was asked for");
         assert!(cache.wait_layer(started.seq, LayerId::uniform(layer), LONG).unwrap());
         assert!(seen(layer), "layer {layer}");
-        // The next one is on its way, where it was read by then, and no other.
+        // The next one is on its way, where it was read by then, and no other: the cache's stream has
+        // come to this layer.
         assert!([0, BLOCKS].contains(&late.waits()), "{}", late.waits());
     }
     assert_eq!((cache.load_state(started.seq).unwrap(), late.waits()), (None, 0));
@@ -222,25 +117,28 @@ fn a_layer_is_there_for_what_is_enqueued_after_it_was_said_to_be() {
     cache.release(started.seq).unwrap();
     cache.audit().unwrap();
     drop(cache);
-    assert_eq!(*late.streams.lock().unwrap(), 0, "the side stream was closed");
+    assert_eq!(late.left()[..3], [0; 3], "streams were closed, and memory given back");
 }
 
 #[test]
 fn blocks_of_a_load_that_is_given_up_are_nobodys_before_its_copies_were_made() {
     let text = prompt(2, BLOCKS);
     let (folder, blocks) = written("cancel", &text);
-    let late = Arc::new(Late::default());
+    let late = Late::memory(Pace::Lazy);
     let mut cache = on(&late, &folder);
     for cancel in [false, true] {
         let started = cache.start_onboarding(&text, &[], SPACE).unwrap();
         assert!(cache.wait_layer(started.seq, LayerId::uniform(LAYERS - 1), LONG).unwrap());
         // All has been read by now, so that the copies of the first layer wait.
+        late.sync(Stream::DEFAULT).unwrap();
         assert_eq!(late.waits(), BLOCKS);
         if cancel {
             assert_eq!(cache.cancel_load(started.seq), Ok(0));
+            late.sync(Stream::DEFAULT).unwrap();
             assert_eq!(late.waits(), 0);
         }
         cache.release(started.seq).unwrap();
+        late.sync(Stream::DEFAULT).unwrap();
         assert_eq!(late.waits(), 0);
         cache.audit().unwrap();
     }

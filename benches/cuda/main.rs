@@ -9,6 +9,7 @@
 //! | `append.rs` | append, with and without rotation |
 //! | `codes.rs` | decode of quantised K and V in every format, append to them, sealing |
 //! | `copy.rs` | copy and zero of a GiB of blocks |
+//! | `tiers.rs` | demotion to host memory and promotion from it, alone and beside decode |
 //! | `lookup.rs` | lookups in a prefix index on the device |
 
 mod append;
@@ -17,6 +18,7 @@ mod codes;
 mod copy;
 mod gpu;
 mod lookup;
+mod tiers;
 
 use std::process::ExitCode;
 
@@ -123,6 +125,7 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     append::run(gpu, filter, &mut report)?;
     copy::run(gpu, filter, &mut report)?;
     lookup::run(gpu, filter, &mut report)?;
+    tiers::run(gpu, filter, &mut report)?;
     codes::run(gpu, filter, &mut report)?;
     Ok(())
 }

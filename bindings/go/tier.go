@@ -46,6 +46,10 @@ type TierOptions struct {
 	Remote string
 	// RemoteTimeoutMS is how long a call of that store may take; 0 is 5 s.
 	RemoteTimeoutMS uint32
+	// PlainMemory: the host's blocks are not page-locked for a GPU, where so much cannot be had.
+	PlainMemory bool
+	// AheadBlocks are left free for the next step of a cache on a GPU, copied beside the kernels of this one.
+	AheadBlocks uint32
 }
 
 // TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else.
@@ -58,6 +62,8 @@ type TierCounts struct {
 	Failures, Timeouts, Evicted, Queued, Objects, Bytes uint64
 	// LoadLatency is seconds before the first byte comes, LoadBandwidth bytes a second; 0 before a load.
 	LoadLatency, LoadBandwidth float64
+	// PageLocked: a GPU copies from and to its memory by itself. Of the host alone.
+	PageLocked bool
 }
 
 // AttachTiers gives the cache tiers, before anything is cached in it. After ErrTierFailed it works on
@@ -99,6 +105,7 @@ func (c *Cache) AttachTiers(options *TierOptions) error {
 	if p.QueuedBlocks != 0 {
 		o.queued_blocks = C.uint32_t(p.QueuedBlocks)
 	}
+	o.plain_memory, o.ahead_blocks = flag(p.PlainMemory), C.uint32_t(p.AheadBlocks)
 	o.on_commit, o.direct, o.prefill_seconds = flag(p.OnCommit), flag(!p.PageCache), C.double(p.PrefillSeconds)
 	var pins runtime.Pinner
 	defer pins.Unpin()
@@ -139,6 +146,7 @@ func (c *Cache) TierStats() ([]TierCounts, error) {
 			Failures: uint64(t.failures), Timeouts: uint64(t.timeouts), Evicted: uint64(t.evicted),
 			Queued: uint64(t.queued), Objects: uint64(t.objects), Bytes: uint64(t.bytes),
 			LoadLatency: float64(t.load_latency), LoadBandwidth: float64(t.load_bandwidth),
+			PageLocked: t.page_locked != 0,
 		})
 	}
 }

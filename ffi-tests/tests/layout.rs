@@ -165,6 +165,7 @@ fn in_rust() -> Layout {
         kvc_tier_counts {
             kind, down, stored, stored_bytes, present, dropped, full, loaded, loaded_bytes, missed,
             bad, failures, timeouts, evicted, queued, objects, bytes, load_latency, load_bandwidth,
+            page_locked, reserved,
         }
         kvc_tier_decision {
             device_tokens, host_tokens, found_blocks, load_blocks, load_seconds, compute_seconds,
@@ -174,7 +175,8 @@ fn in_rust() -> Layout {
         kvc_tier_options {
             struct_size, least_priority, model, host_blocks, transit_blocks, disk_dir, disk_bytes,
             store, slices, slice_count, least_uses, on_commit, direct, readers, queued_blocks,
-            prefill_seconds, remote, remote_timeout_ms, reserved,
+            prefill_seconds, remote, remote_timeout_ms, plain_memory, ahead_blocks,
+            reserved,
         }
         kvc_tier_slice { first_layer, first_head }
         kvc_tier_store { struct_size, reserved, user, exists, put, get, remove }

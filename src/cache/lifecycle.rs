@@ -57,6 +57,9 @@ impl KvCache {
             return Err(Error::invalid("prompt", "must be shorter than 2^31 tokens"));
         }
         self.has_room()?;
+        if let Some(tiers) = &mut self.tiers {
+            tiers.see_ended();
+        }
         self.outside.tick();
         let media = self.place_media(prompt, media)?;
         let mut sequence = Sequence { namespace, media, ..Sequence::default() };

@@ -370,6 +370,7 @@ impl KvCache {
                 self.reserve_windowed(group, needed(group))?;
             }
         }
+        self.join_down()?;
         self.scrub()
     }
 
@@ -377,6 +378,7 @@ impl KvCache {
     /// of each call that frees.
     fn scrub(&mut self) -> Result<()> {
         if self.scrub {
+            self.join_down()?;
             for (store, pool) in self.stores.iter_mut().zip(&mut self.pools) {
                 pool.dirty_blocks().try_for_each(|block| store.zero(block))?;
                 pool.mark_clean();
@@ -387,6 +389,12 @@ impl KvCache {
 
     /// Takes `blocks` blocks of each group out of the prefix index, in its order of eviction.
     fn evict(&mut self, blocks: u32, why: Evicted) -> Result<()> {
+        self.take_out(blocks, why)?;
+        self.join_down()
+    }
+
+    /// The same, where the blocks are not given out before [`join_down`](Self::join_down).
+    fn take_out(&mut self, blocks: u32, why: Evicted) -> Result<()> {
         let Some(prefix) = self.prefix.as_mut() else { return Ok(()) };
         // A sequence that uses a block uses all before it, so every unreferenced block has only
         // unreferenced blocks after it and will be a leaf in its turn.
@@ -409,7 +417,7 @@ impl KvCache {
         }
         self.sweep_sinks()?;
         if let Some(tiers) = &mut self.tiers {
-            tiers.evicted(&self.ids, &mut self.stores, why == Evicted::Capacity);
+            tiers.evicted(&self.ids, &self.stores, why == Evicted::Capacity);
         }
         self.outside.evicted(&self.ids, why);
         Ok(())

@@ -26,6 +26,7 @@ impl KvCache {
             return Err(Error::InvalidState { why: "the step is open" });
         }
         self.check_work(work)?;
+        self.note_step();
         self.outside.tick();
         self.outside.resync(self.prefix.as_ref(), &self.media);
         step.clear();
@@ -39,7 +40,7 @@ impl KvCache {
             planned = planned.and_then(|()| self.plan_sequence(step, item));
         }
         planned = planned.and_then(|()| self.plan_spares(step));
-        planned = planned.and_then(|()| self.upload_step(step));
+        planned = planned.and_then(|()| self.evict_ahead()).and_then(|()| self.upload_step(step));
         if let Err(error) = planned {
             step.clear();
             for item in work {
@@ -402,7 +403,7 @@ impl KvCache {
             let chain = chain(&[], 0..refilled, ids);
             self.outside.stored(&chain, &[], &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, &[], (&self.outside, &self.media), &mut self.stores);
+                tiers.stored(&chain, &[], (&self.outside, &self.media), &self.stores);
             }
         }
         if stored > 0 {
@@ -417,7 +418,7 @@ impl KvCache {
             let chain = chain(before, first..first + stored, ids);
             self.outside.stored(&chain, tokens, &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, tokens, (&self.outside, &self.media), &mut self.stores);
+                tiers.stored(&chain, tokens, (&self.outside, &self.media), &self.stores);
             }
         }
         self.share_sinks(seq)

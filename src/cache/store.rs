@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use super::{LayerId, Step};
 use crate::attention::Scoring;
 use crate::cpu::{KvStore, Rope, Threads, TileStore};
-use crate::device::{DeviceStore, Stream};
+use crate::device::{DeviceStore, Span, Stream};
 use crate::dtype::{Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
@@ -39,6 +39,14 @@ impl Store {
             Store::Cpu(store) => store.bytes(),
             Store::Tiles(store) => store.bytes(),
             Store::Device(store) => store.bytes(),
+        }
+    }
+
+    /// The stream of a device's operations.
+    pub fn stream(&self) -> Option<Stream> {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => None,
+            Store::Device(store) => Some(store.stream()),
         }
     }
 
@@ -89,7 +97,7 @@ impl Store {
     }
 
     /// Copies a block, all layers, to host memory; waits for a device.
-    pub fn read_block(&mut self, id: BlockId, to: &mut [u8]) -> Result<()> {
+    pub fn read_block(&self, id: BlockId, to: &mut [u8]) -> Result<()> {
         match self {
             Store::Cpu(store) => store.read_block(id, to),
             Store::Tiles(store) => store.read_block(id, to),
@@ -106,19 +114,31 @@ impl Store {
         }
     }
 
-    /// Copies consecutive layers of a block from host memory; on a device on the stream `side`, without
-    /// waiting.
-    pub fn write_layers(
-        &mut self,
-        id: BlockId,
-        first: u32,
-        from: &[u8],
-        side: Option<Stream>,
-    ) -> Result<()> {
+    /// Copies consecutive layers of a block from host memory; those of a device are copied together
+    /// ([`span`](Self::span)).
+    pub fn write_layers(&mut self, id: BlockId, first: u32, from: &[u8]) -> Result<()> {
         match self {
             Store::Cpu(store) => store.write_layers(id, first, from),
             Store::Tiles(store) => store.write_layers(id, first, from),
-            Store::Device(store) => store.write_layers(id, first, from, side),
+            Store::Device(_) => Err(Error::InvalidState { why: "blocks are on a device" }),
+        }
+    }
+
+    /// Checks bytes that are to be copied to a device: sealed records of the group's format.
+    pub fn check_records(&self, from: &[u8]) -> Result<()> {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => Ok(()),
+            Store::Device(store) => store.check_records(from),
+        }
+    }
+
+    /// Where consecutive layers of a block lie on a device.
+    pub fn span(&self, id: BlockId, first: u32, bytes: usize) -> Result<Span<'_>> {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => {
+                Err(Error::InvalidState { why: "the cache is not on a device" })
+            }
+            Store::Device(store) => store.layers_span(id, first, bytes),
         }
     }
 

@@ -85,7 +85,7 @@ impl KvCache {
         }
         self.pools[group].uncache(block)?;
         self.outside.forgotten(group, block, why);
-        Ok(())
+        self.join_down()
     }
 
     /// Everything that only the index has of groups with windows.

@@ -91,6 +91,15 @@ pub struct kvc_tier_options {
     /// How many milliseconds a call of the remote store may take, connecting included: 1 to 3,600,000.
     /// 5,000 by default.
     pub remote_timeout_ms: u32,
+    /// For a cache on a GPU, whose blocks of host memory are page-locked, so that they are copied without
+    /// a detour and beside the kernels; all of that memory is taken by kvc_tier_attach. 1: plain memory
+    /// instead, where the system refuses so much page-locked memory (KVC_ERR_OUT_OF_MEMORY); copies are
+    /// slower then, and calls may wait for them. 0 by default; without a GPU all memory is plain.
+    pub plain_memory: u32,
+    /// For a cache on a GPU: so many blocks are left free when a step has begun, so that what the next
+    /// one takes was copied beside the kernels of this one; about as many as a step takes. 0 by default:
+    /// a step evicts what it needs, and its kernels wait until that was copied.
+    pub ahead_blocks: u32,
     /// 0.
     pub reserved: u32,
 }
@@ -121,6 +130,8 @@ unsafe impl Sized32 for kvc_tier_options {
             prefill_seconds: 0.0,
             remote: ptr::null(),
             remote_timeout_ms: 5000,
+            plain_memory: 0,
+            ahead_blocks: 0,
             reserved: 0,
         }
     }
@@ -152,7 +163,7 @@ pub struct kvc_tier_counts {
     pub missed: u64,
     /// Damaged, or another block's; removed, and missed.
     pub bad: u64,
-    /// Calls of the store that failed.
+    /// Calls of the store that failed; of the host, copies that a device could not make.
     pub failures: u64,
     /// Loads that somebody stopped waiting for.
     pub timeouts: u64,
@@ -168,6 +179,10 @@ pub struct kvc_tier_counts {
     pub load_latency: f64,
     /// Bytes a second of loads; 0 before the first load.
     pub load_bandwidth: f64,
+    /// 1: its memory is page-locked, so that a GPU copies from and to it by itself. Of the host alone.
+    pub page_locked: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: numbers.
@@ -175,7 +190,7 @@ unsafe impl Plain for kvc_tier_counts {}
 
 /// Size of [`kvc_tier_counts`] in ABI 0.1.
 const COUNTS_FIRST_BYTES: usize = 144;
-const _: () = assert!(size_of::<kvc_tier_counts>() == COUNTS_FIRST_BYTES);
+const _: () = assert!(size_of::<kvc_tier_counts>() == COUNTS_FIRST_BYTES + 8);
 
 /// Which part of a model a cache of `spec` holds.
 ///
@@ -300,6 +315,8 @@ pub unsafe extern "C" fn kvc_tier_attach(
                 0.0 => PrefillCost::Unknown,
                 seconds => PrefillCost::PerToken(seconds),
             },
+            plain_memory: flag(given.plain_memory, "plain_memory")?,
+            ahead_blocks: given.ahead_blocks,
         })
     })
 }
@@ -391,6 +408,8 @@ pub unsafe extern "C" fn kvc_tier_stats(
             bytes: c.bytes,
             load_latency,
             load_bandwidth,
+            page_locked: report.page_locked.into(),
+            reserved: 0,
         };
         // SAFETY: the caller's promise.
         unsafe { pointer::write(out, out_bytes, counts, "out", COUNTS_FIRST_BYTES) }

@@ -10,6 +10,7 @@
 mod driver;
 mod graph;
 mod queue;
+mod transfer;
 
 pub use graph::Graph;
 pub use queue::{Event, Queue};
@@ -35,6 +36,8 @@ pub struct Cuda {
     multiprocessor_shared_bytes: u32,
     context: driver::Context,
     functions: HashMap<&'static str, Function>,
+    /// Many copies at once, where the driver can.
+    batch: Option<transfer::Batch>,
 }
 
 /// A loaded kernel.
@@ -113,7 +116,16 @@ impl Cuda {
             .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let name = context.name()?;
         drop(current);
-        Ok(Self { ordinal, name, multiprocessors, multiprocessor_shared_bytes, context, functions })
+        let batch = transfer::Batch::find();
+        Ok(Self {
+            ordinal,
+            name,
+            multiprocessors,
+            multiprocessor_shared_bytes,
+            context,
+            functions,
+            batch,
+        })
     }
 
     /// Its number.

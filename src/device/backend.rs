@@ -5,8 +5,9 @@
 
 use core::ffi::c_void;
 use core::fmt;
+use core::ptr::NonNull;
 
-use super::Device;
+use super::{Device, host};
 use crate::error::Result;
 use crate::kernels::params::DeviceStruct;
 use crate::kernels::{AttendParams, Launch};
@@ -34,7 +35,49 @@ impl Stream {
     }
 }
 
+/// A point in a stream: everything that was enqueued there before it. For CUDA a `CUevent`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark(usize);
+
+impl Mark {
+    /// A point that every stream has passed.
+    pub const PASSED: Mark = Mark(0);
+
+    /// A point that the backend knows by this value, which is not null.
+    pub fn from_raw(mark: *mut c_void) -> Self {
+        Mark(mark.expose_provenance())
+    }
+
+    /// The value.
+    pub fn as_raw(self) -> *mut c_void {
+        core::ptr::with_exposed_provenance_mut(self.0)
+    }
+}
+
+/// Which way a copy between a device and host memory goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// To the device.
+    Up,
+    /// To the host.
+    Down,
+}
+
+/// A range of device memory and one of host memory, of the same size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostCopy {
+    /// On the device.
+    pub device: u64,
+    /// On the host.
+    pub host: *mut u8,
+    /// How long both are.
+    pub bytes: usize,
+}
+
 /// A device that runs the kernels of `cuda/`. Calls may come from any thread.
+///
+/// Work that fails has the device fail: what waits for it is not done as if nothing had been, and calls
+/// answer `DeviceFailed`.
 pub trait Backend: fmt::Debug + Send + Sync {
     /// Which device it is.
     fn device(&self) -> Device;
@@ -144,6 +187,119 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// `DeviceFailed` where some of it has failed.
     fn sync(&self, stream: Stream) -> Result<()>;
+
+    /// Whether [`alloc_host`](Self::alloc_host) gives page-locked memory, which the device copies from
+    /// and to by itself.
+    fn locks_pages(&self) -> bool {
+        false
+    }
+
+    /// Allocates `bytes` bytes (at least 1 is) of host memory for copies, aligned to 4,096, of some
+    /// content. Plain memory on a device that needs no other.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, `DeviceFailed`.
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        host::alloc_plain(bytes)
+    }
+
+    /// Gives such memory back.
+    ///
+    /// # Safety
+    /// `at` came from [`alloc_host`](Self::alloc_host) with this size, once, nobody uses it any more,
+    /// and no copy of it is under way.
+    unsafe fn free_host(&self, at: NonNull<u8>, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { host::free_plain(at, bytes) }
+    }
+
+    /// Enqueues copies between the device and host memory, in any order among themselves. Of memory
+    /// that is not `locked` the device may have made them when this returns. By default as many copies
+    /// one by one, which are waited for.
+    ///
+    /// # Errors
+    /// `DeviceFailed`; some of them may be under way then.
+    ///
+    /// # Safety
+    /// All ranges have their bytes and stay so until the copies are made; where bytes are written,
+    /// nobody reads them before, and where they are read, nobody writes them. `locked` memory came from
+    /// [`alloc_host`](Self::alloc_host) of a backend that locks pages.
+    unsafe fn copy_host(
+        &self,
+        way: Way,
+        copies: &[HostCopy],
+        locked: bool,
+        stream: Stream,
+    ) -> Result<()> {
+        let _ = locked;
+        copies.iter().try_for_each(|&HostCopy { device, host, bytes }| {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match way {
+                    Way::Up => {
+                        self.upload(device, core::slice::from_raw_parts(host, bytes), stream)
+                    }
+                    Way::Down => {
+                        let to = core::slice::from_raw_parts_mut(host, bytes);
+                        self.download(device, to, stream)
+                    }
+                }
+            }
+        })?;
+        self.sync(stream)
+    }
+
+    /// The point after all that is enqueued on `stream` now. A device that cannot say waits until it
+    /// has passed it.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    fn mark(&self, stream: Stream) -> Result<Mark> {
+        self.sync(stream)?;
+        Ok(Mark::PASSED)
+    }
+
+    /// Has what is enqueued on `stream` from here on wait for a point.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    fn hold(&self, stream: Stream, mark: Mark) -> Result<()> {
+        let _ = (stream, mark);
+        Ok(())
+    }
+
+    /// Whether its stream has passed a point. Waits for nothing.
+    ///
+    /// # Errors
+    /// `DeviceFailed` where work before it has failed: nothing of it is under way any more.
+    fn has_passed(&self, mark: Mark) -> Result<bool> {
+        let _ = mark;
+        Ok(true)
+    }
+
+    /// Waits until its stream has passed a point.
+    ///
+    /// # Errors
+    /// As for [`has_passed`](Self::has_passed).
+    fn wait(&self, mark: Mark) -> Result<()> {
+        let _ = mark;
+        Ok(())
+    }
+
+    /// How long the device took from one point to another of one stream, in seconds. `None` where it
+    /// does not note times, or has not passed both.
+    fn seconds_between(&self, from: Mark, to: Mark) -> Option<f64> {
+        let _ = (from, to);
+        None
+    }
+
+    /// Ends a point.
+    ///
+    /// # Safety
+    /// It came from [`mark`](Self::mark), once, and nobody uses it any more.
+    unsafe fn end_mark(&self, mark: Mark) {
+        let _ = mark;
+    }
 }
 
 /// [`Backend::launch`] with a typed parameter struct.

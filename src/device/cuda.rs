@@ -1,8 +1,9 @@
 //! The CUDA driver as a backend: each method is the driver module's own.
 
 use core::ffi::c_void;
+use core::ptr::NonNull;
 
-use super::{Backend, Device, Stream};
+use super::{Backend, Device, HostCopy, Mark, Stream, Way};
 use crate::cuda::Cuda;
 use crate::error::Result;
 use crate::kernels::Launch;
@@ -80,5 +81,58 @@ impl Backend for Cuda {
 
     fn sync(&self, stream: Stream) -> Result<()> {
         self.sync(stream.as_raw())
+    }
+    fn locks_pages(&self) -> bool {
+        true
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.alloc_host(bytes)
+    }
+
+    unsafe fn free_host(&self, at: NonNull<u8>, _: usize) {
+        // SAFETY: see above.
+        unsafe { self.free_host(at) }
+    }
+
+    unsafe fn copy_host(
+        &self,
+        way: Way,
+        copies: &[HostCopy],
+        locked: bool,
+        stream: Stream,
+    ) -> Result<()> {
+        let up = way == Way::Up;
+        let addresses = copies.iter().map(|&HostCopy { device, host, bytes }| {
+            let host = host.expose_provenance() as u64;
+            if up { (device, host, bytes) } else { (host, device, bytes) }
+        });
+        // SAFETY: see above.
+        unsafe { self.copy_host(up, addresses, locked, stream.as_raw()) }
+    }
+
+    fn mark(&self, stream: Stream) -> Result<Mark> {
+        self.mark(stream.as_raw()).map(Mark::from_raw)
+    }
+
+    fn hold(&self, stream: Stream, mark: Mark) -> Result<()> {
+        self.hold(stream.as_raw(), mark.as_raw())
+    }
+
+    fn has_passed(&self, mark: Mark) -> Result<bool> {
+        self.has_passed(mark.as_raw())
+    }
+
+    fn wait(&self, mark: Mark) -> Result<()> {
+        self.wait(mark.as_raw())
+    }
+
+    fn seconds_between(&self, from: Mark, to: Mark) -> Option<f64> {
+        self.seconds_between(from.as_raw(), to.as_raw())
+    }
+
+    unsafe fn end_mark(&self, mark: Mark) {
+        // SAFETY: see above.
+        unsafe { self.end_mark(mark.as_raw()) }
     }
 }

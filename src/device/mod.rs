@@ -7,15 +7,19 @@
 //!
 //! `unsafe` is here because addresses of a device cannot be checked by the compiler: the functions
 //! that take bare ones are `unsafe`, and what safe code holds are [`DeviceMemory`], which owns its
-//! range, and [`DeviceRows`], whose maker answered for it.
+//! range, and [`DeviceRows`], whose maker answered for it. Copies that go on after their caller has
+//! returned are a [`Flight`], which the host memory that they touch ([`HostPart`]) knows.
 
 mod attend;
 mod backend;
 mod batch;
+mod copies;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "emulate")]
 mod emulated;
+mod flight;
+mod host;
 mod memory;
 mod rotation;
 mod rows;
@@ -25,11 +29,14 @@ mod store;
 mod tests;
 mod tiles;
 
-pub use backend::{Backend, Stream};
+pub use backend::{Backend, HostCopy, Mark, Stream, Way};
 pub(crate) use backend::{launch, launch_attend};
 pub use batch::{BatchTables, DeviceBatch, GroupTables};
+pub use copies::{Copies, Span};
 #[cfg(feature = "emulate")]
 pub use emulated::Emulated;
+pub use flight::{Flight, StreamMark};
+pub use host::HostPart;
 pub use memory::DeviceMemory;
 pub use rows::{DeviceRows, DeviceRowsMut};
 pub use side::SideStream;

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 
-use super::{Backend, Stream};
+use super::{Backend, Stream, StreamMark};
 use crate::error::Result;
 
 /// The stream; ended when it is dropped.
@@ -33,6 +33,14 @@ impl SideStream {
     /// `DeviceFailed`.
     pub fn follow(&self, stream: Stream) -> Result<()> {
         self.backend.fence(stream, self.stream)
+    }
+
+    /// What is enqueued here from now on waits for a point of another stream.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub fn follow_mark(&self, mark: &StreamMark) -> Result<()> {
+        mark.hold(self.stream)
     }
 
     /// What is enqueued on `stream` from now on waits for what is enqueued here.

@@ -5,6 +5,7 @@
 //! holds them; how a kernel is launched is planned by `kernels`.
 
 use alloc::sync::Arc;
+use core::marker::PhantomData;
 use core::mem::size_of_val;
 
 use super::attend::Attend;
@@ -13,7 +14,7 @@ use super::memory::DeviceMemory;
 use super::rotation::Rotation;
 use super::rows::{DeviceRows, DeviceRowsMut};
 use super::tiles::Tiles;
-use super::{Backend, DeviceBatch, Stream};
+use super::{Backend, DeviceBatch, Span, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::cpu::{Rope, RopeStyle};
 use crate::dtype::{DType, Rows, RowsMut};
@@ -424,25 +425,28 @@ impl DeviceStore {
         self.memory.upload(at, from, self.options.stream)
     }
 
-    /// Enqueues a copy of consecutive layers of a block, from layer `first` on, from ordinary host
-    /// memory, which has been read when this returns; on the stream `side` where there is one.
+    /// The stream that everything is enqueued on.
+    pub fn stream(&self) -> Stream {
+        self.options.stream
+    }
+
+    /// Where a block lies, all its layers.
     ///
     /// # Errors
-    /// `BadBlock`; `InvalidArgument` where `from` is not whole layers of the block, or a sealed record
-    /// of it is damaged or another format's; `DeviceFailed`.
-    pub(crate) fn write_layers(
-        &mut self,
-        id: BlockId,
-        first: u32,
-        from: &[u8],
-        side: Option<Stream>,
-    ) -> Result<()> {
-        let at = self.layout.layers_at(first, from.len())?;
+    /// `BadBlock`.
+    pub fn span(&self, id: BlockId) -> Result<Span<'_>> {
+        self.layers_span(id, 0, self.layout.block_bytes() as usize)
+    }
+
+    /// Where consecutive layers of a block lie, from layer `first` on, `bytes` bytes.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` where that is not whole layers of the block.
+    pub fn layers_span(&self, id: BlockId, first: u32, bytes: usize) -> Result<Span<'_>> {
+        let at = self.layout.layers_at(first, bytes)?;
         let at = at + self.block_at(id, self.layout.block_bytes() as usize)?;
-        let to = self.memory.part(at, from.len() as u64)?;
-        self.check_records(from)?;
-        // SAFETY: the range is within the store's memory; `from` is not page-locked memory.
-        unsafe { self.backend.upload(to, from, side.unwrap_or(self.options.stream)) }
+        let address = self.memory.part(at, bytes as u64)?;
+        Ok(Span { address, bytes, store: PhantomData })
     }
 
     fn block_at(&self, id: BlockId, bytes: usize) -> Result<u64> {

@@ -221,7 +221,7 @@ impl DeviceStore {
     }
 
     /// Checks records that are to be stored: format, tile size and checksum.
-    pub(super) fn check_records(&self, from: &[u8]) -> Result<()> {
+    pub(crate) fn check_records(&self, from: &[u8]) -> Result<()> {
         let Some(tiles) = &self.tiles else { return Ok(()) };
         from.chunks_exact(tiles.layout.bytes())
             .try_for_each(|record| Tile::open(&tiles.layout, record).map(|_| ()))

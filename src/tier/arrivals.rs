@@ -27,6 +27,11 @@ impl Piece {
     pub fn bytes(&self) -> &[u8] {
         &self.slab[self.at.clone()]
     }
+
+    /// What they are a part of, and where in it they begin: for copies to a device.
+    pub fn place(&self) -> (&Buffer, usize) {
+        (&self.slab, self.at.start)
+    }
 }
 
 #[derive(Debug, Default)]

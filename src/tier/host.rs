@@ -4,6 +4,9 @@
 //! so when the device evicts it again nothing is copied. Copies are shared: one that is being
 //! written to a lower tier, or read from here, stays whole after it was evicted. Memory is trusted
 //! as the device's is: tokens and keys are compared, no checksum is taken.
+//!
+//! A block of a device is here from when its copy is enqueued: what reads it comes after that
+//! ([`Buffer`]).
 
 use alloc::sync::Arc;
 
@@ -23,7 +26,8 @@ pub struct HostBlock {
 }
 
 impl HostBlock {
-    /// The bytes of the block, padding behind them.
+    /// The bytes of the block, padding behind them. Waits for a device that is still writing them; where
+    /// that fails ([`Buffer::arrived`]) they are nothing in particular.
     pub fn payload(&self) -> &[u8] {
         &self.buffer[HEAD_BYTES..]
     }
@@ -62,6 +66,11 @@ impl HostTier {
         self.blocks.contains(key)
     }
 
+    /// The block of a key, whatever it is of; not a use of it.
+    pub fn find(&self, key: &ObjectKey) -> Option<&Arc<HostBlock>> {
+        self.blocks.peek(key)
+    }
+
     /// Notes a use of a block; whether it is here.
     pub fn touch(&mut self, key: &ObjectKey) -> bool {
         self.blocks.get_mut(key).is_some()
@@ -92,6 +101,11 @@ impl HostTier {
         };
         self.blocks.insert(block.label.key, block);
         gone
+    }
+
+    /// The least recently used block.
+    pub fn oldest(&self) -> Option<&Arc<HostBlock>> {
+        self.iter().next()
     }
 
     /// Takes the least recently used block out, to make room.

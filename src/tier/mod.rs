@@ -8,7 +8,7 @@
 //!
 //! | tier | what it is |
 //! |---|---|
-//! | [`HostTier`] | memory, in the caller's thread: a copy of bytes |
+//! | [`HostTier`] | memory: a copy of bytes in the caller's thread, or one that a device makes by itself |
 //! | [`Tier`] over a [`Store`] | disk, remote or the engine's own: queues and threads around it |
 //!
 //! Nothing here knows a cache, a pool or an index: those are above, in `cache/tiers.rs`, which says
@@ -90,7 +90,7 @@ pub struct TierCounters {
     pub missed: u64,
     /// Objects that were damaged or of another block; removed, and missed.
     pub bad: u64,
-    /// Calls of the store that failed or panicked.
+    /// Calls of the store that failed or panicked; of the host, copies that a device could not make.
     pub failures: u64,
     /// Loads that somebody stopped waiting for.
     pub timeouts: u64,

@@ -11,6 +11,8 @@ pub struct TierReport {
     pub kind: TierKind,
     /// What it counted.
     pub counters: TierCounters,
+    /// Its memory is page-locked: a GPU copies from and to it by itself. Of the host alone.
+    pub page_locked: bool,
     /// Seconds before the first byte of a load, and bytes a second; `None` before the first load.
     pub load_rate: Option<(f64, f64)>,
     /// What fails since the store refuses whoever calls: [`Store::refusal`](super::Store::refusal).
@@ -24,7 +26,7 @@ pub struct TierReport {
 /// Those of `out`.
 pub fn write_prometheus(reports: &[TierReport], out: &mut dyn Write) -> fmt::Result {
     type Value = fn(&TierReport) -> f64;
-    let metrics: [(&str, &str, &str, Value); 15] = [
+    let metrics: [(&str, &str, &str, Value); 16] = [
         ("stored_blocks_total", "counter", "Blocks demoted to the tier.", |r| {
             r.counters.stored as f64
         }),
@@ -60,6 +62,9 @@ pub fn write_prometheus(reports: &[TierReport], out: &mut dyn Write) -> fmt::Res
         ("objects", "gauge", "Blocks held, where known.", |r| r.counters.objects as f64),
         ("down", "gauge", "1 while the store is left alone after failing.", |r| {
             f64::from(u8::from(r.counters.down))
+        }),
+        ("page_locked", "gauge", "1 where a GPU copies from and to its memory by itself.", |r| {
+            f64::from(u8::from(r.page_locked))
         }),
         ("load_bytes_per_second", "gauge", "Measured bandwidth of loads.", |r| {
             r.load_rate.map_or(0.0, |(_, bandwidth)| bandwidth)
@@ -99,14 +104,16 @@ mod tests {
         let disk = TierReport {
             kind: TierKind::Disk,
             counters,
+            page_locked: false,
             load_rate: Some((0.1, 2e9)),
             refusal: None,
         };
-        let host = TierReport { kind: TierKind::Host, ..disk };
+        let host = TierReport { kind: TierKind::Host, page_locked: true, ..disk };
         let mut text = String::new();
         write_prometheus(&[host, disk], &mut text).unwrap();
-        assert_eq!(text.lines().count(), 15 * 4);
+        assert_eq!(text.lines().count(), 16 * 4);
         assert!(text.contains("\nkvcache:tier_loaded_blocks_total{tier=\"disk\"} 7\n"));
+        assert!(text.contains("\nkvcache:tier_page_locked{tier=\"host\"} 1\n"));
         assert!(text.contains("kvcache:tier_load_bytes_per_second{tier=\"host\"} 2000000000\n"));
         text.clear();
         let refusal = Some("asking, which is refused,");

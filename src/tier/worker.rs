@@ -259,8 +259,9 @@ impl Shared {
     }
 
     /// The sealed object of a block: in place where nobody else has the block, else in a copy. None
-    /// where there is no buffer for one.
+    /// where there is no buffer for one, or a device failed that was to write it.
     fn seal(&self, block: Arc<HostBlock>) -> Option<HostBlock> {
+        block.buffer.arrived().ok()?;
         let mut own = match Arc::try_unwrap(block) {
             Ok(own) => own,
             Err(shared) => {

@@ -51,6 +51,7 @@ class TierCounts(NamedTuple):
     bytes: int
     load_latency: float
     load_bandwidth: float
+    page_locked: int
 
 
 class TierDecision(NamedTuple):
@@ -98,6 +99,8 @@ def attach(
     prefill_seconds: float = 0.0,
     remote: str | None = None,
     remote_timeout_ms: int | None = None,
+    plain_memory: bool = False,
+    ahead_blocks: int = 0,
 ) -> None:
     """Gives a cache tiers: see `Cache.attach_tiers`."""
     parts, count = _parts(slices)
@@ -123,6 +126,8 @@ def attach(
         prefill_seconds=prefill_seconds,
         remote=address,
         remote_timeout_ms=remote_timeout_ms,
+        plain_memory=int(plain_memory),
+        ahead_blocks=ahead_blocks,
     )
     check(lib.kvc_tier_attach(cache._handle, options))
 

@@ -1,25 +1,28 @@
 //! What goes down: the blocks that the device evicts or commits, as far as the options admit them.
-//! Inside a step; nothing here fails or waits.
+//! Inside a step; nothing here fails or waits. From a device they are copied together, when all of them
+//! are known (`lift.rs`).
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::time::Duration;
 
+use super::lift::{Departure, Lift};
 use super::{Demotion, LowerTier, TierOptions};
 use crate::cache::media::MediaKeys;
 use crate::cache::outside::Outside;
 use crate::cache::reserve;
 use crate::cache::store::Store;
 use crate::cache::whereabouts::{Shelf, Whereabouts};
+use crate::device::Backend;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, TokenId};
 use crate::prefix::{Chain, DEFAULT_PRIORITY, Digest};
 use crate::tier::buffer::{Buffer, Buffers};
 use crate::tier::object::{HEAD_BYTES, Label, Origin, object_bytes};
 use crate::tier::{
-    Configuration, CopyState, Decision, HostBlock, HostTier, PrefillCost, Rate, Ticket, Tier,
-    TierCounters, TierKind, Watcher,
+    Configuration, CopyState, Decision, HostBlock, HostTier, ObjectKey, PrefillCost, Rate, Ticket,
+    Tier, TierCounters, TierKind, Watcher,
 };
 
 /// What is remembered of each cached block, by the id of its first group.
@@ -28,6 +31,8 @@ struct Note {
     label: Option<Box<Label>>,
     priority: u8,
     uses: u32,
+    /// How many steps had begun on the device when it was cached.
+    steps: u64,
 }
 
 /// The tiers at work.
@@ -46,6 +51,8 @@ pub(in crate::cache) struct Tiers {
     notes: Vec<Note>,
     /// Where the host's blocks are told, if they are.
     shelf: Option<Arc<Shelf>>,
+    /// `None` for a cache on the CPU.
+    pub(super) lift: Option<Lift>,
     pub groups: usize,
     /// Why the last start loaded as much as it did.
     pub last: Option<Decision>,
@@ -85,6 +92,7 @@ impl Tiers {
         config: Configuration,
         groups: usize,
         blocks: u32,
+        backend: Option<&Arc<dyn Backend>>,
     ) -> Result<Self> {
         let bytes = object_bytes(config.payload_bytes())
             .and_then(|bytes| usize::try_from(bytes).ok())
@@ -100,7 +108,10 @@ impl Tiers {
             .capacity()
             .checked_add(options.transit_blocks)
             .ok_or(Error::Overflow { what: "host blocks" })?;
-        let buffers = Buffers::new(bytes, limit);
+        let buffers = match backend {
+            None => Buffers::new(bytes, limit),
+            Some(backend) => Buffers::on(backend, bytes, limit, !options.plain_memory)?,
+        };
         let mut notes = Vec::new();
         reserve(&mut notes, blocks as usize)?;
         notes.resize(blocks as usize, Note::default());
@@ -121,6 +132,7 @@ impl Tiers {
             cost: options.prefill_cost,
             notes,
             shelf: None,
+            lift: backend.map(|backend| Lift::new(backend, options.ahead_blocks)).transpose()?,
             groups,
             last: None,
         })
@@ -148,7 +160,7 @@ impl Tiers {
         chain: &Chain,
         before: &[TokenId],
         (outside, media): (&Outside, &MediaKeys),
-        stores: &mut [Store],
+        stores: &[Store],
     ) {
         let keys = outside.seed(chain.space);
         let parent = outside.digest_before(chain, before, media);
@@ -158,13 +170,16 @@ impl Tiers {
         for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 let label = Some(Box::new(label));
-                *note = Note { label, priority: DEFAULT_PRIORITY, uses: 0 };
+                let steps = self.lift.as_ref().map_or(0, Lift::steps);
+                *note = Note { label, priority: DEFAULT_PRIORITY, uses: 0, steps };
             }
         }
         if self.lower.iter().any(|(_, demotion)| demotion.on_commit) {
+            let mut departure = self.board(stores);
             for ids in chain.blocks.chunks_exact(self.groups) {
-                self.write_through(ids, stores, |demotion| demotion.on_commit);
+                self.write_through(ids, stores, &mut departure, |demotion| demotion.on_commit);
             }
+            self.depart(departure);
         }
     }
 
@@ -188,33 +203,46 @@ impl Tiers {
     pub(in crate::cache) fn evicted(
         &mut self,
         entries: &[BlockId],
-        stores: &mut [Store],
+        stores: &[Store],
         demote: bool,
     ) {
+        let mut departure = self.board(stores);
         for ids in entries.chunks_exact(self.groups) {
             if demote {
-                self.demote(ids, stores);
+                self.demote(ids, stores, &mut departure);
             }
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 *note = Note::default();
             }
         }
+        self.depart(departure);
     }
 
-    fn demote(&mut self, ids: &[BlockId], stores: &mut [Store]) {
+    fn demote<'a>(
+        &mut self,
+        ids: &[BlockId],
+        stores: &'a [Store],
+        departure: &mut Option<Departure<'a>>,
+    ) {
         let Some(note) = self.notes.get(ids[0].index()) else { return };
         let Some(label) = &note.label else { return };
         if !(self.keeps && self.host_demotion.admits(note)) {
-            return self.write_through(ids, stores, |_| true);
+            return self.write_through(ids, stores, departure, |_| true);
         }
         if self.host.touch(&label.key) {
             self.host_counters.present += 1;
             return;
         }
-        match self.capture(ids, stores) {
+        match self.capture(ids, stores, departure) {
             Some(block) => {
-                self.host_counters.stored += 1;
-                self.host_counters.stored_bytes += self.config.payload_bytes();
+                match departure {
+                    // Counted when it has come.
+                    Some(departure) => departure.keep(block.label.key),
+                    None => {
+                        self.host_counters.stored += 1;
+                        self.host_counters.stored_bytes += self.config.payload_bytes();
+                    }
+                }
                 self.keep(block);
             }
             None => self.host_counters.dropped += 1,
@@ -244,6 +272,14 @@ impl Tiers {
         Some(gone)
     }
 
+    /// Takes a block out of the host that is not there after all.
+    pub(super) fn lose(&mut self, key: &ObjectKey) {
+        self.host.remove(key);
+        if let Some(shelf) = &self.shelf {
+            shelf.changed(&[*key], &[]);
+        }
+    }
+
     /// A block that left the host goes to the first tier below that takes it or has it. What it was
     /// worth on the device is not known any more: what got as far as the host may go on.
     pub(super) fn pass_down(&self, block: Arc<HostBlock>) {
@@ -256,10 +292,11 @@ impl Tiers {
     }
 
     /// Copies a block of the device to the lower tiers that `wants` it, admit it and lack it.
-    pub(super) fn write_through(
+    pub(super) fn write_through<'a>(
         &mut self,
         ids: &[BlockId],
-        stores: &mut [Store],
+        stores: &'a [Store],
+        departure: &mut Option<Departure<'a>>,
         wants: impl Fn(&Demotion) -> bool,
     ) {
         let mut captured = None;
@@ -276,7 +313,7 @@ impl Tiers {
                 continue;
             }
             if captured.is_none() {
-                captured = self.capture(ids, stores);
+                captured = self.capture(ids, stores, departure);
             }
             if let Some(block) = &captured {
                 self.lower[n].0.put(block.clone());
@@ -284,19 +321,33 @@ impl Tiers {
         }
     }
 
-    /// A copy of a block of the device in host memory; `None` where there is no room for one, or
-    /// not every group has the block.
-    fn capture(&mut self, ids: &[BlockId], stores: &mut [Store]) -> Option<Arc<HostBlock>> {
-        let label = (**self.notes.get(ids[0].index())?.label.as_ref()?).clone();
+    /// A copy of a block of the device in host memory, where there is a departure: from when that is
+    /// enqueued. `None` where there is no room for one, or not every group has the block.
+    fn capture<'a>(
+        &mut self,
+        ids: &[BlockId],
+        stores: &'a [Store],
+        departure: &mut Option<Departure<'a>>,
+    ) -> Option<Arc<HostBlock>> {
+        let note = self.notes.get(ids[0].index())?;
+        let (label, steps) = ((**note.label.as_ref()?).clone(), note.steps);
         if ids.contains(&BlockId::NONE) {
             return None;
         }
         let mut buffer = self.buffer()?;
-        let mut at = HEAD_BYTES;
-        for (store, &id) in stores.iter_mut().zip(ids) {
-            let end = at + store.layout().block_bytes() as usize;
-            store.read_block(id, buffer.get_mut(at..end)?).ok()?;
-            at = end;
+        match departure {
+            Some(departure) => {
+                let fresh = self.lift.as_ref().is_none_or(|lift| lift.steps() <= steps);
+                departure.add((ids, stores), &mut buffer, fresh).ok()?;
+            }
+            None => {
+                let mut at = HEAD_BYTES;
+                for (store, &id) in stores.iter().zip(ids) {
+                    let end = at + store.layout().block_bytes() as usize;
+                    store.read_block(id, buffer.get_mut(at..end)?).ok()?;
+                    at = end;
+                }
+            }
         }
         Some(Arc::new(HostBlock { label, buffer }))
     }
@@ -306,6 +357,10 @@ impl Tiers {
         loop {
             if let Ok(buffer) = self.buffers.take() {
                 return Some(buffer);
+            }
+            // One that is still being copied frees none: then this block is dropped, not the host's.
+            if self.host.oldest()?.buffer.is_lent() {
+                return None;
             }
             // What is on its way down still has its buffer: then others have to go for this one.
             drop(self.pop_oldest()?);
@@ -340,11 +395,13 @@ impl Tiers {
 }
 
 impl Tiers {
-    /// Blocks were copied from the host.
-    pub(super) fn host_loaded(&mut self, blocks: usize, time: Duration) {
+    /// Blocks were copied from the host, in this time where that is known now.
+    pub(super) fn host_loaded(&mut self, blocks: usize, time: Option<Duration>) {
         let bytes = blocks as u64 * self.config.payload_bytes();
         if blocks > 0 {
-            self.host_rate.observe(bytes, time);
+            if let Some(time) = time {
+                self.host_rate.observe(bytes, time);
+            }
             self.host_counters.loaded += blocks as u64;
             self.host_counters.loaded_bytes += bytes;
         }
@@ -360,8 +417,12 @@ impl Tiers {
         }
     }
 
-    /// Waits until every lower tier takes another block.
+    /// Waits until every lower tier takes another block, and for what the device is still copying where
+    /// no buffer is left.
     pub(super) fn make_way(&self, limit: Duration) -> bool {
+        if self.buffers.spare() == 0 {
+            self.wait_copies();
+        }
         self.lower.iter().all(|(tier, _)| tier.has_room() || tier.flush(limit))
             && (self.buffers.spare() > 0 || self.lower.iter().all(|(tier, _)| tier.flush(limit)))
     }

@@ -28,6 +28,8 @@ use super::load::{LayerLoad, LayerWait, LoadState, Source, Stage};
 use crate::cache::{KvCache, LayerId, Media, Started, Step};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, SeqId, TokenId};
+use crate::tier::buffer::Buffer;
+use crate::tier::object::HEAD_BYTES;
 use crate::tier::{Missed, Piece};
 
 impl KvCache {
@@ -83,7 +85,9 @@ impl KvCache {
         let block_tokens = self.spec.block_tokens as usize;
         self.totals.hit_tokens += (load.blocks * block_tokens) as u64;
         if let Some(tiers) = &mut self.tiers {
-            tiers.host_loaded(load.from_host.0, load.from_host.1);
+            // Where all came from the host; on a device, its copies tell.
+            let time = Some(load.from_host.1).filter(|time| !time.is_zero());
+            tiers.host_loaded(load.from_host.0, time);
         }
         // Merging blocks would change the tables of an open step: its commit publishes them.
         if !self.sequences.get(seq)?.in_step {
@@ -300,38 +304,53 @@ impl KvCache {
         let Some(tiers) = &self.tiers else { return Ok(false) };
         let part = tiers.config.parts().get(n).clone();
         let (group, payload) = (part.group as usize, part.payload());
-        if !load.enqueued && self.backend.is_some() {
-            load.enqueued = true;
-            self.fork_side()?;
-        }
-        let side = self.side.as_ref().map(|side| side.stream());
-        let table = &self.sequences.get(seq)?.tables[group];
-        let store = &mut self.stores[group];
-        let bytes = part.layers as usize * store.layout().layer_bytes() as usize;
-        let mut copy = |block: usize, from: &[u8]| {
-            let id = table.blocks().get(block).copied().unwrap_or(BlockId::NONE);
-            store.write_layers(id, part.first_layer, &from[..bytes], side)
-        };
+        let mut taken: Vec<(usize, Vec<Piece>)> = Vec::new();
         for (first, source) in &load.sources {
             match source {
-                Source::Host(blocks) => {
-                    let begin = Instant::now();
-                    for (n, block) in blocks.iter().enumerate() {
-                        copy(first + n, &block.payload()[payload.clone()])?;
-                    }
-                    load.from_host.1 += begin.elapsed();
-                }
+                Source::Host(_) => {}
                 Source::Parts(arrivals) => {
-                    let pieces: Vec<Piece> = arrivals.take(n).unwrap_or_default();
-                    for piece in &pieces {
-                        copy(first + piece.block, piece.bytes())?;
-                    }
+                    let pieces = arrivals.take(n).unwrap_or_default();
                     if pieces.len() != arrivals.blocks() {
                         load.failed = arrivals.failed().or(Some(Missed::Down));
                         return Ok(false);
                     }
+                    taken.push((*first, pieces));
                 }
                 Source::Whole(_) => return Ok(false),
+            }
+        }
+        // Where each block of the sequence has the part: a buffer, and where in it.
+        let mut from: Vec<(usize, &Buffer, usize)> = Vec::new();
+        for (first, source) in &load.sources {
+            if let Source::Host(blocks) = source {
+                let at = HEAD_BYTES + payload.start;
+                from.extend((*first..).zip(blocks).map(|(n, block)| (n, &block.buffer, at)));
+            }
+        }
+        // Parts that came alone say nothing of how fast the host is.
+        let timed = taken.is_empty();
+        for (first, pieces) in &taken {
+            from.extend(pieces.iter().map(|piece| {
+                let (slab, at) = piece.place();
+                (first + piece.block, slab, at)
+            }));
+        }
+        if self.backend.is_some() {
+            if !load.enqueued {
+                load.enqueued = true;
+                self.fork_side()?;
+            }
+            self.lift_part(seq, (group, part.first_layer, part.layers), &from, timed)?;
+        } else {
+            let (table, store) = (&self.sequences.get(seq)?.tables[group], &mut self.stores[group]);
+            let bytes = part.layers as usize * store.layout().layer_bytes() as usize;
+            let begin = Instant::now();
+            for (block, buffer, at) in from {
+                let id = table.blocks().get(block).copied().unwrap_or(BlockId::NONE);
+                store.write_layers(id, part.first_layer, &buffer[at..at + bytes])?;
+            }
+            if timed {
+                load.from_host.1 += begin.elapsed();
             }
         }
         load.stages[n] = Stage::Enqueued;

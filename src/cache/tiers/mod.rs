@@ -5,11 +5,13 @@
 //! that cannot be demoted is only evicted, one that cannot be loaded is computed. A block that comes
 //! back keeps its copies below, so the next time it is evicted nothing is copied.
 //!
-//! The calling thread copies between device and host memory, and never waits for a disk or a
-//! network unless it says for how long ([`KvCache::wait_prefetch`], [`KvCache::flush_tiers`]).
+//! On the CPU the calling thread copies between the cache's and the tiers' memory; on a device it only
+//! enqueues the copies (`lift.rs`). It never waits for those, a disk or a network unless it says for how
+//! long ([`KvCache::wait_prefetch`], [`KvCache::flush_tiers`]).
 
 mod demote;
 mod layers;
+mod lift;
 mod load;
 mod onboard;
 mod runs;
@@ -74,6 +76,16 @@ pub struct TierOptions {
     pub lower: Vec<LowerTier>,
     /// What the engine's prefill costs.
     pub prefill_cost: PrefillCost,
+    /// On a GPU, blocks of host memory are page-locked: copied without the driver's detour, and beside
+    /// the kernels. All of it is taken when the tiers are attached; where the system refuses it, that
+    /// fails, and the engine may ask again with this set: plain memory then, and copies that are slower
+    /// and that the calling thread may wait for. Without a GPU all memory is plain.
+    pub plain_memory: bool,
+    /// On a device, so many blocks are left free when a step has begun, as far as others can be evicted:
+    /// the next step finds room that was copied beside the kernels of this one, and does not wait for
+    /// it. About as many as a step takes; what they held is in the tiers, not on the device. 0 by default:
+    /// a step evicts what it needs when it begins, and its kernels wait until that was copied.
+    pub ahead_blocks: u32,
 }
 
 impl TierOptions {
@@ -87,6 +99,8 @@ impl TierOptions {
             transit_blocks: 64,
             lower: Vec::new(),
             prefill_cost: PrefillCost::Unknown,
+            plain_memory: false,
+            ahead_blocks: 0,
         }
     }
 }

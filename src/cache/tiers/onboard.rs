@@ -25,13 +25,14 @@ impl KvCache {
     ///
     /// # Errors
     /// `InvalidState` where the cache has tiers, reuses no prefixes, or has blocks in the index;
-    /// `InvalidArgument` for options that cannot be; `OutOfMemory`. Nothing changed then.
+    /// `InvalidArgument` for options that cannot be; `OutOfMemory`, on a GPU where the system refuses as
+    /// much page-locked memory ([`TierOptions::plain_memory`]); `DeviceFailed`. Nothing changed then.
     pub fn attach_tiers(&mut self, options: TierOptions) -> Result<()> {
         self.check_can_attach()?;
         let slice = options.slice.clone().unwrap_or_else(|| Slice::whole(&self.spec));
         let config = Configuration::new(&options.model, &self.spec, &slice)?;
         let (groups, blocks) = (self.pools.len(), self.pools[0].blocks());
-        let tiers = Tiers::new(options, config, groups, blocks)?;
+        let tiers = Tiers::new(options, config, groups, blocks, self.backend.as_ref())?;
         self.enable_digests()?;
         self.tiers = Some(Box::new(tiers));
         self.tell_tiers();
@@ -73,12 +74,15 @@ impl KvCache {
         let rate = |rate: Rate| rate.latency().zip(rate.bandwidth());
         let mut counters = tiers.host_counters;
         counters.objects = tiers.host.len() as u64;
+        counters.queued = tiers.on_their_way();
         counters.bytes = counters.objects * tiers.config.payload_bytes();
-        let (kind, load_rate) = (TierKind::Host, rate(tiers.host_rate));
-        let host = TierReport { kind, counters, load_rate, refusal: None };
+        let (page_locked, load_rate) = (tiers.buffers.are_locked(), rate(tiers.host_rate));
+        let kind = TierKind::Host;
+        let host = TierReport { kind, counters, page_locked, load_rate, refusal: None };
         let lower = tiers.lower.iter().map(|(tier, _)| TierReport {
             kind: tier.kind(),
             counters: tier.counters(),
+            page_locked: false,
             load_rate: rate(tier.load_rate()),
             refusal: tier.refusal(),
         });
@@ -113,6 +117,7 @@ impl KvCache {
         let (Some(tiers), Some(prefix)) = (&mut self.tiers, &self.prefix) else {
             return Err(Error::InvalidState { why: "the cache has no tiers" });
         };
+        tiers.see_ended();
         prefix.lookup(space, prompt, prompt.len() - 1, &mut self.hit);
         let block_tokens = self.spec.block_tokens as usize;
         let device = self.hit.tokens / block_tokens;
@@ -232,7 +237,9 @@ impl KvCache {
             if !tiers.make_way(left()) {
                 return false;
             }
-            tiers.write_through(ids, &mut self.stores, |_| true);
+            let mut departure = tiers.board(&self.stores);
+            tiers.write_through(ids, &self.stores, &mut departure, |_| true);
+            tiers.depart(departure);
         }
         let host: Vec<Arc<HostBlock>> = tiers.host.iter().cloned().collect();
         for block in host {
@@ -306,8 +313,15 @@ impl KvCache {
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.extend(pool, found.len() * block_tokens, block_tokens)?;
         }
-        let begin = Instant::now();
         let first = hit_tokens / block_tokens;
+        if self.backend.is_some() {
+            self.lift_blocks(sequence, found, first)?;
+            if let Some(tiers) = &mut self.tiers {
+                tiers.host_loaded(found.len(), None);
+            }
+            return Ok(());
+        }
+        let begin = Instant::now();
         for (n, block) in found.iter().enumerate() {
             let mut at = 0;
             for (table, store) in sequence.tables.iter().zip(&mut self.stores) {
@@ -318,7 +332,7 @@ impl KvCache {
             }
         }
         if let Some(tiers) = &mut self.tiers {
-            tiers.host_loaded(found.len(), begin.elapsed());
+            tiers.host_loaded(found.len(), Some(begin.elapsed()));
         }
         Ok(())
     }
