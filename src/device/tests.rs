@@ -127,7 +127,7 @@ fn a_store_of_sealed_tiles_refuses_what_does_not_fit() {
     // What is no record, whole or in part, is not stored.
     let bytes = store.layout().block_bytes() as usize;
     assert!(store.write_block(BlockId(0), &vec![0; bytes]).is_err());
-    assert!(store.write_layers(BlockId(0), 1, &vec![0; bytes / 2], None).is_err());
+    assert!(store.check_records(&vec![0; bytes / 2]).is_err());
     // A batch without raw rows.
     let mut batch = DeviceBatch::default();
     let lens = BatchTables { q_indptr: &[0, 1], kv_lens: &[1] };
