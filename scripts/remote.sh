@@ -59,10 +59,8 @@ generate=$dir/generate
 cp "$TARGET_DIR/debug/examples/generate" "$generate"
 addresses=("redis+unix://$dir/redis" "$KVCACHE_S3")
 mkdir "$dir/shared"
-[ -z "$nixl" ] || addresses+=("nixl+posix:$dir/shared" "nixl+$KVCACHE_S3")
+[ -z "$nixl" ] || addresses+=("nixl+posix:$dir/shared")
 for address in "${addresses[@]}"; do
-    # The store of before serves the same prompts.
-    rm -rf "$dir"/s3/kv/kvcache
     for run in first second; do
         "$generate" --tier "remote:$address" --max-tokens 8 --json >"$dir/$run.json"
     done

@@ -34,9 +34,10 @@ fn every_format_against_the_reference() {
 #[test]
 fn chunks_and_hits_do_not_change_a_bit() {
     let backend = emu();
-    for (i, format) in FORMATS.into_iter().enumerate() {
+    // Every format's run on a GPU (gpu.rs); here there is one of each width of codes.
+    for (i, format) in [KvFormat::Kt8v8, KvFormat::Kt4v4, KvFormat::Kt2v2].into_iter().enumerate() {
         // A window whose beginning lies in a tile, and none.
-        let (window, rules) = ([None, Some(70)][i % 2], i == 3);
+        let (window, rules) = ([None, Some(70)][i % 2], i == 1);
         let setup = Setup { window, rules, ..Setup::new(&backend, format, 64, 64) };
         chunks_and_hits(&setup, [&[61, 4, 74][..], &[128, 3, 8]][i % 2]);
     }

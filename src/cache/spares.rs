@@ -11,6 +11,7 @@ use crate::cpu::RawRows;
 use crate::device::{DeviceStore, Outcome};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, SeqId};
+use crate::layout::MAX_GROUPS;
 
 /// The most spare slots of a step and group.
 const MAX_SPARES: usize = 8;
@@ -27,7 +28,8 @@ pub(super) struct Spare {
 /// Makes room for a step's spare slots.
 pub(super) fn reserve_spares(raw: &mut RawRows, spares: &mut Vec<Spare>) -> Result<()> {
     reserve(&mut raw.spares, MAX_SPARES)?;
-    reserve(spares, MAX_SPARES)
+    // Of all groups that come.
+    reserve(spares, MAX_SPARES * MAX_GROUPS)
 }
 
 impl KvCache {
@@ -67,7 +69,12 @@ impl KvCache {
             }
             let (store, raw) = (self.stores[group].device()?, &mut tables.raw);
             store.read_refused(&step.device, group, &mut raw.refused)?;
-            lost += outcomes(store, raw).filter(|&(_, outcome)| outcome == Outcome::Lost).count();
+            let is_lost = |outcome| match outcome {
+                Outcome::Lost => true,
+                Outcome::Spare(number) => number >= raw.spares.len(),
+                Outcome::Sealed | Outcome::Raw => false,
+            };
+            lost += outcomes(store, raw).filter(|&(_, outcome)| is_lost(outcome)).count();
         }
         if lost > 0 {
             let lost = lost as u32;
@@ -80,7 +87,8 @@ impl KvCache {
             let store = self.stores[group].device()?;
             for (at, outcome) in outcomes(store, &tables.raw) {
                 let Outcome::Spare(number) = outcome else { continue };
-                let slot = BlockId(tables.raw.spares[number] as u32);
+                let Some(&slot) = tables.raw.spares.get(number) else { continue };
+                let slot = BlockId(slot as u32);
                 let held = self.spares.iter().position(|s| (s.group, s.slot) == (group, slot));
                 let Some(held) = held else { continue };
                 self.spares.swap_remove(held);

@@ -77,7 +77,8 @@ impl S3Store {
             .max_redirects(0)
             .max_redirects_will_error(false)
             .timeout_connect(Some(options.connect_timeout));
-        let agent = trusting(agent)?.build().new_agent();
+        let agent = if address.starts_with("https") { trusting(agent)? } else { agent };
+        let agent = agent.build().new_agent();
         let (credentials, options) = (Credentials::from_env(), options.clone());
         let endpoint = (url.scheme() != "s3").then_some(address);
         let refusal = Refusal::default();
