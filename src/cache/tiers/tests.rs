@@ -372,19 +372,25 @@ fn what_a_store_lost_is_told_when_it_is_missed() {
     bed.remote.0.lock().unwrap().clear();
     let other: Vec<TokenId> = (1000..1180).collect();
     bed.serve(&other, &[], Namespace(0));
-    let told = |bed: &Bed| {
-        let listener = bed.listener.lock().unwrap();
+    let listener = bed.listener.clone();
+    let told = || {
+        let listener = listener.lock().unwrap();
         listener.blocks.iter().filter(|(name, ..)| *name == Medium::External.name()).count()
     };
     bed.truth();
-    let before = told(&bed);
+    // Of what was removed nothing is told yet.
+    let before = (8 + bed.remote.0.lock().unwrap().len()) * GROUPS as usize;
+    let begin = Instant::now();
+    let wait = |until: &dyn Fn(usize) -> bool| {
+        while !until(told()) {
+            assert!(begin.elapsed() < LONG, "{before} told, and {} now", told());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait(&|told| told == before);
     let mut prefetch = bed.cache.prefetch(&prompt, Namespace(0)).unwrap();
     bed.cache.wait_prefetch(&mut prefetch, LONG);
-    let begin = Instant::now();
-    while told(&bed) >= before {
-        assert!(begin.elapsed() < LONG, "{before} told, and {} now", told(&bed));
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait(&|told| told < before);
     // Computed again, and so put again.
     bed.serve(&prompt, &[], Namespace(0));
     bed.check();
