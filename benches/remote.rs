@@ -2,8 +2,9 @@
 //! checksums and all) and through `redis-benchmark`, Redis's own client in C, on the same server over
 //! the same socket, in rounds that alternate.
 //!
-//! Both send 16 commands at a time over one connection; the bare client's are all of one key, so that
-//! its gets find something, and it throws away what it gets. Its rate is coarse where few objects go.
+//! Both send 16 commands at a time over one connection, to as many keys as there are objects; the bare
+//! client draws its keys, so that it sets some of them twice and gets some that are not there, and it
+//! throws away what it gets. Its rate is coarse where few objects go.
 //! Needs `redis-server` and `redis-benchmark`;
 //! without them it says so and measures nothing. With `--test` what is printed means nothing.
 
@@ -72,6 +73,7 @@ fn bare(socket: &Path, bytes: usize, objects: usize) -> Option<[f64; 2]> {
         .arg(socket)
         .args(["-t", "set,get", "-c", "1", "--csv"])
         .args(["-P", &PIPELINE.to_string(), "-d", &bytes.to_string(), "-n", &objects.to_string()])
+        .args(["-r", &objects.to_string()])
         .output()
         .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;

@@ -265,10 +265,9 @@ impl Store for RedisStore {
         let names: Vec<String> = objects.iter().map(|put| self.name(&put.key)).collect();
         let result = self.call(|connection| {
             outcomes.fill(Outcome::None);
-            for (put, name) in objects.iter().zip(&names) {
-                connection.command(&[b"SET", name.as_bytes(), put.object])?;
-            }
-            connection.send()?;
+            connection.send_sets(
+                names.iter().map(String::as_str).zip(objects.iter().map(|put| put.object)),
+            )?;
             for outcome in &mut *outcomes {
                 *outcome = match self.reply(connection)? {
                     Reply::Status => Outcome::Done,

@@ -3,7 +3,7 @@
 //! that a peer that sends a byte now and then gains nothing.
 
 use alloc::boxed::Box;
-use std::io::{self, ErrorKind, IoSliceMut, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 #[cfg(unix)]
 use std::os::unix::net::UnixStream;
@@ -111,6 +111,26 @@ impl Wire {
             #[cfg(feature = "remote-tls")]
             Stream::Tls(stream) => stream.write_all(bytes),
         }
+    }
+
+    /// Writes all parts, in as few calls of the system as it takes.
+    pub fn write_all_vectored(&mut self, mut parts: &mut [IoSlice]) -> io::Result<()> {
+        // Empty ones at the front would look like a peer that takes nothing.
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            // As many as the system takes at once on any platform.
+            let at_once = &parts[..parts.len().min(64)];
+            let written = match &mut self.stream {
+                Stream::Plain(timed) => timed.write_vectored(at_once)?,
+                #[cfg(feature = "remote-tls")]
+                Stream::Tls(stream) => stream.write_vectored(at_once)?,
+            };
+            if written == 0 {
+                return Err(ErrorKind::WriteZero.into());
+            }
+            IoSlice::advance_slices(&mut parts, written);
+        }
+        Ok(())
     }
 
     /// Sends what was written and is kept, which TLS does with less than a record.
@@ -259,10 +279,14 @@ impl Read for Timed {
 
 impl Write for Timed {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice]) -> io::Result<usize> {
         self.until_done(WRITES, |socket| match socket {
-            Socket::Tcp(socket) => socket.write(bytes),
+            Socket::Tcp(socket) => socket.write_vectored(parts),
             #[cfg(unix)]
-            Socket::Unix(socket) => socket.write(bytes),
+            Socket::Unix(socket) => socket.write_vectored(parts),
         })
     }
 
