@@ -13,7 +13,7 @@ part_random() {
 # The cache's tests once for each level this CPU has (the conformance table visits them all itself).
 part_levels() {
     local level said
-    for level in scalar avx2 avx512 avx512bf16 neon; do
+    for level in scalar avx2 avx512 avx512bf16 neon neondotprod; do
         if said=$(KVCACHE_CPU=$level cargo test --test cache 2>&1); then
             echo "$level: $(grep '^test result' <<<"$said")"
         elif grep -q 'the level that KVCACHE_CPU names' <<<"$said"; then

@@ -18,7 +18,7 @@ impl Kernels {
             #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::kernels_bf16(format),
             #[cfg(target_arch = "aarch64")]
-            CpuLevel::Neon => super::aarch64::neon::kernels(format),
+            CpuLevel::Neon | CpuLevel::NeonDotprod => super::aarch64::neon::kernels(format),
             _ => super::scalar::kernels(format),
         }
     }
@@ -36,6 +36,8 @@ impl SealedKernels {
             CpuLevel::Avx512Bf16 => super::x86_64::avx512::sealed_vnni(),
             #[cfg(target_arch = "aarch64")]
             CpuLevel::Neon => super::aarch64::neon::sealed(),
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::NeonDotprod => super::aarch64::neon::sealed_dotprod(),
             _ => super::scalar::sealed(),
         }
     }

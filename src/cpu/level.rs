@@ -20,11 +20,20 @@ pub enum CpuLevel {
     Avx512Bf16,
     /// AArch64 with Advanced SIMD.
     Neon,
+    /// `Neon` and the dot products of bytes (FEAT_DotProd: Armv8.2 and newer), which sealed tiles are
+    /// read by.
+    NeonDotprod,
 }
 
 impl CpuLevel {
-    const ALL: [CpuLevel; 5] =
-        [CpuLevel::Scalar, CpuLevel::Avx2, CpuLevel::Avx512, CpuLevel::Avx512Bf16, CpuLevel::Neon];
+    const ALL: [CpuLevel; 6] = [
+        CpuLevel::Scalar,
+        CpuLevel::Avx2,
+        CpuLevel::Avx512,
+        CpuLevel::Avx512Bf16,
+        CpuLevel::Neon,
+        CpuLevel::NeonDotprod,
+    ];
 
     /// The name that `KVCACHE_CPU` takes.
     pub const fn name(self) -> &'static str {
@@ -34,6 +43,7 @@ impl CpuLevel {
             CpuLevel::Avx512 => "avx512",
             CpuLevel::Avx512Bf16 => "avx512bf16",
             CpuLevel::Neon => "neon",
+            CpuLevel::NeonDotprod => "neondotprod",
         }
     }
 
@@ -73,9 +83,11 @@ impl CpuLevel {
         if name.is_empty() {
             return Ok(Self::detected());
         }
-        let level = Self::ALL.into_iter().find(|level| level.name() == name).ok_or(
-            Error::invalid("KVCACHE_CPU", "must be scalar, avx2, avx512, avx512bf16 or neon"),
-        )?;
+        let level =
+            Self::ALL.into_iter().find(|level| level.name() == name).ok_or(Error::invalid(
+                "KVCACHE_CPU",
+                "must be scalar, avx2, avx512, avx512bf16, neon or neondotprod",
+            ))?;
         if level.is_available() {
             Ok(level)
         } else {
@@ -90,7 +102,8 @@ impl CpuLevel {
             CpuLevel::Avx2 => has::avx2(),
             CpuLevel::Avx512 => !cfg!(fuzzing) && has::avx512(),
             CpuLevel::Avx512Bf16 => !cfg!(fuzzing) && has::avx512_bf16(),
-            CpuLevel::Neon => cfg!(all(target_arch = "aarch64", target_feature = "neon")),
+            CpuLevel::Neon => arm::NEON,
+            CpuLevel::NeonDotprod => arm::NEON && arm::dotprod(),
         }
     }
 }
@@ -131,6 +144,20 @@ mod has {
                 target_feature = "avx512vnni",
                 target_feature = "avx512vbmi"
             ))
+    }
+}
+
+/// The same of AArch64.
+mod arm {
+    pub const NEON: bool = cfg!(all(target_arch = "aarch64", target_feature = "neon"));
+
+    #[cfg(all(target_arch = "aarch64", feature = "std", not(miri)))]
+    pub fn dotprod() -> bool {
+        std::arch::is_aarch64_feature_detected!("dotprod")
+    }
+    #[cfg(not(all(target_arch = "aarch64", feature = "std", not(miri))))]
+    pub fn dotprod() -> bool {
+        cfg!(target_feature = "dotprod")
     }
 }
 

@@ -4,7 +4,7 @@ use core::arch::aarch64::*;
 
 use crate::cpu::quant::CodeVector;
 use crate::cpu::vector::Vector;
-use crate::cpu::words::Words;
+use crate::cpu::words::{ByteDot, Words};
 
 /// Four f32 lanes.
 #[derive(Clone, Copy)]
@@ -278,3 +278,53 @@ unsafe impl CodeVector for F32x4 {
 
 crate::cpu::kernels::instantiate!(kernels, F32x4, "neon");
 crate::cpu::sealed::instantiate_sealed!(sealed, F32x4, Plain, "neon");
+
+/// Byte products by SDOT, four to a lane at a time.
+struct Dotprod;
+
+impl Dotprod {
+    /// `acc + sum of a[j] * b[j]` over the four signed bytes of each lane. The intrinsic is not in
+    /// stable Rust.
+    #[inline(always)]
+    unsafe fn sdot(acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+        let mut sum = acc;
+        // SAFETY: one instruction over registers, which the caller's CPU has.
+        unsafe {
+            core::arch::asm!(
+                "sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+                sum = inout(vreg) sum,
+                a = in(vreg) a,
+                b = in(vreg) b,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        sum
+    }
+}
+
+// SAFETY: only called where the dot products of Armv8.2 are enabled too.
+unsafe impl ByteDot<F32x4> for Dotprod {
+    #[inline(always)]
+    unsafe fn dot<const SMALL: bool>(
+        acc: uint32x4_t,
+        codes: uint32x4_t,
+        by: uint32x4_t,
+    ) -> uint32x4_t {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (acc, by) = (vreinterpretq_s32_u32(acc), vreinterpretq_s8_u32(by));
+            let sum = if SMALL {
+                Self::sdot(acc, vreinterpretq_s8_u32(codes), by)
+            } else {
+                // code * w = (code - 128) * w + 64 * w + 64 * w, whose factors have signs.
+                let less = veorq_u32(codes, vdupq_n_u32(0x8080_8080));
+                let half = vdupq_n_s8(64);
+                let sum = Self::sdot(acc, vreinterpretq_s8_u32(less), by);
+                Self::sdot(Self::sdot(sum, half, by), half, by)
+            };
+            vreinterpretq_u32_s32(sum)
+        }
+    }
+}
+
+crate::cpu::sealed::instantiate_sealed!(sealed_dotprod, F32x4, Dotprod, "neon,dotprod");
