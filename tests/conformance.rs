@@ -6,9 +6,8 @@
 
 mod attention_case;
 
-use attention_case::{Case, Layout, Rng, Tables};
+use attention_case::{Case, Layout, Rng, Tables, levels};
 use kvcache::attention::HeadShape;
-use kvcache::cpu::CpuLevel;
 use kvcache::dtype::{DType, KvFormat};
 
 fn shape(q_heads: u32, kv_heads: u32, k_dim: u32, v_dim: u32) -> HeadShape {
@@ -22,7 +21,7 @@ fn small() -> bool {
 /// Runs a case at every level that this machine has.
 fn check(case: &Case) {
     let instance = case.build();
-    for level in CpuLevel::available() {
+    for level in levels() {
         instance.check(level);
     }
 }
@@ -165,11 +164,11 @@ fn bad_table_entries_are_masked_and_reported() {
         for block_tokens in [1, 16] {
             let case = Case { block_tokens, format: KvFormat::Bf16, ..Case::default() };
             let mut instance = case.build();
-            for level in CpuLevel::available() {
+            for level in levels() {
                 assert!(!instance.check(level), "no entry is bad yet");
             }
             instance.spoil(&mut rng, bad);
-            for level in CpuLevel::available() {
+            for level in levels() {
                 assert!(instance.check(level), "a bad entry must raise the flag");
             }
         }
@@ -186,7 +185,7 @@ fn what_a_window_hides_is_not_looked_up() {
     };
     let mut instance = case.build();
     instance.set_entries(&[(0, 0..5), (1, 0..4)], -1);
-    for level in CpuLevel::available() {
+    for level in levels() {
         assert!(!instance.check(level), "blocks behind the window may be gone");
     }
 }
@@ -204,7 +203,7 @@ fn bits_depend_on_neither_threads_nor_neighbours() {
         for window in [None, Some(2500)] {
             let case = Case { shape, lengths: lengths.clone(), format, window, ..Case::default() };
             let instance = case.build();
-            for level in CpuLevel::available() {
+            for level in levels() {
                 let (want, want_lse) = instance.run(level, 1);
                 for &threads in crews {
                     let (got, lse) = instance.run(level, threads);
@@ -225,7 +224,7 @@ fn bits_depend_on_neither_threads_nor_neighbours() {
 fn parts_merge_to_the_whole() {
     let case = Case { causal: false, lengths: vec![(3, 300), (1, 77)], ..Case::default() };
     let instance = case.build();
-    for level in CpuLevel::available() {
+    for level in levels() {
         instance.check_parts(level, &[96, 32]);
     }
 }

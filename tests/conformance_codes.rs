@@ -4,7 +4,7 @@
 
 mod attention_case;
 
-use attention_case::{Case, Layout, Rng, TOKEN_FORMATS, Tables};
+use attention_case::{Case, Layout, Rng, TOKEN_FORMATS, Tables, levels};
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
     AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RopeStyle,
@@ -25,7 +25,7 @@ fn small() -> bool {
 
 fn check(case: &Case) {
     let instance = case.build();
-    for level in CpuLevel::available() {
+    for level in levels() {
         instance.check(level);
     }
 }
@@ -153,11 +153,11 @@ fn bad_table_entries_are_masked_and_reported() {
         for (bad, block_tokens) in [(-1, 16), (i32::MAX, 1), (10_000, 64)] {
             let case = Case { block_tokens, format, ..Case::default() };
             let mut instance = case.build();
-            for level in CpuLevel::available() {
+            for level in levels() {
                 assert!(!instance.check(level), "no entry is bad yet");
             }
             instance.spoil(&mut rng, bad);
-            for level in CpuLevel::available() {
+            for level in levels() {
                 assert!(instance.check(level), "a bad entry must raise the flag");
             }
         }
@@ -171,7 +171,7 @@ fn bits_depend_on_neither_threads_nor_neighbours() {
         let shape = shape(8, 2, 64, 64);
         let case = Case { shape, lengths: lengths.clone(), format, ..Case::default() };
         let instance = case.build();
-        for level in CpuLevel::available() {
+        for level in levels() {
             let (want, want_lse) = instance.run(level, 1);
             for threads in [2, 7] {
                 let (got, lse) = instance.run(level, threads);
@@ -253,7 +253,7 @@ fn append_writes_what_the_reference_encodes() {
                     }
                 }
             }
-            for level in CpuLevel::available() {
+            for level in levels() {
                 for threads in [1, 3] {
                     let mut got = vec![0xa5u8; want.len()];
                     let pool = Threads::new(threads).unwrap();
@@ -343,7 +343,7 @@ fn rows_are_widened_and_turned_before_they_are_encoded() {
 fn rows_that_cannot_be_stored_are_left_out_and_told_of() {
     for format in TOKEN_FORMATS {
         let layout = GroupLayout::new(GroupSpec::uniform(1, 1, 64, format), 16).unwrap();
-        for level in CpuLevel::available() {
+        for level in levels() {
             let mut bad = vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
             if matches!(format, KvFormat::Int8T | KvFormat::Int4T) {
                 bad.push(3e38);
@@ -378,7 +378,7 @@ fn codes_of_nan_are_nan() {
     let ones = vec![1.0f32; TOKENS * 80];
     let slots: Vec<i64> = (0..TOKENS as i64).collect();
     for ((format, nans), level) in
-        codes.into_iter().flat_map(|codes| CpuLevel::available().map(move |level| (codes, level)))
+        codes.into_iter().flat_map(|codes| levels().map(move |level| (codes, level)))
     {
         let layout = layout(format);
         let mut memory = vec![0u8; layout.block_bytes() as usize];

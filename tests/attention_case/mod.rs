@@ -21,6 +21,13 @@ mod random;
 use coded::Coded;
 pub use random::Rng;
 
+/// The levels that this CPU has and whose kernels differ here: only sealed tiles are read by other dot
+/// products than NEON's own.
+#[allow(dead_code, reason = "devices have no levels")]
+pub fn levels() -> impl Iterator<Item = CpuLevel> {
+    CpuLevel::available().filter(|&level| level != CpuLevel::NeonDotprod)
+}
+
 /// Elements of a run-time type.
 pub enum Buffer {
     F32(Vec<f32>),
