@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Remote tiers on real servers, started here and ended here: Redis from Debian, and s3rver (npm), which
 # takes any signature (scripts/signatures.sh has a server that does not); a directory and that server
-# again through NIXL (PyPI); Redis and that server over TLS. The served model twice over each of them: the second run skips the system
-# prompt and writes the same.
+# again through NIXL (PyPI); Redis and that server over TLS. The served model twice over each of those
+# without TLS: the second run skips the system prompt and writes the same.
 source "$(dirname "$0")/common.sh"
 need_debian redis-server curl openssl socat
 command -v npm >/dev/null || need_debian nodejs npm
