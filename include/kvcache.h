@@ -1219,11 +1219,11 @@ typedef struct {
     // `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
     // `blocks` in each. A group with a window needs few: kvc_plan says how many.
     const uint32_t *group_blocks;
-    // 1 (the default): on a device, a prefix that sequences of a step share is read once for all of
+    // 1: on a device, a prefix that sequences of a step share is read once for all of
     // them (cascade attention) where the device's rates say that this is faster: in steps of up to 8
     // new tokens a sequence, of sequences that are neighbours in the step's work. Not where
     // `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of latents, nor while
-    // the stream is captured.
+    // the stream is captured. 0 by default, as it has not run on a GPU yet.
     uint32_t cascade;
     // 0.
     uint32_t reserved;

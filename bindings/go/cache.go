@@ -38,9 +38,9 @@ type CacheOptions struct {
 	Scrub bool
 	// GroupBlocks are the blocks of each layer group where they differ.
 	GroupBlocks []uint32
-	// On a device, a prefix that neighbours in a step share is read once for all of them where that is
-	// estimated to be faster (never with Deterministic); NoCascade reads it for each.
-	NoCascade bool
+	// Cascade has a prefix that neighbours in a step share read once for all of them, on a device, where
+	// that is estimated to be faster (never with Deterministic). It has not run on a GPU yet.
+	Cascade bool
 }
 
 // CacheCounts are what a cache holds now and what happened since it was made. Block counts are of the
@@ -79,7 +79,7 @@ func NewCache(groups []GroupSpec, options *CacheOptions) (*Cache, error) {
 		set(&o.staging_blocks, p.StagingBlocks)
 		o.prefix_reuse, o.deterministic = flag(!p.NoPrefixReuse), flag(p.Deterministic)
 		o.device, o.device_ordinal = C.uint32_t(p.Device), C.uint32_t(p.DeviceOrdinal)
-		o.scrub, o.cascade = flag(p.Scrub), flag(!p.NoCascade)
+		o.scrub, o.cascade = flag(p.Scrub), flag(p.Cascade)
 		if p.GroupBlocks != nil {
 			if len(p.GroupBlocks) != len(groups) {
 				return nil, invalid("%d numbers of blocks for %d groups", len(p.GroupBlocks), len(groups))

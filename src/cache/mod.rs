@@ -91,7 +91,7 @@ pub struct CacheOptions {
     /// attention), where the device's rates say that this is faster: in steps of up to 8 new tokens a
     /// sequence, of sequences that are neighbours in the step's work. Not where `deterministic`, in
     /// layer groups with a window or sealed tiles, with ALiBi, of latents, nor while the stream is
-    /// captured.
+    /// captured. Off by default, as it has not run on a GPU yet.
     pub cascade: bool,
     /// Which cached blocks go first.
     pub eviction: Eviction,
@@ -111,7 +111,7 @@ impl Default for CacheOptions {
             device: Device::Cpu,
             stream: Stream::DEFAULT,
             deterministic: false,
-            cascade: true,
+            cascade: false,
             eviction: Eviction::Lru,
             scrub: false,
         }

@@ -59,7 +59,7 @@ class Cache:
     core. `staging_blocks` are raw blocks of each group with sealed tiles, 0 for two a sequence.
     `scrub` zeroes what becomes free; `group_blocks` are the blocks of each group where they differ.
     `cascade`: on a device, a prefix that neighbours in a step share is read once for all of them where
-    that is estimated to be faster (never where `deterministic`).
+    that is estimated to be faster (never where `deterministic`); it has not run on a GPU yet.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Cache:
         staging_blocks: int = 0,
         scrub: bool = False,
         group_blocks: list[int] | None = None,
-        cascade: bool = True,
+        cascade: bool = False,
     ) -> None:
         self.groups = (groups,) if isinstance(groups, GroupSpec) else tuple(groups)
         self.device, self.device_ordinal, self.block_tokens = device, device_ordinal, block_tokens
