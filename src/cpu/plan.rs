@@ -2,7 +2,9 @@
 //!
 //! The cuts of a sequence depend on its own lengths and on the shape alone: query tiles and key
 //! splits have fixed boundaries, so neither threads nor neighbours in the batch change a bit of a
-//! result. Pure arithmetic; reads no memory of the caller.
+//! result. Where sequences begin with the same blocks, only the order of units is another: a split
+//! of those is attended by all of them, one after another, while it is in the processor's caches.
+//! Pure arithmetic; reads no memory of the caller.
 
 use super::decode::{self, DECODE_ROWS, JOB_ROWS, padded_rows};
 use super::prefill;
