@@ -48,7 +48,7 @@ unsafe impl Send for TileAppendArgs<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for TileAppendArgs<'_> {}
 
-/// Writes new rows and seals the tiles that are full then, as [`append`](crate::cpu::append) and
+/// Writes new rows and seals the tiles that are full then, as [`append`](fn@crate::cpu::append) and
 /// [`seal_tiles`] do one after the other. Allocates nothing.
 ///
 /// # Errors
@@ -56,7 +56,7 @@ unsafe impl Sync for TileAppendArgs<'_> {}
 /// written then.
 ///
 /// # Safety
-/// As for both; the rows of a tile must be in its slot when its own among the new ones are written.
+/// As for both; all rows of a tile must be in its slot once its own among the new ones are written.
 pub unsafe fn append_tiles(
     args: &TileAppendArgs<'_>,
     level: CpuLevel,
