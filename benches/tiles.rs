@@ -1,5 +1,6 @@
 //! Quantised formats on the CPU: decode of all of them beside our own bf16 in the same run, append
-//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both tables.
+//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both
+//! tables, with `-- --seal` the second alone.
 //!
 //! Tokens a second are cached tokens of one layer that a call attends to; tables are shuffled. With
 //! `KVCACHE_PEERS` (see `peers/decode.rs`) llama.cpp's and vLLM's CPU kernels run in the same turns.
@@ -13,9 +14,9 @@ use std::sync::atomic::AtomicU32;
 
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RawBlock,
-    RawTables, RowsView, SealArgs, SealTile, Threads, TileAttendArgs, TileView, append, attend,
-    attend_tiles, attend_tiles_workspace_bytes, attend_workspace_bytes, seal_tiles,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RawBlock, RawTables,
+    RowsView, SealArgs, SealTile, Threads, TileAppendArgs, TileAttendArgs, TileView, append_tiles,
+    attend, attend_tiles, attend_tiles_workspace_bytes, attend_workspace_bytes, seal_tiles,
 };
 use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::layout::tile::{TileLayout, TileShape};
@@ -322,7 +323,7 @@ fn seal_table(rounds: usize) {
         }
         let pool = Threads::new(threads as u32).unwrap();
         for format in TILES {
-            let mut layer = Layer::new(format, tiles, tiles);
+            let layer = Layer::new(format, tiles, tiles);
             let elements = rows * 8 * 128;
             let (mut k, mut v) = (memory(elements * 2), memory(elements * 2));
             fill(&mut k, 5);
@@ -335,11 +336,18 @@ fn seal_table(rounds: usize) {
                 RowsView::contiguous(rows.as_mut_ptr().cast(), DType::Bf16, 8, 128)
             };
             let (k_rows, v_rows) = (view(&mut k), view(&mut v));
-            let raw = layer.rows.as_mut_ptr().cast();
-            let args = AppendArgs {
-                shape: SHAPE,
-                kv: KvView::native(&layer.raw, raw, tiles as u32, 0).unwrap(),
-                slots: slots.as_ptr(),
+            let own: Vec<_> = (0..tiles as u32).map(|i| i * TOKENS..(i + 1) * TOKENS).collect();
+            // As a cache does.
+            let args = TileAppendArgs {
+                seals: SealArgs {
+                    shape: SHAPE,
+                    tiles: layer.view(),
+                    list: &list,
+                    refused: &refused,
+                },
+                own: &own,
+                staging: slots.as_ptr(),
+                scratch: std::ptr::null(),
                 rows: rows as u32,
                 k: k_rows,
                 v: v_rows,
@@ -349,8 +357,7 @@ fn seal_table(rounds: usize) {
             for round in 0..=rounds {
                 let here = seconds(|| {
                     // SAFETY: the slots are those of the raw blocks.
-                    unsafe { append(&args, &pool) }.unwrap();
-                    layer.seal(&pool, &list, &refused);
+                    unsafe { append_tiles(&args, CpuLevel::chosen().unwrap(), &pool) }.unwrap();
                 });
                 let words = k.len();
                 let base = copy.as_mut_ptr() as usize;
@@ -390,9 +397,12 @@ fn seal_table(rounds: usize) {
 
 fn main() {
     // What cargo bench passes is of no use here; `--quick` is for trying out.
-    let quick = std::env::args().any(|arg| arg == "--quick");
+    let has = |name: &str| std::env::args().any(|arg| arg == name);
+    let quick = has("--quick");
     println!("level {}", CpuLevel::chosen().unwrap().name());
-    decode_table(8, if quick { 2048 } else { 16384 }, if quick { 3 } else { 15 });
-    println!();
+    if !has("--seal") {
+        decode_table(8, if quick { 2048 } else { 16384 }, if quick { 3 } else { 15 });
+        println!();
+    }
     seal_table(if quick { 3 } else { 15 });
 }
