@@ -7,11 +7,39 @@ use core::arch::x86_64::*;
 /// Rows that are worked on together.
 pub(super) const GROUP: usize = 4;
 
-/// The lanes of four vectors, every second and fourth of which come together.
+/// One way to bring the lanes of up to four vectors together: of floats, or of whole numbers.
 macro_rules! quads {
-    ($name:ident, $vector:ty, $op:ident, $low:ident, $high:ident, $swap:ident, $wide_low:ident, $wide_high:ident,
-     $to:ident, $from:ident) => {
-        /// Of each of up to four vectors all lanes in one.
+    ($name:ident, $op:ident, floats) => {
+        quads!(
+            $name,
+            $op,
+            __m512,
+            _mm512_unpacklo_ps,
+            _mm512_unpackhi_ps,
+            _mm512_shuffle_f32x4,
+            _mm512_castps_pd,
+            _mm512_unpacklo_pd,
+            _mm512_unpackhi_pd,
+            _mm512_castpd_ps
+        );
+    };
+    ($name:ident, $op:ident, whole) => {
+        quads!(
+            $name,
+            $op,
+            __m512i,
+            _mm512_unpacklo_epi32,
+            _mm512_unpackhi_epi32,
+            _mm512_shuffle_i32x4,
+            same,
+            _mm512_unpacklo_epi64,
+            _mm512_unpackhi_epi64,
+            same
+        );
+    };
+    ($name:ident, $op:ident, $vector:ty, $low:ident, $high:ident, $swap:ident,
+     $to:ident, $wide_low:ident, $wide_high:ident, $from:ident) => {
+        /// Of each vector all lanes in one.
         ///
         /// # Safety
         /// AVX-512.
@@ -30,54 +58,10 @@ macro_rules! quads {
     };
 }
 
-quads!(
-    sum,
-    __m512,
-    _mm512_add_ps,
-    _mm512_unpacklo_ps,
-    _mm512_unpackhi_ps,
-    _mm512_shuffle_f32x4,
-    _mm512_unpacklo_pd,
-    _mm512_unpackhi_pd,
-    _mm512_castps_pd,
-    _mm512_castpd_ps
-);
-quads!(
-    largest,
-    __m512,
-    _mm512_max_ps,
-    _mm512_unpacklo_ps,
-    _mm512_unpackhi_ps,
-    _mm512_shuffle_f32x4,
-    _mm512_unpacklo_pd,
-    _mm512_unpackhi_pd,
-    _mm512_castps_pd,
-    _mm512_castpd_ps
-);
-quads!(
-    whole_sum,
-    __m512i,
-    _mm512_add_epi32,
-    _mm512_unpacklo_epi32,
-    _mm512_unpackhi_epi32,
-    _mm512_shuffle_i32x4,
-    _mm512_unpacklo_epi64,
-    _mm512_unpackhi_epi64,
-    same,
-    same
-);
-quads!(
-    whole_largest,
-    __m512i,
-    _mm512_max_epi32,
-    _mm512_unpacklo_epi32,
-    _mm512_unpackhi_epi32,
-    _mm512_shuffle_i32x4,
-    _mm512_unpacklo_epi64,
-    _mm512_unpackhi_epi64,
-    same,
-    same
-);
+quads!(sum, _mm512_add_ps, floats);
+quads!(largest, _mm512_max_ps, floats);
+quads!(whole_sum, _mm512_add_epi32, whole);
+quads!(whole_largest, _mm512_max_epi32, whole);
 
 #[inline(always)]
 fn same(x: __m512i) -> __m512i {
