@@ -13,13 +13,15 @@
 //! largest code: a tenth of what the rounding of the keys themselves has done, where the channels
 //! are alike. Probabilities times token scales are rounded to 15 bits of the largest of the tile.
 //!
-//! With AVX512_VNNI most layouts have a kernel of their own, `x86_64/tiles`: what it computes is the
-//! same, but it multiplies records as they lie, and rounds probabilities to 16 bits, or in front of
-//! values of 4 bits and fewer to 8, up or down in turns.
+//! With AVX512_VNNI most layouts have kernels of their own, `x86_64/tiles`: what they compute is the
+//! same, but one multiplies records as they lie, and the other seals rows two channels at a time. That
+//! first one rounds probabilities to 16 bits, or in front of values of 4 bits and fewer to 8, up or
+//! down in turns.
 //!
 //! | file | job |
 //! |---|---|
 //! | `args.rs` | what callers hand over, checked |
+//! | `append.rs` | new rows, and the tiles that they fill |
 //! | `attend.rs`, `plan.rs` | a call: cut, run, fold what was split, the raw tiles |
 //! | `kernel.rs` | one range of sealed tiles for some rows of one KV head |
 //! | `dots.rs`, `softmax.rs` | its products; its probabilities |
@@ -28,6 +30,7 @@
 //! | `seal.rs`, `seal_values.rs` | raw rows to records: keys and the whole; values |
 //! | `store.rs` | records, staging and scratch of one layer group, for the cache |
 
+mod append;
 mod args;
 mod attend;
 mod codes;
@@ -43,6 +46,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use append::{TileAppendArgs, append_tiles};
 pub use args::{RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView};
 pub use attend::attend_tiles;
 pub use plan::attend_tiles_workspace_bytes;
@@ -61,6 +65,7 @@ pub(super) use {
     dots::WIDE,
     kernel::{Reads, begin, find, value_unit},
     scratch::{Dims, Scratch},
+    seal::{HeadRows, begin_record, finish_record},
 };
 
 /// The kernels of one level.
