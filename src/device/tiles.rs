@@ -11,7 +11,7 @@ use alloc::sync::Arc;
 use core::mem::size_of_val;
 use core::sync::atomic::AtomicU32;
 
-use super::attend::PlanKey;
+use super::attend::{PlanKey, Planned};
 use super::backend::launch;
 use super::batch::{BatchView, RawView};
 use super::memory::DeviceMemory;
@@ -333,9 +333,14 @@ impl DeviceStore {
             params.scratch_v_token = scratch.v_strides.token;
             params.scratch_blocks = self.tiles()?.scratch_blocks;
         }
-        let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: args.window };
+        let key = PlanKey {
+            serial: at.serial,
+            q_heads: shape.q_heads,
+            window: args.window,
+            may_share: false,
+        };
         let known = match self.attend.planned {
-            Some((of, AttendPlan::Decode(plan))) if of == key => Some(plan),
+            Some((of, Planned::Plain(AttendPlan::Decode(plan)))) if of == key => Some(plan),
             _ => None,
         };
         let (parts, most) = match known {
@@ -366,7 +371,8 @@ impl DeviceStore {
                     // batch's own.
                     unsafe { launch(&*self.backend, &first, &planning, self.options.stream) }?;
                     if count == parts.count {
-                        self.attend.planned = Some((key, AttendPlan::Decode(plan)));
+                        let plan = Planned::Plain(AttendPlan::Decode(plan));
+                        self.attend.planned = Some((key, plan));
                     }
                     plan
                 }
