@@ -147,7 +147,7 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
     let keys = key_products(k_bits, k_dim, rows > 1);
     let values = value_products(v_bits, tokens, rows > 1);
     let round = rounding(k_bits, k_dim, rows > 1);
-    let soften = softening(job, &dims, rows > 1);
+    let soften = softening(&dims, rows > 1);
     let (k_order, v_order) = (Order::of(k_bits, k_dim), Order::of(v_bits, tokens));
     let zero = _mm512_setzero_si512();
     let mut weights: Weights<GROUP> = [[[zero; MOST]; 2]; GROUP];

@@ -59,7 +59,7 @@ pub(super) type Soften =
     unsafe fn(&Place<'_, '_>, &Queries, &Order, &mut Weights<GROUP>) -> Probabilities;
 
 /// The [`Soften`] of a job.
-pub(super) fn softening(job: &SealedJob<'_>, dims: &Dims, many: bool) -> Soften {
+pub(super) fn softening(dims: &Dims, many: bool) -> Soften {
     macro_rules! of {
         ($vectors:literal, $wide:literal) => {
             if many { soften::<GROUP, $vectors, $wide> } else { soften::<1, $vectors, $wide> }
@@ -68,7 +68,6 @@ pub(super) fn softening(job: &SealedJob<'_>, dims: &Dims, many: bool) -> Soften 
             if dims.v_bits == 8 { of!($vectors, true) } else { of!($vectors, false) }
         };
     }
-    debug_assert_eq!(job.layout.shape().tokens as usize, dims.tokens);
     match dims.tokens {
         32 => of!(2),
         64 => of!(4),
