@@ -1,6 +1,7 @@
-//! Quantised formats on the CPU: decode of all of them beside our own bf16 in the same run, append
-//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both
-//! tables, with `-- --seal` the second alone.
+//! Quantised formats on the CPU: decode of all of them beside our own bf16 in the same run, from
+//! memory and from a cache, append and seal of sealed tiles beside a memory copy of the same rows.
+//! `cargo bench --bench tiles` prints all tables, `-- memory`, `-- cached` or `-- seal` one of them;
+//! names of formats, as in `-- cached kt4v4`, leave the others out but for bf16.
 //!
 //! Tokens a second are cached tokens of one layer that a call attends to; tables are shuffled. With
 //! `KVCACHE_PEERS` (see `peers/decode.rs`) llama.cpp's and vLLM's CPU kernels run in the same turns.
@@ -132,14 +133,17 @@ struct Decode {
 }
 
 impl Decode {
-    fn new(format: KvFormat, seqs: usize, kv_len: usize, pool: &Threads) -> Self {
-        let blocks = seqs * kv_len / TOKENS as usize;
+    /// Sequences of `kv_len` tokens whose tables have the same `blocks` blocks again and again, or
+    /// each its own where there are enough.
+    fn new(format: KvFormat, seqs: usize, kv_len: usize, blocks: usize, pool: &Threads) -> Self {
+        let entries = seqs * kv_len / TOKENS as usize;
+        let blocks = blocks.min(entries);
         let layer = Layer::new(format, blocks, seqs);
         if layer.tile.is_some() {
             layer.seal_all(pool);
         }
-        let mut table: Vec<i32> = (0..blocks as i32).collect();
-        random_kv(blocks, 2, |i, x| table.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
+        let mut table: Vec<i32> = (0..entries).map(|i| (i % blocks) as i32).collect();
+        random_kv(entries, 2, |i, x| table.swap(i, ((x + 1.0) / 2.0 * i as f32) as usize));
         let mut q = vec![bf16::ZERO; seqs * 32 * 128];
         random_kv(q.len(), 3, |i, x| q[i] = bf16::from_f32(x));
         let maxima = AttendMaxima {
@@ -208,6 +212,49 @@ impl Decode {
     }
 }
 
+/// bf16 and the formats that the arguments name, or all.
+fn formats() -> Vec<KvFormat> {
+    let coded = TILES.into_iter().chain(CODES);
+    let mut named: Vec<_> =
+        coded.clone().filter(|format| std::env::args().any(|arg| arg == format.name())).collect();
+    if named.is_empty() {
+        named.extend(coded);
+    }
+    named.insert(0, KvFormat::Bf16);
+    named
+}
+
+/// The same with one thread and blocks that stay in its second-level cache: what the instructions
+/// alone take.
+fn cached_table(rounds: usize) {
+    let (kv_len, pool) = (16384, Threads::new(1).unwrap());
+    println!("{:28} {:>9} {:>17}", "", "Mtok/s", "us a tile, KV head");
+    let mut formats: Vec<_> =
+        formats().into_iter().map(|format| Decode::new(format, 1, kv_len, 2, &pool)).collect();
+    let mut times = vec![Vec::new(); formats.len()];
+    for round in 0..=rounds {
+        for (format, times) in formats.iter_mut().zip(&mut times) {
+            let t = seconds(|| format.run(&pool));
+            if round > 0 {
+                times.push(t);
+            }
+        }
+    }
+    for (format, times) in formats.iter().zip(times) {
+        let (t, low, high) = median(times);
+        let name = format.layer.group.spec().format.name();
+        let tiles = (kv_len / TOKENS as usize) as f64 * 8.0;
+        println!(
+            "{:28} {:>9.2} {:>9.3}  {:.3} to {:.3}",
+            format!("cached {name} b{TOKENS}"),
+            kv_len as f64 / t / 1e6,
+            t * 1e6 / tiles,
+            low * 1e6 / tiles,
+            high * 1e6 / tiles
+        );
+    }
+}
+
 /// What takes turns in the table of decode.
 enum Runner {
     Ours(Box<Decode>),
@@ -226,9 +273,8 @@ struct Row {
 /// Our formats, bf16 first, and then those of the peers.
 fn rows(peers: &mut [Peer], seqs: usize, kv_len: usize) -> Vec<Row> {
     let all = Threads::new(0).unwrap();
-    let formats = [KvFormat::Bf16].into_iter().chain(TILES).chain(CODES);
-    let ours = formats.map(|format| {
-        let decode = Box::new(Decode::new(format, seqs, kv_len, &all));
+    let ours = formats().into_iter().map(|format| {
+        let decode = Box::new(Decode::new(format, seqs, kv_len, usize::MAX, &all));
         let group = &decode.layer.group;
         Row {
             name: format!("decode {} {seqs}x{kv_len} b{TOKENS}", group.spec().format.name()),
@@ -397,12 +443,20 @@ fn seal_table(rounds: usize) {
 
 fn main() {
     // What cargo bench passes is of no use here; `--quick` is for trying out.
-    let has = |name: &str| std::env::args().any(|arg| arg == name);
-    let quick = has("--quick");
+    let args: Vec<String> =
+        std::env::args().skip(1).map(|arg| arg.trim_start_matches('-').to_string()).collect();
+    let has = |name: &str| args.iter().any(|arg| arg == name);
+    let (quick, all) = (has("quick"), !["memory", "cached", "seal"].into_iter().any(has));
     println!("level {}", CpuLevel::chosen().unwrap().name());
-    if !has("--seal") {
+    if all || has("memory") {
         decode_table(8, if quick { 2048 } else { 16384 }, if quick { 3 } else { 15 });
         println!();
     }
-    seal_table(if quick { 3 } else { 15 });
+    if all || has("cached") {
+        cached_table(if quick { 3 } else { 31 });
+        println!();
+    }
+    if all || has("seal") {
+        seal_table(if quick { 3 } else { 15 });
+    }
 }

@@ -384,9 +384,14 @@ fn rows_of_codes() {
     for (i, format) in formats.into_iter().enumerate() {
         let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
         for head_dim in [64, 80, 96, 128, 192, 256] {
+            // What differs between dimensions is how rows are read and rotated; the rest once.
+            let all = [64, 128].contains(&head_dim);
             let codes = Some(Codes { format, rotated: true, heads: scaled });
             let case = Case { codes, head_dim, ..Case::default() };
             assert_eq!(check(Case { options: under(Schedule::ALL[i % 3]), ..case.clone() }), 0);
+            if !all && head_dim / 16 % 5 != i {
+                continue;
+            }
             let plain = Some(Codes { format, rotated: format == KvFormat::Int4T, heads: false });
             let case = Case {
                 codes: plain,

@@ -14,7 +14,7 @@ use kvcache::cpu::{
 };
 use kvcache::dtype::{DType, FormatClass, KvFormat, Rows, bf16};
 use kvcache::layout::tile::{TileLayout, TileShape};
-use kvcache::layout::{GroupLayout, GroupSpec};
+use kvcache::layout::{GroupLayout, GroupSpec, Strides};
 use kvcache::quant::Tile;
 use random::Rng;
 
@@ -453,6 +453,50 @@ fn bits_depend_on_neither_chunks_nor_threads_nor_neighbours() {
                     |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same(&out, &whole.0) && same(&lse, &whole.1), "{format:?} {level:?}");
             }
+        }
+    }
+}
+
+/// Sixty-three keys whose probabilities are a fraction of what the largest one's byte can tell apart
+/// weigh a tenth together; rounded to the nearest they would be nothing.
+#[test]
+fn many_small_probabilities_beside_a_large_one_keep_their_sum() {
+    for format in formats() {
+        let mut cache = Cache::new(format, shape(4, 1, 64, 64), 64, &[65], 31);
+        // SAFETY: bf16 has no invalid bits, and the memory is whole words of it.
+        let rows = unsafe {
+            let count = cache.rows.len() * 8;
+            std::slice::from_raw_parts_mut(cache.rows.as_mut_ptr().cast::<bf16>(), count)
+        };
+        let (k, v) = (cache.raw.k_strides(), cache.raw.v_strides());
+        let v_start = cache.raw.v_offset(0) / 2;
+        for position in 0..65i64 {
+            let (block, slot) = (position / 64, position % 64);
+            for c in 0..64 {
+                // One key that is met, many that are not, and the query's own, which is averse.
+                let key = match position {
+                    _ if c != 0 => 0.0,
+                    0 => 1.0,
+                    64 => -4.0,
+                    _ => 0.0,
+                };
+                let value = if position == 0 && c % 2 == 1 { -1.0 } else { 1.0 };
+                let at = |start: i64, s: &Strides| start + block * s.block + slot * s.token + c;
+                rows[at(0, &k) as usize] = bf16::from_f32(key);
+                rows[at(v_start as i64, &v) as usize] = bf16::from_f32(value);
+            }
+        }
+        cache.seal();
+        let mut q = vec![vec![0.0f32; 65 * 4 * 64]];
+        for (head, logit) in [5.7, 6.0, 6.3, 7.0].into_iter().enumerate() {
+            q[0][(64 * 4 + head) * 64] = logit;
+        }
+        let scoring = Scoring { scale: 1.0, ..Scoring::causal(64) };
+        let (want, _) = expected(&cache, &scoring, &q, &[(65, 1)], &[]);
+        for level in CpuLevel::available() {
+            let got = call(&cache, &scoring, &q, &[(65, 1)], &[], level, &Serial);
+            let error = largest(&got.0, &want);
+            assert!(error <= 1.5e-2, "{format:?} {level:?}: {error}");
         }
     }
 }

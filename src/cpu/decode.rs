@@ -4,16 +4,21 @@
 //! products of all heads, the softmax with all rows in the lanes, weighted values. So memory is
 //! walked in its own order.
 
+mod hints;
+mod scores;
 mod softmax;
 mod values;
 mod walk;
 
+pub(super) use hints::{Hints, Silent};
+pub(super) use scores::four_keys;
+use scores::scores;
 pub(super) use softmax::{adjust, soften};
 #[cfg(target_arch = "x86_64")]
 pub(super) use values::InPairs;
-pub(super) use values::{OneByOne, Part, Weigh, add_values};
+pub(super) use values::{OneByOne, Part, Rows, Weigh, add_values};
 use values::{in_order, values};
-pub(super) use walk::{Hints, PIECE, Side, TILE, Tile, Walk};
+pub(super) use walk::{PIECE, Side, TILE, Tile, Walk};
 
 use super::dot::KeyDot;
 use super::job::Job;
@@ -316,115 +321,6 @@ unsafe fn widen_query<V: Vector>(job: &Job<'_>, head: usize, r: usize, to: *mut 
                 DType::Bf16 => V::load_bf16_part(from.cast::<u16>().add(whole), n),
             };
             x.store(to.add(whole));
-        }
-    }
-}
-
-/// Dot products of all rows with the keys of the tile at hand, to `s[key][row]`.
-#[inline(always)]
-unsafe fn scores<V: Vector, D: KeyDot<V>, const R: usize>(
-    walk: &Walk<'_, '_>,
-    scratch: &Scratch,
-    padded: usize,
-) {
-    let (job, now) = (walk.job, &walk.now);
-    let even = job.k_dim.is_multiple_of(D::CHANNELS) && 4 * D::CHANNELS * D::BYTES >= 64;
-    for head in 0..job.kv_heads {
-        let offset = head as isize * job.k_head_bytes;
-        for piece in 0..Walk::pieces(now) {
-            let mut hints = Hints::new(walk, Side::Keys, head, piece, usize::MAX, even);
-            let mut t = piece * PIECE;
-            let end = now.keys.min(t + PIECE);
-            while t < end {
-                let k = [
-                    now.row(now.k[t], offset),
-                    now.row(now.k[t + 1], offset),
-                    now.row(now.k[t + 2], offset),
-                    now.row(now.k[t + 3], offset),
-                ];
-                hints.rows(4);
-                // The first rows of a head send the hints for all.
-                let mut hint = Some(&mut hints);
-                for r in (head * padded..(head + 1) * padded).step_by(R) {
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        let (k_dim, q_bytes) = (job.k_dim, scratch.q_bytes);
-                        let q = scratch.q.add(r * q_bytes);
-                        let s = scratch.s.add(t * scratch.lanes + r);
-                        let hint = hint.take();
-                        let lanes = scratch.lanes;
-                        // The usual dimension as a constant, which unrolls the loop over channels.
-                        if k_dim == 128 {
-                            four_keys::<V, D, R>(128, q, q_bytes, k, s, lanes, hint);
-                        } else {
-                            four_keys::<V, D, R>(k_dim, q, q_bytes, k, s, lanes, hint);
-                        }
-                    }
-                }
-                t += 4;
-            }
-        }
-    }
-}
-
-/// Dot products of `R` rows with four keys, to `s[key][row]`.
-#[inline(always)]
-pub(super) unsafe fn four_keys<V: Vector, D: KeyDot<V>, const R: usize>(
-    k_dim: usize,
-    q: *const u8,
-    q_bytes: usize,
-    k: [*const u8; 4],
-    s: *mut f32,
-    lanes: usize,
-    mut hints: Option<&mut Hints<'_>>,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let step = D::CHANNELS;
-        let whole = k_dim - k_dim % step;
-        let mut acc = [[V::splat(0.0); R]; 4];
-        let mut c = 0;
-        while c < whole {
-            // Hints go out between the products: a burst of them would fill the queue.
-            if let Some(hints) = &mut hints {
-                hints.step(4 * step * D::BYTES / 64);
-            }
-            let at = c * D::BYTES;
-            let keys = [
-                D::load(k[0].add(at)),
-                D::load(k[1].add(at)),
-                D::load(k[2].add(at)),
-                D::load(k[3].add(at)),
-            ];
-            for r in 0..R {
-                let q = D::load_query(q.add(r * q_bytes + c * D::QUERY_BYTES));
-                for j in 0..4 {
-                    acc[j][r] = D::dot(acc[j][r], q, keys[j]);
-                }
-            }
-            c += step;
-        }
-        if whole < k_dim {
-            for j in 0..4 {
-                let key = D::load_part(k[j].add(whole * D::BYTES), k_dim - whole);
-                for r in 0..R {
-                    let q = D::load_query(q.add(r * q_bytes + whole * D::QUERY_BYTES));
-                    acc[j][r] = D::dot(acc[j][r], q, key);
-                }
-            }
-        }
-        if R == 4 {
-            for j in 0..4 {
-                V::sum4([acc[j][0], acc[j][1 % R], acc[j][2 % R], acc[j][3 % R]], s.add(j * lanes));
-            }
-        } else {
-            for r in 0..R {
-                let mut sums = [0.0f32; 4];
-                V::sum4([acc[0][r], acc[1][r], acc[2][r], acc[3][r]], sums.as_mut_ptr());
-                for j in 0..4 {
-                    s.add(j * lanes + r).write(sums[j]);
-                }
-            }
         }
     }
 }

@@ -17,6 +17,8 @@ pub(crate) unsafe trait KeyDot<V: Vector> {
     type Query: Copy;
     /// Channels of a step.
     const CHANNELS: usize = 2 * V::LANES;
+    /// Keys that meet four rows at once: 2 or 4.
+    const KEYS: usize = 4;
     /// Bytes of a stored channel.
     const BYTES: usize;
     /// Bytes of a prepared query a channel, at most 4.
@@ -44,6 +46,7 @@ pub(crate) struct Widened<S>(PhantomData<S>);
 unsafe impl<V: Vector, S: Stored> KeyDot<V> for Widened<S> {
     type Key = [V; 2];
     type Query = [V; 2];
+    const KEYS: usize = if V::LANES == 16 && S::BYTES == 4 { 2 } else { 4 };
     const BYTES: usize = S::BYTES;
     const QUERY_BYTES: usize = 4;
 

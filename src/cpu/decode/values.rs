@@ -7,7 +7,8 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use super::Scratch;
-use super::walk::{Hints, PIECE, Side, Tile, Walk};
+use super::hints::{Hints, Pace, Silent};
+use super::walk::{PIECE, Side, Tile, UNIT, Walk};
 use crate::cpu::vector::{PairDot, Stored, Vector};
 
 /// One way to weigh values, `2 * V::LANES` channels a step.
@@ -142,7 +143,8 @@ pub(super) unsafe fn in_order<V: Vector, W: Weigh<V>>(row: *mut f32, buffer: *mu
     unsafe {
         core::ptr::copy_nonoverlapping(row, buffer, dim.next_multiple_of(step));
         for from in (0..dim).step_by(step) {
-            for i in 0..step.min(dim - from) {
+            // A constant number of times, so that the places are constants.
+            for i in 0..step {
                 row.add(from + i).write(buffer.add(from + W::place(i)).read());
             }
         }
@@ -162,34 +164,45 @@ pub(super) unsafe fn values<V: Vector, W: Weigh<V>, const R: usize>(
     let even = job.v_dim.is_multiple_of(step) && step * W::BYTES >= 64;
     for head in 0..job.kv_heads {
         let offset = head as isize * job.v_head_bytes;
-        // A piece at a time, so that the hints keep to the pieces too.
-        for from in (0..now.keys).step_by(PIECE) {
-            let keys = from..now.keys.min(from + PIECE);
+        let run = if even && job.v_dim == 128 { walk.run(Side::Values, head) } else { None };
+        // A piece at a time, so that the hints keep to the pieces too. Two where arithmetic and not
+        // memory is the bound, as it is where 16 bits are widened: sums are loaded half as often.
+        let widens = W::KEYS == 1 && W::BYTES == 2;
+        let two = run.is_some() && widens && now.keys >= 2 * PIECE;
+        let many = if two { 2 * PIECE } else { PIECE };
+        for from in (0..now.keys).step_by(many) {
+            let keys = from..now.keys.min(from + many);
             for r in (head * padded..(head + 1) * padded).step_by(R) {
-                let mut hints = if r == head * padded && !job.v_in_k {
-                    Hints::new(walk, Side::Values, head, from / PIECE, passes, even)
-                } else {
-                    Hints::NONE
+                let part = Part {
+                    rows: Rows { tile: now, offset },
+                    // SAFETY: the caller's promise.
+                    p: unsafe { scratch.s.add(r) },
+                    lanes: scratch.lanes,
+                    // SAFETY: the caller's promise.
+                    o: unsafe { scratch.o.add(r * scratch.v_pad) },
+                    v_pad: scratch.v_pad,
                 };
+                let first = r == head * padded;
                 // SAFETY: the caller's promise.
                 unsafe {
-                    let (p, o) = (scratch.s.add(r), scratch.o.add(r * scratch.v_pad));
-                    let part = Part {
-                        tile: now,
-                        offset,
-                        p,
-                        lanes: scratch.lanes,
-                        o,
-                        v_pad: scratch.v_pad,
+                    if let Some(run) = run
+                        && values_of_run::<V, W, R>(walk, head, keys.clone(), run, &part, first)
+                    {
+                        continue;
+                    }
+                    let mut hints = if first && !job.v_in_k {
+                        Hints::new(walk, Side::Values, head, from / PIECE, passes, even)
+                    } else {
+                        Hints::NONE
                     };
                     let mut c = 0;
                     while c + step <= job.v_dim {
-                        add_values::<V, W, R, 2>(&part, keys.clone(), c, step, &mut hints);
+                        add_values::<V, W, R, 2, _, _>(&part, keys.clone(), c, step, &mut hints);
                         c += step;
                     }
                     while c < job.v_dim {
                         let n = (job.v_dim - c).min(2 * V::LANES);
-                        add_values::<V, W, R, 1>(&part, keys.clone(), c, n, &mut hints);
+                        add_values::<V, W, R, 1, _, _>(&part, keys.clone(), c, n, &mut hints);
                         c += n;
                     }
                 }
@@ -198,11 +211,91 @@ pub(super) unsafe fn values<V: Vector, W: Weigh<V>, const R: usize>(
     }
 }
 
-/// What is added up for one group of rows: values of a tile, from `offset` on in each row, with
-/// the weights `p[key / W::KEYS * lanes + row]`, to `o[row * v_pad]`.
-pub(in crate::cpu) struct Part<'a> {
+/// Adds a piece of values of 128 channels that is part of a run of memory: straight code, for the
+/// shape that most models have. Whether it did: not where there are no hints for the `first` rows.
+#[inline(always)]
+unsafe fn values_of_run<V: Vector, W: Weigh<V>, const R: usize>(
+    walk: &Walk<'_, '_>,
+    head: usize,
+    keys: Range<usize>,
+    run: *const u8,
+    part: &Part<Rows<'_>>,
+    first: bool,
+) -> bool {
+    let (row, step) = (128 * W::BYTES, 4 * V::LANES);
+    let (from, keys) = (keys.start, keys.len());
+    let unit = from / UNIT;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let part = Part {
+            rows: Run { first: run.add(from * row), bytes: row },
+            p: part.p.add(from / W::KEYS * part.lanes),
+            lanes: part.lanes,
+            o: part.o,
+            v_pad: part.v_pad,
+        };
+        if !first {
+            for c in (0..128).step_by(step) {
+                add_values::<V, W, R, 2, _, _>(&part, 0..keys, c, step, &mut Silent);
+            }
+            return true;
+        }
+        let low = walk.straight(Side::Values, head, unit);
+        let (Some(mut low), Some(mut high)) =
+            (low, walk.straight(Side::Values, head, unit + keys / PIECE))
+        else {
+            return false;
+        };
+        // The hints of half a piece go out with half the channels.
+        for c in (0..64).step_by(step) {
+            add_values::<V, W, R, 2, _, _>(&part, 0..keys, c, step, &mut low);
+        }
+        for c in (64..128).step_by(step) {
+            add_values::<V, W, R, 2, _, _>(&part, 0..keys, c, step, &mut high);
+        }
+    }
+    true
+}
+
+/// Where the values of a tile lie.
+pub(in crate::cpu) trait ValueRows: Copy {
+    /// The row of a key.
+    fn at(&self, key: usize) -> *const u8;
+}
+
+/// Each where the tile says.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Rows<'a> {
     pub tile: &'a Tile,
+    /// From a row of the first head to that of the head at hand.
     pub offset: isize,
+}
+
+impl ValueRows for Rows<'_> {
+    #[inline(always)]
+    fn at(&self, key: usize) -> *const u8 {
+        self.tile.row(self.tile.v[key], self.offset)
+    }
+}
+
+/// One after the other.
+#[derive(Clone, Copy)]
+struct Run {
+    first: *const u8,
+    bytes: usize,
+}
+
+impl ValueRows for Run {
+    #[inline(always)]
+    fn at(&self, key: usize) -> *const u8 {
+        self.first.wrapping_add(key * self.bytes)
+    }
+}
+
+/// What is added up for one group of rows: values, with the weights
+/// `p[key / W::KEYS * lanes + row]`, to `o[row * v_pad]`.
+pub(in crate::cpu) struct Part<T> {
+    pub rows: T,
     pub p: *const f32,
     pub lanes: usize,
     pub o: *mut f32,
@@ -212,14 +305,19 @@ pub(in crate::cpu) struct Part<'a> {
 /// Adds up to `2 * P` vectors of channels from `c` on of the values of some keys: `n` channels,
 /// whole unless `P` is 1.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn add_values<V: Vector, W: Weigh<V>, const R: usize, const P: usize>(
-    part: &Part<'_>,
+pub(in crate::cpu) unsafe fn add_values<V, W, const R: usize, const P: usize, T, H>(
+    part: &Part<T>,
     keys: Range<usize>,
     c: usize,
     n: usize,
-    hints: &mut Hints<'_>,
-) {
-    let Part { tile, offset, p, lanes, o, v_pad } = *part;
+    hints: &mut H,
+) where
+    V: Vector,
+    W: Weigh<V>,
+    T: ValueRows,
+    H: Pace,
+{
+    let Part { ref rows, p, lanes, o, v_pad } = *part;
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[[V::splat(0.0); 2]; P]; R];
@@ -234,8 +332,8 @@ pub(in crate::cpu) unsafe fn add_values<V: Vector, W: Weigh<V>, const R: usize, 
                 hints.step(P * 2 * V::LANES * W::BYTES / 64);
             }
             // The second of a pair exists, as zeros after the last key: tiles are padded.
-            let at = |t: usize| tile.row(tile.v[t], offset).add(c * W::BYTES);
-            let rows = [at(t), at(t + W::KEYS - 1)];
+            let (first, last) = (rows.at(t), rows.at(t + W::KEYS - 1));
+            let rows = [first.add(c * W::BYTES), last.add(c * W::BYTES)];
             let mut v = [W::zeros(); P];
             for j in 0..P {
                 let bytes = j * 2 * V::LANES * W::BYTES;

@@ -1,46 +1,15 @@
-//! The order in which the decode kernel walks the memory, and what it prefetches of it.
-//!
-//! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software, and twice: to the second-level cache about 32 KiB ahead, to the first about 2 KiB ahead.
-//! A core has few buffers for misses of its first-level cache, and one that waits for memory holds
-//! its buffer all the while; the hints to the second level do not hold them, and those that follow
-//! wait for that level only. Computes nothing.
+//! The order in which the decode kernel walks the memory: tiles of keys, of each the keys of every
+//! head, then the values. Computes nothing.
 
+use super::hints::{AGAIN_BYTES, Ahead, FAR_BYTES, STRAIGHT_NEAR_BYTES, Straight};
 use crate::cpu::job::{Blocks, Job};
-use crate::cpu::vector::{prefetch, prefetch_far};
 
 /// The most keys of a tile.
 pub(in crate::cpu) const TILE: usize = 64;
 /// Keys of a piece, the unit in which prefetching runs ahead.
 pub(in crate::cpu) const PIECE: usize = 16;
-/// How far the second hint, to the first-level cache, runs ahead, about.
-const NEAR_BYTES: usize = 2 << 10;
-/// How far the first hint, to the second-level cache, runs ahead, about.
-const FAR_BYTES: usize = 32 << 10;
-
-/// How far the hints for rows of some length run ahead.
-#[derive(Clone, Copy)]
-struct Distances {
-    /// Whole pieces between use and the second hint, and lines beyond.
-    near: (usize, usize),
-    /// Pieces between use and the first hint.
-    far: usize,
-}
-
-impl Distances {
-    /// For rows of `bytes`.
-    #[inline(always)]
-    fn of(bytes: usize) -> Self {
-        let piece = PIECE * bytes;
-        // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
-        let near = match NEAR_BYTES / piece {
-            0 if piece.is_multiple_of(64) => (0, NEAR_BYTES / 64),
-            pieces => (pieces.max(1), 0),
-        };
-        Self { near, far: (FAR_BYTES / piece).max(near.0 + 1) }
-    }
-}
-
+/// Keys of half a piece, the unit in which hints run ahead where memory is straight.
+pub(in crate::cpu) const UNIT: usize = PIECE / 2;
 /// Row addresses of one tile in the first KV head of the job.
 pub(in crate::cpu) struct Tile {
     pub(in crate::cpu) k: [*const u8; TILE],
@@ -53,12 +22,22 @@ pub(in crate::cpu) struct Tile {
     pub(in crate::cpu) zeros: *const u8,
     /// Spans small blocks: for kernels whose work a tile costs more than a jump in memory.
     pub(in crate::cpu) long: bool,
+    /// All of it lies in one block, which is good.
+    pub(in crate::cpu) one_block: bool,
 }
 
 impl Tile {
     #[inline(always)]
     pub(in crate::cpu) fn empty(zeros: *const u8) -> Self {
-        Tile { k: [zeros; TILE], v: [zeros; TILE], keys: 0, bad: false, zeros, long: false }
+        Tile {
+            k: [zeros; TILE],
+            v: [zeros; TILE],
+            keys: 0,
+            bad: false,
+            zeros,
+            long: false,
+            one_block: false,
+        }
     }
 
     /// Looks up the keys from `at` to the end of their tile, and none from `end`. The rest of the
@@ -76,7 +55,7 @@ impl Tile {
             _ => 32,
         };
         self.keys = end.saturating_sub(at).min(whole - at % whole) as usize;
-        self.bad = false;
+        (self.bad, self.one_block) = (false, false);
         let mut i = 0;
         while i < self.keys {
             // SAFETY: `at + i < end`.
@@ -93,6 +72,7 @@ impl Tile {
                 k = k.wrapping_offset(k_step);
                 v = v.wrapping_offset(v_step);
             }
+            self.one_block = run.tokens == self.keys && !self.bad;
             i += run.tokens;
         }
         while i % 4 != 0 {
@@ -106,44 +86,6 @@ impl Tile {
     #[inline(always)]
     pub(in crate::cpu) fn row(&self, first: *const u8, offset: isize) -> *const u8 {
         if first == self.zeros { first } else { first.wrapping_offset(offset) }
-    }
-}
-
-/// The piece that is to be prefetched: rows of one head.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Ahead<'a> {
-    rows: &'a [*const u8],
-    offset: isize,
-    bytes: usize,
-}
-
-impl Ahead<'_> {
-    const NONE: Self = Ahead { rows: &[], offset: 0, bytes: 0 };
-
-    /// The first byte of the piece, if all of it is one run of memory.
-    #[inline(always)]
-    fn run(&self) -> Option<*const u8> {
-        let (first, last) = (*self.rows.first()?, *self.rows.get(PIECE - 1)?);
-        let run = last.addr().wrapping_sub(first.addr()) == (PIECE - 1) * self.bytes;
-        run.then(|| first.wrapping_offset(self.offset))
-    }
-
-    /// Hints at row `i` of the piece, if it has that many: at its use soon, or far ahead.
-    #[inline(always)]
-    pub(in crate::cpu) fn fetch<const FAR: bool>(&self, i: usize) {
-        if let Some(row) = self.rows.get(i) {
-            let mut line = row.wrapping_offset(self.offset);
-            let mut left = self.bytes;
-            while left > 0 {
-                if FAR {
-                    prefetch_far(line)
-                } else {
-                    prefetch(line)
-                }
-                line = line.wrapping_add(64);
-                left = left.saturating_sub(64);
-            }
-        }
     }
 }
 
@@ -164,6 +106,8 @@ pub(in crate::cpu) struct Walk<'a, 'b> {
     pub(in crate::cpu) k_bytes: usize,
     /// Bytes of a value.
     pub(in crate::cpu) v_bytes: usize,
+    /// How far hints run ahead where keys and values are as long and lie side by side: in units.
+    units: Option<[usize; 3]>,
 }
 
 impl<'a, 'b> Walk<'a, 'b> {
@@ -180,7 +124,15 @@ impl<'a, 'b> Walk<'a, 'b> {
     ) -> Self {
         let tile = || Tile { long, ..Tile::empty(zeros) };
         let (now, next) = (tile(), tile());
-        let mut walk = Walk { job, now, next, k_bytes, v_bytes };
+        let steps = [job.blocks.k_token_bytes, job.blocks.v_token_bytes];
+        let side_by_side = steps == [k_bytes as isize, v_bytes as isize];
+        let unit = UNIT * k_bytes;
+        let units = (k_bytes == v_bytes && side_by_side && !job.v_in_k && unit.is_multiple_of(64))
+            .then(|| {
+                let near = (STRAIGHT_NEAR_BYTES / unit).max(1);
+                [near, (AGAIN_BYTES / unit).max(near + 1), (FAR_BYTES / unit).max(near + 2)]
+            });
+        let mut walk = Walk { job, now, next, k_bytes, v_bytes, units };
         // SAFETY: the caller's promise.
         unsafe { walk.now.fill(&job.blocks, job.kv_start, job.kv_end) };
         walk
@@ -215,6 +167,68 @@ impl Walk<'_, '_> {
         tile.keys.div_ceil(PIECE)
     }
 
+    /// The first row of a head on one side of the tile at hand, if all rows of the tile lie side by
+    /// side, in whole pieces, and so do those ahead of it.
+    #[inline(always)]
+    pub(in crate::cpu) fn run(&self, side: Side, head: usize) -> Option<*const u8> {
+        let (now, next) = (&self.now, &self.next);
+        let alike = now.keys == next.keys && now.keys.is_multiple_of(PIECE);
+        let straight = self.units.is_some() && now.one_block && next.one_block;
+        if straight && alike && now.keys.is_power_of_two() {
+            Some(self.first(now, side, head))
+        } else {
+            None
+        }
+    }
+
+    /// The first row of a head on one side of a tile.
+    #[inline(always)]
+    fn first(&self, tile: &Tile, side: Side, head: usize) -> *const u8 {
+        let (first, step) = match side {
+            Side::Keys => (tile.k[0], self.job.k_head_bytes),
+            Side::Values => (tile.v[0], self.job.v_head_bytes),
+        };
+        first.wrapping_offset(head as isize * step)
+    }
+
+    /// The hints while the `unit`th [`UNIT`] rows of a head that has a [`run`](Self::run) are worked
+    /// on; `None` where they would reach beyond the next tile.
+    #[inline(always)]
+    pub(in crate::cpu) fn straight(
+        &self,
+        side: Side,
+        head: usize,
+        unit: usize,
+    ) -> Option<Straight> {
+        let [near, again, far] = self.units?;
+        let shift = (self.now.keys / UNIT).trailing_zeros();
+        let stretch = if side == Side::Keys { head } else { self.job.kv_heads + head };
+        let at = (stretch << shift) + unit;
+        if at + far >= (4 * self.job.kv_heads) << shift {
+            return None;
+        }
+        Some(Straight {
+            near: self.unit(at + near, shift),
+            again: self.unit(at + again, shift),
+            far: self.unit(at + far, shift),
+        })
+    }
+
+    /// Where the unit `at` of the tile at hand and the next begins, `1 << shift` a head and side.
+    #[inline(always)]
+    fn unit(&self, at: usize, shift: u32) -> *const u8 {
+        let heads = self.job.kv_heads;
+        let all = (2 * heads) << shift;
+        let (tile, at) = if at < all { (&self.now, at) } else { (&self.next, at - all) };
+        let (stretch, unit) = (at >> shift, at & ((1 << shift) - 1));
+        let first = if stretch < heads {
+            self.first(tile, Side::Keys, stretch)
+        } else {
+            self.first(tile, Side::Values, stretch - heads)
+        };
+        first.wrapping_add(unit * UNIT * self.k_bytes)
+    }
+
     /// The piece `piece` pieces from the first of a head on one side of the tile at hand. Walks
     /// there by steps: it is a few pieces away, and divisions take longer.
     #[inline(always)]
@@ -246,114 +260,5 @@ impl Walk<'_, '_> {
         let from = piece * PIECE;
         let rows = &rows[from..tile.keys.min(from + PIECE)];
         Ahead { rows, offset: head as isize * step, bytes }
-    }
-}
-
-/// The next lines of two runs of memory.
-struct Lines {
-    near: *const u8,
-    far: *const u8,
-    /// Where the near ones go on after `left` more.
-    then: *const u8,
-    left: isize,
-}
-
-/// Hints that go out while a piece of keys or of values is worked on: those for two pieces ahead of
-/// it, at the pace of the work.
-pub(in crate::cpu) struct Hints<'a> {
-    near: Ahead<'a>,
-    far: Ahead<'a>,
-    /// Where the pieces are runs of memory.
-    lines: Option<Lines>,
-    /// The next row, where they are not.
-    row: usize,
-    /// Steps a row, and steps until the next.
-    pace: usize,
-    wait: usize,
-}
-
-impl<'a> Hints<'a> {
-    /// No hints.
-    pub(in crate::cpu) const NONE: Hints<'static> = Hints {
-        near: Ahead::NONE,
-        far: Ahead::NONE,
-        lines: None,
-        row: PIECE,
-        pace: usize::MAX,
-        wait: usize::MAX,
-    };
-
-    /// For the piece `piece` of a head, whose rows take `pace` steps each; `even` where the steps
-    /// are all alike.
-    #[inline(always)]
-    pub(in crate::cpu) fn new(
-        walk: &'a Walk<'_, '_>,
-        side: Side,
-        head: usize,
-        piece: usize,
-        pace: usize,
-        even: bool,
-    ) -> Self {
-        let bytes = if side == Side::Keys { walk.k_bytes } else { walk.v_bytes };
-        let Distances { near: (pieces, beyond), far } = Distances::of(bytes);
-        let far = walk.ahead(side, head, piece + far);
-        // A part of a piece beyond: the rest of one piece, then the beginning of the next.
-        let near = walk.ahead(side, head, piece + pieces + usize::from(beyond != 0));
-        let first = if beyond == 0 { near } else { walk.ahead(side, head, piece + pieces) };
-        let lines = match (first.run(), near.run(), far.run()) {
-            (Some(first), Some(then), Some(far)) if even && walk.k_bytes == walk.v_bytes => {
-                let left = (PIECE * bytes / 64 - beyond) as isize;
-                Some(Lines { near: first.wrapping_add(beyond * 64), far, then, left })
-            }
-            _ => None,
-        };
-        Hints { near, far, lines, row: 0, pace, wait: 1 }
-    }
-
-    /// Goes one step on, which takes `lines` lines or some part of a row.
-    #[inline(always)]
-    pub(in crate::cpu) fn step(&mut self, lines: usize) {
-        if let Some(Lines { near, far, then, left }) = &mut self.lines {
-            // Between steps alone: a check a line costs more than the few lines it would save.
-            if *left <= 0 {
-                (*near, *left) = (*then, isize::MAX);
-            }
-            for line in 0..lines {
-                prefetch(near.wrapping_add(64 * line));
-                prefetch_far(far.wrapping_add(64 * line));
-            }
-            *near = near.wrapping_add(64 * lines);
-            *far = far.wrapping_add(64 * lines);
-            *left -= lines as isize;
-            return;
-        }
-        self.wait -= 1;
-        if self.wait == 0 {
-            self.wait = self.pace;
-            self.rows(1);
-        }
-    }
-
-    /// Goes some rows on that are `lines` whole lines in a run of memory.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
-    #[inline(always)]
-    pub(in crate::cpu) fn advance(&mut self, rows: usize, lines: usize) {
-        if self.lines.is_some() {
-            self.step(lines);
-        } else {
-            self.rows(rows);
-        }
-    }
-
-    /// Goes `rows` rows on at once, where the pieces are not runs of memory.
-    #[inline(always)]
-    pub(in crate::cpu) fn rows(&mut self, rows: usize) {
-        if self.lines.is_none() {
-            for _ in 0..rows {
-                self.near.fetch::<false>(self.row);
-                self.far.fetch::<true>(self.row);
-                self.row += 1;
-            }
-        }
     }
 }

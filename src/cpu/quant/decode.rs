@@ -6,8 +6,8 @@ use super::expand::expand;
 use super::turn::rotate;
 use super::vector::CodeVector;
 use crate::cpu::decode::{
-    Hints, OneByOne, PIECE, Part, Scratch, Side, TILE, Tile, Walk, add_values, adjust, four_keys,
-    pad, padded_rows, soften,
+    Hints, OneByOne, PIECE, Part, Rows, Scratch, Side, Silent, TILE, Tile, Walk, add_values,
+    adjust, four_keys, pad, padded_rows, soften,
 };
 use crate::cpu::dot::{KeyDot, Widened};
 use crate::cpu::job::{Blocks, Job};
@@ -166,10 +166,11 @@ unsafe fn scores<V: CodeVector, const R: usize>(
                         let q = scratch.q.add(r * scratch.q_bytes);
                         let s = scratch.s.add(t * scratch.lanes + r);
                         let (bytes, lanes) = (scratch.q_bytes, scratch.lanes);
+                        let none = &mut Silent;
                         if k_dim == 128 {
-                            four_keys::<V, Widened<f32>, R>(128, q, bytes, k, s, lanes, None);
+                            four_keys::<V, Widened<f32>, R, _>(128, q, bytes, k, s, lanes, none);
                         } else {
-                            four_keys::<V, Widened<f32>, R>(k_dim, q, bytes, k, s, lanes, None);
+                            four_keys::<V, Widened<f32>, R, _>(k_dim, q, bytes, k, s, lanes, none);
                         }
                     }
                 }
@@ -208,7 +209,7 @@ unsafe fn values<V: CodeVector, const R: usize>(
             } else {
                 Hints::new(walk, Side::Values, head, from / PIECE, usize::MAX, false)
             };
-            let (mut rows, mut none) = (Tile::empty(now.zeros), Hints::NONE);
+            let (mut rows, mut none) = (Tile::empty(now.zeros), Silent);
             for i in 0..keys {
                 hints.rows(1);
                 if now.v[from + i] != now.zeros {
@@ -226,8 +227,7 @@ unsafe fn values<V: CodeVector, const R: usize>(
                 // SAFETY: the caller's promise.
                 unsafe {
                     let part = Part {
-                        tile: &rows,
-                        offset: 0,
+                        rows: Rows { tile: &rows, offset: 0 },
                         p: scratch.s.add(from * scratch.lanes + r),
                         lanes: scratch.lanes,
                         o: scratch.o.add(r * v_pad),
@@ -235,12 +235,18 @@ unsafe fn values<V: CodeVector, const R: usize>(
                     };
                     let mut c = 0;
                     while c + step <= v_dim {
-                        add_values::<V, OneByOne<f32>, R, 2>(&part, 0..keys, c, step, &mut none);
+                        add_values::<V, OneByOne<f32>, R, 2, _, _>(
+                            &part,
+                            0..keys,
+                            c,
+                            step,
+                            &mut none,
+                        );
                         c += step;
                     }
                     while c < v_dim {
                         let n = (v_dim - c).min(2 * V::LANES);
-                        add_values::<V, OneByOne<f32>, R, 1>(&part, 0..keys, c, n, &mut none);
+                        add_values::<V, OneByOne<f32>, R, 1, _, _>(&part, 0..keys, c, n, &mut none);
                         c += n;
                     }
                 }

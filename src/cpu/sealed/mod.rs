@@ -11,10 +11,12 @@
 //! fewer, to 16 bits before codes of 8. What that adds to a logit is at most
 //! `scale * a / 2 * n / 2 * k_dim`, with `a` that largest channel over 127 or 32639 and `n` the
 //! largest code: a tenth of what the rounding of the keys themselves has done, where the channels
-//! are alike. Probabilities times token scales are rounded to 15 bits of the tile's largest, or to 16.
+//! are alike. Probabilities times token scales are rounded to 15 bits of the largest of the tile.
 //!
 //! With AVX512_VNNI most layouts have kernels of their own, `x86_64/tiles`: what they compute is the
-//! same, but one multiplies records as they lie, and the other seals rows two channels at a time.
+//! same, but one multiplies records as they lie, and the other seals rows two channels at a time. That
+//! first one rounds probabilities to 16 bits, or in front of values of 4 bits and fewer to 8, up or
+//! down in turns.
 //!
 //! | file | job |
 //! |---|---|

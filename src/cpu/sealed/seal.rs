@@ -51,6 +51,7 @@ impl HeadRows {
     }
 
     /// Those from row `first` on.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn from(self, first: usize) -> Self {
         Self { start: self.row(first), ..self }

@@ -48,11 +48,18 @@ unsafe impl Vector for F32x16 {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> Self {
-        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+        Self(unsafe {
+            _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_loadu_si256(p.cast()))
+        })
     }
     #[inline(always)]
     unsafe fn load_f16_part(p: *const u16, n: usize) -> Self {
-        Self(unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(below(n), p.cast())) })
+        Self(unsafe {
+            _mm512_cvt_roundph_ps::<_MM_FROUND_CUR_DIRECTION>(_mm256_maskz_loadu_epi16(
+                below(n),
+                p.cast(),
+            ))
+        })
     }
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut u16) {

@@ -9,6 +9,7 @@
 
 mod ahead;
 mod lanes;
+mod quads;
 mod queries;
 mod rows;
 mod seal;
@@ -19,19 +20,17 @@ mod tests;
 
 use core::arch::x86_64::*;
 
-use crate::cpu::sealed::{Dims, Scratch, SealedJob, begin, find, value_unit};
+use crate::cpu::sealed::{Dims, Scratch, SealedJob, begin, find};
 use crate::dtype::f16;
 use crate::layout::tile::TileLayout;
 use ahead::{Ahead, Hints};
-use queries::{Query, round_queries};
+use quads::GROUP;
+use queries::rounding;
 use rows::{MOST, Order, Rows, Weights, dots, lines};
 pub(super) use seal::{seal, seals};
-use softmax::{Probabilities, soften};
+use softmax::{Place, Probabilities, softening};
 
 use super::avx512::F32x16;
-
-/// Rows that are worked on together.
-const GROUP: usize = 4;
 
 /// Whether the kernel here knows the layout.
 pub(super) fn takes(layout: &TileLayout) -> bool {
@@ -108,26 +107,26 @@ fn key_products(bits: u32, k_dim: usize, many: bool) -> Multiply {
 /// The products of values.
 fn value_products(bits: u32, tokens: usize, many: bool) -> Multiply {
     macro_rules! of {
-        ($bits:literal, $tokens:literal) => {
+        ($bits:literal, $wide:literal, $tokens:literal) => {
             if many {
-                multiply::<$bits, $tokens, true, true, GROUP>
+                multiply::<$bits, $tokens, $wide, true, GROUP>
             } else {
-                multiply::<$bits, $tokens, true, true, 1>
+                multiply::<$bits, $tokens, $wide, true, 1>
             }
         };
-        ($bits:literal) => {
+        ($bits:literal, $wide:literal) => {
             match tokens {
-                32 => of!($bits, 32),
-                64 => of!($bits, 64),
-                _ => of!($bits, 128),
+                32 => of!($bits, $wide, 32),
+                64 => of!($bits, $wide, 64),
+                _ => of!($bits, $wide, 128),
             }
         };
     }
     match bits {
-        8 => of!(8),
-        4 => of!(4),
-        3 => of!(3),
-        _ => of!(2),
+        8 => of!(8, true),
+        4 => of!(4, false),
+        3 => of!(3, false),
+        _ => of!(2, false),
     }
 }
 
@@ -147,6 +146,8 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
     let padded = rows.next_multiple_of(count);
     let keys = key_products(k_bits, k_dim, rows > 1);
     let values = value_products(v_bits, tokens, rows > 1);
+    let round = rounding(k_bits, k_dim, rows > 1);
+    let soften = softening(&dims, rows > 1);
     let (k_order, v_order) = (Order::of(k_bits, k_dim), Order::of(v_bits, tokens));
     let zero = _mm512_setzero_si512();
     let mut weights: Weights<GROUP> = [[[zero; MOST]; 2]; GROUP];
@@ -162,8 +163,7 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
                 let v = Rows { codes: side(&layout.v_codes), plane: side(&layout.v_plane) };
                 let [k_hints, v_hints] = ahead.tile(at, &k, &v);
                 for first in (0..padded).step_by(count) {
-                    let mut queries = [Query::default(); GROUP];
-                    round_queries(&dims, &s, first, count, k_order, &mut queries, &mut weights);
+                    let queries = round(&dims, &s, first, k_order, &mut weights);
                     keys(&Turn {
                         rows: k,
                         groups: tokens / 16,
@@ -172,9 +172,8 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
                         stride: tokens,
                         hints: k_hints,
                     });
-                    let mut factors = [Probabilities::default(); GROUP];
-                    let of = (job, &dims, &s);
-                    soften(of, tile, first, &queries[..count], v_order, &mut factors, &mut weights);
+                    let place = Place { job, dims: &dims, s: &s, tile, first };
+                    let factors = soften(&place, &queries, v_order, &mut weights);
                     values(&Turn {
                         rows: v,
                         groups: v_dim / 16,
@@ -184,7 +183,8 @@ pub(super) unsafe fn attend(job: &SealedJob<'_>) {
                         hints: v_hints,
                     });
                     for r in 0..count {
-                        add_values(&dims, &s, first + r, s.sums.add(r * v_dim), &factors[r]);
+                        let (o, sums) = (s.o.add((first + r) * v_dim), s.sums.add(r * v_dim));
+                        add_values(o, sums, v_dim, &factors, r);
                     }
                 }
             }
@@ -224,20 +224,18 @@ unsafe fn scales(layout: &TileLayout, dims: &Dims, s: &Scratch, record: *const u
     }
 }
 
-/// Adds the sums of a tile to those of a row.
+/// Adds the sums of a tile to those of row `r` of a group.
 #[inline(always)]
-unsafe fn add_values(dims: &Dims, s: &Scratch, row: usize, sums: *const i32, by: &Probabilities) {
-    let step = value_unit(dims.v_bits);
+unsafe fn add_values(o: *mut f32, sums: *const i32, dim: usize, by: &Probabilities, r: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        let start = _mm512_set1_epi32(by.start);
-        let unit = _mm512_set1_ps(by.unit * step);
-        let (shift, grow) = (_mm512_set1_ps(by.shift * step), _mm512_set1_ps(by.grow));
-        for c in (0..dims.v_dim).step_by(16) {
+        let (start, unit) = (_mm512_set1_epi32(by.start[r]), _mm512_set1_ps(by.unit[r]));
+        let (shift, grow) = (_mm512_set1_ps(by.shift[r]), _mm512_set1_ps(by.grow[r]));
+        for c in (0..dim).step_by(16) {
             let sum = _mm512_add_epi32(_mm512_loadu_si512(sums.add(c).cast()), start);
-            let o = s.o.add(row * dims.v_dim + c);
-            let older = _mm512_fmadd_ps(_mm512_loadu_ps(o), grow, shift);
-            _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), unit, older));
+            let older = _mm512_fmadd_ps(_mm512_loadu_ps(o.add(c)), grow, shift);
+            let all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), unit, older);
+            _mm512_storeu_ps(o.add(c), all);
         }
     }
 }

@@ -101,7 +101,7 @@ impl Order {
         }
     }
 
-    /// Lays out the weights of one row.
+    /// Lays out one byte of the weights of one row.
     ///
     /// # Safety
     /// AVX-512 with VBMI.
@@ -147,7 +147,27 @@ pub(super) unsafe fn packed(x: [__m512i; 4]) -> [__m512i; 2] {
     }
 }
 
-/// The same for words below 2^16, both bytes unsigned.
+/// Four vectors of words in the signed 8-bit range as bytes in the order of [`packed`].
+///
+/// # Safety
+/// AVX-512 with BW.
+#[inline(always)]
+pub(super) unsafe fn bytes(x: [__m512i; 4]) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])) }
+}
+
+/// The same for words below 2^8, unsigned.
+///
+/// # Safety
+/// AVX-512 with BW.
+#[inline(always)]
+pub(super) unsafe fn bytes_unsigned(x: [__m512i; 4]) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3])) }
+}
+
+/// Those of [`packed`] for words below 2^16, both bytes unsigned.
 ///
 /// # Safety
 /// AVX-512 with BW.
@@ -172,7 +192,7 @@ pub(super) struct Rows {
     pub plane: *const u8,
 }
 
-/// Rows of weights: high bytes, then low ones.
+/// Rows of weights: high bytes or all there are, then low ones.
 pub(super) type Weights<const R: usize> = [[[__m512i; MOST]; 2]; R];
 
 /// Dot products of sixteen rows, from row `16 * group` on, with each of `R` rows of weights. Rows
@@ -211,12 +231,12 @@ pub(super) unsafe fn dots<
         match const { rows_in(BITS, COUNT) } {
             1 => {
                 // One after the other: a compiler that mixes them runs out of registers.
-                let mut halves = [[_mm512_setzero_si512(); R]; 2];
+                let mut halves = [const { core::mem::MaybeUninit::<[__m512i; R]>::uninit() }; 2];
                 for half in 0..core::hint::black_box(2) {
                     let [even, odd] = of!(half, half + 2);
-                    halves[half & 1] = merge::<3, R>(even, odd);
+                    halves[half & 1].write(merge::<3, R>(even, odd));
                 }
-                merge::<2, R>(halves[0], halves[1])
+                merge::<2, R>(halves[0].assume_init(), halves[1].assume_init())
             }
             2 => {
                 let [a, b] = of!(0, 1);

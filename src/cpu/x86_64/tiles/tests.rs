@@ -4,7 +4,11 @@ use alloc::vec::Vec;
 use core::arch::x86_64::*;
 
 use super::ahead::Hints;
-use super::rows::{MOST, Order, Rows, Weights, dots, lines, packed, packed_unsigned};
+use super::rows::{
+    MOST, Order, Rows, Weights, bytes as signed_bytes, bytes_unsigned, dots, lines, packed,
+    packed_unsigned,
+};
+use super::softmax::thresholds;
 use crate::cpu::CpuLevel;
 use crate::cpu::sealed::{bytes, pattern};
 use crate::cpu::vector::One;
@@ -24,7 +28,8 @@ unsafe fn check<const BITS: u32, const COUNT: usize, const WIDE: bool, const VAL
     let plane: Vec<u32> =
         (0..16 * words).map(|_| next(&mut state) << 16 ^ next(&mut state)).collect();
     let limit = match (WIDE, VALUES) {
-        (false, _) => 127,
+        (false, false) => 127,
+        (false, true) => 255,
         (true, false) => 32639,
         (true, true) => 65535,
     };
@@ -50,10 +55,15 @@ unsafe fn check<const BITS: u32, const COUNT: usize, const WIDE: bool, const VAL
                 for (x, part) in x.iter_mut().zip(part.chunks(16)) {
                     *x = _mm512_loadu_si512(part.as_ptr().cast());
                 }
-                [halves[0][i], halves[1][i]] = if VALUES { packed_unsigned(x) } else { packed(x) };
+                [halves[0][i], halves[1][i]] = match (WIDE, VALUES) {
+                    (false, false) => [signed_bytes(x), zero],
+                    (false, true) => [bytes_unsigned(x), zero],
+                    (true, false) => packed(x),
+                    (true, true) => packed_unsigned(x),
+                };
             }
             let order = Order::of(BITS, COUNT);
-            order.lay_out(&halves[if WIDE { 0 } else { 1 }], &mut laid[0]);
+            order.lay_out(&halves[0], &mut laid[0]);
             order.lay_out(&halves[1], &mut laid[1]);
         }
         let rows = Rows { codes: codes.as_ptr().cast(), plane: plane.as_ptr().cast() };
@@ -90,6 +100,21 @@ unsafe fn check<const BITS: u32, const COUNT: usize, const WIDE: bool, const VAL
 }
 
 #[test]
+fn thresholds_are_spread_evenly() {
+    for tokens in [32, 64, 128] {
+        let mut all = thresholds(tokens)[..tokens].to_vec();
+        // Any few neighbours have some of all sizes, so that their sum is about 0.
+        for few in all.chunks(8) {
+            assert!(few.iter().sum::<f32>().abs() < 0.5, "{few:?}");
+        }
+        all.sort_by(f32::total_cmp);
+        for (at, threshold) in all.iter().enumerate() {
+            assert_eq!(*threshold, (at as f32 + 0.5) / tokens as f32 - 0.5);
+        }
+    }
+}
+
+#[test]
 fn products_are_exact() {
     if !CpuLevel::Avx512Bf16.is_available() {
         return;
@@ -102,10 +127,10 @@ fn products_are_exact() {
         };
     }
     macro_rules! values {
-        ($bits:literal) => {
-            check::<$bits, 32, true, true>();
-            check::<$bits, 64, true, true>();
-            check::<$bits, 128, true, true>();
+        ($bits:literal, $wide:literal) => {
+            check::<$bits, 32, $wide, true>();
+            check::<$bits, 64, $wide, true>();
+            check::<$bits, 128, $wide, true>();
         };
     }
     // SAFETY: the level is available.
@@ -114,9 +139,9 @@ fn products_are_exact() {
         keys!(4, false);
         keys!(3, false);
         keys!(2, false);
-        values!(8);
-        values!(4);
-        values!(3);
-        values!(2);
+        values!(8, true);
+        values!(4, false);
+        values!(3, false);
+        values!(2, false);
     }
 }
