@@ -22,6 +22,7 @@ mod math;
 #[cfg(feature = "std")]
 mod memory;
 mod name;
+mod order;
 mod plan;
 mod prefill;
 mod quant;
