@@ -92,8 +92,16 @@ template <int HeadDim> struct Room {
 };
 
 KVC_DEVICE void copy_bytes(unsigned char *to, const unsigned char *from, uint32_t bytes) {
+KVC_ROLL
     for (uint32_t i = opaque(thread_x()) * 16; i < bytes; i += kThreads * 16)
         cp_async_16(to + i, from + i, true);
+}
+
+// As many bytes as the block copies at a time, or fewer.
+template <uint32_t Bytes> KVC_DEVICE void copy_few(unsigned char *to, const unsigned char *from) {
+    static_assert(Bytes <= kThreads * 16, "16 bytes a thread");
+    const uint32_t at = opaque(thread_x()) * 16;
+    if (at < Bytes) cp_async_16(to + at, from + at, true);
 }
 
 KVC_DEVICE const unsigned char *record_at(const kvc_prefill_sealed_params &params, int32_t block,
@@ -108,24 +116,26 @@ KVC_DEVICE void fetch_keys(const kvc_prefill_sealed_params &params, const unsign
                            uint32_t part) {
     using R = Room<HeadDim>;
     unsigned char *to = R::stage();
-    copy_bytes(to, record + params.k_steps_at, HeadDim);
-    copy_bytes(to + R::kMidsAt, record + params.k_mids_at, HeadDim);
-    copy_bytes(to + R::kHeaderAt, record + params.header_at, 16);
+    // Middles lie behind the steps, as in the record.
+    copy_few<2 * HeadDim>(to, record + params.k_steps_at);
+    copy_few<16>(to + R::kHeaderAt, record + params.header_at);
     const uint32_t bytes = R::key_bytes(params.k_bits), plane = R::plane_bytes(params.k_bits);
     copy_bytes(to + R::kCodesAt, record + part * bytes, bytes);
-    copy_bytes(to + R::kCodesAt + bytes, record + params.k_plane_at + part * plane, plane);
+    if (plane != 0)
+        copy_bytes(to + R::kCodesAt + bytes, record + params.k_plane_at + part * plane, plane);
 }
 template <int HeadDim>
 KVC_DEVICE void fetch_values(const kvc_prefill_sealed_params &params, const unsigned char *record,
                              uint32_t part) {
     using R = Room<HeadDim>;
     unsigned char *to = R::value_stage(params.k_bits);
-    copy_bytes(to, record + params.v_scales_at + part * R::kScaleBytes, R::kScaleBytes);
+    copy_few<R::kScaleBytes>(to, record + params.v_scales_at + part * R::kScaleBytes);
     // A channel has its tokens beside each other: 16 bytes of them, 32 or 64.
     const uint32_t bits = R::main_bits(params.v_bits), chunks = bits / 2, shift = bits / 4;
     const uint32_t row_bytes = params.tile_tokens / 8 * bits;
     const unsigned char *from = record + params.v_codes_at + part * 8 * bits;
     to += R::kScaleBytes;
+KVC_ROLL
     for (uint32_t i = opaque(thread_x()); i < HeadDim * chunks; i += kThreads)
         cp_async_16(to + i * 16, from + (i >> shift) * row_bytes + (i & (chunks - 1)) * 16, true);
     if (params.v_bits == 3)

@@ -517,6 +517,7 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
         d |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return d;
 }
+KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -614,6 +615,12 @@ KVC_DEVICE void f16x2_from_e4m3(uint32_t four, uint32_t &low, uint32_t &high) {
 // Four bytes of the eight of `a` and `b`, each by a nibble of the selector.
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
+}
+// One instruction, also where both others are constants.
+KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
 }
 // Rounded to nearest even, subnormals kept, and never contracted: for bits that must be those of the
 // CPU.

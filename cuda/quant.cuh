@@ -211,10 +211,13 @@ template <int Bits, int Down, bool Signed = false> struct Octet {
             }
             for (uint32_t i = 0; i < 4; ++i) {
                 const uint32_t place = i % 2 * 4;
-                uint32_t code = (i < 2 ? w : w >> 8) & twice(((1u << kMain) - 1) << place);
+                uint32_t above = power(place);
                 if constexpr (Bits == 3)
-                    code |= (i < 2 ? thirds << (2 * i + 2) : thirds >> (6 - 2 * i)) & twice(4u << place);
-                out[i] = sub_f16x2(code | power(place), taken(place));
+                    above = and_or(i < 2 ? thirds << (2 * i + 2) : thirds >> (6 - 2 * i),
+                                   twice(4u << place), above);
+                const uint32_t code =
+                    and_or(i < 2 ? w : w >> 8, twice(((1u << kMain) - 1) << place), above);
+                out[i] = sub_f16x2(code, taken(place));
             }
         }
     }

@@ -59,12 +59,20 @@ fn every_format_under_every_schedule() {
 #[test]
 fn tiles_of_128_tokens_and_outliers() {
     for (i, format) in FORMATS.into_iter().enumerate() {
-        let lengths = vec![(20, 700), (129, 257), (1, 129)];
+        let lengths = vec![(9, 400), (70, 200), (1, 129)];
         let dim = [64, 128][i % 2];
         // bf16 holds these queries; far from 0 what it rounds off others would show.
         let rows = DType::Bf16;
-        let case =
-            Case { format, dim, tokens: 128, lengths, rows, outliers: true, ..Case::default() };
+        let case = Case {
+            format,
+            dim,
+            tokens: 128,
+            lengths,
+            rows,
+            outliers: true,
+            kv_heads: 1,
+            ..Case::default()
+        };
         assert_eq!(check(case), 0);
     }
 }
@@ -82,9 +90,10 @@ fn any_group_of_heads_and_rows_of_any_type() {
 
 #[test]
 fn unsealed_tiles_are_read_raw_or_reported() {
-    let case = Case { lengths: vec![(30, 300), (140, 330)], ..Case::default() };
+    let lengths = vec![(9, 300), (75, 140)];
+    let case = Case { lengths, kv_heads: 1, q_heads: 2, ..Case::default() };
     // Before all rows, and among the tiles that rows fill: from there on rows read it raw.
-    for (seq, tile) in [(0, 2), (1, 3), (1, 0), (1, 4)] {
+    for (seq, tile) in [(0, 2), (1, 1)] {
         assert_eq!(check(Case { unsealed: Some((seq, tile, true)), ..case.clone() }), 0);
     }
     assert_eq!(check(Case { unsealed: Some((0, 1, false)), ..case.clone() }), 1);
@@ -97,9 +106,9 @@ fn unsealed_tiles_are_read_raw_or_reported() {
 
 #[test]
 fn every_scoring_rule() {
-    let lengths = vec![(70, 500), (66, 66), (2, 300)];
+    let lengths = vec![(33, 330), (66, 66), (2, 300)];
     for (i, format) in FORMATS.into_iter().enumerate() {
-        let case = Case { format, lengths: lengths.clone(), ..Case::default() };
+        let case = Case { format, lengths: lengths.clone(), kv_heads: 1, ..Case::default() };
         let window = Some([5, 64, 70, 200, 400][i]);
         assert_eq!(check(Case { window, ..case.clone() }), 0);
         let all = Case { softcap: Some(9.0), sinks: true, alibi: true, q_heads: 10, ..case };
@@ -107,19 +116,19 @@ fn every_scoring_rule() {
     }
 }
 
-/// More tiles than are found at a time, most of them unsealed or lost to nobody.
+/// More tiles than are found at a time.
 #[test]
 fn a_long_context() {
-    let lengths = vec![(17, 64 * 70 + 5)];
+    let lengths = vec![(9, 64 * 34 + 5)];
     let case = Case { kv_heads: 1, q_heads: 2, lengths, ..Case::default() };
     assert_eq!(check(Case { unsealed: Some((0, 31, true)), ..case.clone() }), 0);
-    assert_eq!(check(Case { lost: Some((0, 32)), ..case }), 1);
+    assert_eq!(check(Case { lost: Some((0, 33)), ..case }), 1);
 }
 
 #[test]
 fn random_batches() {
     let mut rng = Rng::new(11);
-    for seed in 0..6 {
+    for seed in 0..5 {
         let tokens = [64, 128][rng.below(2)];
         let lengths: Vec<_> = (0..1 + rng.below(4))
             .map(|_| {

@@ -40,6 +40,8 @@ pub(super) struct PlanKey {
     pub serial: u64,
     pub q_heads: u32,
     pub window: Option<u32>,
+    /// The first of the parts that it is for; of sealed tiles.
+    pub first_part: u32,
 }
 
 impl Attend {
@@ -189,9 +191,10 @@ impl DeviceStore {
             error_flag: self.flag(),
         };
         if self.tiles.is_some() {
-            return self.attend_tiles(layer, &at, &shape, args);
+            return self.attend_tiles(layer, batch, &at, &shape, args);
         }
-        let key = PlanKey { serial: at.serial, q_heads: shape.q_heads, window: scoring.window };
+        let (serial, q_heads) = (at.serial, shape.q_heads);
+        let key = PlanKey { serial, q_heads, window: scoring.window, first_part: 0 };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,
             _ => {

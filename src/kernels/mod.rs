@@ -57,7 +57,7 @@ pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
-pub use prefill_sealed::{prefill_sealed_launch, prefill_sealed_params};
+pub use prefill_sealed::{prefill_sealed_launch, prefill_sealed_params, prefill_sealed_pays};
 pub use prefill_token::prefill_token_launch;
 pub use residence::SM90_SHARED_BYTES;
 pub use seal::{FIRST_SPARE, SPARE_TAKEN, seal_launch};

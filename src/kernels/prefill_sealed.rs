@@ -28,6 +28,8 @@ pub(super) fn sealed_kernel(format: KvFormat, head_dim: u32) -> Option<&'static 
 
 /// Tokens that a block has in shared memory at a time.
 const KEYS: u32 = 64;
+/// Packed rows of a block.
+const BLOCK_ROWS: u32 = 128;
 /// Bytes of what the kernel needs seldom.
 const SIDE_BYTES: u32 = 1024;
 /// The most tokens of a tile.
@@ -44,6 +46,24 @@ pub(super) fn sealed_bytes(format: KvFormat, head_dim: u32) -> u32 {
     // Third bits of values come as a record has them, those of all its tokens.
     let values = 2 * KEYS + codes(v) + plane(v, MAX_TOKENS);
     head_dim * (KEYS + 8) * 2 + SIDE_BYTES + keys + values
+}
+
+/// Whether this kernel serves sequences of more than [`TILE_ROWS`](super::TILE_ROWS) rows each, of
+/// `rows` together: the rule by which a cache chooses, made for caches that owe nobody equal bits.
+///
+/// Decode reads a context once for each eight columns, by pieces that the whole device shares; this
+/// kernel reads it once for each 128, by one block. The first did 27 columns of 8 by a token in a
+/// nanosecond on an H200, so that it has about half of the other's rate whatever the shape, while this
+/// one needs blocks for every multiprocessor: with half as many both take about as long.
+pub fn prefill_sealed_pays(
+    seqs: u32,
+    rows: u32,
+    q_heads: u32,
+    kv_heads: u32,
+    multiprocessors: u32,
+) -> bool {
+    let tiles = u64::from(rows) * u64::from(q_heads / kv_heads.max(1)) / u64::from(BLOCK_ROWS);
+    2 * tiles.max(u64::from(seqs)) * u64::from(kv_heads) >= u64::from(multiprocessors)
 }
 
 /// The parameters of a call, from the form that all calls have and what decode is told of the same
@@ -138,6 +158,16 @@ mod tests {
             }
             assert!(prefill_info(&bounds(format, 96)).is_err());
         }
+    }
+
+    /// A prompt of 256 tokens alone on a device of 132 multiprocessors is at the border.
+    #[test]
+    fn few_rows_stay_with_decode() {
+        assert!(!prefill_sealed_pays(1, 255, 32, 8, 132));
+        assert!(prefill_sealed_pays(1, 288, 32, 8, 132));
+        assert!(!prefill_sealed_pays(8, 72, 32, 8, 132));
+        assert!(prefill_sealed_pays(9, 81, 32, 8, 132));
+        assert!(prefill_sealed_pays(1, 9, 4, 2, 4));
     }
 
     #[test]
