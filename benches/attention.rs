@@ -8,6 +8,10 @@
 //! `-- --formats` prints tokens per second of the formats that are stored token by token beside those
 //! of bf16, 8 x 16k tokens, in the same turns.
 //!
+//! `-- --shared` prints how much faster 8 sequences over a shared prefix are decoded where they are
+//! neighbours in the batch, so that each split of it is attended by all before the next, than where
+//! others stand between them.
+//!
 //! Block tables are shuffled, as after a long time of serving, or in order (`seq`), as a fresh pool
 //! gives them to a prompt.
 
@@ -31,6 +35,7 @@ struct Batch {
     layout: GroupLayout,
     memory: Vec<u64>,
     tables: Vec<i32>,
+    blocks: u32,
     blocks_a_seq: usize,
     /// Sequences of one call; calls rotate over `seqs * rotations` sequences.
     seqs: usize,
@@ -95,6 +100,7 @@ impl Batch {
             layout,
             memory,
             tables,
+            blocks: blocks as u32,
             blocks_a_seq,
             seqs: c.seqs,
             q_tokens: c.q_tokens,
@@ -115,7 +121,7 @@ impl Batch {
         let args = AttendArgs {
             shape: self.shape,
             scoring: Scoring::causal(self.shape.k_dim),
-            kv: KvView::native(&self.layout, base, self.tables.len() as u32, 0).unwrap(),
+            kv: KvView::native(&self.layout, base, self.blocks, 0).unwrap(),
             tables: BlockTables::Dense { table: table.as_ptr(), stride: self.blocks_a_seq as i64 },
             seqs: self.seqs as u32,
             q_indptr: self.q_indptr.as_ptr(),
@@ -303,6 +309,82 @@ fn formats(kv_len: usize, rounds: usize) {
     }
 }
 
+/// Tokens of a sequence that all share, and its own.
+const SHARED: (usize, usize) = (8192, 1024);
+/// Tables that calls rotate over, as over the layers of a model.
+const SHARED_LAYERS: usize = 8;
+
+/// Decode of 8 sequences that share most of their blocks: as neighbours, and with a sequence of one
+/// token between each two, in the same turns.
+fn shared(rounds: usize) {
+    let (seqs, kv_len) = (8, SHARED.0 + SHARED.1);
+    println!(
+        "{:10} {:>6} {:>3} {:>9} {:>9} {:>8}  quartiles",
+        "", "block", "thr", "apart ms", "ms", "faster"
+    );
+    for format in [KvFormat::F32, KvFormat::Bf16, KvFormat::F16, KvFormat::Fp8E4m3, KvFormat::Int8T]
+    {
+        let config = Config {
+            name: "shared",
+            format,
+            q_dtype: DType::Bf16,
+            shape: LLAMA,
+            block_tokens: 64,
+            in_order: false,
+            // With those between.
+            seqs: 2 * seqs - 1,
+            rotations: 1,
+            q_tokens: 1,
+            kv_len,
+        };
+        for threads in [1, 2] {
+            let pool = Threads::new(threads).unwrap();
+            let mut batch = Batch::new(&config, threads as usize);
+            let (prefix, row) = (SHARED.0 / 64, kv_len / 64);
+            let mut orders = [(seqs, Vec::new()), (2 * seqs - 1, Vec::new())];
+            for layer in
+                batch.tables.chunks_exact(prefix + seqs * (row - prefix)).take(SHARED_LAYERS)
+            {
+                let own = layer[prefix..].chunks_exact(row - prefix);
+                for (s, own) in own.enumerate() {
+                    let table = || layer[..prefix].iter().chain(own).copied();
+                    orders[0].1.extend(table());
+                    if s > 0 {
+                        // Of which one token is read.
+                        orders[1].1.extend(own.iter().cycle().take(row));
+                    }
+                    orders[1].1.extend(table());
+                }
+            }
+            let mut times = [Vec::new(), Vec::new()];
+            for round in 0..rounds + 1 {
+                for (n, (rows, tables)) in orders.iter_mut().enumerate() {
+                    batch.seqs = *rows;
+                    let between = |s: usize| *rows > seqs && s % 2 == 1;
+                    let length = |s| if between(s) { 1 } else { kv_len as i32 };
+                    batch.kv_lens = (0..*rows).map(length).collect();
+                    std::mem::swap(&mut batch.tables, tables);
+                    let time = seconds(|| (0..SHARED_LAYERS).for_each(|at| batch.run(&pool, at)));
+                    std::mem::swap(&mut batch.tables, tables);
+                    if round > 0 {
+                        times[n].push(time / SHARED_LAYERS as f64);
+                    }
+                }
+            }
+            let ratio = median((0..rounds).map(|n| times[1][n] / times[0][n]).collect());
+            let [together, apart] = times.map(|times| 1e3 * median(times).0);
+            println!(
+                "{:10} {:>6} {threads:>3} {apart:>9.2} {together:>9.2} {:>7.2}x  {:.2} to {:.2}",
+                format.name(),
+                config.block_tokens,
+                ratio.0,
+                ratio.1,
+                ratio.2,
+            );
+        }
+    }
+}
+
 fn label(c: &Config) -> String {
     let order = if c.in_order { " seq" } else { "" };
     format!("{} {} {}x{} b{}{order}", c.name, c.format.name(), c.seqs, c.kv_len, c.block_tokens)
@@ -410,6 +492,9 @@ fn main() {
     if let Some(at) = args.iter().position(|arg| arg == "--table") {
         let filter = args[at + 1..].iter().find(|arg| !arg.starts_with("--"));
         return table(filter.map_or("", |filter| filter));
+    }
+    if args.iter().any(|arg| arg == "--shared") {
+        return shared(11);
     }
     if args.iter().any(|arg| arg == "--formats") {
         return formats(16_384, 9);

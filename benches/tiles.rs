@@ -1,8 +1,12 @@
 //! Quantised formats on the CPU: decode of all of them beside our own bf16 in the same run, append
-//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both tables.
+//! and seal of sealed tiles beside a memory copy of the same rows. `cargo bench --bench tiles` prints both
+//! tables, with `-- --seal` the second alone.
 //!
-//! Tokens a second are cached tokens of one layer that a call attends to; tables are shuffled.
+//! Tokens a second are cached tokens of one layer that a call attends to; tables are shuffled. With
+//! `KVCACHE_PEERS` (see `peers/decode.rs`) llama.cpp's and vLLM's CPU kernels run in the same turns.
 
+#[path = "peers/decode.rs"]
+mod peer;
 mod support;
 
 use std::hint::black_box;
@@ -10,13 +14,14 @@ use std::sync::atomic::AtomicU32;
 
 use kvcache::attention::{HeadShape, Scoring};
 use kvcache::cpu::{
-    AppendArgs, AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RawBlock,
-    RawTables, RowsView, SealArgs, SealTile, Threads, TileAttendArgs, TileView, append, attend,
-    attend_tiles, attend_tiles_workspace_bytes, attend_workspace_bytes, seal_tiles,
+    AttendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, RawBlock, RawTables,
+    RowsView, SealArgs, SealTile, Threads, TileAppendArgs, TileAttendArgs, TileView, append_tiles,
+    attend, attend_tiles, attend_tiles_workspace_bytes, attend_workspace_bytes, seal_tiles,
 };
 use kvcache::dtype::{DType, KvFormat, bf16};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::layout::{GroupLayout, GroupSpec};
+use peer::Peer;
 use support::{encode, huge, median, random_kv, read_all, seconds};
 
 const TOKENS: u32 = 64;
@@ -203,31 +208,76 @@ impl Decode {
     }
 }
 
+/// What takes turns in the table of decode.
+enum Runner {
+    Ours(Box<Decode>),
+    /// Which peer, and the number of its step.
+    Theirs(usize, usize),
+}
+
+struct Row {
+    name: String,
+    /// Of K and V of a token.
+    bytes: f64,
+    runner: Runner,
+    times: Vec<f64>,
+}
+
+/// Our formats, bf16 first, and then those of the peers.
+fn rows(peers: &mut [Peer], seqs: usize, kv_len: usize) -> Vec<Row> {
+    let all = Threads::new(0).unwrap();
+    let formats = [KvFormat::Bf16].into_iter().chain(TILES).chain(CODES);
+    let ours = formats.map(|format| {
+        let decode = Box::new(Decode::new(format, seqs, kv_len, &all));
+        let group = &decode.layer.group;
+        Row {
+            name: format!("decode {} {seqs}x{kv_len} b{TOKENS}", group.spec().format.name()),
+            bytes: group.token_bytes() as f64,
+            runner: Runner::Ours(decode),
+            times: Vec::new(),
+        }
+    });
+    let mut rows: Vec<Row> = ours.collect();
+    for (at, peer) in peers.iter_mut().enumerate() {
+        for kind in peer.kinds.clone() {
+            let (step, bytes) = peer.build(&kind, seqs, kv_len);
+            let name = format!("{} {kind}", peer.name);
+            rows.push(Row { name, bytes, runner: Runner::Theirs(at, step), times: Vec::new() });
+        }
+    }
+    rows
+}
+
 fn decode_table(seqs: usize, kv_len: usize, rounds: usize) {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let all = Threads::new(0).unwrap();
-    let mut formats = vec![Decode::new(KvFormat::Bf16, seqs, kv_len, &all)];
-    let coded = TILES.into_iter().chain(CODES);
-    formats.extend(coded.map(|format| Decode::new(format, seqs, kv_len, &all)));
-    println!(
-        "{:28} {:>3} {:>9} {:>7} {:>7} {:>7}  quartiles",
-        "", "thr", "Mtok/s", "GB/s", "read", "x bf16"
-    );
+    let mut peers = Peer::all();
+    let mut rows = rows(&mut peers, seqs, kv_len);
+    // What tokens a second are compared with: our bf16, and each of the peers'.
+    let ours = rows.iter().filter(|row| matches!(row.runner, Runner::Ours(_))).count();
+    let bases: Vec<usize> = [0].into_iter().chain(ours..rows.len()).collect();
+    print!("{:28} {:>3} {:>9} {:>7} {:>7} {:>7}", "", "thr", "Mtok/s", "GB/s", "read", "x bf16");
+    print!("  {:12}", "quartiles");
+    rows[ours..].iter().for_each(|row| print!(" {:>13}", row.name));
+    println!();
     for threads in [1, 2] {
         if threads > cores {
             continue;
         }
         let pool = Threads::new(threads as u32).unwrap();
-        let mut times = vec![Vec::new(); formats.len()];
+        rows.iter_mut().for_each(|row| row.times.clear());
         let mut reads = Vec::new();
         for round in 0..=rounds {
-            for (format, times) in formats.iter_mut().zip(&mut times) {
-                let t = seconds(|| format.run(&pool));
+            for row in &mut rows {
+                let t = match &mut row.runner {
+                    Runner::Ours(decode) => seconds(|| decode.run(&pool)),
+                    Runner::Theirs(peer, step) => peers[*peer].run(*step, threads),
+                };
                 if round > 0 {
-                    times.push(t);
+                    row.times.push(t);
                 }
             }
-            let words = &formats[0].layer.records;
+            let Runner::Ours(bf16) = &rows[0].runner else { unreachable!("bf16 comes first") };
+            let words = &bf16.layer.records;
             // SAFETY: the same memory as words of 8 bytes.
             let words =
                 unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 2) };
@@ -238,23 +288,25 @@ fn decode_table(seqs: usize, kv_len: usize, rounds: usize) {
             reads.push(bytes / 1e9 / t);
         }
         let read = median(reads).0;
-        for (format, own) in formats.iter().zip(&times) {
-            let ratios = own.iter().zip(&times[0]).map(|(t, base)| base / t).collect();
-            let (t, ratio) = (median(own.clone()).0, median(ratios));
+        for row in &rows {
+            let against = |base: &usize| {
+                let times = row.times.iter().zip(&rows[*base].times);
+                median(times.map(|(t, base)| base / t).collect())
+            };
+            let (t, ratio) = (median(row.times.clone()).0, against(&0));
             let tokens = (seqs * kv_len) as f64;
-            let bytes = format.layer.group.token_bytes() as f64 * tokens;
-            let name = format.layer.group.spec().format.name();
-            println!(
-                "{:28} {:>3} {:>9.2} {:>7.1} {:>7.1} {:>7.2}  {:.2} to {:.2}",
-                format!("decode {name} {seqs}x{kv_len} b{TOKENS}"),
+            print!(
+                "{:28} {:>3} {:>9.2} {:>7.1} {:>7.1} {:>7.2}  {:12}",
+                row.name,
                 threads,
                 tokens / t / 1e6,
-                bytes / t / 1e9,
+                row.bytes * tokens / t / 1e9,
                 read,
                 ratio.0,
-                ratio.1,
-                ratio.2
+                format!("{:.2} to {:.2}", ratio.1, ratio.2)
             );
+            bases[1..].iter().for_each(|base| print!(" {:>12.2}x", against(base).0));
+            println!();
         }
     }
 }
@@ -271,7 +323,7 @@ fn seal_table(rounds: usize) {
         }
         let pool = Threads::new(threads as u32).unwrap();
         for format in TILES {
-            let mut layer = Layer::new(format, tiles, tiles);
+            let layer = Layer::new(format, tiles, tiles);
             let elements = rows * 8 * 128;
             let (mut k, mut v) = (memory(elements * 2), memory(elements * 2));
             fill(&mut k, 5);
@@ -284,11 +336,18 @@ fn seal_table(rounds: usize) {
                 RowsView::contiguous(rows.as_mut_ptr().cast(), DType::Bf16, 8, 128)
             };
             let (k_rows, v_rows) = (view(&mut k), view(&mut v));
-            let raw = layer.rows.as_mut_ptr().cast();
-            let args = AppendArgs {
-                shape: SHAPE,
-                kv: KvView::native(&layer.raw, raw, tiles as u32, 0).unwrap(),
-                slots: slots.as_ptr(),
+            let own: Vec<_> = (0..tiles as u32).map(|i| i * TOKENS..(i + 1) * TOKENS).collect();
+            // As a cache does.
+            let args = TileAppendArgs {
+                seals: SealArgs {
+                    shape: SHAPE,
+                    tiles: layer.view(),
+                    list: &list,
+                    refused: &refused,
+                },
+                own: &own,
+                staging: slots.as_ptr(),
+                scratch: std::ptr::null(),
                 rows: rows as u32,
                 k: k_rows,
                 v: v_rows,
@@ -298,8 +357,7 @@ fn seal_table(rounds: usize) {
             for round in 0..=rounds {
                 let here = seconds(|| {
                     // SAFETY: the slots are those of the raw blocks.
-                    unsafe { append(&args, &pool) }.unwrap();
-                    layer.seal(&pool, &list, &refused);
+                    unsafe { append_tiles(&args, CpuLevel::chosen().unwrap(), &pool) }.unwrap();
                 });
                 let words = k.len();
                 let base = copy.as_mut_ptr() as usize;
@@ -339,9 +397,12 @@ fn seal_table(rounds: usize) {
 
 fn main() {
     // What cargo bench passes is of no use here; `--quick` is for trying out.
-    let quick = std::env::args().any(|arg| arg == "--quick");
+    let has = |name: &str| std::env::args().any(|arg| arg == name);
+    let quick = has("--quick");
     println!("level {}", CpuLevel::chosen().unwrap().name());
-    decode_table(8, if quick { 2048 } else { 16384 }, if quick { 3 } else { 15 });
-    println!();
+    if !has("--seal") {
+        decode_table(8, if quick { 2048 } else { 16384 }, if quick { 3 } else { 15 });
+        println!();
+    }
     seal_table(if quick { 3 } else { 15 });
 }

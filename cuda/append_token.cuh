@@ -2,7 +2,8 @@
 // way, encoded as src/quant/row.rs does, bit for bit: one rounding an operation, nothing contracted.
 //
 // A lane has sixteen channels of a row, a block of NVFP4, and a warp several rows: largest elements,
-// scales and rotations go by shuffles of few lanes. A negative slot skips the token. A row that
+// scales and rotations go by shuffles of few lanes, a power of two. Where a row has fewer channels the
+// lanes that are over hold what its first ones do. A negative slot skips the token. A row that
 // is not finite, or whose scale f16 does not hold, is not written and raises a bit of the error flag.
 #pragma once
 #include "append.cuh"
@@ -311,12 +312,17 @@ KVC_UNROLL
     return best.codes;
 }
 
+// The lanes of a row: those with channels of their own, and all.
+template <int HeadDim> constexpr uint32_t kChannelLanes = HeadDim / kOwn;
+template <int HeadDim> constexpr uint32_t kRowLanes =
+    HeadDim <= 64 ? 4 : HeadDim <= 128 ? 8 : 16;
+
 // Encodes a row that lies in its lanes, rotated where it is to be, and writes it where `write` is set;
 // false where it cannot be.
 template <int HeadDim>
 KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[kOwn], uint32_t channel,
                            unsigned char *codes, unsigned char *scales, bool write) {
-    constexpr uint32_t kLanes = HeadDim / kOwn, kRow = (1u << kLanes) - 1;
+    constexpr uint32_t kLanes = kRowLanes<HeadDim>, kRow = (1u << kLanes) - 1;
     const uint32_t sound = ballot(kFullMask, all_finite(x)) >> (lane_id() & ~(kLanes - 1));
     const bool finite = (sound & kRow) == kRow;
     const auto larger = [](float a, float b) { return max_f32(a, b); };
@@ -366,11 +372,13 @@ KVC_UNROLL
 
 template <int HeadDim> KVC_DEVICE void append_token(const kvc_append_token_params &params) {
     const kvc_append_params &p = params.call;
-    constexpr uint32_t kLanes = HeadDim / kOwn, kRows = 32 / kLanes;
+    constexpr uint32_t kLanes = kRowLanes<HeadDim>, kRows = 32 / kLanes;
     const uint32_t first = block_x() * p.tokens_per_block, left = p.tokens - first;
     const uint32_t tokens = left < p.tokens_per_block ? left : p.tokens_per_block;
     const uint32_t per_token = 2 * p.kv_heads, rows = tokens * per_token;
-    const uint32_t channel = lane_id() % kLanes * kOwn;
+    const uint32_t own_lane = lane_id() % kLanes;
+    const bool spare = kChannelLanes<HeadDim> < kLanes && own_lane >= kChannelLanes<HeadDim>;
+    const uint32_t channel = (spare ? own_lane - kChannelLanes<HeadDim> : own_lane) * kOwn;
 KVC_ROLL
     for (uint32_t base = warp_id() * kRows; base < rows; base += kAppendThreads / 32 * kRows) {
         const uint32_t own = base + lane_id() / kLanes;
@@ -422,8 +430,14 @@ KVC_UNROLL
         }
         const float *heads = is_key ? params.k_heads : params.v_heads;
         const bool fits = encode_row<HeadDim>(params.format, heads == nullptr ? 1.0f : heads[head], x,
-                                              channel, codes, scales, wanted);
+                                              channel, codes, scales, wanted && !spare);
         if (wanted && !fits && channel == 0) raise(p.error_flag, kFlagRow);
+        // Codes of 4 bits of 80 channels end in the middle of 16 bytes: the first lane that is over has
+        // the rest, which is zero.
+        if constexpr (HeadDim % 32 != 0)
+            if (wanted && fits && own_lane == kChannelLanes<HeadDim> &&
+                (params.format == kInt4T || params.format == kNvfp4))
+                *reinterpret_cast<TwoWords *>(codes + HeadDim / 2) = {};
     }
     if (p.q_heads != 0) turn_queries(p);
 }

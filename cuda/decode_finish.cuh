@@ -32,9 +32,9 @@ template <int HeadDim> struct WarpSums {
 };
 
 // Puts a warp's sums there. Lane 4g+t has columns 2t and 2t+1: `value(i, half, c, channel)` gives
-// row g + 8 half of its i-th matrix for column 2t + c, and the channel that this is. Barriers before
-// and after are the caller's, and `finish_unit`'s.
-template <int HeadDim, typename Value>
+// row g + 8 half of its i-th matrix for column 2t + c, and the channel that this is, or what is none.
+// Barriers before and after are the caller's, and `finish_unit`'s.
+template <int HeadDim, int Matrices = HeadDim / 16, typename Value>
 KVC_DEVICE void put_warp_sums(const float (&m)[2], const float (&l)[2], Value value) {
     const WarpSums<HeadDim> to;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
@@ -47,47 +47,54 @@ KVC_UNROLL
             to.sums[at] = sum;
         }
 KVC_UNROLL
-        for (int i = 0; i < HeadDim / 16; ++i)
+        for (int i = 0; i < Matrices; ++i)
             for (int half = 0; half < 2; ++half) {
                 uint32_t channel;
                 const float x = value(i, half, c, channel);
+                if (Matrices * 16 > HeadDim && channel >= HeadDim) continue;
                 to.states[at * to.kColumnWords + channel] = x;
             }
     }
 }
 
-// Merges what the warps have put there, and writes or stores it. `rotated`, of values, for head
-// dimensions of at most 128.
-template <int HeadDim>
+// Merges what the warps have put there, and writes or stores it, `Own` channels a thread: kRotatedOwn
+// where values can be `rotated`.
+template <int HeadDim, int Own = 4>
 KVC_DEVICE void finish_unit(const kvc_decode_params &p, const Piece &item, uint32_t unit,
                             const Unit &u, bool rotated) {
     const WarpSums<HeadDim> from;
     const Place place(p, item);
     sync_threads();
-    constexpr uint32_t kQuads = HeadDim / 4;
+    constexpr uint32_t kQuads = HeadDim / 4, kParts = HeadDim / Own;
     const Partials<kColumns, HeadDim> partials = {p.partial, p.max_slots, p.units};
-    for (uint32_t i = thread_x(); i < kColumns * kQuads; i += kDecodeThreads) {
-        const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+    for (uint32_t i = thread_x(); i < kColumns * kParts; i += kDecodeThreads) {
+        const uint32_t c = i / kParts, first = i % kParts * Own;
         const Column column = find_column(p, u, c);
         if (!column.exists && !rotated) continue;
-        Quad quad = {-infinity(), 0.0f, {}};
+        float top = -infinity(), sum = 0.0f, o[Own] = {};
         for (uint32_t w = 0; w < kDecodeWarps; ++w)
-            quad.top = max_f32(quad.top, from.tops[w * kColumns + c]);
+            top = max_f32(top, from.tops[w * kColumns + c]);
         for (uint32_t w = 0; w < kDecodeWarps; ++w) {
             const uint32_t at = w * kColumns + c;
-            const float factor = weight(from.tops[at], quad.top);
-            quad.sum += from.sums[at] * factor;
-            for (int j = 0; j < 4; ++j)
-                quad.o[j] += from.states[at * from.kColumnWords + channel + j] * factor;
+            const float factor = weight(from.tops[at], top);
+            sum += from.sums[at] * factor;
+            for (int j = 0; j < Own; ++j)
+                o[j] += from.states[at * from.kColumnWords + first + j] * factor;
         }
-        // All lanes take part: a warp has whole columns, and works on as many as every other.
-        if constexpr (kQuads <= 32)
-            if (rotated) unrotate_quads<HeadDim>(quad.o, channel);
+        // All lanes take part: warps are whole, and of a column that is not there too.
+        static_assert(kColumns * kParts % 32 == 0, "whole warps");
+        if constexpr (hadamard_block(HeadDim) <= 32 * Own)
+            if (rotated) unrotate_channels<HeadDim>(o, first);
         if (!column.exists) continue;
-        if (place.pieces == 1)
-            write_row(p, column, channel, quad);
-        else
-            store_partial(partials, place.slot(place.piece), unit, c, channel, quad);
+KVC_UNROLL
+        for (int j = 0; j < Own; j += 4) {
+            const uint32_t channel = first + j;
+            const Quad quad = {top, sum, {o[j], o[j + 1], o[j + 2], o[j + 3]}};
+            if (place.pieces == 1)
+                write_row(p, column, channel, quad);
+            else
+                store_partial(partials, place.slot(place.piece), unit, c, channel, quad);
+        }
     }
     if (place.pieces == 1) return;
 

@@ -95,6 +95,13 @@ template <typename Format> KVC_DEVICE constexpr uint32_t scale_bytes(uint32_t he
     return Format::kGroups ? head_dim / 16 : Format::kMinimum ? 4 : Format::kScaled ? 2 : 0;
 }
 
+// A row in units of 16 bytes, and the channels of those: of 80 with codes of 4 bits they are 96. Queries
+// are zero where they are more than the row, and sums of values go nowhere; what lies there is a number.
+template <typename Format, int HeadDim> constexpr uint32_t kRowChunks =
+    (HeadDim * Format::Codes::kBits + 127) / 128;
+template <typename Format, int HeadDim> constexpr int kRowChannels =
+    kRowChunks<Format, HeadDim> * 128 / Format::Codes::kBits;
+
 // Four scales of e4m3, as f16.
 KVC_DEVICE void group_scales(uint32_t four, uint32_t (&pairs)[2]) {
     E4m3::unpack(four, pairs);
@@ -148,26 +155,33 @@ KVC_UNROLL
     }
 };
 
-template <typename Format, int HeadDim, typename Pipe>
+template <typename Format, int HeadDim, int Channels, typename Pipe>
 KVC_DEVICE void accumulate_codes(const kvc_decode_params &p, const Unit &u,
                                  const Column (&columns)[2], const float (&q_factors)[2],
-                                 const float (&q_sums)[2], const uint32_t (&q)[HeadDim / 16][2],
+                                 const float (&q_sums)[2], const uint32_t (&q)[Channels / 16][2],
                                  const TokenSource &source, uint32_t n, const Pipe &pipe,
-                                 TokenState<HeadDim> &state) {
+                                 TokenState<Channels> &state) {
     using Codes = typename Format::Codes;
-    constexpr uint32_t kChunks = HeadDim * Codes::kBits / 128, kStrips = Pipe::kStrips;
+    constexpr uint32_t kChunks = kRowChunks<Format, HeadDim>, kStrips = Pipe::kStrips;
     constexpr uint32_t kProducts = Codes::kPairs / 2; // of a chunk
+    constexpr uint32_t kWords = Pipe::kWords, kFours = (kChunks + 3) / 4;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
 
-    uint32_t k_scales[kStrips][2][2], key_groups[kStrips][2][2];
+    uint32_t k_scales[kStrips][2][kWords], key_groups[kStrips][2][2 * kFours];
     if constexpr (scale_bytes<Format>(HeadDim) != 0) pipe.row_scales(0, g, k_scales);
     if constexpr (Format::kGroups) {
         // Of each chunk's two groups, that of this lane's words.
         const uint32_t pick = 0x6420 + t / 2 * 0x1111;
 KVC_UNROLL
         for (uint32_t i = 0; i < 2 * kStrips; ++i) {
-            const uint32_t (&words)[2] = k_scales[i / 2][i % 2];
-            group_scales(permute(words[0], HeadDim > 64 ? words[1] : 0, pick), key_groups[i / 2][i % 2]);
+            const uint32_t (&words)[kWords] = k_scales[i / 2][i % 2];
+KVC_UNROLL
+            for (uint32_t j = 0; j < 2 * kFours; j += 2) {
+                uint32_t pairs[2];
+                group_scales(permute(words[j], HeadDim > 64 ? words[j + 1] : 0, pick), pairs);
+                key_groups[i / 2][i % 2][j] = pairs[0];
+                key_groups[i / 2][i % 2][j + 1] = pairs[1];
+            }
         }
     }
     float s[kStrips][4];
@@ -184,7 +198,7 @@ KVC_UNROLL
             uint32_t codes[4];
             ldmatrix_x4(codes, pipe.at(0, strip, two));
 KVC_UNROLL
-            for (uint32_t half = 0; half < 2; ++half) {
+            for (uint32_t half = 0; half < 2 && two + half < kChunks; ++half) {
                 uint32_t low[Codes::kPairs], high[Codes::kPairs];
                 Format::keys(codes[2 * half], low);
                 Format::keys(codes[2 * half + 1], high);
@@ -210,7 +224,7 @@ KVC_UNROLL
     const bool whole = pipe.whole(source, n);
     float v_scale[kStrips][2], v_minimum[kStrips][2], largest = 0.0f;
     if constexpr (Format::kScaled) {
-        uint32_t v_scales[kStrips][2][2];
+        uint32_t v_scales[kStrips][2][kWords];
         pipe.row_scales(1, g, v_scales);
 KVC_UNROLL
         for (uint32_t strip = 0; strip < kStrips; ++strip)
@@ -280,7 +294,7 @@ KVC_UNROLL
     }
 
     // Scales of the tokens 2t and 2t + 1 of each strip, and those eight further.
-    uint32_t even[kStrips][2][2], odd[kStrips][2][2];
+    uint32_t even[kStrips][2][kWords], odd[kStrips][2][kWords];
     if constexpr (Format::kGroups) {
         pipe.row_scales(1, 2 * t, even);
         pipe.row_scales(1, 2 * t + 1, odd);
@@ -298,7 +312,7 @@ KVC_UNROLL
                 group_scales(permute(even[strip][1][two / 2], odd[strip][1][two / 2], pick), second);
             }
 KVC_UNROLL
-            for (uint32_t half = 0; half < 2; ++half) {
+            for (uint32_t half = 0; half < 2 && two + half < kChunks; ++half) {
                 uint32_t low[Codes::kPairs], high[Codes::kPairs];
                 Format::values(codes[2 * half], low);
                 Format::values(codes[2 * half + 1], high);
@@ -346,11 +360,12 @@ KVC_DEVICE void decode_token_unit(const kvc_decode_token_params &params,
     const QueryRows<HeadDim> rows(KVC_SMEM(unsigned char) + params.query_at);
     rows.fill(p, u, params.k_rotated != 0);
     sync_threads();
-    uint32_t q[HeadDim / 16][2];
+    constexpr int kChannels = kRowChannels<Format, HeadDim>;
+    uint32_t q[kChannels / 16][2];
     RowWords<Codes, HeadDim, 1>::queries(rows, g, t, q);
     if constexpr (Format::kSmall) {
 KVC_UNROLL
-        for (uint32_t at = 0; at < HeadDim / 8; ++at)
+        for (uint32_t at = 0; at < kChannels / 8; ++at)
             q[at / 2][at % 2] = mul_f16x2(q[at / 2][at % 2],
                                           twice((29 - Format::place(at % Codes::kPairs)) << 10));
     }
@@ -360,15 +375,15 @@ KVC_UNROLL
     constexpr float kDown = Format::kSmall ? 1.0f / key_factor<Format>() : 1.0f;
     const float q_sums[2] = {rows.sums[2 * t] * kDown, rows.sums[2 * t + 1] * kDown};
     const Column columns[2] = {find_column(p, u, 2 * t), find_column(p, u, 2 * t + 1)};
-    TokenState<HeadDim> state;
+    TokenState<kChannels> state;
 
     const uint32_t ahead = pipe.stages - 1;
     for (uint32_t next = 0; next < source.count + ahead; ++next) {
         pipe.issue(source, table, next);
         if (next < ahead) continue;
         pipe.wait(source, next - ahead);
-        accumulate_codes<Format, HeadDim>(p, u, columns, q_factors, q_sums, q, source,
-                                          next - ahead, pipe, state);
+        accumulate_codes<Format, HeadDim, kChannels>(p, u, columns, q_factors, q_sums, q, source,
+                                                     next - ahead, pipe, state);
         pipe.release();
     }
     pipe.finish();
@@ -383,11 +398,12 @@ KVC_UNROLL
         for (int c = 0; c < 2; ++c) minima[c] = sum_over_tokens(state.minima[c]);
     if constexpr (Format::kSmall)
         for (int c = 0; c < 2; ++c) minima[c] -= Format::kLess * state.weights[c] * v_factor;
-    put_warp_sums<HeadDim>(state.m, state.l, [&](int i, int half, int c, uint32_t &channel) {
+    constexpr int kMatrices = kChannels / 16;
+    put_warp_sums<HeadDim, kMatrices>(state.m, state.l, [&](int i, int half, int c, uint32_t &channel) {
         channel = Format::channel(static_cast<uint32_t>(i), g, static_cast<uint32_t>(half));
         return state.o[i][half * 2 + c] * (value_factor<Format>(half) * v_factor) + minima[c];
     });
-    finish_unit<HeadDim>(p, item, unit, u, params.v_rotated != 0);
+    finish_unit<HeadDim, kRotatedOwn<HeadDim>>(p, item, unit, u, params.v_rotated != 0);
 }
 
 template <typename Format, int HeadDim, typename Pipe>
@@ -401,7 +417,7 @@ KVC_DEVICE void decode_token_with(const kvc_decode_token_params &params, Pipe &&
 
 template <typename Format, int HeadDim>
 KVC_DEVICE void decode_token(const kvc_decode_token_params &params) {
-    constexpr uint32_t kRow = HeadDim * Format::Codes::kBits / 8, kScales = scale_bytes<Format>(HeadDim);
+    constexpr uint32_t kRow = kRowChunks<Format, HeadDim> * 16, kScales = scale_bytes<Format>(HeadDim);
 #if defined(KVC_EMULATE) || __CUDA_ARCH__ >= 900
     // Integers and their weights of 0 are no NaN.
     using Bulk = TokenBulkPipeline<kRow, kScales, !Format::kScaled>;

@@ -2,8 +2,8 @@
 // Hadamard transform in blocks of the largest power of two that divides the row. The butterflies are
 // in the same order and nothing is contracted, so the bits are the CPU's.
 //
-// A block of the transform, at most 128 channels, lies in neighbouring lanes of which the first has
-// a number that is a multiple of their count, and all lanes of the warp take part.
+// A block of the transform lies in neighbouring lanes of one warp, of which the first has a number that
+// is a multiple of their count, and all lanes of the warp take part.
 #pragma once
 #include "num.cuh"
 
@@ -29,11 +29,14 @@ KVC_UNROLL
 }
 
 KVC_DEVICE constexpr uint32_t hadamard_block(uint32_t dim) { return dim & (~dim + 1); }
+// Channels of a lane where rows lie in lanes one behind the other: four, or what leaves a block of the
+// transform in one warp.
+template <int HeadDim> constexpr int kRotatedOwn = hadamard_block(HeadDim) > 128 ? 8 : 4;
 
 // H x / sqrt(n) for blocks of n channels, of which a lane has `Own` beside each other.
 template <int HeadDim, int Own> KVC_DEVICE void transform_channels(float (&x)[Own]) {
     constexpr uint32_t kBlock = hadamard_block(HeadDim);
-    static_assert(kBlock >= Own, "a lane has channels of one block");
+    static_assert(kBlock >= Own && kBlock <= 32 * Own, "a lane has channels of one block, a warp all");
 KVC_UNROLL
     for (int half = 1; half < Own; half *= 2) {
 KVC_UNROLL
@@ -50,8 +53,9 @@ KVC_UNROLL
 KVC_UNROLL
         for (int j = 0; j < Own; ++j) x[j] = fma_rn(x[j], sign, shfl_xor(kFullMask, x[j], half));
     }
-    constexpr uint32_t kLog = kBlock == 16 ? 4 : kBlock == 32 ? 5 : kBlock == 64 ? 6 : 7;
-    static_assert(1u << kLog == kBlock, "16 to 128 channels");
+    constexpr uint32_t kLog =
+        kBlock == 16 ? 4 : kBlock == 32 ? 5 : kBlock == 64 ? 6 : kBlock == 128 ? 7 : 8;
+    static_assert(1u << kLog == kBlock, "16 to 256 channels");
     const float root = as_float((127 - kLog / 2) << 23);
     const float scale = kLog % 2 == 0 ? root : mul_rn(0.70710678118654752440f, root);
 KVC_UNROLL
@@ -62,10 +66,7 @@ template <int HeadDim, int Own> KVC_DEVICE void rotate_channels(float (&x)[Own],
     negate_channels<HeadDim>(x, channel);
     transform_channels<HeadDim>(x);
 }
-template <int HeadDim> KVC_DEVICE void rotate_quads(float (&x)[4], uint32_t channel) {
-    rotate_channels<HeadDim>(x, channel);
-}
-template <int HeadDim> KVC_DEVICE void unrotate_quads(float (&x)[4], uint32_t channel) {
+template <int HeadDim, int Own> KVC_DEVICE void unrotate_channels(float (&x)[Own], uint32_t channel) {
     transform_channels<HeadDim>(x);
     negate_channels<HeadDim>(x, channel);
 }

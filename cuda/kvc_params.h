@@ -483,8 +483,9 @@ static_assert(sizeof(kvc_decode_tile_params) == 472, "layout of kvc_decode_tile_
 // Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_decode_token_params {
     // The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
-    // of a head and their scales follow each other within a block of a multiple of 16 tokens, and
-    // scales begin at multiples of 16 bytes; `stages`, 2 to 4, is then of tiles of 128 tokens.
+    // of a head and their scales follow each other within a block of a multiple of 16 tokens (8
+    // where a row has more than 128 bytes), and scales begin at multiples of 16 bytes; `stages`,
+    // 2 to 4, is then of tiles of 128 (64) tokens.
     kvc_decode_params call;
     // Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
     // f16 at an even address; null where the format has none.
@@ -996,7 +997,11 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
     X(kvc_append_token_d64, kvc_append_token_params) \
+    X(kvc_append_token_d80, kvc_append_token_params) \
+    X(kvc_append_token_d96, kvc_append_token_params) \
     X(kvc_append_token_d128, kvc_append_token_params) \
+    X(kvc_append_token_d192, kvc_append_token_params) \
+    X(kvc_append_token_d256, kvc_append_token_params) \
     X(kvc_cascade_split, kvc_cascade_split_params) \
     X(kvc_copy, kvc_copy_params) \
     X(kvc_zero, kvc_copy_params) \
@@ -1024,15 +1029,35 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
     X(kvc_decode_kt2v2_d64, kvc_decode_tile_params) \
     X(kvc_decode_kt2v2_d128, kvc_decode_tile_params) \
     X(kvc_decode_fp8_e4m3_d64, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e4m3_d80, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e4m3_d96, kvc_decode_token_params) \
     X(kvc_decode_fp8_e4m3_d128, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e4m3_d192, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e4m3_d256, kvc_decode_token_params) \
     X(kvc_decode_fp8_e5m2_d64, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d80, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d96, kvc_decode_token_params) \
     X(kvc_decode_fp8_e5m2_d128, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d192, kvc_decode_token_params) \
+    X(kvc_decode_fp8_e5m2_d256, kvc_decode_token_params) \
     X(kvc_decode_int8_t_d64, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d80, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d96, kvc_decode_token_params) \
     X(kvc_decode_int8_t_d128, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d192, kvc_decode_token_params) \
+    X(kvc_decode_int8_t_d256, kvc_decode_token_params) \
     X(kvc_decode_int4_t_d64, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d80, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d96, kvc_decode_token_params) \
     X(kvc_decode_int4_t_d128, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d192, kvc_decode_token_params) \
+    X(kvc_decode_int4_t_d256, kvc_decode_token_params) \
     X(kvc_decode_nvfp4_d64, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d80, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d96, kvc_decode_token_params) \
     X(kvc_decode_nvfp4_d128, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d192, kvc_decode_token_params) \
+    X(kvc_decode_nvfp4_d256, kvc_decode_token_params) \
     X(kvc_lookup, kvc_lookup_params) \
     X(kvc_lookup_patch, kvc_lookup_patch_params) \
     X(kvc_merge, kvc_merge_params) \
@@ -1055,14 +1080,34 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
     X(kvc_prefill_sealed_d64, kvc_prefill_sealed_params) \
     X(kvc_prefill_sealed_d128, kvc_prefill_sealed_params) \
     X(kvc_prefill_fp8_e4m3_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e4m3_d80, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e4m3_d96, kvc_prefill_token_params) \
     X(kvc_prefill_fp8_e4m3_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e4m3_d192, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e4m3_d256, kvc_prefill_token_params) \
     X(kvc_prefill_fp8_e5m2_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d80, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d96, kvc_prefill_token_params) \
     X(kvc_prefill_fp8_e5m2_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d192, kvc_prefill_token_params) \
+    X(kvc_prefill_fp8_e5m2_d256, kvc_prefill_token_params) \
     X(kvc_prefill_int8_t_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d80, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d96, kvc_prefill_token_params) \
     X(kvc_prefill_int8_t_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d192, kvc_prefill_token_params) \
+    X(kvc_prefill_int8_t_d256, kvc_prefill_token_params) \
     X(kvc_prefill_int4_t_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d80, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d96, kvc_prefill_token_params) \
     X(kvc_prefill_int4_t_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d192, kvc_prefill_token_params) \
+    X(kvc_prefill_int4_t_d256, kvc_prefill_token_params) \
     X(kvc_prefill_nvfp4_d64, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d80, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d96, kvc_prefill_token_params) \
     X(kvc_prefill_nvfp4_d128, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d192, kvc_prefill_token_params) \
+    X(kvc_prefill_nvfp4_d256, kvc_prefill_token_params) \
     X(kvc_seal_d64, kvc_seal_params) \
     X(kvc_seal_d128, kvc_seal_params)

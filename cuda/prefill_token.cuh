@@ -47,19 +47,23 @@ struct Nvfp4Rows {
 template <typename Format, int HeadDim> struct CodeLoader : Loader<HeadDim> {
     using Codes = typename Format::Codes;
     using Base = Loader<HeadDim>;
-    static constexpr uint32_t kElements = HeadDim / 8; // of a row, a lane
+    // Elements that a lane takes at a time, of one group of 16, and how many such parts a row has: eight
+    // lanes share them.
+    static constexpr uint32_t kElements = HeadDim % 128 == 0 ? 16 : 8, kParts = HeadDim / kElements;
     static constexpr uint32_t kWords = kElements * Codes::kBits / 32;
+    static constexpr int kOwn = kRotatedOwn<HeadDim>;
+    static_assert(Shape<HeadDim>::kWarpRows * (HeadDim / kOwn) % 32 == 0, "whole warps rotate");
 
     const kvc_prefill_token_params &params;
 
     KVC_DEVICE explicit CodeLoader(const kvc_prefill_token_params &p) : params(p) {}
 
-    // The f16 scales and minimum of a row's group, each twice in a word.
-    KVC_DEVICE static void load_scales(const unsigned char *at, uint32_t chunk, uint32_t &scale,
+    // The f16 scales and minimum of the group of a row's part, each twice in a word.
+    KVC_DEVICE static void load_scales(const unsigned char *at, uint32_t part, uint32_t &scale,
                                        uint32_t &minimum) {
         if constexpr (Format::kGroups) {
             uint32_t pairs[2];
-            E4m3::unpack(at[chunk * kElements / 16], pairs);
+            E4m3::unpack(at[part * kElements / 16], pairs);
             scale = twice(pairs[0] & 0xffff);
             if constexpr (E4m3::kFactor != 1.0f) scale = mul_f16x2(scale, twice(0x5c00));
         } else if constexpr (Format::kScaleBytes != 0) {
@@ -85,25 +89,35 @@ KVC_UNROLL
             const int64_t from = shfl_of_8(kFullMask, own, i);
             const int64_t scale_from = shfl_of_8(kFullMask, own_scale, i);
             uint32_t *out = reinterpret_cast<uint32_t *>(at + i * 4 * Base::kRow);
-            if ((valid >> i * 4 & 1) == 0) {
-                for (uint32_t j = 0; j < kElements / 2; ++j) out[j] = 0;
-                continue;
-            }
-            const uint32_t *words = reinterpret_cast<const uint32_t *>(
-                                        static_cast<const unsigned char *>(rows) + from) +
-                                    chunk * kWords;
-            uint32_t scale = 0, minimum = 0;
-            load_scales(static_cast<const unsigned char *>(scales) + scale_from, chunk, scale, minimum);
+            const bool readable = (valid >> i * 4 & 1) != 0;
 KVC_UNROLL
-            for (uint32_t w = 0; w < kWords; ++w) {
-                uint32_t pairs[Codes::kPairs];
-                Format::unpack(words[w], pairs);
-KVC_UNROLL
-                for (uint32_t j = 0; j < Codes::kPairs; ++j) {
-                    if constexpr (Format::kScaleBytes != 0) pairs[j] = mul_f16x2(pairs[j], scale);
-                    if constexpr (Format::kMinimum) pairs[j] = add_f16x2(pairs[j], minimum);
-                    out[w * Codes::kPairs + j] = pairs[j];
+            for (uint32_t j = 0; j < kParts; j += 8, out += 4 * kElements) {
+                if (j + 8 > kParts && j + chunk >= kParts) break;
+                if (!readable) {
+                    for (uint32_t w = 0; w < kElements / 2; ++w) out[w] = 0;
+                    continue;
                 }
+                const unsigned char *codes = static_cast<const unsigned char *>(rows) + from;
+                const unsigned char *own_scales = static_cast<const unsigned char *>(scales) + scale_from;
+                dequantise(reinterpret_cast<const uint32_t *>(codes) + (j + chunk) * kWords, own_scales,
+                           j + chunk, out);
+            }
+        }
+    }
+    // A part of a row as f16.
+    KVC_DEVICE static void dequantise(const uint32_t *words, const unsigned char *scales, uint32_t part,
+                                      uint32_t *out) {
+        uint32_t scale = 0, minimum = 0;
+        load_scales(scales, part, scale, minimum);
+KVC_UNROLL
+        for (uint32_t w = 0; w < kWords; ++w) {
+            uint32_t pairs[Codes::kPairs];
+            Format::unpack(words[w], pairs);
+KVC_UNROLL
+            for (uint32_t j = 0; j < Codes::kPairs; ++j) {
+                if constexpr (Format::kScaleBytes != 0) pairs[j] = mul_f16x2(pairs[j], scale);
+                if constexpr (Format::kMinimum) pairs[j] = add_f16x2(pairs[j], minimum);
+                out[w * Codes::kPairs + j] = pairs[j];
             }
         }
     }
@@ -125,16 +139,15 @@ KVC_UNROLL
         cp_async_commit();
         cp_async_wait<0>();
         sync_threads();
-        for (uint32_t i = lane_id(); i < S::kWarpRows * HeadDim / 4; i += 32) {
-            const uint32_t row = warp_id() * S::kWarpRows + i / (HeadDim / 4);
-            const uint32_t channel = i % (HeadDim / 4) * 4;
+        constexpr uint32_t kLanes = HeadDim / kOwn; // of a row
+        for (uint32_t i = lane_id(); i < S::kWarpRows * kLanes; i += 32) {
+            const uint32_t row = warp_id() * S::kWarpRows + i / kLanes, channel = i % kLanes * kOwn;
             uint32_t *at = reinterpret_cast<uint32_t *>(queries + row * S::kRow + channel);
-            float x[4];
-            for (int j = 0; j < 4; ++j)
+            float x[kOwn];
+            for (int j = 0; j < kOwn; ++j)
                 x[j] = widen_f16(static_cast<uint16_t>(at[j / 2] >> j % 2 * 16)) * scale;
-            if (params.k_rotated != 0) rotate_quads<HeadDim>(x, channel);
-            at[0] = pack_f16(x[0], x[1]);
-            at[1] = pack_f16(x[2], x[3]);
+            if (params.k_rotated != 0) rotate_channels<HeadDim>(x, channel);
+            for (int j = 0; j < kOwn; j += 2) at[j / 2] = pack_f16(x[j], x[j + 1]);
         }
         sync_warp();
     }
@@ -144,13 +157,14 @@ KVC_UNROLL
         using S = Shape<HeadDim>;
         const float scale = params.v_heads == nullptr ? 1.0f : params.v_heads[u.kv_head];
         if (params.v_rotated == 0 && params.v_heads == nullptr) return;
-        for (uint32_t i = lane_id(); i < S::kWarpRows * HeadDim / 4; i += 32) {
-            const uint32_t channel = i % (HeadDim / 4) * 4;
-            float *at = rows + i / (HeadDim / 4) * S::kRow + channel;
-            float x[4];
-            for (int j = 0; j < 4; ++j) x[j] = at[j] * scale;
-            if (params.v_rotated != 0) unrotate_quads<HeadDim>(x, channel);
-            for (int j = 0; j < 4; ++j) at[j] = x[j];
+        constexpr uint32_t kLanes = HeadDim / kOwn;
+        for (uint32_t i = lane_id(); i < S::kWarpRows * kLanes; i += 32) {
+            const uint32_t channel = i % kLanes * kOwn;
+            float *at = rows + i / kLanes * S::kRow + channel;
+            float x[kOwn];
+            for (int j = 0; j < kOwn; ++j) x[j] = at[j] * scale;
+            if (params.v_rotated != 0) unrotate_channels<HeadDim>(x, channel);
+            for (int j = 0; j < kOwn; ++j) at[j] = x[j];
         }
         sync_warp();
     }

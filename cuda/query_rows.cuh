@@ -14,7 +14,9 @@ KVC_DEVICE uint32_t exponent_of(float x) {
 }
 
 template <int HeadDim> struct QueryRows {
-    static constexpr uint32_t kRow = HeadDim + 8; // halves, so that rows begin on other banks
+    // Whole chunks of codes of 4 bits: what they have more than a row is zero.
+    static constexpr uint32_t kChannels = (HeadDim + 31) / 32 * 32;
+    static constexpr uint32_t kRow = kChannels + 8; // halves, so that rows begin on other banks
     static constexpr uint32_t kBytes = kColumns * (kRow * 2 + 8);
     uint16_t *rows;
     float *factors; // of each column: undoes its scaling, and makes dot products what make_scores takes
@@ -24,42 +26,48 @@ template <int HeadDim> struct QueryRows {
         : rows(reinterpret_cast<uint16_t *>(at)),
           factors(reinterpret_cast<float *>(at + kColumns * kRow * 2)), sums(factors + kColumns) {}
 
+    // The lanes that share a row, and the channels of one: a warp has one row or whole ones. Where
+    // four channels a lane do not make it so it has one, and lanes behind its end.
+    static constexpr uint32_t kOwn = 32 % (HeadDim / 4) == 0 ? 4 : 8;
+    static constexpr uint32_t kLanes = kOwn == 4 ? HeadDim / 4 : 32;
+    static_assert(kLanes * kOwn >= kChannels, "a row lies within a warp");
+
     // The greatest of, or the sum over, the lanes that share a row.
     template <typename F> KVC_DEVICE static float over_row(float x, F join) {
 KVC_UNROLL
-        for (uint32_t by = 1; by < HeadDim / 4 && by < 32; by *= 2)
+        for (uint32_t by = 1; by < kLanes; by *= 2)
             x = join(x, shfl_xor(kFullMask, x, by));
         return x;
     }
 
     // All threads of the block call it, between barriers.
     KVC_DEVICE void fill(const kvc_decode_params &p, const Unit &u, bool rotated) const {
-        constexpr uint32_t kQuads = HeadDim / 4;
-        static_assert(32 % kQuads == 0, "a row lies within a warp");
-        for (uint32_t i = thread_x(); i < kColumns * kQuads; i += 128) {
-            const uint32_t c = i / kQuads, channel = i % kQuads * 4;
+        for (uint32_t i = thread_x(); i < kColumns * kLanes; i += 128) {
+            const uint32_t c = i / kLanes, channel = i % kLanes * kOwn;
             const Column column = find_column(p, u, c);
-            float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (column.exists) {
+            float x[kOwn] = {};
+            if (column.exists && (kLanes * kOwn == HeadDim || channel < HeadDim)) {
                 const int64_t at = column.row * p.q_row + column.head * p.q_head + channel;
-                for (int j = 0; j < 4; ++j) x[j] = load_element(p.q, at + j, p.q_dtype);
+                for (uint32_t j = 0; j < kOwn; ++j) x[j] = load_element(p.q, at + j, p.q_dtype);
             }
-            if (rotated) rotate_quads<HeadDim>(x, channel);
+            if (rotated) rotate_channels<HeadDim>(x, channel);
             float top = 0.0f;
-            for (int j = 0; j < 4; ++j) top = max_f32(top, as_float(as_bits(x[j]) & 0x7fffffffu));
+            for (uint32_t j = 0; j < kOwn; ++j)
+                top = max_f32(top, as_float(as_bits(x[j]) & 0x7fffffffu));
             top = over_row(top, [](float a, float b) { return max_f32(a, b); });
             const uint32_t exponent = exponent_of(top);
             const float down = as_float((254 - exponent) << 23);
-            const uint32_t low = pack_f16(x[0] * down, x[1] * down);
-            const uint32_t high = pack_f16(x[2] * down, x[3] * down);
+            uint32_t pairs[kOwn / 2];
+            for (uint32_t j = 0; j < kOwn / 2; ++j)
+                pairs[j] = pack_f16(x[2 * j] * down, x[2 * j + 1] * down);
             float sum = 0.0f;
-            for (int j = 0; j < 2; ++j)
-                sum += widen_f16(static_cast<uint16_t>(low >> 16 * j)) +
-                       widen_f16(static_cast<uint16_t>(high >> 16 * j));
+            for (uint32_t j = 0; j < kOwn / 2; ++j)
+                sum += widen_f16(static_cast<uint16_t>(pairs[j / 2 * 2] >> 16 * (j % 2))) +
+                       widen_f16(static_cast<uint16_t>(pairs[j / 2 * 2 + 1] >> 16 * (j % 2)));
             sum = over_row(sum, [](float a, float b) { return a + b; });
+            if (kLanes * kOwn > kChannels && channel >= kChannels) continue;
             uint32_t *to = reinterpret_cast<uint32_t *>(rows + c * kRow + channel);
-            to[0] = low;
-            to[1] = high;
+            for (uint32_t j = 0; j < kOwn / 2; ++j) to[j] = pairs[j];
             if (channel == 0) {
                 factors[c] = as_float(exponent << 23) * score_factor(p);
                 sums[c] = sum;
@@ -81,11 +89,11 @@ KVC_UNROLL
 // have all words between them: in runs of up to `LongestRun` words, of which four are one load, and one
 // is what a matrix load gives.
 template <typename Codes, int HeadDim, uint32_t LongestRun = 4> struct RowWords {
-    static constexpr uint32_t kBytes = HeadDim * Codes::kBits / 8; // of a row
-    static constexpr uint32_t kWords = kBytes / 16;                // of a lane
+    static constexpr uint32_t kBytes = (HeadDim * Codes::kBits + 127) / 128 * 16; // of a row
+    static constexpr uint32_t kWords = kBytes / 16;                               // of a lane
     static constexpr uint32_t kRun = kWords < LongestRun ? kWords : LongestRun, kRuns = kWords / kRun;
     static constexpr uint32_t kPerWord = 32 / Codes::kBits;
-    static_assert(kBytes % 16 == 0 && kWords % kRun == 0, "whole runs");
+    static_assert(kWords % kRun == 0, "whole runs");
 
     // The word of the row that is this lane's `w`-th of run `j`.
     KVC_DEVICE static constexpr uint32_t word(uint32_t t, uint32_t j, uint32_t w) {
@@ -100,7 +108,7 @@ template <typename Codes, int HeadDim, uint32_t LongestRun = 4> struct RowWords 
     }
     // The matrix fragments of all words in order.
     KVC_DEVICE static void queries(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t t,
-                                   uint32_t (&q)[HeadDim / 16][2]) {
+                                   uint32_t (&q)[kWords * Codes::kPairs / 2][2]) {
 KVC_UNROLL
         for (uint32_t n = 0; n < kWords; ++n) {
             uint32_t own[Codes::kPairs];

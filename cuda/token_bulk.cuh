@@ -1,11 +1,13 @@
 // How rows of codes that follow each other within a block come into shared memory for decode
 // (sm_90), with their scales: tiles of 128 tokens, in runs of 16 that are one bulk copy each for keys,
 // values and the scales of both. What a tile costs beside its products (addresses, table entries,
-// barriers) is spent once for the block, by the warps in turn.
+// barriers) is spent once for the block, by the warps in turn. Of rows of more than 128 bytes tiles and
+// runs have half as many, so that two blocks of a multiprocessor have tiles under way.
 //
 // As in BulkPipeline for 16-bit rows a bulk copy cannot pad the rows that it writes, so the eight runs
-// are padded, by 16 bytes, and a matrix load takes one row from each: warp w works on the tokens 4w to
-// 4w + 3 of every run, two strips of 16 rows. Row m of strip s is token 4w + 2s + m / 8 of run m % 8.
+// are padded, by 16 bytes, and a matrix load takes one row from each: of every run warp w works on the
+// tokens 4w to 4w + 3, two strips of 16 rows, or on 2w and 2w + 1, one strip. Row m of strip s is token
+// 4w + 2s + m / 8, or 2w + m / 8, of run m % 8.
 //
 // Codes that may not be read (past the end, behind the window, in no block) are never copied; what
 // scales stand in the same 16 bytes as one that may is. Where `Zeros`, which is where codes or scales
@@ -19,10 +21,13 @@
 namespace kvc {
 
 template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPipeline {
-    static constexpr uint32_t kRun = 16, kRuns = 8, kTokens = kRun * kRuns, kStrips = 2;
+    static constexpr uint32_t kRun = RowBytes > 128 ? 8 : 16, kRuns = 8, kTokens = kRun * kRuns;
+    static constexpr uint32_t kOwn = kRun / kDecodeWarps, kStrips = kOwn / 2; // tokens of a run, a warp
+    static constexpr uint32_t kChunks = RowBytes / 16;
     static constexpr uint32_t kRunBytes = kRun * RowBytes + 16;
     // Loads of 16 bytes from two runs meet no bank twice either.
-    static constexpr uint32_t kScaleRun = kRun * ScaleBytes + (ScaleBytes == 8 ? 16 : 0);
+    static constexpr uint32_t kScaleRun = kRun * ScaleBytes + (ScaleBytes >= 8 ? 16 : 0);
+    static constexpr uint32_t kWords = kScaleWords<ScaleBytes>;
     static constexpr uint32_t kSide = kRuns * kRunBytes, kScaleSide = kRuns * kScaleRun;
     static constexpr uint32_t kStage = 2 * (kSide + kScaleSide);
     static constexpr uint32_t kWholeBytes = 2 * kTokens * (RowBytes + ScaleBytes);
@@ -48,7 +53,7 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
         : p(params), stages(params.call.stages), to(0), from(0), to_phase(1), from_phase(0),
           slots_at(behind), runs(0), entry(-1), slot(0), zeroed(false) {
         const uint32_t lane = lane_id();
-        own_row = lane % 8 * kRunBytes + (4 * warp_id() + lane / 8 % 2) * RowBytes + lane / 16 * 16;
+        own_row = lane % 8 * kRunBytes + (kOwn * warp_id() + lane / 8 % 2) * RowBytes + lane / 16 * 16;
         if (thread_x() == 0) {
             for (uint32_t at = 0; at < stages; ++at) {
                 mbar_init(&of(at).full, 1);
@@ -120,7 +125,9 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
         uint32_t row = RowBytes, low = own.low, high = own.high;
         uint32_t to_at = to * kStage + which * kSide + run * kRunBytes;
         if constexpr (ScaleBytes != 0) {
-            constexpr uint32_t kGrain = 16 / ScaleBytes; // tokens
+            // Tokens whose scales are whole units of 16 bytes.
+            constexpr uint32_t kGrain = 16 / (ScaleBytes & (~ScaleBytes + 1));
+            static_assert(kRun % kGrain == 0, "and so are those of a run");
             if (of_scales) {
                 base = which == 0 ? s.k_scales : s.v_scales;
                 stride = which == 0 ? p.k_scale_block : p.v_scale_block;
@@ -153,14 +160,17 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
         if (Zeros && !whole(s, n)) make_zeros(s, n);
     }
     KVC_DEVICE void make_zeros(const TokenSource &s, uint32_t n) {
-        const uint32_t lane = lane_id(), run = lane % kRuns, at = 4 * warp_id() + lane / kRuns;
-        if (!can_read_at(s, n, run, at)) {
+        const uint32_t lane = lane_id(), run = lane % kRuns, at = kOwn * warp_id() + lane / kRuns;
+        if (lane / kRuns < kOwn && !can_read_at(s, n, run, at)) {
             if constexpr (ScaleBytes == 0) {
                 unsigned char *row = rows(from, 1) + run * kRunBytes + at * RowBytes;
                 for (uint32_t i = 0; i < RowBytes; i += 16) *reinterpret_cast<Vec16 *>(row + i) = Vec16{};
             } else {
                 unsigned char *row = scales(from, 1) + run * kScaleRun + at * ScaleBytes;
-                for (uint32_t i = 0; i < ScaleBytes; i += 4) *reinterpret_cast<uint32_t *>(row + i) = 0;
+                if constexpr (ScaleBytes % 4 == 0)
+                    for (uint32_t i = 0; i < ScaleBytes; i += 4) *reinterpret_cast<uint32_t *>(row + i) = 0;
+                else
+                    for (uint32_t i = 0; i < ScaleBytes; ++i) row[i] = 0;
             }
         }
         fence_bulk();
@@ -176,7 +186,7 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
         return (runs >> run & 1) != 0 && token >= s.first_token && token < s.end;
     }
     KVC_DEVICE static uint32_t at_of(uint32_t strip, uint32_t row) {
-        return 4 * warp_id() + 2 * strip + row / kRuns;
+        return kOwn * warp_id() + 2 * strip + row / kRuns;
     }
     // The token that row `row` of a strip is, and whether it can be read.
     KVC_DEVICE uint32_t token(const TokenSource &s, uint32_t n, uint32_t strip, uint32_t row) const {
@@ -185,30 +195,47 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
     KVC_DEVICE bool can_read(const TokenSource &s, uint32_t n, uint32_t strip, uint32_t row) const {
         return can_read_at(s, n, row % kRuns, at_of(strip, row));
     }
-    // What this lane gives a matrix load of chunks `chunk` and `chunk + 1` of all rows of a strip.
+    // What this lane gives a matrix load of chunks `chunk` and `chunk + 1` of all rows of a strip; of
+    // the last where there is no other.
     KVC_DEVICE const unsigned char *at(uint32_t which, uint32_t strip, uint32_t chunk) const {
-        return rows(from, which) + own_row + strip * 2 * RowBytes + chunk * 16;
+        const uint32_t back = chunk + 1 < kChunks ? 0 : lane_id() / 16 * 16;
+        return rows(from, which) + own_row + strip * 2 * RowBytes + chunk * 16 - back;
     }
-    // The scales of rows `row`, below 8, and `row + 8` of each strip.
-    KVC_DEVICE void row_scales(uint32_t which, uint32_t row, uint32_t (&words)[kStrips][2][2]) const {
-        const unsigned char *four =
-            scales(from, which) + row * kScaleRun + 4 * warp_id() * ScaleBytes;
+    // The scales of rows `row`, below 8, and `row + 8` of each strip: of tokens that lie side by side.
+    KVC_DEVICE void row_scales(uint32_t which, uint32_t row,
+                               uint32_t (&words)[kStrips][2][kWords]) const {
+        constexpr uint32_t kBytes = kOwn * ScaleBytes;
+        constexpr uint32_t kLoad = kBytes % 16 == 0 ? 16 : kBytes % 8 == 0 ? 8 : 4;
+        static_assert(kBytes % 4 == 0, "whole words");
+        const unsigned char *from_row = scales(from, which) + row * kScaleRun + warp_id() * kBytes;
         if constexpr (ScaleBytes == 2) {
-            const TwoWords two = *reinterpret_cast<const TwoWords *>(four);
-            for (uint32_t i = 0; i < 4; ++i)
-                words[i / 2][i % 2][0] = two.word[i / 2] >> 16 * (i % 2) & 0xffff;
-        } else {
-KVC_UNROLL
-            for (uint32_t i = 0; i < ScaleBytes; i += 4) {
-                const Vec16 v = *reinterpret_cast<const Vec16 *>(four + i * 4);
-                for (uint32_t j = 0; j < 4; ++j) {
-                    if constexpr (ScaleBytes == 4)
-                        words[j / 2][j % 2][0] = v.word[j];
-                    else
-                        words[i / 4][j / 2][j % 2] = v.word[j];
-                }
-            }
+            const auto v = *reinterpret_cast<const WordRun<kOwn / 2> *>(from_row);
+            for (uint32_t i = 0; i < kOwn; ++i)
+                words[i / 2][i % 2][0] = v.word[i / 2] >> 16 * (i % 2) & 0xffff;
+            return;
         }
+        uint32_t all[kBytes / 4 + 1];
+        all[kBytes / 4] = 0; // beside the last
+KVC_UNROLL
+        for (uint32_t i = 0; i < kBytes; i += kLoad) {
+            const auto v = *reinterpret_cast<const WordRun<kLoad / 4> *>(from_row + i);
+            for (uint32_t j = 0; j < kLoad / 4; ++j) all[i / 4 + j] = v.word[j];
+        }
+KVC_UNROLL
+        for (uint32_t token = 0; token < kOwn; ++token)
+KVC_UNROLL
+            for (uint32_t i = 0; i < kWords; ++i)
+                words[token / 2][token % 2][i] = bytes_at(all, token * ScaleBytes + 4 * i,
+                                                          ScaleBytes > 4 * i ? ScaleBytes - 4 * i : 0);
+    }
+    // Up to `count` bytes, at most four, from byte `at` on; the others are 0.
+    template <uint32_t N>
+    KVC_DEVICE static uint32_t bytes_at(const uint32_t (&all)[N], uint32_t at, uint32_t count) {
+        if (count == 0) return 0;
+        const bool within = at % 4 + (count < 4 ? count : 4) <= 4;
+        const uint32_t word = within ? all[at / 4] >> at % 4 * 8
+                                     : permute(all[at / 4], all[at / 4 + 1], 0x3210 + at % 4 * 0x1111);
+        return count >= 4 ? word : word & ((1u << 8 * count) - 1);
     }
 
     KVC_DEVICE void release() {

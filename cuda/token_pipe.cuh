@@ -4,18 +4,20 @@
 // the matrix loads of eight rows meet no bank twice. token_bulk.cuh has the other pipeline, for rows
 // that follow each other.
 //
-// The scales of a row are 2 to 8 bytes at any even address, too few for cp.async. Each lane loads
-// those of one key or value a tile ahead and puts them into shared memory when it comes to the next
-// tile, so that it never waits for them: at least two stages.
+// The scales of a row are 2 to 16 bytes at any address that suits one of them, too few for cp.async.
+// Each lane loads those of one key or value a tile ahead and puts them into shared memory when it comes
+// to the next tile, so that it never waits for them: at least two stages.
 //
 // It knows nothing of what codes mean.
 #pragma once
 #include "decode_finish.cuh"
+#include "query_rows.cuh"
 
 namespace kvc {
 
 constexpr uint32_t kTokenWarpTokens = kTileTokens / kDecodeWarps;
-constexpr uint32_t kScaleSlot = 8; // bytes for the scales of a row
+// Words for the scales of a row.
+template <uint32_t ScaleBytes> constexpr uint32_t kScaleWords = ScaleBytes <= 8 ? 2 : 4;
 
 // The piece of a sequence that is copied, for one KV head.
 struct TokenSource {
@@ -27,7 +29,12 @@ struct TokenSource {
 template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
     static constexpr uint32_t kTokens = kTileTokens, kStrips = 1; // strips of 16 tokens of a warp
     static constexpr uint32_t kChunks = RowBytes / 16;
-    static constexpr uint32_t kAbreast = kChunks < 8 ? kChunks : 8;
+    // The largest power of two, to 8, that divides the chunks of a row.
+    static constexpr uint32_t kPower =
+        kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+    // Lanes beside each other on a row, and the rows that they are on at once.
+    static constexpr uint32_t kAbreast = kPower == 1 ? kChunks : kPower, kAtOnce = 32 / kAbreast;
+    static constexpr uint32_t kWords = kScaleWords<ScaleBytes>, kScaleSlot = 4 * kWords;
     static constexpr uint32_t kSide = kTileTokens * RowBytes;
     static constexpr uint32_t kStage = 2 * (kSide + (ScaleBytes == 0 ? 0 : kTileTokens * kScaleSlot));
 
@@ -36,12 +43,12 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
     uint64_t readable;  // 16 bits a slot
     int32_t entry;      // of this lane's token in the next tile
     uint32_t slot;
-    uint32_t pending[2]; // scales that are still to be put into stage `pending_to`
+    uint32_t pending[kWords]; // scales that are still to be put into stage `pending_to`
     uint32_t pending_to;
 
     KVC_DEVICE explicit TokenPipeline(const kvc_decode_token_params &params)
         : p(params), stages(params.copy_stages), to(0), from(0), readable(0), entry(-1), slot(0),
-          pending{0, 0}, pending_to(~0u) {}
+          pending{}, pending_to(~0u) {}
 
     // This warp's rows of keys (0) or values (1) of a stage, and their scales.
     KVC_DEVICE unsigned char *rows(uint32_t stage, uint32_t which) const {
@@ -52,9 +59,10 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
         return KVC_SMEM(unsigned char) + stage * kStage + 2 * kSide +
                (which * kTileTokens + warp_id() * kTokenWarpTokens) * kScaleSlot;
     }
-    // Where a chunk of a row stands: eight rows have it on as many places of 16 bytes of 128.
+    // Where a chunk of a row stands: eight rows have it on as many places of 16 bytes of 128. Rows of an
+    // odd count of chunks have it so where it is.
     KVC_DEVICE static uint32_t chunk_place(uint32_t row, uint32_t chunk) {
-        return kChunks < 8 ? chunk ^ (row / (8 / kAbreast) & (kChunks - 1)) : chunk ^ (row & 7);
+        return chunk ^ (row / (8 / kPower) & (kPower - 1));
     }
 
     KVC_DEVICE bool wants(const TokenSource &s, uint32_t n, uint32_t &token) const {
@@ -73,15 +81,19 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
         if constexpr (ScaleBytes != 0) {
             if (pending_to == ~0u) return;
             unsigned char *at = scales(pending_to, lane_id() / 16) + lane_id() % 16 * kScaleSlot;
-            reinterpret_cast<uint32_t *>(at)[0] = pending[0];
-            reinterpret_cast<uint32_t *>(at)[1] = pending[1];
+KVC_UNROLL
+            for (uint32_t i = 0; i < kWords; i += 2) {
+                reinterpret_cast<uint32_t *>(at)[i] = pending[i];
+                reinterpret_cast<uint32_t *>(at)[i + 1] = pending[i + 1];
+            }
             pending_to = ~0u;
         }
     }
     // Lanes 0 to 15 load the scales of the warp's keys, the others those of its values.
     KVC_DEVICE void load_scales(const TokenSource &s, int32_t block, uint32_t place) {
         if constexpr (ScaleBytes != 0) {
-            pending[0] = pending[1] = 0;
+KVC_UNROLL
+            for (uint32_t i = 0; i < kWords; i += 2) pending[i] = pending[i + 1] = 0;
             pending_to = to;
             if (block < 0) return;
             const unsigned char *at =
@@ -108,12 +120,14 @@ template <uint32_t RowBytes, uint32_t ScaleBytes> struct TokenPipeline {
             const uint32_t mask = ballot(kFullMask, own >= 0) & 0xffff;
             load_scales(s, own, own_slot);
 KVC_UNROLL
-            for (uint32_t first = 0; first < kTokenWarpTokens; first += 32 / kAbreast) {
+            for (uint32_t first = 0; first < kTokenWarpTokens; first += kAtOnce) {
                 const uint32_t row = first + lane_id() / kAbreast;
                 const uint32_t chunk = lane_id() % kAbreast;
                 const int32_t block =
                     static_cast<int32_t>(shfl(kFullMask, static_cast<uint32_t>(own), row));
                 const uint32_t place = shfl(kFullMask, own_slot, row);
+                // Lanes and rows that a count that is no power of two leaves over.
+                if (kPower == 1 && (lane_id() / kAbreast == kAtOnce || row >= kTokenWarpTokens)) continue;
                 const bool valid = block >= 0;
                 const unsigned char *k_from =
                     s.k + (valid ? block * p.call.k_block + place * p.call.k_token : 0);
@@ -152,20 +166,24 @@ KVC_UNROLL
     KVC_DEVICE bool can_read(const TokenSource &, uint32_t, uint32_t, uint32_t row) const {
         return (mask() >> row & 1) != 0;
     }
-    // What this lane gives a matrix load of chunks `chunk` and `chunk + 1` of all rows of a strip.
+    // What this lane gives a matrix load of chunks `chunk` and `chunk + 1` of all rows of a strip; of
+    // the last where there is no other.
     KVC_DEVICE const unsigned char *at(uint32_t which, uint32_t, uint32_t chunk) const {
-        const uint32_t row = lane_id() % 16;
-        return rows(from, which) + row * RowBytes + chunk_place(row, chunk + lane_id() / 16) * 16;
+        const uint32_t row = lane_id() % 16, next = chunk + 1 < kChunks ? lane_id() / 16 : 0;
+        return rows(from, which) + row * RowBytes + chunk_place(row, chunk + next) * 16;
     }
     // The scales of rows `row` and `row + 8` of each strip.
-    KVC_DEVICE void row_scales(uint32_t which, uint32_t row, uint32_t (&words)[kStrips][2][2]) const {
+    KVC_DEVICE void row_scales(uint32_t which, uint32_t row,
+                               uint32_t (&words)[kStrips][2][kWords]) const {
 KVC_UNROLL
-        for (uint32_t i = 0; i < 2; ++i) {
-            const TwoWords two = *reinterpret_cast<const TwoWords *>(scales(from, which) +
-                                                                     (row + 8 * i) * kScaleSlot);
-            words[0][i][0] = two.word[0];
-            words[0][i][1] = two.word[1];
-        }
+        for (uint32_t i = 0; i < 2; ++i)
+KVC_UNROLL
+            for (uint32_t j = 0; j < kWords; j += 2) {
+                const TwoWords two = *reinterpret_cast<const TwoWords *>(
+                    scales(from, which) + (row + 8 * i) * kScaleSlot + 4 * j);
+                words[0][i][j] = two.word[0];
+                words[0][i][j + 1] = two.word[1];
+            }
     }
     KVC_DEVICE void release() {
         from = from + 1 == stages ? 0 : from + 1;

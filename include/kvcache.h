@@ -1219,6 +1219,14 @@ typedef struct {
     // `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
     // `blocks` in each. A group with a window needs few: kvc_plan says how many.
     const uint32_t *group_blocks;
+    // 1: on a device, a prefix that sequences of a step share is read once for all of
+    // them (cascade attention) where the device's rates say that this is faster: in steps of up to 8
+    // new tokens a sequence, of sequences that are neighbours in the step's work. Not where
+    // `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of latents, nor while
+    // the stream is captured. 0 by default, as it has not run on a GPU yet.
+    uint32_t cascade;
+    // 0.
+    uint32_t reserved;
 } kvc_cache_options;
 
 // What a cache holds now, and what happened since it was created. Block counts are of the first
@@ -1262,6 +1270,9 @@ typedef struct {
     uint64_t staging_bytes;
     // Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
     uint64_t unsealed_blocks;
+    // Attention calls (one a layer and step) on a device that read a shared prefix once for all
+    // sequences that have it.
+    uint64_t cascades;
 } kvc_cache_counts;
 
 // Fills a kvc_cache_options of `struct_size` bytes with its defaults.
@@ -1787,9 +1798,10 @@ kvc_status kvc_device_attend_kernel(const kvc_device *device,
 // have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 // 0 where a table has an entry that is not a block: such keys are masked and never read.
 //
-// fp8, int8_t, int4_t and nvfp4 are read as stored, with 64 or 128 channels a head: products are
-// of f16 then. `scales` itself is on the host, the addresses in it are the device's. More than 8
-// query tokens a sequence turn keys and values into f16, which ends at 65504.
+// Heads have 64, 80, 96, 128, 192 or 256 channels, of which a default build for GPUs has 64, 128 and
+// 256. fp8, int8_t, int4_t and nvfp4 are read as stored: products are of f16 then. `scales` itself is
+// on the host, the addresses in it are the device's. More than 8 query tokens a sequence turn keys and
+// values into f16, which ends at 65504.
 //
 // Threads: thread-safe, where calls share no outputs and no workspace.
 kvc_status kvc_device_attend(const kvc_device *device,

@@ -99,5 +99,6 @@ cat "$table"
 # What packs the tests for a GPU machine, and runs them there, names what there is.
 scripts/gpu/pack.sh --check
 
-# The same through the build script: compiled, embedded, aligned.
-KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc cargo test "${UNOPTIMISED[@]}" -p libkvcache --features cuda --lib kernels::
+# The build script: compiled, embedded, aligned; of the sources above a part, for one architecture.
+KVCACHE_REQUIRE_NVCC=1 NVCC=$nvcc KVCACHE_CUDA_ARCHS='90a;90-virtual' KVCACHE_CUDA_HEAD_DIMS=64 \
+    cargo test "${UNOPTIMISED[@]}" -p libkvcache --features cuda --lib kernels::

@@ -55,6 +55,9 @@ part_signatures() { scripts/signatures.sh; }
 # The disk tier beside fio, which Debian has.
 part_disk() { scripts/disk.sh; }
 
+# Decode over quantised formats beside llama.cpp and vLLM, whose wheels are large.
+part_peers() { scripts/peers.sh; }
+
 part_msrv() {
     local version
     version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -85,7 +88,7 @@ if [ "${1:-}" = --one ]; then
     exit
 fi
 parts=(random levels features asan aarch64 cuda emulator zmq tsan shuttle fuzz crashes disk
-    signatures msrv cinstall transformers benches gpu)
+    peers signatures msrv cinstall transformers benches gpu)
 [ $# = 0 ] || parts=("$@")
 failed=()
 for part in "${parts[@]}"; do

@@ -50,6 +50,7 @@ part_conformance() {
     attempt within 120 "$BIN/conformance_device"
     attempt within 60 "$BIN/conformance_device_codes"
     attempt within 60 "$BIN/cache" device
+    attempt within 60 "$BIN/cascade_cache" --nocapture
     # Copies, lookups, merges and cascades; the kernels alone.
     attempt within 60 "$BIN/device_capi"
     attempt within 60 "$BIN/device_capi_shared"

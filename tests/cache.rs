@@ -75,6 +75,12 @@ impl Setup {
         Setup { backend: Some(backend), format, dim, tolerance, ..Setup::cpu() }
     }
 
+    /// Formats stored token by token, of heads whose rows take the most. Queries are rotated and
+    /// rounded to f16, and so are weights times scales.
+    fn coded_device(backend: Arc<dyn Backend>, format: KvFormat) -> Self {
+        Setup { format, dim: 256, tolerance: 4e-3, ..Setup::device(backend) }
+    }
+
     fn windowed(self, windows: [Option<u32>; 2], group_blocks: [u32; 2]) -> Self {
         Setup { windows, group_blocks: group_blocks.to_vec(), ..self }
     }
@@ -536,6 +542,18 @@ fn random_lives_on_a_device_read_what_they_wrote() {
             (copied, hits) = (copied + stats.copied_blocks, hits + stats.hit_tokens);
         }
         assert!(copied > 0 && hits > 0, "{backend:?}: {copied} copies, {hits} hits");
+        let (mut copied, mut hits) = (0, 0);
+        for (seed, format) in [(200, KvFormat::Fp8E4m3), (201, KvFormat::Int8T)] {
+            let setup = Setup::coded_device(backend.clone(), format);
+            let mut harness = Harness::with(setup, mix(seed), 30, true);
+            for _ in 0..30 {
+                harness.act();
+            }
+            harness.cache.sync().unwrap();
+            let stats = harness.cache.stats();
+            (copied, hits) = (copied + stats.copied_blocks, hits + stats.hit_tokens);
+        }
+        assert!(copied > 0 && hits > 0, "{backend:?}: {copied} copies of codes, {hits} hits");
     }
 }
 

@@ -20,6 +20,9 @@ use random::Rng;
 
 const FORMATS: [KvFormat; 5] =
     [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
+/// The emulator has every head dimension; a build for GPUs those that it was asked for, or these.
+const DIMS: &[usize] =
+    if cfg!(feature = "emulate") { &[64, 80, 96, 128, 192, 256] } else { &[64, 128, 256] };
 const HEADS: usize = 2;
 const Q_HEADS: usize = 6;
 const BLOCK: usize = 16;
@@ -106,11 +109,15 @@ fn step(
     let offsets: Vec<usize> = q_indptr.iter().map(|&i| i as usize).collect();
     let want =
         reference_attention(&shape, &scoring, decoded, Rows::F32(&q), &offsets, &lens[..]).unwrap();
-    // Products are of f16: queries, weights and what prefill makes of codes are rounded to it.
+    // Products are of f16: queries, weights and what prefill makes of codes are rounded to it. What
+    // codes of INT4_T lose all the same way comes together in the first channel of a block of the
+    // rotation, the more the larger the block.
+    let wide = if format == KvFormat::Int4T { (dim as f64 / 128.0).max(1.0) } else { 1.0 };
+    let tolerance = 4e-3 * wide;
     let what = format!("{format:?} d{dim} {new:?} on {}", backend.name());
     for (i, (&got, &want)) in out.iter().zip(&want.out).enumerate() {
         assert!(
-            (f64::from(got) - want).abs() <= 4e-3 * want.abs().max(1.0),
+            (f64::from(got) - want).abs() <= tolerance * want.abs().max(1.0),
             "{what} [{i}]: {got}, not {want}"
         );
     }
@@ -138,7 +145,7 @@ fn store(
 fn what_is_appended_is_attended() {
     for backend in backends::all() {
         for (i, format) in FORMATS.into_iter().enumerate() {
-            for dim in [64, 128] {
+            for &dim in DIMS {
                 let mut store = store(&backend, format, dim, i % 2 == 0);
                 let mut decoded = Decoded { dim, rows: vec![Default::default(); SEQS] };
                 let (mut lens, mut rng) = ([0; SEQS], Rng::new(5));
@@ -174,7 +181,7 @@ fn rows_that_no_code_can_hold_are_answered() {
 fn what_has_no_kernels_has_no_store() {
     for backend in backends::all() {
         for (format, dim) in
-            [(KvFormat::Kt4v4, 96), (KvFormat::Int8T, 96), (KvFormat::Fp8E4m3, 256)]
+            [(KvFormat::Kt4v4, 96), (KvFormat::Int8T, 160), (KvFormat::Fp8E4m3, 224)]
         {
             let layout = GroupLayout::new(GroupSpec::uniform(1, 1, dim, format), 64).unwrap();
             let made = DeviceStore::new(&backend, layout, 4, StoreOptions::default());

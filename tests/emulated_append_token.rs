@@ -12,6 +12,7 @@ use kvcache::quant::{RowCodec, Stored};
 
 const FORMATS: [KvFormat; 5] =
     [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
+const DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
 const UNTOUCHED: u8 = 0xa5;
 const BLOCK_TOKENS: usize = 16;
 const BLOCKS: usize = 4;
@@ -206,7 +207,7 @@ fn slots() -> Vec<i64> {
 #[test]
 fn rows_have_the_bits_of_the_reference() {
     for format in FORMATS {
-        for dim in [64, 128] {
+        for dim in DIMS {
             for rows in [DType::F32, DType::F16, DType::Bf16] {
                 if rows == DType::F16 {
                     // What f16 holds of rows made for f32 may be infinite.
@@ -221,10 +222,10 @@ fn rows_have_the_bits_of_the_reference() {
 #[test]
 fn head_scales_rotation_and_positions() {
     for (i, format) in FORMATS.into_iter().enumerate() {
-        for dim in [64, 128] {
+        for dim in DIMS {
             let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
             let scale = scaled.then_some(1.0);
-            let rope = [None, Some(false), Some(true)][(i + dim / 64) % 3];
+            let rope = [None, Some(false), Some(true)][(i + dim / 16) % 3];
             for schedule in Schedule::ALL {
                 let case =
                     Case { scale, rope, schedule, rotated: false, heads: 2, ..plain(format, dim) };
@@ -253,7 +254,13 @@ fn rows_that_cannot_be_stored_are_left_and_flagged() {
         }
     }
     for format in [KvFormat::Int8T, KvFormat::Int4T] {
-        assert_eq!(check(&plain(format, 128), Some((128 * 5, 3e38)), &slots()), 32);
+        for dim in [80, 128, 256] {
+            assert_eq!(check(&plain(format, dim), Some((dim * 5, 3e38)), &slots()), 32);
+        }
+    }
+    // In the last channel of a row that ends before its lanes do.
+    for format in FORMATS {
+        assert_eq!(check(&plain(format, 80), Some((80 * 4 - 1, f32::NAN)), &slots()), 32);
     }
 }
 

@@ -157,6 +157,7 @@ fn check(case: &Case) -> (u32, Vec<i32>) {
         rows: rows as u32,
         segments: segments.len() as u32,
         block_tokens: BT as u32,
+        chunks: 1,
     })
     .unwrap();
     let words: Vec<u32> =

@@ -14,9 +14,14 @@ use kvcache::kernels::Pieces;
 const FORMATS: [KvFormat; 5] =
     [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
 
+const DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
+
 fn plain(format: KvFormat) -> Option<Codes> {
     Some(Codes { format, rotated: true, heads: false })
 }
+
+/// Rows whose tiles have half as many tokens, and those with the most scales.
+const LARGE: [(KvFormat, usize); 2] = [(KvFormat::Int8T, 256), (KvFormat::Nvfp4, 256)];
 
 fn has_heads(format: KvFormat) -> bool {
     matches!(format, KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2 | KvFormat::Nvfp4)
@@ -24,9 +29,11 @@ fn has_heads(format: KvFormat) -> bool {
 
 #[test]
 fn every_instance_under_every_schedule() {
-    for format in FORMATS {
-        for head_dim in [64, 128] {
-            for schedule in Schedule::ALL {
+    for (i, format) in FORMATS.into_iter().enumerate() {
+        for (j, head_dim) in DIMS.into_iter().enumerate() {
+            let some = [64, 128].contains(&head_dim);
+            let schedules = Schedule::ALL.into_iter().enumerate();
+            for (_, schedule) in schedules.filter(|(n, _)| some || *n == (i + j) % 4) {
                 for chunks in [false, true] {
                     let codes = plain(format);
                     let case = Case { codes, head_dim, schedule, chunks, ..Case::default() };
@@ -50,8 +57,8 @@ fn scales_of_heads_and_keys_as_they_are() {
 #[test]
 fn every_instance_with_everything() {
     for (i, format) in FORMATS.into_iter().enumerate() {
-        for head_dim in [64, 128] {
-            let block_tokens = [24, 16, 32][(i + head_dim / 64) % 3];
+        for head_dim in DIMS {
+            let block_tokens = [24, 16, 32][(i + head_dim / 16) % 3];
             let case = Case {
                 codes: Some(Codes { format, rotated: true, heads: has_heads(format) }),
                 rows: [DType::F32, DType::F16, DType::Bf16][i % 3],
@@ -79,14 +86,16 @@ fn every_instance_with_everything() {
 
 #[test]
 fn any_depth_of_the_pipeline_and_any_pieces() {
-    for format in FORMATS {
+    for (format, head_dim) in FORMATS.into_iter().map(|format| (format, 128)).chain(LARGE) {
         for kib in [228, 100, 48] {
+            // Two tiles of rows of 256 bytes take 64 KiB.
+            let kib = if head_dim == 256 { kib.max(72) } else { kib };
             let lengths = [(1, 700), (1, 40), (2, 0)];
             let lengths =
                 if kib == 48 { vec![(1, 1500), (1, 5), (1, 0)] } else { lengths[..2].to_vec() };
             let case = Case {
                 codes: plain(format),
-                head_dim: 128,
+                head_dim,
                 lengths,
                 multiprocessor_shared_bytes: kib * 1024,
                 multiprocessors: 16,
@@ -145,7 +154,7 @@ fn random_cases() {
                 heads: has_heads(format) && any(&mut rng),
             }),
             rows: rng.pick(&[DType::F32, DType::F16, DType::Bf16]),
-            head_dim: rng.pick(&[64, 128]),
+            head_dim: rng.pick(&DIMS),
             q_heads: kv_heads * rng.pick(&[1, 2, 5, 8, 12]),
             kv_heads,
             block_tokens: rng.pick(&[1, 7, 8, 16, 24, 32, 128]),

@@ -383,7 +383,7 @@ fn rows_of_codes() {
         [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
     for (i, format) in formats.into_iter().enumerate() {
         let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
-        for head_dim in [64, 128] {
+        for head_dim in [64, 80, 96, 128, 192, 256] {
             let codes = Some(Codes { format, rotated: true, heads: scaled });
             let case = Case { codes, head_dim, ..Case::default() };
             assert_eq!(check(Case { options: under(Schedule::ALL[i % 3]), ..case.clone() }), 0);

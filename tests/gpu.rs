@@ -194,6 +194,26 @@ fn events_measure_what_a_queue_does() {
     assert!(took > 0.0 && took < 1000.0, "{took} ms for 64 MiB");
 }
 
+#[test]
+fn a_stream_says_whether_it_is_captured() {
+    let Some(cuda) = gpu() else { return };
+    let queue = Queue::new(&cuda).unwrap();
+    let backend: Arc<dyn Backend> = cuda.clone();
+    // SAFETY: a stream of this device, which outlives every use.
+    let stream = unsafe { Stream::from_raw(queue.as_raw()) };
+    let mut memory = DeviceMemory::new(&backend, 256).unwrap();
+    assert_eq!(backend.is_capturing(stream), Ok(false));
+    let graph = Graph::capture(&queue, || {
+        assert_eq!(backend.is_capturing(stream), Ok(true));
+        memory.zero(stream)
+    })
+    .unwrap();
+    assert_eq!(backend.is_capturing(stream), Ok(false));
+    graph.launch(&queue).unwrap();
+    queue.sync().unwrap();
+    assert!(backend.rates().is_some_and(|rates| rates.check().is_ok()), "{:?}", backend.rates());
+}
+
 const LAYERS: u32 = 3;
 
 /// What the blocks of a sequence hold, out of its stream.

@@ -1,5 +1,6 @@
 //! Quantised K and V, token by token: decode and prefill in every format beside bf16 of the same shape
-//! (attend.rs), append to rows of codes. 32/8 heads of 128 channels; bytes count codes and scales.
+//! (attend.rs), append to rows of codes. 32/8 heads of 128 channels, of 256 where the name says so; bytes
+//! count codes and scales.
 
 use kvcache::attention::HeadShape;
 use kvcache::device::DeviceMemory;
@@ -29,21 +30,26 @@ pub fn formats(class: FormatClass) -> impl Iterator<Item = KvFormat> {
 pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()> {
     for format in formats(FormatClass::Token) {
         for (batch, context) in [(1, 4 * K), (1, 32 * K), (8, 16 * K), (64, 4 * K), (64, 16 * K)] {
-            decode_rows(gpu, filter, report, format, batch, context)?;
+            let decode = Rows { format, dim: DIM, batch, q_len: 1, context };
+            attend_rows(gpu, filter, report, &decode)?;
         }
-        for (tokens, context) in [(2 * K, 2 * K), (512, 16 * K)] {
-            prefill_rows(gpu, filter, report, format, tokens, context)?;
+        for (q_len, context) in [(2 * K, 2 * K), (512, 16 * K)] {
+            let prefill = Rows { format, dim: DIM, batch: 1, q_len, context };
+            attend_rows(gpu, filter, report, &prefill)?;
         }
         for tokens in [64, 4096, 8192] {
             append_rows(gpu, filter, report, format, tokens)?;
         }
     }
+    let format = KvFormat::Fp8E4m3;
+    let wide = Rows { format, dim: 256, batch: 8, q_len: 1, context: 16 * K };
+    attend_rows(gpu, filter, report, &wide)?;
     Ok(())
 }
 
 /// The layout of one layer.
-pub fn layout(format: KvFormat, block_tokens: u32) -> Result<GroupLayout> {
-    GroupLayout::new(GroupSpec::uniform(1, KV_HEADS, DIM, format), block_tokens)
+pub fn layout(format: KvFormat, dim: u32, block_tokens: u32) -> Result<GroupLayout> {
+    GroupLayout::new(GroupSpec::uniform(1, KV_HEADS, dim, format), block_tokens)
 }
 
 /// A dense table of `batch` sequences over scattered blocks.
@@ -51,53 +57,42 @@ pub fn table(gpu: &Gpu, batch: u64, width: u64) -> Result<DeviceMemory> {
     gpu.put(Gpu::scattered(batch * width).into_iter().map(i32::to_ne_bytes))
 }
 
-pub fn head_shape() -> HeadShape {
-    HeadShape { q_heads: Q_HEADS, kv_heads: KV_HEADS, k_dim: DIM, v_dim: DIM, v_in_k: false }
+fn head_shape(dim: u32) -> HeadShape {
+    HeadShape { q_heads: Q_HEADS, kv_heads: KV_HEADS, k_dim: dim, v_dim: dim, v_in_k: false }
 }
 
-fn decode_rows(
-    gpu: &Gpu,
-    filter: &str,
-    report: &mut impl FnMut(Line),
+/// Attention over rows of codes: one token of every sequence, or `q_len` of one at the end of its
+/// context.
+struct Rows {
     format: KvFormat,
-    batch: u64,
-    context: u64,
-) -> Result<()> {
-    let name = format!("decode {} 32/8 batch {batch} context {context}", format.name());
-    attend_rows(gpu, filter, report, format, name, batch, 1, context)
-}
-
-fn prefill_rows(
-    gpu: &Gpu,
-    filter: &str,
-    report: &mut impl FnMut(Line),
-    format: KvFormat,
-    tokens: u64,
-    context: u64,
-) -> Result<()> {
-    let name = format!("prefill {} 32/8 new {tokens} context {context}", format.name());
-    attend_rows(gpu, filter, report, format, name, 1, tokens, context)
-}
-
-#[allow(clippy::too_many_arguments)]
-fn attend_rows(
-    gpu: &Gpu,
-    filter: &str,
-    report: &mut impl FnMut(Line),
-    format: KvFormat,
-    name: String,
+    dim: u32,
     batch: u64,
     q_len: u64,
     context: u64,
-) -> Result<()> {
+}
+
+impl Rows {
+    fn name(&self) -> String {
+        let Rows { dim, batch, q_len, context, .. } = self;
+        let format = self.format.name();
+        let heads = if *dim == DIM { "32/8".into() } else { format!("32/8 d{dim}") };
+        match q_len {
+            1 => format!("decode {format} {heads} batch {batch} context {context}"),
+            _ => format!("prefill {format} {heads} new {q_len} context {context}"),
+        }
+    }
+}
+
+fn attend_rows(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), rows: &Rows) -> Result<()> {
     const BLOCK: u32 = 16;
+    let (name, &Rows { format, dim, batch, q_len, context }) = (rows.name(), rows);
     if !name.contains(filter) {
         return Ok(());
     }
-    let layout = layout(format, BLOCK)?;
+    let layout = layout(format, dim, BLOCK)?;
     let width = context.div_ceil(u64::from(BLOCK));
     let kv_bytes = layout.pool_bytes(batch * width)?;
-    let row = u64::from(Q_HEADS * DIM);
+    let row = u64::from(Q_HEADS * dim);
     let q_bytes = batch * q_len * row * 2;
     let moved = kv_bytes + 2 * q_bytes;
     let sets = gpu.sets(moved)?;
@@ -106,7 +101,7 @@ fn attend_rows(
         return Ok(());
     }
     let plan = AttendPlan::new(&AttendBounds {
-        shape: head_shape(),
+        shape: head_shape(dim),
         format,
         seqs: batch as u32,
         q_len: q_len as u32,
@@ -126,10 +121,10 @@ fn attend_rows(
     let args = |[kv, q, out]: &[DeviceMemory; 3]| AttendArgs {
         q: q.address(),
         q_dtype: DType::Bf16,
-        q_strides: [row as i64, DIM.into()],
+        q_strides: [row as i64, dim.into()],
         out: out.address(),
         out_dtype: DType::Bf16,
-        out_strides: [row as i64, DIM.into()],
+        out_strides: [row as i64, dim.into()],
         lse: 0,
         k: kv.address() + layout.k_offset(0),
         k_strides: layout.k_strides(),
@@ -151,7 +146,7 @@ fn attend_rows(
         q_indptr: q_indptr.address(),
         kv_lens: kv_lens.address(),
         tail_mask: 0,
-        scale: 1.0 / (DIM as f32).sqrt(),
+        scale: 1.0 / (dim as f32).sqrt(),
         causal: true,
         window: None,
         softcap: None,
@@ -174,7 +169,7 @@ fn attend_rows(
     let flops = if q_len > 1 { 4 * row * products } else { 0 };
     let shape = json!({
         "op": if q_len > 1 { "prefill" } else { "decode" }, "dtype": format.name(), "q_heads": Q_HEADS,
-        "kv_heads": KV_HEADS, "dim": DIM, "batch": batch, "tokens": q_len, "context": context,
+        "kv_heads": KV_HEADS, "dim": dim, "batch": batch, "tokens": q_len, "context": context,
         "block_tokens": BLOCK,
     });
     let bytes = moved + batch * width * 4 + batch * 4;
@@ -194,7 +189,7 @@ fn append_rows(
     if !name.contains(filter) {
         return Ok(());
     }
-    let layout = layout(format, BLOCK)?;
+    let layout = layout(format, DIM, BLOCK)?;
     let blocks = tokens.div_ceil(u64::from(BLOCK));
     let (row, cache) = (u64::from(KV_HEADS * DIM), layout.pool_bytes(blocks)?);
     let moved = 2 * tokens * row * 2 + cache;

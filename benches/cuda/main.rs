@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `gpu.rs` | memory with random content, cold caches, graph replay, events |
 //! | `attend.rs` | decode and prefill over paged K and V |
+//! | `cascade.rs` | decode over a shared prefix, plain and as a cascade, beside the cost model |
 //! | `append.rs` | append, with and without rotation |
 //! | `codes.rs` | decode and prefill over rows of codes in every format, append to them |
 //! | `sealed.rs` | decode and prefill over sealed tiles in every format, sealing |
@@ -15,6 +16,7 @@
 
 mod append;
 mod attend;
+mod cascade;
 mod codes;
 mod copy;
 mod gpu;
@@ -124,6 +126,7 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
         save(&lines);
     };
     attend::run(gpu, filter, &mut report)?;
+    cascade::run(gpu, filter, &mut report)?;
     append::run(gpu, filter, &mut report)?;
     copy::run(gpu, filter, &mut report)?;
     lookup::run(gpu, filter, &mut report)?;

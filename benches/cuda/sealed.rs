@@ -66,7 +66,7 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
     if !name.contains(filter) {
         return Ok(());
     }
-    let layout = layout(format, TOKENS)?;
+    let layout = layout(format, DIM, TOKENS)?;
     let tile = layout.tile().ok_or(Error::InvalidState { why: "a tile format without tiles" })?;
     let width = context.div_ceil(u64::from(TOKENS));
     let kv_bytes = layout.pool_bytes(batch * width)?;

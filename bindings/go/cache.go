@@ -38,6 +38,9 @@ type CacheOptions struct {
 	Scrub bool
 	// GroupBlocks are the blocks of each layer group where they differ.
 	GroupBlocks []uint32
+	// Cascade has a prefix that neighbours in a step share read once for all of them, on a device, where
+	// that is estimated to be faster (never with Deterministic). It has not run on a GPU yet.
+	Cascade bool
 }
 
 // CacheCounts are what a cache holds now and what happened since it was made. Block counts are of the
@@ -49,6 +52,8 @@ type CacheCounts struct {
 	// Raw blocks of sealed tiles, those in use, their bytes, and full tiles that cannot be sealed.
 	StagingBlocks, StagedBlocks  uint32
 	StagingBytes, UnsealedBlocks uint64
+	// Attention calls on a device that read a shared prefix once for all sequences that have it.
+	Cascades uint64
 }
 
 // NewCache makes a cache of 1 to 16 layer groups. options may be nil.
@@ -74,7 +79,7 @@ func NewCache(groups []GroupSpec, options *CacheOptions) (*Cache, error) {
 		set(&o.staging_blocks, p.StagingBlocks)
 		o.prefix_reuse, o.deterministic = flag(!p.NoPrefixReuse), flag(p.Deterministic)
 		o.device, o.device_ordinal = C.uint32_t(p.Device), C.uint32_t(p.DeviceOrdinal)
-		o.scrub = flag(p.Scrub)
+		o.scrub, o.cascade = flag(p.Scrub), flag(p.Cascade)
 		if p.GroupBlocks != nil {
 			if len(p.GroupBlocks) != len(groups) {
 				return nil, invalid("%d numbers of blocks for %d groups", len(p.GroupBlocks), len(groups))
@@ -159,6 +164,7 @@ func (c *Cache) Stats() (CacheCounts, error) {
 		MergedBlocks:  uint64(o.merged_blocks),
 		StagingBlocks: uint32(o.staging_blocks), StagedBlocks: uint32(o.staged_blocks),
 		StagingBytes: uint64(o.staging_bytes), UnsealedBlocks: uint64(o.unsealed_blocks),
+		Cascades: uint64(o.cascades),
 	}, err
 }
 

@@ -48,11 +48,12 @@ fn in_rust() -> Layout {
             blocks, free_blocks, cached_blocks, referenced_blocks, sequences, reserved,
             sequence_tokens, waste_tokens, block_bytes, pool_bytes, looked_up_tokens, hit_tokens,
             evicted_blocks, copied_blocks, merged_blocks, staging_blocks, staged_blocks,
-            staging_bytes, unsealed_blocks,
+            staging_bytes, unsealed_blocks, cascades,
         }
         kvc_cache_options {
             struct_size, block_tokens, blocks, max_seqs, threads, prefix_reuse, device,
             device_ordinal, stream, deterministic, eviction, staging_blocks, scrub, group_blocks,
+            cascade, reserved,
         }
         kvc_device_append_options {
             struct_size, rope_style, rotary_dim, first_channel, table_positions, q_heads, cosines,

@@ -87,6 +87,12 @@ pub struct CacheOptions {
     /// with sealed tiles also however it was cut into steps and whatever was found of it; on the CPU
     /// it always does.
     pub deterministic: bool,
+    /// On a device, read a prefix that sequences of a step share once for all of them (cascade
+    /// attention), where the device's rates say that this is faster: in steps of up to 8 new tokens a
+    /// sequence, of sequences that are neighbours in the step's work. Not where `deterministic`, in
+    /// layer groups with a window or sealed tiles, with ALiBi, of latents, nor while the stream is
+    /// captured. Off by default, as it has not run on a GPU yet.
+    pub cascade: bool,
     /// Which cached blocks go first.
     pub eviction: Eviction,
     /// Zero the K and V of every block that becomes free, before anybody else can have it.
@@ -105,6 +111,7 @@ impl Default for CacheOptions {
             device: Device::Cpu,
             stream: Stream::DEFAULT,
             deterministic: false,
+            cascade: false,
             eviction: Eviction::Lru,
             scrub: false,
         }
@@ -298,6 +305,7 @@ impl KvCache {
                     let how = StoreOptions {
                         stream: options.stream,
                         deterministic: options.deterministic,
+                        cascade: options.cascade,
                         staging_blocks: raw(&layout),
                     };
                     let mut store = DeviceStore::new(backend, layout, blocks_of(group), how)?;

@@ -12,6 +12,7 @@ use crate::device::{
     SideStream, Stream,
 };
 use crate::error::Result;
+use crate::kernels::DeviceRates;
 
 impl KvCache {
     /// Where blocks live and kernels run.
@@ -87,6 +88,17 @@ impl KvCache {
         }
         self.stream = stream;
         Ok(())
+    }
+
+    /// Has ways to compute the same chosen by these rates from here on, as somebody measured them,
+    /// instead of by what the device says of itself: whether a prefix that sequences share is read once
+    /// for all of them ([`CacheOptions::cascade`](super::CacheOptions::cascade)).
+    ///
+    /// # Errors
+    /// `InvalidArgument` where one is not positive and finite; `InvalidState` where the cache is not on
+    /// a device.
+    pub fn set_device_rates(&mut self, rates: DeviceRates) -> Result<()> {
+        self.stores.iter_mut().try_for_each(|store| store.device()?.set_rates(rates))
     }
 
     /// Copies that are enqueued on the side stream from here on come after what is enqueued now.

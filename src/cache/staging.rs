@@ -128,6 +128,7 @@ impl KvCache {
             reserve(&mut tables.raw.staging, rows)?;
             reserve(&mut tables.raw.scratch, rows)?;
             reserve(&mut tables.raw.seals, filled)?;
+            reserve(&mut tables.raw.own, filled)?;
             reserve(&mut tables.raw.refused, filled)?;
             reserve(&mut tables.filled, filled)?;
             reserve(&mut self.rescued, filled)?;
@@ -205,6 +206,7 @@ impl KvCache {
             raw.blocks.push(RawBlock { tile: last as i32, slot: staged.slot.0 as i32 });
         }
         raw.indptr.push(raw.blocks.len() as i32);
+        let rows_before = raw.staging.len();
         for position in from..end {
             let (tile, offset) = (position / block_tokens, (position % block_tokens) as i64);
             let at = |block: u32| i64::from(block) * block_tokens as i64 + offset;
@@ -222,6 +224,9 @@ impl KvCache {
             let own = raw.blocks[blocks_before..].iter().find(|raw| raw.tile == tile as i32);
             let Some(own) = own else { continue };
             raw.seals.push(SealTile { slot: own.slot, block: blocks[tile].0 as i32 });
+            let row = |position: usize| (rows_before + position - from) as u32;
+            let end = (tile + 1) * block_tokens;
+            raw.own.push(row(from.max(end - block_tokens))..row(end));
             raw.refused.push(Default::default());
             tables.filled.push((index, tile));
         }

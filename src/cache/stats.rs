@@ -53,6 +53,9 @@ pub struct CacheStats {
     pub staging_bytes: u64,
     /// Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
     pub unsealed_blocks: u64,
+    /// Attention calls (one a layer and step) on a device that read a shared prefix once for all
+    /// sequences that have it.
+    pub cascades: u64,
 }
 
 impl KvCache {
@@ -85,6 +88,7 @@ impl KvCache {
             staged_blocks: staging().map(|pool| pool.blocks() - pool.free_blocks()).sum(),
             staging_bytes: self.stores.iter().map(|store| store.raw_bytes()).sum(),
             unsealed_blocks: self.totals.unsealed_blocks,
+            cascades: self.stores.iter().map(|store| store.cascades()).sum(),
         }
     }
 }

@@ -59,6 +59,14 @@ impl Store {
         }
     }
 
+    /// Attention calls that read what sequences share once.
+    pub fn cascades(&self) -> u64 {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => 0,
+            Store::Device(store) => store.cascades(),
+        }
+    }
+
     /// Makes room for a step that fills so many sealed tiles from end to end.
     pub fn reserve_scratch(&mut self, tiles: u32) -> Result<()> {
         match self {

@@ -78,6 +78,14 @@ pub struct kvc_cache_options {
     /// `[group_count]`: blocks of each layer group where they differ; NULL (the default) for
     /// `blocks` in each. A group with a window needs few: kvc_plan says how many.
     pub group_blocks: *const u32,
+    /// 1: on a device, a prefix that sequences of a step share is read once for all of
+    /// them (cascade attention) where the device's rates say that this is faster: in steps of up to 8
+    /// new tokens a sequence, of sequences that are neighbours in the step's work. Not where
+    /// `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of latents, nor while
+    /// the stream is captured. 0 by default, as it has not run on a GPU yet.
+    pub cascade: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers, a pointer.
@@ -103,6 +111,8 @@ unsafe impl Sized32 for kvc_cache_options {
             staging_blocks: 0,
             scrub: 0,
             group_blocks: core::ptr::null(),
+            cascade: 0,
+            reserved: 0,
         }
     }
 }
@@ -150,6 +160,9 @@ pub struct kvc_cache_counts {
     pub staging_bytes: u64,
     /// Full tiles that stay raw because their rows cannot be sealed (NaN, infinity, out of range).
     pub unsealed_blocks: u64,
+    /// Attention calls (one a layer and step) on a device that read a shared prefix once for all
+    /// sequences that have it.
+    pub cascades: u64,
 }
 
 // SAFETY: integers.
@@ -196,6 +209,9 @@ pub unsafe extern "C" fn kvc_cache_create(
             // SAFETY: the caller's promise.
             unsafe { pointer::read(options) }?
         };
+        if options.reserved != 0 {
+            return Err(Error::invalid("reserved", "must be 0"));
+        }
         // SAFETY: the caller's promise.
         let spec = unsafe { read_spec(options.block_tokens, groups, group_count) }?;
         // SAFETY: the caller's promise.
@@ -222,6 +238,7 @@ pub unsafe extern "C" fn kvc_cache_create(
             // SAFETY: the caller's promise.
             stream: unsafe { Stream::from_raw(options.stream) },
             deterministic: flag(options.deterministic, "deterministic")?,
+            cascade: flag(options.cascade, "cascade")?,
             eviction: eviction(options.eviction)?,
             scrub: flag(options.scrub, "scrub")?,
         };
@@ -325,6 +342,7 @@ pub unsafe extern "C" fn kvc_cache_stats(
             staged_blocks: stats.staged_blocks,
             staging_bytes: stats.staging_bytes,
             unsealed_blocks: stats.unsealed_blocks,
+            cascades: stats.cascades,
         };
         // SAFETY: the caller's promise.
         unsafe { pointer::write(out, out_bytes, counts, "out", COUNTS_FIRST_BYTES) }

@@ -231,7 +231,7 @@ unsafe fn plan(
 ) -> Result<(CascadeAttendPlan, kvc_device_attend_options)> {
     // SAFETY: the caller's promise.
     let (bounds, options) = unsafe { bounds(device, desc, options) }?;
-    Ok((CascadeAttendPlan::new(&bounds, desc.block_tokens, segment_count)?, options))
+    Ok((CascadeAttendPlan::new(&bounds, desc.block_tokens, segment_count, 1)?, options))
 }
 
 /// Writes an upper bound of the workspace of kvc_device_cascade to `out_bytes`, as
@@ -298,15 +298,16 @@ pub unsafe extern "C" fn kvc_device_cascade(
         let workspace = workspace(&desc, plan.workspace_bytes())?;
         let segments = In::at(aligned(segments, 4, "segments")?);
         // Everything is checked before anything is enqueued.
-        let calls = plan.launches(workspace, &args, segments)?;
+        let split = plan.split(workspace, &args, segments)?;
+        let calls = plan.launches(workspace, &args)?;
         let backend = &*backend.0;
         // SAFETY: see above.
         unsafe {
             let stream = Stream::from_raw(stream);
             if !planned {
-                let (lens, bytes) = calls.cleared;
+                let (lens, bytes) = split.cleared;
                 backend.zero(lens, bytes, stream)?;
-                launch(backend, &calls.split.0, &calls.split.1, stream)?;
+                launch(backend, &split.launch.0, &split.launch.1, stream)?;
                 for (first, params) in calls.plans.iter().flatten() {
                     launch(backend, first, params, stream)?;
                 }

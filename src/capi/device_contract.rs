@@ -124,13 +124,12 @@ fn attention(format: u32, dtype: u32, dim: u32) -> kvc_attend_desc {
 
 #[test]
 fn attention_enqueues_its_plan_and_the_kernel_that_it_names() {
+    const DIMS: [u32; 6] = [64, 80, 96, 128, 192, 256];
     let (notebook, device) = opened();
     let floats = [(KVC_FORMAT_F16, KVC_DTYPE_F16), (KVC_FORMAT_BF16, KVC_DTYPE_BF16)];
-    let floats = floats
-        .iter()
-        .flat_map(|&(format, dtype)| [64, 80, 96, 128, 192, 256].map(|dim| (format, dtype, dim)));
+    let floats = floats.iter().flat_map(|&(format, dtype)| DIMS.map(|dim| (format, dtype, dim)));
     let codes = [KVC_FORMAT_FP8_E4M3, KVC_FORMAT_INT8_T, KVC_FORMAT_INT4_T, KVC_FORMAT_NVFP4];
-    let codes = codes.iter().flat_map(|&format| [64, 128].map(|dim| (format, KVC_DTYPE_F16, dim)));
+    let codes = codes.iter().flat_map(|&format| DIMS.map(|dim| (format, KVC_DTYPE_F16, dim)));
     for (format, dtype, dim) in floats.chain(codes) {
         for q_tokens in [1, 2, 8, 9, 600] {
             let mut desc = attention(format, dtype, dim);

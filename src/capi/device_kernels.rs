@@ -267,9 +267,10 @@ pub unsafe extern "C" fn kvc_device_attend_kernel(
 /// have max_q_tokens query tokens, 8 at most; `threads` is ignored. `bad_block`, if given, is set to other than
 /// 0 where a table has an entry that is not a block: such keys are masked and never read.
 ///
-/// fp8, int8_t, int4_t and nvfp4 are read as stored, with 64 or 128 channels a head: products are
-/// of f16 then. `scales` itself is on the host, the addresses in it are the device's. More than 8
-/// query tokens a sequence turn keys and values into f16, which ends at 65504.
+/// Heads have 64, 80, 96, 128, 192 or 256 channels, of which a default build for GPUs has 64, 128 and
+/// 256. fp8, int8_t, int4_t and nvfp4 are read as stored: products are of f16 then. `scales` itself is
+/// on the host, the addresses in it are the device's. More than 8 query tokens a sequence turn keys and
+/// values into f16, which ends at 65504.
 ///
 /// Threads: thread-safe, where calls share no outputs and no workspace.
 ///

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::layout::{MAX_HEAD_DIM, Strides};
 
 /// Rows that one unit of work writes.
-const UNIT_ROWS: u32 = 32;
+pub(super) const UNIT_ROWS: u32 = 32;
 
 /// New rows of one layer and where they go.
 #[derive(Debug, Clone, Copy)]
@@ -101,7 +101,7 @@ pub unsafe fn append_at(
 impl AppendArgs<'_> {
     /// # Safety
     /// As for [`append`].
-    unsafe fn check(&self) -> Result<()> {
+    pub(super) unsafe fn check(&self) -> Result<()> {
         self.shape.check()?;
         // SAFETY: the caller's promise.
         unsafe { self.kv.check(&self.shape) }?;
@@ -133,7 +133,7 @@ impl AppendArgs<'_> {
     ///
     /// # Safety
     /// As for [`append`], after the checks.
-    unsafe fn write_row(&self, row: u32, kernels: &Kernels) -> bool {
+    pub(super) unsafe fn write_row(&self, row: u32, kernels: &Kernels) -> bool {
         // SAFETY: `row` is below `rows`; the checks hold every address to the caller's promise.
         unsafe {
             let slot = self.slots.add(row as usize).read();

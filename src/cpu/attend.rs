@@ -55,19 +55,27 @@ pub unsafe fn attend(
         kernels: Kernels::of(level, args.kv.format),
         v_rotated: args.kv.coding(&args.shape, 0).v_rotated,
     };
-    let mut totals = Start { units: 0, merges: 0, floats: 0 };
+    let mut totals = Start::FIRST;
     for s in 0..args.seqs {
         // SAFETY: the caller's promise, and `s < seqs`.
         totals = call.after(totals, unsafe { args.sequence(s) }?)?;
     }
     let workers = executor.workers().max(1);
     let memory = Workspace::new(workspace, &args.shape, args.seqs, workers, totals.floats)?;
-    let mut start = Start { units: 0, merges: 0, floats: 0 };
-    for s in 0..args.seqs {
-        // SAFETY: `s < seqs`.
+    let (mut start, mut first) = (Start::FIRST, 0);
+    while first < args.seqs {
+        // SAFETY: `first < seqs`, and so are those that it leads.
         unsafe {
-            memory.set_start(s, start);
-            start = call.after(start, args.sequence(s)?)?;
+            let (count, together) = call.together(first)?;
+            for s in first..first + count {
+                let seq = args.sequence(s)?;
+                let lead = if s == first { count } else { 0 };
+                start = Start { lead, together, ..start };
+                memory.set_start(s, start);
+                let units = start.units + start.units_here(&call.seq_cut(&seq));
+                start = Start { units, ..call.after(start, seq)? };
+            }
+            first += count;
         }
     }
     // Consecutive units share a worker, which can then prefetch from one into the next. The totals
@@ -126,7 +134,44 @@ impl Call<'_> {
         let merges = start.merges + if cut.splits > 1 { cut.cells } else { 0 };
         let floats =
             start.floats.checked_add(cut.state_floats(&self.args.shape)).ok_or(overflow)?;
-        Ok(Start { units, merges, floats })
+        Ok(Start { units, merges, floats, ..start })
+    }
+
+    /// How many sequences from `first` on begin with the same blocks, and how many of their splits
+    /// lie in those: they are attended by all of them one after another, while they are in the
+    /// processor's caches. At least one sequence, of which nothing else shares with the one before.
+    ///
+    /// # Safety
+    /// The promise of [`attend`]; `first < seqs`.
+    unsafe fn together(&self, first: u32) -> Result<(u32, u32)> {
+        let (args, mut count, mut together) = (self.args, 1, 0);
+        // A window hides blocks whose table entries need not be there.
+        if args.scoring.window.is_some() {
+            return Ok((count, together));
+        }
+        // SAFETY: the caller's promise, here and below.
+        let mut seq = unsafe { args.sequence(first) }?;
+        while first + count < args.seqs {
+            // SAFETY: see above.
+            let next = unsafe { args.sequence(first + count) }?;
+            let (cut, other) = (self.seq_cut(&seq), self.seq_cut(&next));
+            let most = cut.common_splits(&other, u32::MAX);
+            if most == 0 {
+                break;
+            }
+            let blocks = seq.kv_len.min(next.kv_len) / args.kv.block_tokens;
+            // SAFETY: see above; all keys are read, and so are all entries for them.
+            let entry = |seq: &Sequence, at| unsafe { seq.table.add(at as usize).read() };
+            let same = (0..blocks).take_while(|&at| entry(&seq, at) == entry(&next, at)).count();
+            let splits = cut.common_splits(&other, same as u32 * args.kv.block_tokens);
+            // One that shares less would take from the others what they share more.
+            if splits == 0 || (count > 1 && splits < together) {
+                break;
+            }
+            together = if count == 1 { splits } else { together.min(splits) };
+            (count, seq) = (count + 1, next);
+        }
+        Ok((count, if count == 1 { 0 } else { together }))
     }
 
     /// First key that any row of the sequence sees.
@@ -146,14 +191,14 @@ impl Call<'_> {
     /// The promise of [`attend`]; `unit` must be below the total.
     unsafe fn place(&self, memory: &Workspace, unit: u64) -> Option<Place> {
         // SAFETY: the caller's promise; the sequence has been checked.
-        let (start, seq) = unsafe {
+        unsafe {
             let (s, start) = memory.find(unit, |start| start.units);
-            (start, self.args.sequence(s).ok()?)
-        };
-        let cut = self.seq_cut(&seq);
-        let (unit, splits) = (unit - start.units, u64::from(cut.splits));
-        let (cell, split) = (cut.cell(unit / splits), (unit % splits) as u32);
-        Some(Place { start, seq, cut, cell, split })
+            let cut = self.seq_cut(&self.args.sequence(s).ok()?);
+            let (member, cell, split) = start.unit(&cut, unit - start.units);
+            let (start, seq) = (memory.start(s + member), self.args.sequence(s + member).ok()?);
+            let cut = self.seq_cut(&seq);
+            Some(Place { start, seq, cut, cell: cut.cell(cell), split })
+        }
     }
 
     /// Runs one unit of attention; writes the outputs where it has all keys of its rows.

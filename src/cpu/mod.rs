@@ -53,8 +53,8 @@ pub use plan::{AttendMaxima, attend_workspace_bytes};
 pub use rope::{MAX_ROPE_PAIRS, Rope, RopeStyle};
 pub use scales::ScaleView;
 pub use sealed::{
-    RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView, attend_tiles,
-    attend_tiles_workspace_bytes, seal_tiles,
+    RawBlock, RawTables, SealArgs, SealTile, TileAppendArgs, TileAttendArgs, TileView,
+    append_tiles, attend_tiles, attend_tiles_workspace_bytes, seal_tiles,
 };
 #[cfg(feature = "std")]
 pub(crate) use sealed::{RawRows, TileStore};

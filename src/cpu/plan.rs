@@ -2,7 +2,9 @@
 //!
 //! The cuts of a sequence depend on its own lengths and on the shape alone: query tiles and key
 //! splits have fixed boundaries, so neither threads nor neighbours in the batch change a bit of a
-//! result. Pure arithmetic; reads no memory of the caller.
+//! result. Where sequences begin with the same blocks, only the order of units is another: a split
+//! of those is attended by all of them, one after another, while it is in the processor's caches.
+//! Pure arithmetic; reads no memory of the caller.
 
 use super::decode::{self, DECODE_ROWS, JOB_ROWS, padded_rows};
 use super::prefill;
@@ -239,6 +241,18 @@ impl SeqCut {
         (from, from.saturating_add(self.split_keys))
     }
 
+    /// Splits that this sequence may attend together with `other`, where their first `tokens` tokens
+    /// are the same: whole ones, but not its last.
+    pub fn common_splits(&self, other: &SeqCut, tokens: u32) -> u32 {
+        let alike = self.cells != 0
+            && self.decode
+            && other.decode
+            && (self.cells, self.split_keys) == (other.cells, other.split_keys)
+            && [self.first_split, other.first_split] == [0, 0];
+        let whole = tokens / self.split_keys;
+        if alike { whole.min(self.splits - 1).min(other.splits - 1) } else { 0 }
+    }
+
     /// f32s of the states that wait for a merge: `[split][m | l | o]` of all rows.
     pub fn state_floats(&self, shape: &HeadShape) -> u64 {
         if self.splits < 2 {
@@ -263,6 +277,36 @@ pub(crate) struct Start {
     pub merges: u64,
     /// f32s of waiting states.
     pub floats: u64,
+    /// Sequences from this one on whose first splits are attended together, this one included; 0 for
+    /// one that an earlier one leads.
+    pub lead: u32,
+    /// How many splits those are.
+    pub together: u32,
+}
+
+impl Start {
+    /// Before the first sequence.
+    pub const FIRST: Start = Start { units: 0, merges: 0, floats: 0, lead: 1, together: 0 };
+
+    /// Units that this sequence's place in the order has: those of all it leads in the splits that
+    /// they are attended together, and its own in the others.
+    pub fn units_here(&self, cut: &SeqCut) -> u64 {
+        let together = u64::from(self.lead) * u64::from(self.together);
+        cut.cells * (together + u64::from(cut.splits - self.together))
+    }
+
+    /// The unit `index` of [`units_here`](Self::units_here): how many sequences further on, its cell
+    /// and its split. What several attend is walked by all of them before the next split.
+    pub fn unit(&self, cut: &SeqCut, index: u64) -> (u32, u64, u32) {
+        let (lead, together) = (u64::from(self.lead), u64::from(self.together));
+        let shared = cut.cells * together * lead;
+        if index < shared {
+            let (member, index) = (index % lead, index / lead);
+            return (member as u32, index / together, (index % together) as u32);
+        }
+        let (index, own) = (index - shared, u64::from(cut.splits) - together);
+        (0, index / own, (together + index % own) as u32)
+    }
 }
 
 /// Where the parts of a workspace lie.
@@ -379,6 +423,48 @@ mod tests {
                 assert!(seen.iter().all(|&n| n == 1) && by_state.iter().all(|&n| n == 1));
             }
         }
+    }
+
+    #[test]
+    fn every_unit_has_one_place_in_the_order() {
+        let cut = Cut::new(&shape(32, 8));
+        for (lens, tokens) in [
+            (&[9000u32, 9100, 8800][..], 8192),
+            (&[9000, 9000], 9000),
+            (&[700], 600),
+            (&[3000, 600, 513, 2000], 512),
+            (&[40, 40], 32),
+        ] {
+            let cuts: Vec<_> = lens.iter().map(|&len| cut.sequence(1, 0, len)).collect();
+            let least = cuts.iter().map(|other| cuts[0].common_splits(other, tokens)).min();
+            let together = if lens.len() > 1 { least.unwrap() } else { 0 };
+            assert!(cuts.iter().all(|cut| together < cut.splits));
+            let mut seen: Vec<_> = cuts
+                .iter()
+                .map(|cut| vec![0; (cut.cells * u64::from(cut.splits)) as usize])
+                .collect();
+            for (s, cut) in cuts.iter().enumerate() {
+                let lead = if together == 0 {
+                    1
+                } else if s == 0 {
+                    lens.len() as u32
+                } else {
+                    0
+                };
+                let start = Start { lead, together, ..Start::FIRST };
+                for index in 0..start.units_here(cut) {
+                    let (member, cell, split) = start.unit(cut, index);
+                    let of = s + member as usize;
+                    seen[of][(cell * u64::from(cuts[of].splits)) as usize + split as usize] += 1;
+                }
+            }
+            assert!(seen.iter().flatten().all(|&n| n == 1), "{lens:?}");
+        }
+        // Other splits, and query rows for the other kernel.
+        let long = cut.sequence(1, 0, 100_000);
+        assert_eq!(long.common_splits(&cut.sequence(1, 0, 9000), 8192), 0);
+        let prefill = cut.sequence(200, 0, 9000);
+        assert_eq!(prefill.common_splits(&prefill, 8192), 0);
     }
 
     #[test]

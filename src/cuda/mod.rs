@@ -10,6 +10,7 @@
 mod driver;
 mod graph;
 mod queue;
+mod rates;
 mod transfer;
 
 pub use graph::Graph;
@@ -23,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Kernel, Launch, image, kernels};
+use crate::kernels::{DeviceRates, Kernel, Launch, image, kernels};
 use driver::{Current, check};
 
 /// A GPU with the library's kernels loaded. All callers of the process share one for each device;
@@ -34,6 +35,7 @@ pub struct Cuda {
     name: String,
     multiprocessors: u32,
     multiprocessor_shared_bytes: u32,
+    rates: Option<DeviceRates>,
     context: driver::Context,
     functions: HashMap<&'static str, Function>,
     /// Many copies at once, where the driver can.
@@ -115,6 +117,16 @@ impl Cuda {
         let multiprocessor_shared_bytes = context
             .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let name = context.name()?;
+        let of = |attribute| context.attribute(attribute);
+        let rates = rates::rates(rates::Hardware {
+            capability: of(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
+                + of(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            multiprocessors,
+            clock_khz: of(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
+            memory_clock_khz: of(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?,
+            memory_bus_bits: of(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?,
+            cache_bytes: of(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+        });
         drop(current);
         let batch = transfer::Batch::find();
         Ok(Self {
@@ -122,6 +134,7 @@ impl Cuda {
             name,
             multiprocessors,
             multiprocessor_shared_bytes,
+            rates,
             context,
             functions,
             batch,
@@ -146,6 +159,11 @@ impl Cuda {
     /// Shared memory of a multiprocessor, in bytes.
     pub fn multiprocessor_shared_bytes(&self) -> u32 {
         self.multiprocessor_shared_bytes
+    }
+
+    /// What it does in a microsecond, as far as the driver says what that follows from.
+    pub fn rates(&self) -> Option<DeviceRates> {
+        self.rates
     }
 
     /// What it is.

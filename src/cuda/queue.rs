@@ -67,6 +67,22 @@ impl Cuda {
         let _ = unsafe { sys::cuEventDestroy_v2(event) };
         waited
     }
+
+    /// Whether what is enqueued on `stream` goes into a graph.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub(crate) fn is_capturing(&self, stream: *mut c_void) -> Result<bool> {
+        let _current = Current::enter(&self.context)?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the context is current; the pointer is to a live value.
+        match unsafe { sys::cuStreamIsCapturing(stream.cast(), &mut status) } {
+            // The default stream while another one captures.
+            sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT => Ok(true),
+            result => check("cuStreamIsCapturing", result)
+                .map(|()| status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+        }
+    }
 }
 
 impl Queue {

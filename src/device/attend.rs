@@ -1,13 +1,15 @@
 //! Attention over a device store: the call's plan, its workspace, its launches.
 //!
 //! A plan is made on the device from the lengths that stand there, once a batch; the layers after
-//! the first reuse it. Which kernel serves a batch is the plan's choice.
+//! the first reuse it. Which kernel serves a batch is the plan's choice, and where sequences share a
+//! prefix it may be a cascade (`cascade`).
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::backend::{launch, launch_attend};
 use super::batch::{BatchView, DeviceBatch};
+use super::cascade::Cascade;
 use super::memory::DeviceMemory;
 use super::rows::{DeviceRows, DeviceRowsMut};
 use super::store::{DeviceStore, check_len};
@@ -16,7 +18,9 @@ use super::{Backend, Stream};
 use crate::attention::{HeadShape, Scoring};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{AttendArgs, AttendBounds, AttendPlan, Pieces, SM90_SHARED_BYTES};
+use crate::kernels::{
+    AttendArgs, AttendBounds, AttendPlan, CascadeAttendPlan, Pieces, SM90_SHARED_BYTES,
+};
 use crate::layout::GroupLayout;
 
 /// Tokens of a piece in the deterministic mode: long enough that merging them costs little, short
@@ -27,11 +31,22 @@ const FIXED_PIECE: u32 = 512;
 #[derive(Debug)]
 pub(super) struct Attend {
     /// The plan that the workspace holds, and what it was made for.
-    pub planned: Option<(PlanKey, AttendPlan)>,
+    pub planned: Option<(PlanKey, Planned)>,
     workspace: DeviceMemory,
+    pub cascade: Cascade,
     /// Sinks and slopes, and what was uploaded there last.
     per_head: DeviceMemory,
     per_head_bytes: Vec<u8>,
+}
+
+/// What was planned for a batch.
+#[derive(Debug, Clone, Copy)]
+#[allow(clippy::large_enum_variant, reason = "one a store, and no allocation a step")]
+pub(super) enum Planned {
+    /// Every sequence by itself.
+    Plain(AttendPlan),
+    /// What sequences share once for all of them.
+    Cascade(CascadeAttendPlan),
 }
 
 /// What a plan was made for.
@@ -40,6 +55,8 @@ pub(super) struct PlanKey {
     pub serial: u64,
     pub q_heads: u32,
     pub window: Option<u32>,
+    /// Whether what sequences share may be read once for all of them.
+    pub may_share: bool,
     /// The first of the parts that it is for; of sealed tiles.
     pub first_part: u32,
 }
@@ -50,6 +67,7 @@ impl Attend {
         Ok(Self {
             planned: None,
             workspace: memory()?,
+            cascade: Cascade::default(),
             per_head: memory()?,
             per_head_bytes: Vec::new(),
         })
@@ -193,23 +211,40 @@ impl DeviceStore {
         if self.tiles.is_some() {
             return self.attend_tiles(layer, batch, &at, &shape, args);
         }
-        let (serial, q_heads) = (at.serial, shape.q_heads);
-        let key = PlanKey { serial, q_heads, window: scoring.window, first_part: 0 };
+        let key = PlanKey {
+            serial: at.serial,
+            q_heads: shape.q_heads,
+            window: scoring.window,
+            may_share: self.may_share(&args, &at)?,
+            first_part: 0,
+        };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,
             _ => {
-                let plan = self.plan(&shape, &args, &at)?;
+                self.attend.planned = None;
+                let bounds = self.bounds(&shape, &at);
+                let shared = if key.may_share {
+                    self.plan_cascade(&bounds, &args, &batch.host(group, args.block_tokens)?)?
+                } else {
+                    None
+                };
+                let plan = match shared {
+                    Some(plan) => Planned::Cascade(plan),
+                    None => Planned::Plain(self.plan(&bounds, &args)?),
+                };
                 self.attend.planned = Some((key, plan));
                 plan
             }
         };
-        self.run(&plan, &args)
+        match plan {
+            Planned::Plain(plan) => self.run(&plan, &args),
+            Planned::Cascade(plan) => self.run_cascade(&plan, &args),
+        }
     }
 
-    /// Plans for a call with these maxima: on the host, and on the device where its kernel wants
-    /// that.
-    fn plan(&mut self, shape: &HeadShape, args: &AttendArgs, at: &BatchView) -> Result<AttendPlan> {
-        let plan = AttendPlan::new(&AttendBounds {
+    /// The largest call of a batch: itself.
+    fn bounds(&self, shape: &HeadShape, at: &BatchView) -> AttendBounds {
+        AttendBounds {
             shape: *shape,
             format: self.layout().spec().format,
             seqs: at.seqs,
@@ -219,8 +254,13 @@ impl DeviceStore {
             pieces: self.pieces(),
             multiprocessors: self.backend.multiprocessors(),
             multiprocessor_shared_bytes: self.backend.multiprocessor_shared_bytes(),
-        })?;
-        self.attend.planned = None;
+        }
+    }
+
+    /// Plans for a call with these maxima: on the host, and on the device where its kernel wants
+    /// that.
+    fn plan(&mut self, bounds: &AttendBounds, args: &AttendArgs) -> Result<AttendPlan> {
+        let plan = AttendPlan::new(bounds)?;
         let workspace = self.attend.room(plan.workspace_bytes())?;
         if let Some((first, params)) = plan.plan_launch(workspace, args)? {
             // SAFETY: the workspace has the bytes that the plan asks for, and the lengths are those

@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 use super::{Device, host};
 use crate::error::Result;
 use crate::kernels::params::DeviceStruct;
-use crate::kernels::{AttendParams, Launch};
+use crate::kernels::{AttendParams, DeviceRates, Launch};
 
 /// A queue of work on a device: what is enqueued runs in order. For CUDA a `CUstream`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,6 +90,22 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// Shared memory of a multiprocessor, in bytes: how many blocks of a kernel it can hold.
     fn multiprocessor_shared_bytes(&self) -> u32;
+
+    /// What it does in a microsecond, by which ways to compute the same are chosen; `None` where that
+    /// is not known, and nothing is chosen by it.
+    fn rates(&self) -> Option<DeviceRates> {
+        None
+    }
+
+    /// Whether what is enqueued on `stream` is captured, to run later and with other content of the
+    /// same addresses.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    fn is_capturing(&self, stream: Stream) -> Result<bool> {
+        let _ = stream;
+        Ok(false)
+    }
 
     /// Allocates `bytes` bytes (at least 1 is), aligned to 256, of no particular content.
     ///

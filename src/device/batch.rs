@@ -13,7 +13,7 @@ use super::memory::DeviceMemory;
 use super::{Backend, Stream};
 use crate::cpu::RawRows;
 use crate::error::{Error, Result};
-use crate::kernels::TILE_ROWS;
+use crate::kernels::{HostBatch, TILE_ROWS, Words};
 
 /// A batch in host memory, as [`crate::cpu::AttendArgs`] describes it.
 #[derive(Debug, Clone, Copy)]
@@ -245,6 +245,26 @@ impl DeviceBatch {
         self.staging.resize(at, 0);
         entries.for_each(|entry| self.staging.extend_from_slice(&entry));
         Ok(at as u64)
+    }
+
+    /// The batch that it holds, as the host uploaded it.
+    ///
+    /// # Errors
+    /// As for [`view`](Self::view).
+    pub(super) fn host(&self, group: usize, block_tokens: u32) -> Result<HostBatch<'_>> {
+        self.view(group)?;
+        let (at, seqs) = (&self.groups[group], self.seqs as usize);
+        let words = |from: u64, count: usize| {
+            Words(self.staging[from as usize..][..4 * count].as_chunks::<4>().0)
+        };
+        let indptr = words(at.indptr, seqs + 1);
+        Ok(HostBatch {
+            q_indptr: words(self.q_indptr, seqs + 1),
+            kv_lens: words(self.kv_lens, seqs),
+            indptr,
+            indices: words(at.indices, indptr.get(seqs) as usize),
+            block_tokens,
+        })
     }
 
     /// The batch that it holds.

@@ -6,7 +6,7 @@ use core::ptr::NonNull;
 use super::{Backend, Device, HostCopy, Mark, Stream, Way};
 use crate::cuda::Cuda;
 use crate::error::Result;
-use crate::kernels::Launch;
+use crate::kernels::{DeviceRates, Launch};
 
 impl Backend for Cuda {
     fn device(&self) -> Device {
@@ -23,6 +23,14 @@ impl Backend for Cuda {
 
     fn multiprocessor_shared_bytes(&self) -> u32 {
         self.multiprocessor_shared_bytes()
+    }
+
+    fn rates(&self) -> Option<DeviceRates> {
+        self.rates()
+    }
+
+    fn is_capturing(&self, stream: Stream) -> Result<bool> {
+        self.is_capturing(stream.as_raw())
     }
 
     fn alloc(&self, bytes: u64) -> Result<u64> {

@@ -12,11 +12,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::{Backend, Device, Stream};
 use crate::emu::{self, Buffer};
 use crate::error::{Error, Result};
-use crate::kernels::{Launch, SM90_SHARED_BYTES};
+use crate::kernels::{DeviceRates, Launch, SM90_SHARED_BYTES};
 
 /// Multiprocessors that the emulated device says it has: few, so that work is cut into pieces
 /// without a long grid.
 const MULTIPROCESSORS: u32 = 2;
+
+/// Rates of a device that has nothing to do but to read memory: what need not be read twice is not.
+const RATES: DeviceRates = DeviceRates {
+    memory_bytes: 1e3,
+    cache_bytes: 1e3,
+    cache_size: 0,
+    operations: 1e9,
+    launch: 0.0,
+    multiprocessors: MULTIPROCESSORS,
+};
 
 /// An emulated device.
 #[derive(Debug)]
@@ -69,6 +79,10 @@ impl Backend for Emulated {
 
     fn multiprocessor_shared_bytes(&self) -> u32 {
         SM90_SHARED_BYTES
+    }
+
+    fn rates(&self) -> Option<DeviceRates> {
+        Some(RATES)
     }
 
     fn alloc(&self, bytes: u64) -> Result<u64> {

@@ -13,6 +13,7 @@
 mod attend;
 mod backend;
 mod batch;
+mod cascade;
 mod copies;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -35,6 +35,9 @@ pub struct StoreOptions {
     /// A sequence gets the same bits whatever else is in the batch, at the price of pieces that
     /// are not balanced.
     pub deterministic: bool,
+    /// Read a prefix that neighbours in a batch share once for all of them, where the device's rates
+    /// say that it is faster. Never where `deterministic`.
+    pub cascade: bool,
     /// Raw blocks of a format with sealed tiles.
     pub staging_blocks: u32,
 }

@@ -12,7 +12,7 @@ use core::mem::size_of_val;
 use core::ops::Range;
 use core::sync::atomic::AtomicU32;
 
-use super::attend::PlanKey;
+use super::attend::{PlanKey, Planned};
 use super::backend::launch;
 use super::batch::{BatchView, RawView, Run};
 use super::memory::DeviceMemory;
@@ -404,9 +404,9 @@ impl DeviceStore {
         let (parts, all) = (at.parts, range.len() as u32);
         let window = (params.call.window != 0).then_some(params.call.window);
         let (serial, q_heads) = (at.serial, shape.q_heads);
-        let key = PlanKey { serial, q_heads, window, first_part: range.start };
+        let key = PlanKey { serial, q_heads, window, may_share: false, first_part: range.start };
         let known = match self.attend.planned {
-            Some((of, AttendPlan::Decode(plan))) if of == key => Some(plan),
+            Some((of, Planned::Plain(AttendPlan::Decode(plan)))) if of == key => Some(plan),
             _ => None,
         };
         let most = match known {
@@ -437,7 +437,8 @@ impl DeviceStore {
                     // batch's own.
                     unsafe { launch(&*self.backend, &first, &planning, self.options.stream) }?;
                     if count == all {
-                        self.attend.planned = Some((key, AttendPlan::Decode(plan)));
+                        let plan = Planned::Plain(AttendPlan::Decode(plan));
+                        self.attend.planned = Some((key, plan));
                     }
                     plan
                 }

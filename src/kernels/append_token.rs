@@ -1,4 +1,4 @@
-//! How an append to rows of codes is launched: a warp for four or eight rows at a time.
+//! How an append to rows of codes is launched: a warp for two, four or eight rows at a time.
 
 use super::append::check_append;
 use super::decode_token::{Scales, check_scales};
@@ -9,7 +9,11 @@ use crate::error::{Error, Result};
 
 kernels! {
     D64 = "kvc_append_token_d64", "kvc_append_token_params", THREADS;
+    D80 = "kvc_append_token_d80", "kvc_append_token_params", THREADS;
+    D96 = "kvc_append_token_d96", "kvc_append_token_params", THREADS;
     D128 = "kvc_append_token_d128", "kvc_append_token_params", THREADS;
+    D192 = "kvc_append_token_d192", "kvc_append_token_params", THREADS;
+    D256 = "kvc_append_token_d256", "kvc_append_token_params", THREADS;
 }
 
 /// The parameters of an append of floats, for rows of codes.
@@ -48,10 +52,18 @@ const CHANNELS: u32 = 16;
 pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Launch>> {
     let p = params;
     let format = KvFormat::from_id(p.format)?;
-    let kernel = match (format.class(), p.call.k_dim) {
-        (FormatClass::Token, 64) if p.call.v_dim == 64 => &D64,
-        (FormatClass::Token, 128) if p.call.v_dim == 128 => &D128,
-        _ => return Err(Error::Unsupported { what: "append of this KV format and head_dim" }),
+    let unsupported = Error::Unsupported { what: "append of this KV format and head_dim" };
+    if format.class() != FormatClass::Token || p.call.k_dim != p.call.v_dim {
+        return Err(unsupported);
+    }
+    let kernel = match p.call.k_dim {
+        64 => &D64,
+        80 => &D80,
+        96 => &D96,
+        128 => &D128,
+        192 => &D192,
+        256 => &D256,
+        _ => return Err(unsupported),
     };
     check_append(&p.call, 16)?;
     check_scales(
@@ -68,8 +80,8 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
     if p.call.tokens == 0 {
         return Ok(None);
     }
-    // As many tokens as have a row for all threads at once.
-    let rows = THREADS * CHANNELS / p.call.k_dim;
+    // As many tokens as have a row for all threads at once. Lanes of a row are a power of two.
+    let rows = THREADS * CHANNELS / p.call.k_dim.next_power_of_two();
     p.call.tokens_per_block = 1 << (rows / (2 * p.call.kv_heads)).max(1).ilog2();
     let blocks = p.call.tokens.div_ceil(p.call.tokens_per_block);
     if blocks > i32::MAX as u32 {

@@ -6,7 +6,9 @@
 //! and which needs no causal mask; the own half has the caller's sequences without the prefix. Both
 //! write f32 partial results into the workspace. Which prefixes are shared is the host's knowledge;
 //! the views are made on the device, once for each change of lengths, so a captured graph can be
-//! replayed with other lengths and another list of segments.
+//! replayed with other lengths and another list of segments. A host that knows tables and lengths
+//! too makes them itself (`cascade_views`), and may cut the shared prefixes into chunks: each is one
+//! more partial result, by blocks that the device runs at the same time, of a copy of the queries.
 //!
 //! Sinks join in the merge, not in the halves. A sliding window or ALiBi needs the distance between
 //! a query and a key of the prefix, which the shared half does not have: use plain attention there.
@@ -36,6 +38,8 @@ pub struct CascadeBounds {
     pub segments: u32,
     /// Tokens of a cache block.
     pub block_tokens: u32,
+    /// Chunks of a shared prefix, 1 to 64; 1 where the device makes the views.
+    pub chunks: u32,
 }
 
 /// One half of a cascade as an attention call: device addresses within the workspace. The table is
@@ -103,15 +107,26 @@ const OWN_INDPTR: usize = 1;
 const SHARED_LENS: usize = 2;
 const SHARED_INDPTR: usize = 3;
 const SHARED_ROWS: usize = 4;
-const OUT: usize = 5;
-const LSE: usize = 6;
+const LIST: usize = 5;
+const OUT: usize = 6;
+const LSE: usize = 7;
+const QUERIES: usize = 8;
+const PARTS: usize = 9;
 
 /// Launches and workspace of a cascade within some bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CascadePlan {
-    bounds: CascadeBounds,
-    offsets: [u64; 7],
+    pub(super) bounds: CascadeBounds,
+    offsets: [u64; PARTS],
     workspace_bytes: u64,
+}
+
+impl CascadeBounds {
+    /// Sequences of the shared half. Between two chunks is an empty one, so that the tables of each
+    /// chunk rise.
+    pub(super) fn shared_seqs(&self) -> u32 {
+        if self.chunks == 1 { self.segments } else { self.chunks * (self.segments + 1) }
+    }
 }
 
 impl CascadePlan {
@@ -134,21 +149,28 @@ impl CascadePlan {
                 "must be at least 1 (segments at most 2^20)",
             ));
         }
+        if b.chunks == 0 || b.chunks > 64 {
+            return Err(Error::invalid("chunks", "must be 1 to 64"));
+        }
         let overflow = Error::Overflow { what: "cascade workspace" };
-        i32::try_from(b.rows).map_err(|_| overflow)?;
-        let (batch, segments) = (u64::from(b.batch), u64::from(b.segments));
+        let (batch, chunks) = (u64::from(b.batch), u64::from(b.chunks));
+        i32::try_from(u64::from(b.rows) * chunks).map_err(|_| overflow)?;
+        let shared = u64::from(b.shared_seqs());
         let lines = u64::from(b.rows) * u64::from(b.q_heads);
-        let out = lines.checked_mul(u64::from(b.head_dim) * 8).ok_or(overflow)?;
+        // A part: of f32, as the queries are at most.
+        let part = lines.checked_mul(u64::from(b.head_dim) * 4).ok_or(overflow)?;
         let parts = [
             batch * 4,
             (batch + 1) * 4,
-            segments * 4,
-            (segments + 1) * 4,
-            (segments + 1) * 4,
-            out,
-            lines * 8,
+            shared * 4,
+            (shared + 1) * 4,
+            (shared + 1) * 4,
+            8,
+            part.checked_mul(chunks + 1).ok_or(overflow)?,
+            lines * 4 * (chunks + 1),
+            if chunks > 1 { part * chunks } else { 0 },
         ];
-        let mut offsets = [0; 7];
+        let mut offsets = [0; PARTS];
         let mut at: u64 = 0;
         for (offset, bytes) in offsets.iter_mut().zip(parts) {
             *offset = at;
@@ -164,6 +186,18 @@ impl CascadePlan {
         self.workspace_bytes
     }
 
+    /// Where the views begin in the workspace, in the order that `cascade_views` writes them: tokens
+    /// and tables of the own half, tokens, tables and rows of the shared one, and where they end.
+    pub(super) fn view_offsets(&self) -> [u64; 6] {
+        [OWN_LENS, OWN_INDPTR, SHARED_LENS, SHARED_INDPTR, SHARED_ROWS, OUT]
+            .map(|part| self.offsets[part])
+    }
+
+    /// The list and the room for copies of the queries, one a chunk.
+    pub(super) fn copies_at(&self, workspace: u64) -> [u64; 2] {
+        [LIST, QUERIES].map(|part| workspace + self.offsets[part])
+    }
+
     /// The launch that makes both halves; once for each change of lengths, tables or segments.
     ///
     /// # Errors
@@ -177,6 +211,9 @@ impl CascadePlan {
         let (b, i) = (&self.bounds, input);
         if i.batch == 0 || i.batch > b.batch {
             return Err(Error::invalid("batch", "must be 1 to what the plan was made for"));
+        }
+        if b.chunks != 1 {
+            return Err(Error::invalid("chunks", "must be 1 where the device makes the views"));
         }
         if i.segments.0 == 0 || i.seq_lens.0 == 0 || i.table.0 == 0 {
             return Err(Error::NullPointer { what: "segments, seq_lens, table" });
@@ -221,7 +258,7 @@ impl CascadePlan {
     pub fn shared(&self, workspace: u64) -> Half {
         let at = |part: usize| workspace + self.offsets[part];
         Half {
-            batch: self.bounds.segments,
+            batch: self.bounds.shared_seqs(),
             seq_lens: In::at(at(SHARED_LENS)),
             table_indptr: In::at(at(SHARED_INDPTR)),
             q_indptr: In::at(at(SHARED_ROWS)),
@@ -234,6 +271,7 @@ impl CascadePlan {
     pub fn own(&self, workspace: u64, batch: u32) -> Half {
         let at = |part: usize| workspace + self.offsets[part];
         let lines = u64::from(self.bounds.rows) * u64::from(self.bounds.q_heads);
+        let lines = lines * u64::from(self.bounds.chunks);
         Half {
             batch,
             seq_lens: In::at(at(OWN_LENS)),
@@ -278,7 +316,7 @@ impl CascadePlan {
             out_head: to.head,
             out_lse_row: heads,
             out_lse_head: 1,
-            count: 2,
+            count: b.chunks + 1,
             rows,
             heads: b.q_heads,
             dim: b.head_dim,
@@ -301,6 +339,7 @@ mod tests {
             rows: 64,
             segments: 9,
             block_tokens: 16,
+            chunks: 1,
         }
     }
 
@@ -352,6 +391,9 @@ mod tests {
             CascadeBounds { rows: 1 << 31, ..sound() },
             CascadeBounds { segments: 0, ..sound() },
             CascadeBounds { block_tokens: 0, ..sound() },
+            CascadeBounds { chunks: 0, ..sound() },
+            CascadeBounds { chunks: 65, ..sound() },
+            CascadeBounds { chunks: 64, rows: 1 << 25, ..sound() },
         ] {
             assert!(CascadePlan::new(bad).is_err(), "{bad:?}");
         }

@@ -1,82 +1,26 @@
-//! Which shared prefixes are worth a cascade, by a model of what it saves and what it costs.
+//! Which shared prefixes are worth a cascade, by a model of what it saves and what it costs
+//! (`cascade_model`).
 //!
-//! Plain attention reads a shared prefix once from memory and then again for every further sequence,
-//! from the second-level cache where the prefix fits there. A cascade reads it once, and pays: two
-//! launches more, partial results of every row written in f32 and read again, and the arithmetic of
-//! all queries over the prefix in a launch that may not fill the device. The model counts just
-//! these; its rates are the caller's, and it is no measurement. It leans towards plain attention: a
-//! cascade must win by a margin, and a prefix below 256 tokens is never split off.
+//! It leans towards plain attention: a cascade must win by a margin, and a prefix below 256 tokens is
+//! never split off. [`cascade_choice`] is for the prefixes that a caller names and the split on the
+//! device; [`cascade_within`] for what a batch shares ([`SharedPrefixes`]) and the views that the host
+//! makes, which may cut the shared prefixes into chunks.
 
 use alloc::vec::Vec;
 
+use super::cascade_model::{CascadeShape, DeviceRates, Estimate, Model, SharedPrefix};
 use super::params::CascadeSegment;
+use super::shared_prefix::SharedPrefixes;
 use crate::error::{Error, Result};
 
 /// A cascade must be this much faster than plain attention by the model.
 const MARGIN: f64 = 1.05;
 /// Shorter prefixes are left alone.
 const LEAST_TOKENS: u64 = 256;
-/// Query rows (times heads of a group) that a block of the shared half's kernel works on.
-const TILE_ROWS: u64 = 128;
-
-/// What a device does in a microsecond, and what a launch costs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DeviceRates {
-    /// Bytes from memory, in a microsecond.
-    pub memory_bytes: f64,
-    /// Bytes from the second-level cache, in a microsecond.
-    pub cache_bytes: f64,
-    /// Size of that cache, in bytes.
-    pub cache_size: u64,
-    /// Operations (two a multiplication and addition) of the attention kernel for long queries, in a
-    /// microsecond, when it fills the device.
-    pub operations: f64,
-    /// Microseconds from one launch's end to the next one's work.
-    pub launch: f64,
-    /// Multiprocessors.
-    pub multiprocessors: u32,
-}
-
-/// The attention layer that a choice is made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CascadeShape {
-    /// Query heads, a multiple of `kv_heads`.
-    pub q_heads: u32,
-    /// KV heads.
-    pub kv_heads: u32,
-    /// Channels of a head.
-    pub head_dim: u32,
-    /// Tokens of a cache block.
-    pub block_tokens: u32,
-    /// Bytes of one token's keys and values of all KV heads in this layer.
-    pub token_bytes: u32,
-    /// Query tokens of a sequence.
-    pub q_len: u32,
-    /// Sequences.
-    pub batch: u32,
-    /// Tokens of all sequences together, shared ones counted in each; an estimate will do.
-    pub tokens: u64,
-}
-
-/// Neighbouring sequences of the batch that begin with the same blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SharedPrefix {
-    /// The first sequence.
-    pub first_seq: u32,
-    /// How many.
-    pub seqs: u32,
-    /// Blocks that all of them begin with, whole ones before every query.
-    pub blocks: u32,
-}
-
-/// What the model makes of a batch, for one layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Estimate {
-    /// Microseconds of plain attention.
-    pub plain: f64,
-    /// Microseconds of a cascade over the chosen prefixes.
-    pub cascade: f64,
-}
+/// Chunks of the shared half are no shorter than this, if there is more than one.
+const LEAST_CHUNK_TOKENS: u64 = 128;
+/// Numbers of chunks to choose from.
+const CHUNKS: [u32; 5] = [1, 2, 4, 8, 16];
 
 /// The prefixes that a cascade should split off.
 #[derive(Debug, Clone)]
@@ -87,81 +31,33 @@ pub struct Choice {
     pub estimate: Estimate,
 }
 
-struct Model<'a> {
-    shape: &'a CascadeShape,
-    rates: &'a DeviceRates,
+impl Model<'_> {
+    /// Microseconds that are won by splitting off a prefix, its launches not counted; below 0 for one
+    /// that is left alone.
+    fn gain(&self, prefix: &SharedPrefix) -> f64 {
+        if prefix.seqs < 2 || self.tokens(prefix) < LEAST_TOKENS {
+            return -1.0;
+        }
+        let rows = f64::from(prefix.seqs) * f64::from(self.shape.q_len);
+        let cost = self.shared_half(core::slice::from_ref(prefix)) + self.partial_results(rows);
+        self.repeated(prefix) - cost
+    }
 }
 
-impl Model<'_> {
-    fn tokens(&self, prefix: &SharedPrefix) -> u64 {
-        u64::from(prefix.blocks) * u64::from(self.shape.block_tokens)
-    }
+fn pays(estimate: &Estimate, chosen: &[SharedPrefix]) -> bool {
+    !chosen.is_empty() && estimate.plain >= MARGIN * estimate.cascade
+}
 
-    fn bytes(&self, prefix: &SharedPrefix) -> f64 {
-        self.tokens(prefix) as f64 * f64::from(self.shape.token_bytes)
+fn check(shape: &CascadeShape, rates: &DeviceRates) -> Result<()> {
+    let s = shape;
+    rates.check()?;
+    if s.kv_heads == 0 || s.q_heads == 0 || !s.q_heads.is_multiple_of(s.kv_heads) {
+        return Err(Error::invalid("q_heads", "must be a positive multiple of kv_heads"));
     }
-
-    /// Microseconds in which plain attention reads a prefix again for the others.
-    fn repeated(&self, prefix: &SharedPrefix) -> f64 {
-        let bytes = self.bytes(prefix);
-        let fits = bytes <= self.rates.cache_size as f64 / 2.0;
-        let rate = if fits { self.rates.cache_bytes } else { self.rates.memory_bytes };
-        f64::from(prefix.seqs.saturating_sub(1)) * bytes / rate
+    if [s.head_dim, s.block_tokens, s.token_bytes, s.q_len, s.batch].contains(&0) {
+        return Err(Error::invalid("shape", "must have no dimension of 0"));
     }
-
-    /// Microseconds of the shared half beyond reading each prefix once.
-    fn shared_half(&self, chosen: &[SharedPrefix]) -> f64 {
-        let s = self.shape;
-        let (mut blocks, mut operations, mut longest, mut bytes) = (0u64, 0.0, 0.0f64, 0.0);
-        for prefix in chosen {
-            let rows = u64::from(prefix.seqs) * u64::from(s.q_len);
-            let lines = rows.saturating_mul(u64::from(s.q_heads / s.kv_heads));
-            let tiles = lines.div_ceil(TILE_ROWS).saturating_mul(u64::from(s.kv_heads));
-            // Of the keys and of the values, two operations a channel.
-            let tokens = self.tokens(prefix) as f64;
-            let tile = TILE_ROWS as f64 * tokens * f64::from(s.head_dim) * 4.0;
-            blocks = blocks.saturating_add(tiles);
-            operations += tiles as f64 * tile;
-            longest = longest.max(tile);
-            bytes += self.bytes(prefix);
-        }
-        // One block goes no faster than its multiprocessor does.
-        let alone = self.rates.operations / f64::from(self.rates.multiprocessors);
-        let compute = (operations / self.rates.operations).max(longest / alone);
-        let read = bytes / self.rates.memory_bytes;
-        if blocks == 0 { 0.0 } else { compute.max(read) - read }
-    }
-
-    /// Microseconds of writing and reading partial results of `rows` rows in f32.
-    fn partial_results(&self, rows: f64) -> f64 {
-        // Two halves written, less the one result that plain attention writes; then both read, and
-        // the result written; and the logarithms.
-        let line = f64::from(self.shape.head_dim) * (8.0 - 2.0 + 8.0 + 2.0) + 24.0;
-        rows * f64::from(self.shape.q_heads) * line / self.rates.memory_bytes
-    }
-
-    fn rows(&self) -> f64 {
-        f64::from(self.shape.batch) * f64::from(self.shape.q_len)
-    }
-
-    fn estimate(&self, all: &[SharedPrefix], chosen: &[SharedPrefix]) -> Estimate {
-        // Every token once from memory, but what is read again comes at the rate above.
-        let unique = |repeats: f64, bytes: f64| repeats - bytes / self.rates.memory_bytes;
-        let corrected: f64 = all
-            .iter()
-            .map(|p| {
-                let again = f64::from(p.seqs.saturating_sub(1)) * self.bytes(p);
-                unique(self.repeated(p), again)
-            })
-            .sum();
-        let every =
-            self.shape.tokens as f64 * f64::from(self.shape.token_bytes) / self.rates.memory_bytes;
-        let plain = (every + corrected).max(0.0) + self.rates.launch;
-        let saved: f64 = chosen.iter().map(|p| self.repeated(p)).sum();
-        let cost =
-            self.shared_half(chosen) + self.partial_results(self.rows()) + 2.0 * self.rates.launch;
-        Estimate { plain, cascade: (plain - saved).max(self.rates.launch) + cost }
-    }
+    Ok(())
 }
 
 /// Chooses among `prefixes` those that a cascade should split off, and lists them as `segments`
@@ -177,21 +73,7 @@ pub fn cascade_choice(
     segments: u32,
 ) -> Result<Choice> {
     let s = shape;
-    let positive = |x: f64| x > 0.0 && x.is_finite();
-    let rates_sound =
-        [rates.memory_bytes, rates.cache_bytes, rates.operations].into_iter().all(positive)
-            && rates.launch >= 0.0
-            && rates.launch.is_finite()
-            && rates.multiprocessors != 0;
-    if !rates_sound {
-        return Err(Error::invalid("rates", "must be positive and finite"));
-    }
-    if s.kv_heads == 0 || s.q_heads == 0 || !s.q_heads.is_multiple_of(s.kv_heads) {
-        return Err(Error::invalid("q_heads", "must be a positive multiple of kv_heads"));
-    }
-    if [s.head_dim, s.block_tokens, s.token_bytes, s.q_len, s.batch].contains(&0) {
-        return Err(Error::invalid("shape", "must have no dimension of 0"));
-    }
+    check(shape, rates)?;
     if segments == 0 {
         return Err(Error::invalid("segments", "must be at least 1"));
     }
@@ -204,28 +86,74 @@ pub fn cascade_choice(
         end = last;
     }
 
-    let model = Model { shape, rates };
+    let model = Model { shape, rates, chunks: 1 };
     let refused = Error::OutOfMemory { bytes: size_of_val(prefixes) as u64 };
     let mut chosen: Vec<SharedPrefix> = Vec::new();
     chosen.try_reserve_exact(prefixes.len()).map_err(|_| refused)?;
-    let gain = |p: &SharedPrefix| {
-        let rows = f64::from(p.seqs) * f64::from(s.q_len);
-        let cost = model.shared_half(core::slice::from_ref(p)) + model.partial_results(rows);
-        model.repeated(p) - cost
-    };
-    let long = |p: &SharedPrefix| p.seqs > 1 && model.tokens(p) >= LEAST_TOKENS;
-    chosen.extend(prefixes.iter().filter(|&p| long(p) && gain(p) > 0.0));
+    chosen.extend(prefixes.iter().filter(|&p| model.gain(p) > 0.0));
     // A chosen prefix takes an entry, and so does what lies between two, or before and after.
     while entries(&chosen, s.batch) > segments as usize {
-        let least =
-            (0..chosen.len()).min_by(|&a, &b| gain(&chosen[a]).total_cmp(&gain(&chosen[b])));
+        let gain = |at: usize| model.gain(&chosen[at]);
+        let least = (0..chosen.len()).min_by(|&a, &b| gain(a).total_cmp(&gain(b)));
         let Some(least) = least else { break };
         chosen.remove(least);
     }
     let estimate = model.estimate(prefixes, &chosen);
-    let pays = !chosen.is_empty() && estimate.plain >= MARGIN * estimate.cascade;
-    let segments = if pays { list(&chosen, s.batch, segments)? } else { Vec::new() };
-    Ok(Choice { segments, estimate })
+    let mut list = Vec::new();
+    if pays(&estimate, &chosen) {
+        list_segments(&chosen, s.batch, segments as usize, &mut list)?;
+        let filler = CascadeSegment { first_seq: s.batch, ..CascadeSegment::default() };
+        list.resize(segments as usize, filler);
+    }
+    Ok(Choice { segments: list, estimate })
+}
+
+/// How a batch is split where its shared prefixes are known to the host.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Chunked {
+    /// Into how many chunks each shared prefix is cut.
+    pub chunks: u32,
+    /// What led to it.
+    pub estimate: Estimate,
+}
+
+/// Chooses among what a batch shares, and in how many chunks it is attended; writes the segments
+/// that cover the batch, without fillers, to `segments`. `None` where plain attention is as good.
+///
+/// # Errors
+/// `InvalidArgument` where a rate or a dimension is not positive; `OutOfMemory`.
+pub fn cascade_within(
+    shape: &CascadeShape,
+    rates: &DeviceRates,
+    shared: &mut SharedPrefixes,
+    segments: &mut Vec<CascadeSegment>,
+) -> Result<Option<Chunked>> {
+    check(shape, rates)?;
+    segments.clear();
+    let with = |chunks| Model { shape, rates, chunks };
+    let mut best: Option<Chunked> = None;
+    for chunks in CHUNKS {
+        let model = with(chunks);
+        let chosen = shared.choose(|prefix| model.gain(prefix));
+        let longest = chosen.iter().map(|prefix| model.tokens(prefix)).max().unwrap_or(0);
+        // What is decoded is cut by its own kernel.
+        let cut = longest / u64::from(chunks) >= LEAST_CHUNK_TOKENS && !model.is_decoded();
+        if chosen.is_empty() || (chunks > 1 && !cut) {
+            continue;
+        }
+        let estimate = model.estimate(chosen, chosen);
+        if pays(&estimate, chosen)
+            && best.is_none_or(|best| estimate.cascade < best.estimate.cascade)
+        {
+            best = Some(Chunked { chunks, estimate });
+        }
+    }
+    if let Some(best) = &best {
+        let model = with(best.chunks);
+        let chosen = shared.choose(|prefix| model.gain(prefix));
+        list_segments(chosen, shape.batch, entries(chosen, shape.batch), segments)?;
+    }
+    Ok(best)
 }
 
 /// How many segments cover a batch with these prefixes.
@@ -238,11 +166,15 @@ fn entries(chosen: &[SharedPrefix], batch: u32) -> usize {
     count + usize::from(at < batch)
 }
 
-/// The segments of a batch, filled up to `length`.
-fn list(chosen: &[SharedPrefix], batch: u32, length: u32) -> Result<Vec<CascadeSegment>> {
-    let mut segments: Vec<CascadeSegment> = Vec::new();
-    let refused = Error::OutOfMemory { bytes: u64::from(length) * 16 };
-    segments.try_reserve_exact(length as usize).map_err(|_| refused)?;
+/// The segments of a batch, with room for `most`.
+fn list_segments(
+    chosen: &[SharedPrefix],
+    batch: u32,
+    most: usize,
+    segments: &mut Vec<CascadeSegment>,
+) -> Result<()> {
+    let refused = Error::OutOfMemory { bytes: most as u64 * 16 };
+    segments.try_reserve(most).map_err(|_| refused)?;
     let segment = |first_seq: u32, end: u32, shared_blocks: u32| CascadeSegment {
         first_seq,
         seqs: end - first_seq,
@@ -260,12 +192,12 @@ fn list(chosen: &[SharedPrefix], batch: u32, length: u32) -> Result<Vec<CascadeS
     if at < batch {
         segments.push(segment(at, batch, 0));
     }
-    segments.resize(length as usize, segment(batch, batch, 0));
-    Ok(segments)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::shared_prefix::{HostBatch, Words};
     use super::*;
 
     /// Round numbers in the range of large devices, made up for these tests.
@@ -357,6 +289,58 @@ mod tests {
         assert_eq!(of(4), [(0, 62, 0), (62, 90, 500), (152, 8, 0), (160, 100, 900)]);
         assert_eq!(of(2), [(0, 160, 0), (160, 100, 900)]);
         assert!(of(1).is_empty());
+    }
+
+    /// The batch of `shape`, of which the first `seqs` share so many tokens.
+    fn within(shape: &CascadeShape, seqs: u32, shared_tokens: u64) -> (Option<Chunked>, usize) {
+        let blocks = shared_tokens as i32 / 16;
+        let length = (shape.tokens / u64::from(shape.batch)) as i32;
+        let mut lists = [const { Vec::new() }; 4];
+        let mut end = 0i32;
+        for seq in 0..=shape.batch as i32 {
+            lists[0].push((seq * shape.q_len as i32).to_ne_bytes());
+            lists[2].push(end.to_ne_bytes());
+            if seq == shape.batch as i32 {
+                break;
+            }
+            lists[1].push(length.to_ne_bytes());
+            let whole = 0..(length + 15) / 16;
+            let own = |block: i32| if block < blocks { block } else { block + 100_000 * (seq + 1) };
+            let apart = if seq < seqs as i32 { 0 } else { 1 << 24 };
+            lists[3].extend(whole.clone().map(|block| (apart * seq + own(block)).to_ne_bytes()));
+            end += whole.end;
+        }
+        let [q_indptr, kv_lens, indptr, indices] = [0, 1, 2, 3].map(|n| Words(&lists[n]));
+        let batch = HostBatch { q_indptr, kv_lens, indptr, indices, block_tokens: 16 };
+        assert_eq!(batch.tokens(), shape.tokens);
+        let (mut shared, mut segments) = (SharedPrefixes::default(), Vec::new());
+        shared.find(&batch).unwrap();
+        let chosen = cascade_within(shape, &rates(), &mut shared, &mut segments).unwrap();
+        let mut next = 0;
+        for segment in &segments {
+            assert_eq!(segment.first_seq, next);
+            next += segment.seqs;
+        }
+        assert_eq!(next, if chosen.is_some() { shape.batch } else { 0 });
+        (chosen, segments.len())
+    }
+
+    #[test]
+    fn chunks_fill_a_device_that_one_would_not() {
+        // Two tiles of rows for each of eight heads: 16 blocks for 132 multiprocessors.
+        let (chosen, segments) = within(&shape(64, 4096, 1024), 64, 4096);
+        let chosen = chosen.unwrap();
+        assert!(chosen.chunks > 2 && segments == 1, "{chosen:?}");
+        let whole = one(64, 4096, 1024);
+        assert!(chosen.estimate.cascade < whole.estimate.cascade);
+        // Of which some share nothing.
+        let (chosen, segments) = within(&shape(64, 4096, 1024), 50, 4096);
+        assert!(chosen.is_some() && segments == 2);
+        // Few rows are decoded, and short chunks cost more than they give.
+        assert_eq!(within(&shape(8, 1 << 15, 1024), 8, 1 << 15).0.unwrap().chunks, 1);
+        assert!(within(&shape(64, 128, 1024), 64, 128).0.is_none());
+        assert!(within(&shape(2, 512, 8192), 2, 512).0.is_none());
+        assert!(within(&shape(1, 4096, 10), 1, 4096).0.is_none());
     }
 
     #[test]

@@ -11,40 +11,83 @@ use crate::error::{Error, Result};
 
 kernels! {
     E4M3_D64 = "kvc_decode_fp8_e4m3_d64", "kvc_decode_token_params", THREADS;
+    E4M3_D80 = "kvc_decode_fp8_e4m3_d80", "kvc_decode_token_params", THREADS;
+    E4M3_D96 = "kvc_decode_fp8_e4m3_d96", "kvc_decode_token_params", THREADS;
     E4M3_D128 = "kvc_decode_fp8_e4m3_d128", "kvc_decode_token_params", THREADS;
+    E4M3_D192 = "kvc_decode_fp8_e4m3_d192", "kvc_decode_token_params", THREADS;
+    E4M3_D256 = "kvc_decode_fp8_e4m3_d256", "kvc_decode_token_params", THREADS;
     E5M2_D64 = "kvc_decode_fp8_e5m2_d64", "kvc_decode_token_params", THREADS;
+    E5M2_D80 = "kvc_decode_fp8_e5m2_d80", "kvc_decode_token_params", THREADS;
+    E5M2_D96 = "kvc_decode_fp8_e5m2_d96", "kvc_decode_token_params", THREADS;
     E5M2_D128 = "kvc_decode_fp8_e5m2_d128", "kvc_decode_token_params", THREADS;
+    E5M2_D192 = "kvc_decode_fp8_e5m2_d192", "kvc_decode_token_params", THREADS;
+    E5M2_D256 = "kvc_decode_fp8_e5m2_d256", "kvc_decode_token_params", THREADS;
     INT8_D64 = "kvc_decode_int8_t_d64", "kvc_decode_token_params", THREADS;
+    INT8_D80 = "kvc_decode_int8_t_d80", "kvc_decode_token_params", THREADS;
+    INT8_D96 = "kvc_decode_int8_t_d96", "kvc_decode_token_params", THREADS;
     INT8_D128 = "kvc_decode_int8_t_d128", "kvc_decode_token_params", THREADS;
+    INT8_D192 = "kvc_decode_int8_t_d192", "kvc_decode_token_params", THREADS;
+    INT8_D256 = "kvc_decode_int8_t_d256", "kvc_decode_token_params", THREADS;
     INT4_D64 = "kvc_decode_int4_t_d64", "kvc_decode_token_params", THREADS;
+    INT4_D80 = "kvc_decode_int4_t_d80", "kvc_decode_token_params", THREADS;
+    INT4_D96 = "kvc_decode_int4_t_d96", "kvc_decode_token_params", THREADS;
     INT4_D128 = "kvc_decode_int4_t_d128", "kvc_decode_token_params", THREADS;
+    INT4_D192 = "kvc_decode_int4_t_d192", "kvc_decode_token_params", THREADS;
+    INT4_D256 = "kvc_decode_int4_t_d256", "kvc_decode_token_params", THREADS;
     NVFP4_D64 = "kvc_decode_nvfp4_d64", "kvc_decode_token_params", THREADS;
+    NVFP4_D80 = "kvc_decode_nvfp4_d80", "kvc_decode_token_params", THREADS;
+    NVFP4_D96 = "kvc_decode_nvfp4_d96", "kvc_decode_token_params", THREADS;
     NVFP4_D128 = "kvc_decode_nvfp4_d128", "kvc_decode_token_params", THREADS;
+    NVFP4_D192 = "kvc_decode_nvfp4_d192", "kvc_decode_token_params", THREADS;
+    NVFP4_D256 = "kvc_decode_nvfp4_d256", "kvc_decode_token_params", THREADS;
 }
 
 /// The kernel for a format and head dimension; `None` where there is no instance.
 pub(super) fn token_kernel(format: KvFormat, head_dim: u32) -> Option<&'static Kernel> {
     match (format, head_dim) {
         (KvFormat::Fp8E4m3, 64) => Some(&E4M3_D64),
+        (KvFormat::Fp8E4m3, 80) => Some(&E4M3_D80),
+        (KvFormat::Fp8E4m3, 96) => Some(&E4M3_D96),
         (KvFormat::Fp8E4m3, 128) => Some(&E4M3_D128),
+        (KvFormat::Fp8E4m3, 192) => Some(&E4M3_D192),
+        (KvFormat::Fp8E4m3, 256) => Some(&E4M3_D256),
         (KvFormat::Fp8E5m2, 64) => Some(&E5M2_D64),
+        (KvFormat::Fp8E5m2, 80) => Some(&E5M2_D80),
+        (KvFormat::Fp8E5m2, 96) => Some(&E5M2_D96),
         (KvFormat::Fp8E5m2, 128) => Some(&E5M2_D128),
+        (KvFormat::Fp8E5m2, 192) => Some(&E5M2_D192),
+        (KvFormat::Fp8E5m2, 256) => Some(&E5M2_D256),
         (KvFormat::Int8T, 64) => Some(&INT8_D64),
+        (KvFormat::Int8T, 80) => Some(&INT8_D80),
+        (KvFormat::Int8T, 96) => Some(&INT8_D96),
         (KvFormat::Int8T, 128) => Some(&INT8_D128),
+        (KvFormat::Int8T, 192) => Some(&INT8_D192),
+        (KvFormat::Int8T, 256) => Some(&INT8_D256),
         (KvFormat::Int4T, 64) => Some(&INT4_D64),
+        (KvFormat::Int4T, 80) => Some(&INT4_D80),
+        (KvFormat::Int4T, 96) => Some(&INT4_D96),
         (KvFormat::Int4T, 128) => Some(&INT4_D128),
+        (KvFormat::Int4T, 192) => Some(&INT4_D192),
+        (KvFormat::Int4T, 256) => Some(&INT4_D256),
         (KvFormat::Nvfp4, 64) => Some(&NVFP4_D64),
+        (KvFormat::Nvfp4, 80) => Some(&NVFP4_D80),
+        (KvFormat::Nvfp4, 96) => Some(&NVFP4_D96),
         (KvFormat::Nvfp4, 128) => Some(&NVFP4_D128),
+        (KvFormat::Nvfp4, 192) => Some(&NVFP4_D192),
+        (KvFormat::Nvfp4, 256) => Some(&NVFP4_D256),
         _ => None,
     }
 }
 
-/// Blocks of a multiprocessor that the sources ask the compiler for.
-const BLOCKS: u32 = 3;
+/// Blocks of a multiprocessor that the registers of a kernel leave room for: what its source asks
+/// the compiler for.
+fn blocks_by_registers(head_dim: u32) -> u32 {
+    if head_dim <= 128 { 3 } else { 2 }
+}
+
 /// The most stages of a pipeline.
 const MAX_STAGES: u32 = 4;
-/// Tokens of a run, which a bulk copy brings, and runs of a tile.
-const RUN: u32 = 16;
+/// Runs of a tile.
 const RUNS: u32 = 8;
 /// Bytes that a multiprocessor of sm_90 wants under way to run at the speed of its memory, with room
 /// for what does not come evenly.
@@ -63,17 +106,23 @@ impl Stage {
         Self { row: format.row_bytes(head_dim) as u32, scales }
     }
 
-    /// A tile of runs, padded: all of codes, those of scales of 8 bytes.
+    /// Tokens of a run, which a bulk copy brings.
+    fn run(self) -> u32 {
+        if self.row > 128 { 8 } else { 16 }
+    }
+
+    /// A tile of runs, padded: all of codes, those of scales of 8 bytes and more.
     fn bulk(self) -> u32 {
-        let scale_pad = if self.scales == 8 { 16 } else { 0 };
-        2 * RUNS * (RUN * (self.row + self.scales) + 16 + scale_pad)
+        let scale_pad = if self.scales >= 8 { 16 } else { 0 };
+        2 * RUNS * (self.run() * (self.row + self.scales) + 16 + scale_pad)
     }
 
     /// Whether runs of rows, and of their scales, are what bulk copies take.
     fn comes_in_runs(self, params: &DecodeTokenParams) -> bool {
         let p = &params.call;
         let (row, scales) = (i64::from(self.row), i64::from(self.scales));
-        let rows = p.block_tokens.is_multiple_of(RUN) && p.k_token == row && p.v_token == row;
+        let rows =
+            p.block_tokens.is_multiple_of(self.run()) && p.k_token == row && p.v_token == row;
         let of_scales =
             [params.k_scale_block, params.k_scale_head, params.v_scale_block, params.v_scale_head];
         let aligned = of_scales.iter().all(|stride| stride % 16 == 0)
@@ -83,9 +132,14 @@ impl Stage {
         rows && (scales == 0 || aligned)
     }
 
-    /// A tile that chunks are copied to, with a slot of 8 bytes for the scales of a row.
+    /// A tile that chunks are copied to, with a slot of 8 or 16 bytes for the scales of a row.
     fn copied(self) -> u32 {
-        2 * TILE_TOKENS * (self.row + if self.scales == 0 { 0 } else { 8 })
+        let slot = match self.scales {
+            0 => 0,
+            1..=8 => 8,
+            _ => 16,
+        };
+        2 * TILE_TOKENS * (self.row + slot)
     }
 }
 
@@ -99,13 +153,16 @@ pub(super) fn token_residence(
 ) -> Option<Residence> {
     let stage = Stage::of(format, head_dim);
     let sums = THREADS / 32 * COLUMNS * (head_dim + 4 + 2) * 4;
-    let queries = COLUMNS * ((head_dim + 8) * 2 + 8);
+    // Of whole chunks of codes of 4 bits.
+    let queries = COLUMNS * ((head_dim.next_multiple_of(32) + 8) * 2 + 8);
     let with = |stages: u32, bytes: u32| {
-        let query_at = (stages * bytes).max(sums).next_multiple_of(16);
+        // Two tiles that are copied in chunks too, of a call whose rows do not come in runs.
+        let tiles = (stages * bytes).max(2 * stage.copied());
+        let query_at = tiles.max(sums).next_multiple_of(16);
         // Two barriers and a word for each stage.
         let shared_bytes = query_at + queries + MAX_STAGES * 24;
         let fit = multiprocessor_shared_bytes / (shared_bytes + RESERVED_BYTES);
-        Residence { stages, blocks: fit.min(BLOCKS), shared_bytes, query_at }
+        Residence { stages, blocks: fit.min(blocks_by_registers(head_dim)), shared_bytes, query_at }
     };
     let under_way = |r: &Residence| (r.blocks * (r.stages - 1) * stage.bulk()).min(ENOUGH_BYTES);
     (2..=MAX_STAGES)
@@ -206,6 +263,12 @@ mod tests {
         assert_eq!(best(KvFormat::Int8T, 128), Some((2, 3)));
         assert_eq!(best(KvFormat::Int4T, 128), Some((4, 3)));
         assert_eq!(best(KvFormat::Nvfp4, 128), Some((3, 3)));
+        // Rows of more than 128 bytes come in half as many, so that two blocks have some under way.
+        assert_eq!(best(KvFormat::Fp8E4m3, 256), Some((3, 2)));
+        assert_eq!(best(KvFormat::Int8T, 256), Some((3, 2)));
+        assert_eq!(best(KvFormat::Int4T, 256), Some((3, 2)));
+        assert_eq!(best(KvFormat::Nvfp4, 256), Some((2, 2)));
+        assert_eq!(best(KvFormat::Fp8E4m3, 80), Some((3, 3)));
         assert_eq!(token_residence(KvFormat::Int8T, 128, 16 * 1024), None);
     }
 
@@ -214,11 +277,15 @@ mod tests {
     fn the_sources_ask_for_as_many_blocks() {
         for (dim, source) in [
             (64, include_str!("../../cuda/decode_token_d64.cu")),
+            (80, include_str!("../../cuda/decode_token_d80.cu")),
+            (96, include_str!("../../cuda/decode_token_d96.cu")),
             (128, include_str!("../../cuda/decode_token_d128.cu")),
+            (192, include_str!("../../cuda/decode_token_d192.cu")),
+            (256, include_str!("../../cuda/decode_token_d256.cu")),
         ] {
             let lines: alloc::vec::Vec<_> =
                 source.lines().filter(|l| l.starts_with("KVC_DECODE_TOKEN(")).collect();
-            let ending = alloc::format!(", {dim}, {BLOCKS})");
+            let ending = alloc::format!(", {dim}, {})", blocks_by_registers(dim));
             assert_eq!(lines.len(), 5);
             assert!(lines.iter().all(|line| line.ends_with(&ending)), "{source}");
         }

@@ -21,6 +21,8 @@ mod attend_params;
 mod cascade;
 mod cascade_attend;
 mod cascade_choice;
+mod cascade_model;
+mod cascade_views;
 mod copy;
 mod decode;
 mod decode_tile;
@@ -38,6 +40,7 @@ mod prefill_token;
 mod records;
 mod residence;
 mod seal;
+mod shared_prefix;
 mod split;
 
 pub use append::append_launch;
@@ -47,9 +50,8 @@ pub use attend::{
 };
 pub use cascade::{CascadeBounds, CascadeInput, CascadeOutput, CascadePlan, Half};
 pub use cascade_attend::{CascadeAttendPlan, CascadeLaunches};
-pub use cascade_choice::{
-    CascadeShape, Choice, DeviceRates, Estimate, SharedPrefix, cascade_choice,
-};
+pub use cascade_choice::{Choice, Chunked, cascade_choice, cascade_within};
+pub use cascade_model::{CascadeShape, DeviceRates, Estimate, SharedPrefix};
 pub use copy::{check_copies, copy_launch, zero_launch};
 pub use decode::{DecodeBounds, DecodePlan, Pieces};
 pub use decode_tile::{TILE_ROWS, decode_tile_params};
@@ -61,6 +63,7 @@ pub use prefill_sealed::{prefill_sealed_launch, prefill_sealed_params, prefill_s
 pub use prefill_token::prefill_token_launch;
 pub use residence::SM90_SHARED_BYTES;
 pub use seal::{FIRST_SPARE, SPARE_TAKEN, seal_launch};
+pub use shared_prefix::{HostBatch, SharedPrefixes, Words};
 
 /// A kernel of `cuda/`.
 #[derive(Debug, PartialEq, Eq)]

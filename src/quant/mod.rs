@@ -31,7 +31,7 @@ pub use hadamard::{SIGNS, hadamard_block, rotate, tree_sum, unrotate};
 pub use minifloat::{
     e2m1_from_f32, e2m1_to_f32, e4m3_from_f32, e4m3_to_f32, e5m2_from_f32, e5m2_to_f32,
 };
-pub(crate) use pack::value_step;
+pub(crate) use pack::{key_clip, value_step};
 pub use row::RowCodec;
 pub(crate) use seal::Keys;
 pub use seal::seal;

@@ -75,7 +75,7 @@ pub(crate) const fn value_step(bits: u32) -> f32 {
 
 /// The share of a key channel's range that codes cover, where losing the ends is less than the
 /// coarser step would cost.
-pub(super) const fn key_clip(bits: u32) -> f32 {
+pub(crate) const fn key_clip(bits: u32) -> f32 {
     match bits {
         3 => 0.9,
         2 => 0.8,

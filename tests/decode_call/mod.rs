@@ -391,7 +391,9 @@ impl Call {
         }
         if let Some(params) = token_params.as_mut() {
             // Whole runs are for bulk copies, and nothing else is.
-            let runs = case.block_tokens.is_multiple_of(16) && !case.nhd;
+            let row = plan.format().row_bytes(case.head_dim as u32);
+            let run = if row > 128 { 8 } else { 16 };
+            let runs = case.block_tokens.is_multiple_of(run) && !case.nhd;
             let room = case.multiprocessor_shared_bytes >= 100 * 1024;
             assert!(params.call.bulk == u32::from(runs) || !room);
             params.call.bulk &= u32::from(!case.chunks);

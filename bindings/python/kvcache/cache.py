@@ -47,6 +47,7 @@ class CacheCounts(NamedTuple):
     staged_blocks: int
     staging_bytes: int
     unsealed_blocks: int
+    cascades: int
 
 
 class Cache:
@@ -57,6 +58,8 @@ class Cache:
     torch's current stream where torch is loaded, else for the default stream. `threads` 0 is one a
     core. `staging_blocks` are raw blocks of each group with sealed tiles, 0 for two a sequence.
     `scrub` zeroes what becomes free; `group_blocks` are the blocks of each group where they differ.
+    `cascade`: on a device, a prefix that neighbours in a step share is read once for all of them where
+    that is estimated to be faster (never where `deterministic`); it has not run on a GPU yet.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Cache:
         staging_blocks: int = 0,
         scrub: bool = False,
         group_blocks: list[int] | None = None,
+        cascade: bool = False,
     ) -> None:
         self.groups = (groups,) if isinstance(groups, GroupSpec) else tuple(groups)
         self.device, self.device_ordinal, self.block_tokens = device, device_ordinal, block_tokens
@@ -98,6 +102,7 @@ class Cache:
             eviction=names.number(names.EVICTIONS, eviction, "eviction"),
             staging_blocks=staging_blocks,
             scrub=int(scrub),
+            cascade=int(cascade),
         )
         specs = groups_array(self.groups)
         if group_blocks is not None:

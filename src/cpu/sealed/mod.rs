@@ -13,12 +13,13 @@
 //! largest code: a tenth of what the rounding of the keys themselves has done, where the channels
 //! are alike. Probabilities times token scales are rounded to 15 bits of the tile's largest, or to 16.
 //!
-//! With AVX512_VNNI most layouts have a kernel of their own, `x86_64/tiles`: what it computes is the
-//! same, but it multiplies records as they lie.
+//! With AVX512_VNNI most layouts have kernels of their own, `x86_64/tiles`: what they compute is the
+//! same, but one multiplies records as they lie, and the other seals rows two channels at a time.
 //!
 //! | file | job |
 //! |---|---|
 //! | `args.rs` | what callers hand over, checked |
+//! | `append.rs` | new rows, and the tiles that they fill |
 //! | `attend.rs`, `plan.rs` | a call: cut, run, fold what was split, the raw tiles |
 //! | `kernel.rs` | one range of sealed tiles for some rows of one KV head |
 //! | `dots.rs`, `softmax.rs` | its products; its probabilities |
@@ -27,6 +28,7 @@
 //! | `seal.rs`, `seal_values.rs` | raw rows to records: keys and the whole; values |
 //! | `store.rs` | records, staging and scratch of one layer group, for the cache |
 
+mod append;
 mod args;
 mod attend;
 mod codes;
@@ -42,6 +44,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use append::{TileAppendArgs, append_tiles};
 pub use args::{RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView};
 pub use attend::attend_tiles;
 pub use plan::attend_tiles_workspace_bytes;
@@ -60,6 +63,7 @@ pub(super) use {
     dots::WIDE,
     kernel::{Reads, begin, find, value_unit},
     scratch::{Dims, Scratch},
+    seal::{HeadRows, begin_record, finish_record},
 };
 
 /// The kernels of one level.

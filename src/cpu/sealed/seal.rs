@@ -11,11 +11,11 @@ use super::codes;
 use super::seal_values::seal_values;
 use crate::cpu::executor::Executor;
 use crate::cpu::level::CpuLevel;
-use crate::cpu::vector::prefetch;
+use crate::cpu::vector::prefetch_far;
 use crate::cpu::words::Words;
 use crate::error::{Error, Result};
-use crate::layout::MAX_HEAD_DIM;
 use crate::layout::tile::TileLayout;
+use crate::layout::{MAX_HEAD_DIM, Strides};
 use crate::quant::{self, HEADER_CRC, HEADER_FORMAT, HEADER_UNITS, Keys};
 
 const K_DIM: usize = MAX_HEAD_DIM as usize;
@@ -25,16 +25,44 @@ pub(super) const LANES: usize = 16;
 /// One record: rows of bf16 of one head, and where it goes.
 pub(crate) struct SealJob<'a> {
     pub layout: &'a TileLayout,
-    /// `[tokens]` rows of `k_dim`, and the bytes from one to the next.
-    pub k: *const u8,
-    pub k_row_bytes: isize,
-    /// The same of values; not read where values lie in keys.
-    pub v: *const u8,
-    pub v_row_bytes: isize,
+    /// `[tokens]` rows of `k_dim`.
+    pub k: HeadRows,
+    /// `[tokens]` rows of `v_dim`; not read where values lie in keys.
+    pub v: HeadRows,
     /// Written.
     pub record: *mut u8,
-    /// The keys of the record that is likely sealed next, of as many rows, for prefetches.
-    pub next_k: *const u8,
+    /// What is likely read next, for prefetches: while keys are read, and while values are.
+    pub ahead: [HeadRows; 2],
+}
+
+/// Rows of one head.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadRows {
+    pub start: *const u8,
+    /// Bytes from one to the next.
+    pub bytes: isize,
+}
+
+impl HeadRows {
+    /// Where row `token` begins.
+    #[inline(always)]
+    pub fn row(&self, token: usize) -> *const u8 {
+        self.start.wrapping_offset(token as isize * self.bytes)
+    }
+
+    /// Those from row `first` on.
+    #[inline(always)]
+    pub fn from(self, first: usize) -> Self {
+        Self { start: self.row(first), ..self }
+    }
+
+    /// Asks for `count` lines of a row, from line `first` on. Any address will do.
+    #[inline(always)]
+    pub fn prefetch(&self, token: usize, first: usize, count: usize) {
+        for line in first..first + count {
+            prefetch_far(self.row(token).wrapping_add(LINE * line));
+        }
+    }
 }
 
 /// Seals full raw tiles, every head of the layer, as [`crate::quant::seal`] does: the same bits at
@@ -61,38 +89,57 @@ pub unsafe fn seal_tiles(
     let seal = SealedKernels::of(level).seal;
     let heads = args.shape.kv_heads as usize;
     let units = args.list.len().checked_mul(heads).ok_or(Error::Overflow { what: "tiles" })?;
-    let rows = |unit: usize| {
-        let (tile, head) = (args.list.get(unit / heads)?, (unit % heads) as u32);
-        let (raw, block) = args.tiles.raw(tile.slot)?;
-        let at = move |base: *mut u8, block_stride: i64, head_stride: i64| {
-            let elements = i64::from(block) * block_stride + i64::from(head) * head_stride;
-            base.wrapping_offset(elements as isize * 2).cast_const()
-        };
-        let (k, v) = (&raw.k_strides, &raw.v_strides);
-        Some((raw, at(raw.k, k.block, k.head), at(raw.v, v.block, v.head)))
-    };
     executor.run(units, &|_, unit| {
         let (index, head) = (unit / heads, (unit % heads) as u32);
-        let (Some(record), Some((raw, k, v))) =
-            (args.tiles.record(args.list[index].block, head), rows(unit))
+        let own = args.rows(args.list[index].slot, head);
+        let next = args.list.get((unit + 1) / heads);
+        let next = next.and_then(|tile| args.rows(tile.slot, ((unit + 1) % heads) as u32));
+        let ahead = own.map(|[k, v]| [v, next.map_or(k, |[k, _]| k)]);
+        // SAFETY: the caller's promise; blocks are distinct, so records are.
+        unsafe { args.seal_head(index, head, ahead, seal) };
+    });
+    Ok(())
+}
+
+impl SealArgs<'_> {
+    /// The raw rows of a slot and head, keys and values (keys again where those lie in them); `None`
+    /// for a slot outside the cache.
+    fn rows(&self, slot: i32, head: u32) -> Option<[HeadRows; 2]> {
+        let (raw, block) = self.tiles.raw(slot)?;
+        let at = |base: *mut u8, strides: &Strides| {
+            let elements = i64::from(block) * strides.block + i64::from(head) * strides.head;
+            let start = base.wrapping_offset(elements as isize * 2).cast_const();
+            HeadRows { start, bytes: strides.token as isize * 2 }
+        };
+        let keys = at(raw.k, &raw.k_strides);
+        Some([keys, if self.shape.v_in_k { keys } else { at(raw.v, &raw.v_strides) }])
+    }
+
+    /// Seals one head of a tile of the list; its slot and block were checked. `ahead` is what will
+    /// be read next, if that is known.
+    ///
+    /// # Safety
+    /// As for [`seal_tiles`], of whose kernels `seal` is one.
+    pub(super) unsafe fn seal_head(
+        &self,
+        index: usize,
+        head: u32,
+        ahead: Option<[HeadRows; 2]>,
+        seal: unsafe fn(&SealJob<'_>) -> bool,
+    ) {
+        let tile = self.list[index];
+        let (Some(record), Some([k, v])) =
+            (self.tiles.record(tile.block, head), self.rows(tile.slot, head))
         else {
             return;
         };
-        let job = SealJob {
-            layout: args.tiles.layout,
-            k,
-            k_row_bytes: raw.k_strides.token as isize * 2,
-            v,
-            v_row_bytes: raw.v_strides.token as isize * 2,
-            record,
-            next_k: rows(unit + 1).map_or(k, |(_, next, _)| next),
-        };
-        // SAFETY: the caller's promise; blocks are distinct, so records are.
+        let ahead = ahead.unwrap_or([v, k]);
+        let job = SealJob { layout: self.tiles.layout, k, v, record, ahead };
+        // SAFETY: the caller's promise.
         if !unsafe { seal(&job) } {
-            args.refused[index].store(1, Ordering::Relaxed);
+            self.refused[index].store(1, Ordering::Relaxed);
         }
-    });
-    Ok(())
+    }
 }
 
 /// Seals one record; false where its rows cannot be sealed.
@@ -104,9 +151,7 @@ pub unsafe fn seal_tiles(
 pub(crate) unsafe fn seal_record<V: Words>(job: &SealJob<'_>) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
-        let header = job.record.add(job.layout.header.start);
-        let format = header.add(HEADER_FORMAT);
-        format.write_bytes(0, HEADER_CRC - HEADER_FORMAT);
+        begin_record(job);
         let sealed = seal_keys::<V>(job)
             && (job.layout.shape().v_in_k
                 || match job.layout.format().v_bits() {
@@ -116,22 +161,46 @@ pub(crate) unsafe fn seal_record<V: Words>(job: &SealJob<'_>) -> bool {
                     _ => seal_values::<V, 2>(job),
                 });
         if sealed {
-            let identity = quant::header_identity(job.layout);
-            format.copy_from_nonoverlapping(identity.as_ptr(), identity.len());
-            let before = quant::crc32c(0, &quant::header_dims(job.layout));
-            let bytes = job.layout.header.start + HEADER_CRC;
-            let crc = V::crc32c(before, job.record, bytes).to_le_bytes();
-            header.add(HEADER_CRC).copy_from_nonoverlapping(crc.as_ptr(), crc.len());
+            finish_record::<V>(job);
         }
         sealed
     }
 }
 
+/// Makes the record say that it is not sealed.
+///
+/// # Safety
+/// As for [`seal_record`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn begin_record(job: &SealJob<'_>) {
+    let format = job.layout.header.start + HEADER_FORMAT;
+    // SAFETY: the caller's promise.
+    unsafe { job.record.add(format).write_bytes(0, HEADER_CRC - HEADER_FORMAT) }
+}
+
+/// Makes a record whose arrays and units are written say that it is sealed.
+///
+/// # Safety
+/// As for [`seal_record`].
+#[inline(always)]
+pub(in crate::cpu) unsafe fn finish_record<V: Words>(job: &SealJob<'_>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let header = job.record.add(job.layout.header.start);
+        let identity = quant::header_identity(job.layout);
+        header.add(HEADER_FORMAT).copy_from_nonoverlapping(identity.as_ptr(), identity.len());
+        let before = quant::crc32c(0, &quant::header_dims(job.layout));
+        let bytes = job.layout.header.start + HEADER_CRC;
+        let crc = V::crc32c(before, job.record, bytes).to_le_bytes();
+        header.add(HEADER_CRC).copy_from_nonoverlapping(crc.as_ptr(), crc.len());
+    }
+}
+
 /// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
+const LINE: usize = 64;
 
 /// Least and largest elements of the channels of `N` vectors from `c` on; 0 in every lane, or NaN for
-/// what is not finite. Values are on their way to the cache meanwhile.
+/// what is not finite.
 ///
 /// # Safety
 /// As for [`seal_record`].
@@ -141,23 +210,17 @@ unsafe fn ranges_of<V: Words, const N: usize>(
     c: usize,
     ranges: &mut [(f32, f32); K_DIM],
 ) -> V {
-    let (shape, bytes) = (job.layout.shape(), 2 * N * V::LANES);
+    let (shape, lines) = (job.layout.shape(), (2 * N * V::LANES).div_ceil(LINE));
     // SAFETY: the caller's promise; prefetches may have any address.
     unsafe {
-        let at = |token: usize, i: usize| {
-            let row = job.k.wrapping_offset(token as isize * job.k_row_bytes);
-            row.cast::<u16>().add(c + i * V::LANES)
-        };
+        let at = |token: usize, i: usize| job.k.row(token).cast::<u16>().add(c + i * V::LANES);
         let (mut low, mut broken) = ([V::splat(0.0); N], [V::splat(0.0); N]);
         for i in 0..N {
             low[i] = V::load_bf16(at(0, i));
         }
         let mut high = low;
         for token in 0..shape.tokens as usize {
-            if !shape.v_in_k {
-                let row = job.v.wrapping_offset(token as isize * job.v_row_bytes);
-                (0..bytes).step_by(LINE).for_each(|line| prefetch(row.wrapping_add(2 * c + line)));
-            }
+            job.ahead[0].prefetch(token, 2 * c / LINE, lines);
             for i in 0..N {
                 let x = V::load_bf16(at(token, i));
                 (low[i], high[i]) = (low[i].min(x), high[i].max(x));
@@ -190,7 +253,6 @@ unsafe fn seal_keys<V: Words>(job: &SealJob<'_>) -> bool {
     let mut ranges = [(0.0, 0.0); K_DIM];
     // SAFETY: the caller's promise.
     unsafe {
-        let row = |token: usize| job.k.wrapping_offset(token as isize * job.k_row_bytes);
         let mut broken = V::splat(0.0);
         let mut c = 0;
         while c < k_dim {
@@ -219,7 +281,7 @@ unsafe fn seal_keys<V: Words>(job: &SealJob<'_>) -> bool {
         let mut codes = [0u8; K_DIM];
         let n = ((1u32 << layout.format().k_bits()) - 1) as f32;
         for token in 0..tokens {
-            let row = row(token).cast::<u16>();
+            let row = job.k.row(token).cast::<u16>();
             for c in (0..k_dim).step_by(V::LANES) {
                 let step = V::load(step.as_ptr().add(c));
                 let x = V::load_bf16(row.add(c)).sub(V::load(base.as_ptr().add(c))).div(step);

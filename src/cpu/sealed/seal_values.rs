@@ -5,8 +5,7 @@
 
 use core::mem::MaybeUninit;
 
-use super::seal::{LANES, LINE, SealJob, pack};
-use crate::cpu::vector::prefetch_far;
+use super::seal::{LANES, SealJob, pack};
 use crate::cpu::words::Words;
 use crate::dtype::f16;
 use crate::layout::MAX_SPLIT_HEAD_DIM;
@@ -35,10 +34,8 @@ pub(super) unsafe fn seal_values<V: Words, const BITS: u32>(job: &SealJob<'_>) -
         let mut broken = V::splat(0.0);
         for first in (0..tokens).step_by(V::LANES) {
             for i in 0..V::LANES {
-                let row = job.v.wrapping_offset((first + i) as isize * job.v_row_bytes);
-                let next = job.next_k.wrapping_offset((first + i) as isize * job.k_row_bytes);
-                let bytes = 2 * layout.shape().k_dim as usize;
-                (0..bytes).step_by(LINE).for_each(|line| prefetch_far(next.wrapping_add(line)));
+                let row = job.v.row(first + i);
+                job.ahead[1].prefetch(first + i, 0, v_dim.div_ceil(32));
                 for c in (0..v_dim).step_by(V::LANES) {
                     let x = V::load_bf16(row.cast::<u16>().add(c));
                     broken = broken.add(x.sub(x));

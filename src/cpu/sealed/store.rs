@@ -5,19 +5,18 @@
 //! end. It knows slots and block ids, not who holds them.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::AtomicU32;
 
 use super::{
-    RawBlock, RawTables, SealArgs, SealTile, TileAttendArgs, TileView, attend_tiles,
-    attend_tiles_workspace_bytes, seal_tiles,
+    RawBlock, RawTables, SealArgs, SealTile, TileAppendArgs, TileAttendArgs, TileView,
+    append_tiles, attend_tiles, attend_tiles_workspace_bytes,
 };
 use crate::attention::{HeadShape, Scoring};
 use crate::cpu::memory::Memory;
 use crate::cpu::store::{AttendBatch, check_len, copy_rows, grow};
-use crate::cpu::{
-    AppendArgs, AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RowsView, append,
-};
+use crate::cpu::{AttendMaxima, BlockTables, CpuLevel, Executor, KvView, Rope, RowsView};
 use crate::dtype::{FormatClass, KvFormat, Rows, RowsMut};
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
@@ -38,6 +37,8 @@ pub struct RawRows {
     pub scratch: Vec<i64>,
     /// Tiles that are full when the rows are there.
     pub seals: Vec<SealTile>,
+    /// For each of them, which of the new tokens are its own: ascending.
+    pub own: Vec<Range<u32>>,
     /// For each of them, raised where it could not be sealed in some layer.
     pub refused: Vec<AtomicU32>,
     /// Blocks of scratch that are used.
@@ -56,6 +57,7 @@ impl RawRows {
         self.staging.clear();
         self.scratch.clear();
         self.seals.clear();
+        self.own.clear();
         self.refused.clear();
         self.scratch_blocks = 0;
         self.serial = 0;
@@ -183,6 +185,9 @@ impl TileStore {
         let spec = self.layout.spec();
         let shape = self.shape(spec.kv_heads);
         let rows = raw.staging.len();
+        if raw.scratch.len() != rows {
+            return Err(Error::invalid("scratch", "must have one entry a row"));
+        }
         let v_dim = if spec.v_in_k { 0 } else { shape.v_dim };
         check_len("k", k.elements(), rows, shape.kv_heads, shape.k_dim)?;
         check_len("v", v.elements(), rows, shape.kv_heads, v_dim)?;
@@ -190,28 +195,19 @@ impl TileStore {
             return Err(Error::invalid("positions", "must have one entry a row"));
         }
         let tiles = self.view(layer)?;
-        let args = AppendArgs {
-            shape,
-            kv: tiles.staging,
-            slots: raw.staging.as_ptr(),
+        let args = TileAppendArgs {
+            seals: SealArgs { shape, tiles, list: &raw.seals, refused: &raw.refused },
+            own: &raw.own,
+            staging: raw.staging.as_ptr(),
+            scratch: raw.scratch.as_ptr(),
             rows: u32::try_from(rows).map_err(|_| Error::Overflow { what: "rows" })?,
             k: RowsView::contiguous(k.as_ptr().cast_mut(), k.dtype(), shape.kv_heads, shape.k_dim),
             v: RowsView::contiguous(v.as_ptr().cast_mut(), v.dtype(), shape.kv_heads, shape.v_dim),
             rope: rope.map(|(rope, positions)| (rope, positions.as_ptr())),
         };
-        let seals = SealArgs { shape, tiles, list: &raw.seals, refused: &raw.refused };
         // SAFETY: lengths were checked against the slices, the views are this store's own memory,
         // and `&mut self` keeps readers out.
-        unsafe {
-            append(&args, executor)?;
-            if raw.scratch_blocks != 0 {
-                let kv = tiles.scratch;
-                append(&AppendArgs { kv, slots: raw.scratch.as_ptr(), ..args }, executor)?;
-            }
-            if !raw.seals.is_empty() {
-                seal_tiles(&seals, self.level, executor)?;
-            }
-        }
+        unsafe { append_tiles(&args, self.level, executor) }?;
         if raw.scratch_blocks != 0 {
             self.scratch_of = Some((raw.serial, layer));
         }

@@ -2,10 +2,16 @@
 
 use alloc::{vec, vec::Vec};
 
+use core::sync::atomic::AtomicU32;
+
 use super::*;
-use crate::cpu::CpuLevel;
-use crate::dtype::{FormatClass, KvFormat, bf16};
+use crate::attention::HeadShape;
+use crate::cpu::{
+    AppendArgs, CpuLevel, Executor, KvView, Rope, RopeStyle, RowsView, Serial, append_at,
+};
+use crate::dtype::{DType, FormatClass, KvFormat, bf16};
 use crate::layout::tile::{TILE_TOKENS, TileLayout, TileShape};
+use crate::layout::{GroupLayout, GroupSpec};
 use crate::quant::{self, Stored, Tile};
 
 /// SplitMix64 to about normal values.
@@ -35,14 +41,16 @@ fn wide(rows: &[bf16]) -> Vec<f32> {
 fn seal_at(level: CpuLevel, layout: &TileLayout, k: &[bf16], v: &[bf16]) -> (bool, Vec<u8>) {
     let mut memory: Vec<u128> = vec![u128::MAX; layout.bytes() / 16 + 1];
     let record = memory.as_mut_ptr().cast::<u8>();
+    let rows = |of: &[bf16], dim: u32| seal::HeadRows {
+        start: of.as_ptr().cast(),
+        bytes: 2 * dim as isize,
+    };
     let job = SealJob {
         layout,
-        k: k.as_ptr().cast(),
-        k_row_bytes: 2 * layout.shape().k_dim as isize,
-        v: v.as_ptr().cast(),
-        v_row_bytes: 2 * layout.shape().v_dim as isize,
+        k: rows(k, layout.shape().k_dim),
+        v: rows(v, layout.shape().v_dim),
         record,
-        next_k: core::ptr::null(),
+        ahead: [rows(v, 0), rows(k, 0)],
     };
     // SAFETY: the level is available, the rows and the record have the layout's sizes.
     let (sealed, bytes) = unsafe {
@@ -141,9 +149,7 @@ fn odd_rows_seal_as_in_the_reference_or_not_at_all() {
 #[cfg(feature = "std")]
 #[test]
 fn records_that_come_from_outside_are_checked() {
-    use crate::cpu::Serial;
     use crate::ids::BlockId;
-    use crate::layout::{GroupLayout, GroupSpec};
 
     let spec = |format| GroupSpec::uniform(2, 2, 32, format);
     let store = |format| {
@@ -154,6 +160,7 @@ fn records_that_come_from_outside_are_checked() {
     let mut raw = RawRows { staging: (0..32).collect(), ..RawRows::default() };
     raw.scratch = vec![-1; 32];
     raw.seals.push(SealTile { slot: 0, block: 1 });
+    raw.own.push(0..32);
     raw.refused.push(Default::default());
     let values: Vec<f32> = wide(&rows(32 * 2, 32, |_| 1.0, 8));
     for layer in 0..2 {
@@ -173,4 +180,108 @@ fn records_that_come_from_outside_are_checked() {
     // Blocks that were never sealed are no records.
     let empty = vec![0; block.len()];
     assert!(tiles.write_block(BlockId(0), &empty).is_err());
+}
+
+/// Runs units in order, and says that it has many workers.
+#[derive(Debug)]
+struct Many;
+
+// SAFETY: as of `Serial`.
+unsafe impl Executor for Many {
+    fn workers(&self) -> usize {
+        64
+    }
+
+    fn run(&self, units: usize, unit: &(dyn Fn(usize, usize) + Sync)) {
+        Serial.run(units, unit);
+    }
+}
+
+#[test]
+fn rows_and_the_tiles_that_they_fill_are_the_same_in_one_call_and_in_two() {
+    const TOKENS: usize = 32;
+    let shape = HeadShape { q_heads: 2, kv_heads: 2, k_dim: 64, v_dim: 64, v_in_k: false };
+    let tile = TileShape { k_dim: 64, v_dim: 64, v_in_k: false, tokens: TOKENS as u32 };
+    let layout = TileLayout::new(KvFormat::Kt4v2, tile).unwrap();
+    let spec = GroupSpec::uniform(1, 2, 64, KvFormat::Bf16);
+    let group = GroupLayout::new(spec, TOKENS as u32).unwrap();
+    // The end of a tile in slot 1, three tiles in scratch, a row that is skipped, a tile that stays
+    // open in slot 0, and one in slot 2 that was full before.
+    let places = [(1, 20..32, false), (0, 0..32, true), (2, 0..32, true), (1, 0..32, true)];
+    let (mut staging, mut scratch, mut own) = (Vec::new(), Vec::new(), Vec::new());
+    for (slot, tokens, in_scratch) in places {
+        let first = staging.len() as u32;
+        for token in tokens {
+            let at = (slot * TOKENS + token) as i64;
+            staging.push(if in_scratch { -1 } else { at });
+            scratch.push(if in_scratch { at } else { -1 });
+        }
+        own.push(first..staging.len() as u32);
+    }
+    staging.extend(core::iter::once(-1).chain(0..40 - 31));
+    scratch.resize(staging.len(), -1);
+    own.push(own[3].end..own[3].end);
+    let list =
+        [(1, 0), (3, 3), (5, 1), (4, 4), (2, 2)].map(|(slot, block)| SealTile { slot, block });
+    let count = staging.len();
+    let k = rows(count * 2, 64, |c| 1.0 + c as f32, 11);
+    let mut v = rows(count * 2, 64, |_| 1.0, 12);
+    v[70 * 128 + 3] = bf16::INFINITY;
+    let positions: Vec<u32> = (100..100 + count as u32).collect();
+    let rope = Rope::new(RopeStyle::Halves, 64, 10_000.0).unwrap();
+
+    let block_bytes = 2 * layout.bytes();
+    let run = |executor: &dyn Executor, one_call: bool, rope: Option<&Rope>, own: &[_]| {
+        let mut raw = rows(6 * 4 * TOKENS, 64, |_| 1.0, 13);
+        let mut records = vec![0u128; 5 * block_bytes / 16];
+        let raw_rows = raw.as_mut_ptr();
+        let view = |raw: *mut bf16| KvView::native(&group, raw.cast(), 3, 0).unwrap();
+        let refused: Vec<_> = list.iter().map(|_| AtomicU32::new(0)).collect();
+        let tiles = TileView {
+            layout: &layout,
+            records: records.as_mut_ptr().cast(),
+            block_bytes: block_bytes as i64,
+            head_bytes: layout.bytes() as i64,
+            num_blocks: 5,
+            staging: view(raw_rows),
+            scratch: view(raw_rows.wrapping_add(3 * 4 * TOKENS * 64)),
+        };
+        let seals = SealArgs { shape, tiles, list: &list, refused: &refused };
+        let [k, v] = [&k, &v]
+            .map(|x| RowsView::contiguous(x.as_ptr().cast_mut().cast(), DType::Bf16, 2, 64));
+        let rope = rope.map(|rope| (rope, positions.as_ptr()));
+        let level = CpuLevel::detected();
+        // SAFETY: the buffers have these sizes, and nobody else uses them.
+        let done = unsafe {
+            if one_call {
+                let (staging, scratch, rows) = (staging.as_ptr(), scratch.as_ptr(), count as u32);
+                let args = TileAppendArgs { seals, own, staging, scratch, rows, k, v, rope };
+                append_tiles(&args, level, executor)
+            } else {
+                for (kv, slots) in [(tiles.staging, &staging), (tiles.scratch, &scratch)] {
+                    let slots = slots.as_ptr();
+                    let args = AppendArgs { shape, kv, slots, rows: count as u32, k, v, rope };
+                    append_at(&args, level, executor).unwrap();
+                }
+                seal_tiles(&seals, level, executor)
+            }
+        };
+        let refused: Vec<u32> = refused.into_iter().map(AtomicU32::into_inner).collect();
+        (done, raw, records, refused)
+    };
+    for rope in [None, Some(&rope)] {
+        let expected = run(&Serial, false, rope, &own);
+        assert_eq!(expected.3, [0, 0, 1, 0, 0]);
+        assert!(expected == run(&Serial, true, rope, &own), "a tile at a time");
+        assert!(expected == run(&Many, true, rope, &own), "heads over workers");
+    }
+    // What is no partition of the rows is refused before anything is written.
+    let untouched = run(&Serial, true, None, &own[1..]);
+    for (at, start, end) in [(1, 30, 20), (1, 5, 13), (4, 110, count as u32 + 1)] {
+        let mut own = own.clone();
+        own[at] = start..end;
+        let answer = run(&Serial, true, None, &own);
+        assert!(answer.0.is_err());
+        assert!((answer.1, answer.2) == (untouched.1.clone(), untouched.2.clone()), "nothing");
+    }
 }

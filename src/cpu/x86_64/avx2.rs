@@ -263,6 +263,7 @@ unsafe impl Words for F32x8 {
     unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
         unsafe { super::permute16(from, pattern, to) }
     }
+    #[cfg(not(feature = "std"))]
     #[inline(always)]
     unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
         unsafe { super::crc32c(before, p, bytes) }
@@ -270,4 +271,4 @@ unsafe impl Words for F32x8 {
 }
 
 crate::cpu::kernels::instantiate!(kernels, F32x8, "avx2,fma,f16c");
-crate::cpu::sealed::instantiate_sealed!(sealed, F32x8, Plain, "avx2,fma,f16c,sse4.2");
+crate::cpu::sealed::instantiate_sealed!(sealed, F32x8, Plain, "avx2,fma,f16c");

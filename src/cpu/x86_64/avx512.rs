@@ -9,7 +9,7 @@ use crate::cpu::job::Job;
 use crate::cpu::kernels::{Kernel, Kernels};
 use crate::cpu::prefill;
 use crate::cpu::quant::{CodePairs, E4m3, E5m2};
-use crate::cpu::sealed::{SealedJob, SealedKernels};
+use crate::cpu::sealed::{SealJob, SealedJob, SealedKernels};
 use crate::cpu::vector::{PairDot, Vector};
 use crate::cpu::words::{ByteDot, Words};
 use crate::dtype::{DType, KvFormat, bf16};
@@ -151,34 +151,49 @@ unsafe impl Vector for F32x16 {
         #[allow(clippy::needless_range_loop)] // the indices run over arrays and addresses
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];
-            let mut t = r;
             for i in 0..16 {
                 r[i] = _mm512_loadu_ps(from.add(i * from_stride).cast());
             }
-            // Within 128-bit quarters: pairs of rows, then quadruples; then the quarters.
-            for i in 0..8 {
-                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-            }
-            for i in 0..4 {
-                r[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
-                r[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
-                r[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
-            }
-            for i in 0..4 {
-                t[i] = _mm512_shuffle_f32x4::<0x88>(r[i], r[i + 4]);
-                t[i + 4] = _mm512_shuffle_f32x4::<0xdd>(r[i], r[i + 4]);
-                t[i + 8] = _mm512_shuffle_f32x4::<0x88>(r[i + 8], r[i + 12]);
-                t[i + 12] = _mm512_shuffle_f32x4::<0xdd>(r[i + 8], r[i + 12]);
-            }
-            for i in 0..8 {
-                let low = _mm512_shuffle_f32x4::<0x88>(t[i], t[i + 8]);
-                let high = _mm512_shuffle_f32x4::<0xdd>(t[i], t[i + 8]);
-                _mm512_storeu_ps(to.add(i * to_stride).cast(), low);
-                _mm512_storeu_ps(to.add((i + 8) * to_stride).cast(), high);
+            let r = transposed(r);
+            for i in 0..16 {
+                _mm512_storeu_ps(to.add(i * to_stride).cast(), r[i]);
             }
         }
+    }
+}
+
+/// Transposes 16 rows of 16 elements of 32 bits.
+///
+/// # Safety
+/// AVX-512 with DQ.
+#[inline(always)]
+pub(super) unsafe fn transposed(mut r: [__m512; 16]) -> [__m512; 16] {
+    #[allow(clippy::needless_range_loop)] // the indices run over two arrays
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut t = r;
+        // Within 128-bit quarters: pairs of rows, then quadruples; then the quarters.
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            r[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_f32x4::<0x88>(r[i], r[i + 4]);
+            t[i + 4] = _mm512_shuffle_f32x4::<0xdd>(r[i], r[i + 4]);
+            t[i + 8] = _mm512_shuffle_f32x4::<0x88>(r[i + 8], r[i + 12]);
+            t[i + 12] = _mm512_shuffle_f32x4::<0xdd>(r[i + 8], r[i + 12]);
+        }
+        for i in 0..8 {
+            r[i] = _mm512_shuffle_f32x4::<0x88>(t[i], t[i + 8]);
+            r[i + 8] = _mm512_shuffle_f32x4::<0xdd>(t[i], t[i + 8]);
+        }
+        r
     }
 }
 
@@ -329,6 +344,7 @@ unsafe impl Words for F32x16 {
     unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
         unsafe { super::permute16(from, pattern, to) }
     }
+    #[cfg(not(feature = "std"))]
     #[inline(always)]
     unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
         unsafe { super::crc32c(before, p, bytes) }
@@ -351,13 +367,13 @@ crate::cpu::sealed::instantiate_sealed!(
     sealed,
     F32x16,
     Plain,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,sse4.2"
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 );
 crate::cpu::sealed::instantiate_sealed!(
     sealed_any_vnni,
     F32x16,
     Vnni,
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,sse4.2"
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
 );
 
 /// The kernels of the level with VNNI: those that read records as they lie, where they can.
@@ -372,7 +388,13 @@ pub(crate) fn sealed_vnni() -> SealedKernels {
             }
         }
     }
-    SealedKernels { attend, ..sealed_any_vnni() }
+    unsafe fn seal(job: &SealJob<'_>) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if tiles::seals(job.layout) { tiles::seal(job) } else { (sealed_any_vnni().seal)(job) }
+        }
+    }
+    SealedKernels { attend, seal }
 }
 
 crate::cpu::kernels::instantiate!(

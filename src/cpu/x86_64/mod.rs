@@ -21,10 +21,12 @@ unsafe fn permute16(from: *const u8, pattern: &[u8; 16], to: *mut u8) {
     }
 }
 
-/// [`Words::crc32c`](super::words::Words::crc32c) by the instruction of SSE4.2.
+/// [`Words::crc32c`](super::words::Words::crc32c) by the instruction of SSE4.2, where there is nobody
+/// to ask whether the CPU has it.
 ///
 /// # Safety
 /// As there, where SSE4.2 is enabled.
+#[cfg(not(feature = "std"))]
 #[inline(always)]
 unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
     let mut crc = u64::from(!before);

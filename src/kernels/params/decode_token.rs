@@ -8,8 +8,9 @@ device_struct! {
     /// Paged decode over rows of codes, token by token: FP8, INT8_T, INT4_T, NVFP4.
     DecodeTokenParams, "kvc_decode_token_params" {
         /// The call. Strides of `k` and `v` are in bytes, multiples of 16. `bulk` is 1 where the rows
-        /// of a head and their scales follow each other within a block of a multiple of 16 tokens, and
-        /// scales begin at multiples of 16 bytes; `stages`, 2 to 4, is then of tiles of 128 tokens.
+        /// of a head and their scales follow each other within a block of a multiple of 16 tokens (8
+        /// where a row has more than 128 bytes), and scales begin at multiples of 16 bytes; `stages`,
+        /// 2 to 4, is then of tiles of 128 (64) tokens.
         call: DecodeParams,
         /// Scales of the keys of block 0, head 0, token 0: `KvFormat::row_scale_bytes` bytes, of
         /// f16 at an even address; null where the format has none.

@@ -1,5 +1,6 @@
-//! Decode over sealed tiles with AVX512_VNNI: the generic kernel's steps, without bringing records
-//! into lanes first.
+//! Sealed tiles with AVX-512, VNNI and VBMI. Decode: the generic kernel's steps, without bringing
+//! records into lanes first. Sealing is in `seal.rs`,
+//! `seal_values.rs` and `lanes.rs`.
 //!
 //! A tile's keys are multiplied with four rows of queries as they lie, its values with the
 //! probabilities of those. Beside these products there is one rounding of queries, one softmax and
@@ -7,8 +8,11 @@
 //! head dimensions other than 64, 128 and 256 are the generic kernel's.
 
 mod ahead;
+mod lanes;
 mod queries;
 mod rows;
+mod seal;
+mod seal_values;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -21,6 +25,7 @@ use crate::layout::tile::TileLayout;
 use ahead::{Ahead, Hints};
 use queries::{Query, round_queries};
 use rows::{MOST, Order, Rows, Weights, dots, lines};
+pub(super) use seal::{seal, seals};
 use softmax::{Probabilities, soften};
 
 use super::avx512::F32x16;

@@ -1,11 +1,15 @@
 //! Onboarding by layers: an engine starts before its blocks are there, never attends over what is not
-//! there or not what it should be, and gets what it would have computed.
+//! there or not what it should be, and gets what it would have computed. Here is each case by itself; in
+//! `random` all of them at once.
 
 #![cfg(unix)]
 
+mod random;
+mod stores;
+#[path = "../tier_case/mod.rs"]
 mod tier_case;
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache::Error;
@@ -15,9 +19,8 @@ use kvcache::dtype::KvFormat;
 use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::tier::disk::{DiskOptions, DiskStore};
-use kvcache::tier::{
-    Configuration, Get, GetPart, Missed, ObjectKey, Outcome, Put, Store, TierKind, Watcher,
-};
+use kvcache::tier::{Configuration, Missed, Store, TierKind};
+use stores::{Fault, Gated, Remote};
 use tier_case::{
     BLOCK, DIM, HEADS, LONG, SPACE, below, cache_of, prefetch, prompt, report, rows, serve_part,
 };
@@ -107,90 +110,6 @@ fn onboarded(cache: &mut KvCache, prompt: &[u32]) -> (usize, Vec<f32>, Result<()
     (cached, out, ended)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Fault {
-    /// One bit of the part is another.
-    Flip,
-    /// The file is too short.
-    Short,
-    Fails,
-    Panics,
-}
-
-/// A disk that gives a part only when it is let, and then perhaps not as it was.
-#[derive(Debug)]
-struct Gated {
-    disk: DiskStore,
-    /// Calls that may be made yet.
-    allowed: Mutex<u32>,
-    more: Condvar,
-    /// (bytes of the object before the part, the call of these that goes wrong)
-    fault: Mutex<Option<(Fault, u64)>>,
-}
-
-impl Gated {
-    fn allow(&self, calls: u32) {
-        let mut allowed = self.allowed.lock().unwrap();
-        *allowed = allowed.saturating_add(calls);
-        self.more.notify_all();
-    }
-}
-
-impl Store for Gated {
-    fn knows(&self, key: &ObjectKey) -> Option<bool> {
-        self.disk.knows(key)
-    }
-    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        self.disk.exists(keys, found)
-    }
-    fn put(&self, objects: &[Put], outcomes: &mut [Outcome]) {
-        self.disk.put(objects, outcomes)
-    }
-    fn get(&self, objects: &mut [Get], outcomes: &mut [Outcome]) {
-        self.disk.get(objects, outcomes)
-    }
-    fn gives_parts(&self) -> bool {
-        true
-    }
-    fn hold(&self, keys: &[ObjectKey], held: &mut [bool]) {
-        self.disk.hold(keys, held)
-    }
-    fn unhold(&self, keys: &[ObjectKey]) {
-        self.disk.unhold(keys)
-    }
-    fn get_parts(&self, parts: &mut [GetPart], outcomes: &mut [Outcome]) {
-        let allowed = self.allowed.lock().unwrap();
-        // Not for ever: a test that fails ends.
-        let waited = self.more.wait_timeout_while(allowed, LONG / 3, |allowed| *allowed == 0);
-        let mut allowed = waited.unwrap().0;
-        *allowed = allowed.saturating_sub(1);
-        drop(allowed);
-        self.disk.get_parts(parts, outcomes);
-        if let Some((fault, at)) = *self.fault.lock().unwrap() {
-            for (part, outcome) in parts.iter_mut().zip(outcomes) {
-                if !(part.offset..part.offset + part.bytes.len() as u64).contains(&at) {
-                    continue;
-                }
-                match fault {
-                    Fault::Flip => part.bytes[(at - part.offset) as usize] ^= 0x10,
-                    Fault::Short => *outcome = Outcome::Absent,
-                    Fault::Fails => *outcome = Outcome::Failed,
-                    Fault::Panics => panic!("planted"),
-                }
-            }
-        }
-    }
-    fn remove(&self, keys: &[ObjectKey]) {
-        self.disk.remove(keys)
-    }
-    fn watch(&self, watcher: Arc<dyn Watcher>) -> bool {
-        self.disk.watch(watcher)
-    }
-    fn used(&self) -> Option<(u64, u64)> {
-        self.disk.used()
-    }
-}
-
 /// A folder that goes when the test ends.
 struct Folder(std::path::PathBuf);
 
@@ -209,18 +128,13 @@ impl Drop for Folder {
     }
 }
 
-fn disk(folder: &Folder, spec: &CacheSpec) -> DiskStore {
+fn disk(folder: &Folder, spec: &CacheSpec, bytes: u64) -> DiskStore {
     let config = Configuration::new(MODEL, spec, &Slice::whole(spec)).unwrap();
-    DiskStore::open(&DiskOptions::new(&folder.0, 64 << 20), &config).unwrap().0
+    DiskStore::open(&DiskOptions::new(&folder.0, bytes), &config).unwrap().0
 }
 
 fn gated(folder: &Folder) -> Arc<Gated> {
-    Arc::new(Gated {
-        disk: disk(folder, &deep()),
-        allowed: Mutex::new(0),
-        more: Condvar::new(),
-        fault: Mutex::new(None),
-    })
+    Gated::over(disk(folder, &deep(), 64 << 20))
 }
 
 /// A cache over a store, nothing in its host, and `prompts` in the store.
@@ -437,39 +351,6 @@ fn calls_that_cannot_be_are_refused() {
     assert!(cache.poll_step_layer(&Step::new(), LayerId::uniform(0)).is_err());
 }
 
-/// A store that has to be asked, and gives objects whole.
-#[derive(Debug, Default)]
-struct Remote(Mutex<std::collections::BTreeMap<ObjectKey, Vec<u8>>>);
-
-impl Store for Remote {
-    fn knows(&self, _: &ObjectKey) -> Option<bool> {
-        None
-    }
-    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        let objects = self.0.lock().unwrap();
-        keys.iter().zip(found).for_each(|(key, found)| *found = objects.contains_key(key));
-        true
-    }
-    fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        outcomes.fill(Outcome::Done);
-        self.0.lock().unwrap().extend(puts.iter().map(|put| (put.key, put.object.to_vec())));
-    }
-    fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
-        let objects = self.0.lock().unwrap();
-        for (get, outcome) in gets.iter_mut().zip(outcomes) {
-            *outcome = Outcome::Absent;
-            if let Some(object) = objects.get(&get.key) {
-                get.object.copy_from_slice(object);
-                *outcome = Outcome::Done;
-            }
-        }
-    }
-    fn remove(&self, keys: &[ObjectKey]) {
-        let mut objects = self.0.lock().unwrap();
-        keys.iter().for_each(|key| drop(objects.remove(key)));
-    }
-}
-
 #[test]
 fn a_store_that_must_be_asked_gives_whole_objects_that_it_was_seen_to_have() {
     let remote = Arc::new(Remote::default());
@@ -497,171 +378,4 @@ fn a_store_that_must_be_asked_gives_whole_objects_that_it_was_seen_to_have() {
     assert_eq!((cached, out), (0, expected(&lost)));
     let why = Missed::Absent.text();
     assert_eq!(ended, Err(Error::LayerMissing { group: 0, layer: 0, why }));
-}
-
-/// A pseudo-random number below `n`.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.0 >> 33) as usize) % n
-    }
-}
-
-/// A sequence of the random life: its prompt, and what the engine has of it.
-struct Live {
-    seq: kvcache::ids::SeqId,
-    prompt: usize,
-    held: usize,
-    step: Step,
-}
-
-/// Loads that interleave, with faults, cancels, evictions and steps in any order, on a device of few
-/// blocks, few buffers and a disk that evicts. Whatever is attended, is what a cache that computes
-/// everything attends; and all books agree after each call.
-fn a_random_life(seed: u64, steps: usize) {
-    let folder = Folder::new(&format!("random-{seed}"));
-    let config = Configuration::new(MODEL, &deep(), &Slice::whole(&deep())).unwrap();
-    let object = 4096 + u64::from(LAYERS) * 4096;
-    let disk = DiskStore::open(&DiskOptions::new(&folder.0, 40 * object), &config).unwrap().0;
-    let store = Arc::new(Gated {
-        disk,
-        allowed: Mutex::new(0),
-        more: Condvar::new(),
-        fault: Mutex::new(None),
-    });
-    let mut dice = Dice(seed);
-    let mut cache = cache_of(&deep(), 24);
-    let mut lower = below(store.clone(), TierKind::Disk);
-    lower.demotion.on_commit = true;
-    let host = dice.below(2) * 10;
-    let lower = vec![lower];
-    let options = TierOptions { transit_blocks: 24, lower, ..TierOptions::host(MODEL, host) };
-    cache.attach_tiers(options).unwrap();
-    // Prompts that share beginnings.
-    let prompts: Vec<Vec<u32>> = (0..8u32)
-        .map(|n| {
-            let mut tokens = prompt(n / 3, 3 + n as usize % 4);
-            for (at, token) in tokens.iter_mut().enumerate().skip(2 * BLOCK) {
-                *token = n * 10_000 + 5_000 + at as u32;
-            }
-            tokens
-        })
-        .collect();
-    let truth: Vec<Vec<f32>> = prompts.iter().map(|prompt| expected(prompt)).collect();
-    let mut live: Vec<Live> = Vec::new();
-    let (mut finished, mut failed, mut loaded) = (0, 0, 0);
-    for _ in 0..steps {
-        match dice.below(12) {
-            0..=2 if live.len() < 4 => {
-                let n = dice.below(prompts.len());
-                let Ok(started) = cache.start_onboarding(&prompts[n], &[], SPACE) else { continue };
-                let held = started.cached_tokens as usize;
-                loaded += usize::from(cache.load_state(started.seq).unwrap().is_some());
-                live.push(Live { seq: started.seq, prompt: n, held, step: Step::new() });
-            }
-            3 => {
-                let layer_bytes = 4096u64;
-                let at = 4096 + dice.below(LAYERS as usize) as u64 * layer_bytes + 77;
-                let fault = [Fault::Flip, Fault::Short, Fault::Flip][dice.below(3)];
-                *store.fault.lock().unwrap() = (dice.below(2) == 0).then_some((fault, at));
-            }
-            4 => store.allow(dice.below(6) as u32),
-            5 => cache.clear_prefix().unwrap(),
-            6 if !live.is_empty() => {
-                let one = live.swap_remove(dice.below(live.len()));
-                match dice.below(2) {
-                    0 => cache.release(one.seq).unwrap(),
-                    _ => {
-                        let held = cache.cancel_load(one.seq).unwrap();
-                        live.push(Live { held, ..one });
-                    }
-                }
-            }
-            _ if !live.is_empty() => {
-                let at = dice.below(live.len());
-                let one = &mut live[at];
-                let text = &prompts[one.prompt];
-                let last = text.len() - 1;
-                let to = if one.held < last { last } else { text.len() };
-                let tokens = &text[one.held..to];
-                match cache.begin(&mut one.step, &[Work { seq: one.seq, tokens }]) {
-                    Ok(()) => {}
-                    Err(Error::LayerMissing { .. }) => {
-                        one.held = cache.cancel_load(one.seq).unwrap();
-                        failed += 1;
-                        continue;
-                    }
-                    // No blocks: somebody has to go.
-                    Err(Error::OutOfBlocks { .. }) => {
-                        cache.release(live.swap_remove(at).seq).unwrap();
-                        continue;
-                    }
-                    Err(error) => panic!("{error}"),
-                }
-                let mut attended = Vec::new();
-                for n in 0..LAYERS {
-                    store.allow(dice.below(3) as u32);
-                    let wait = cache.step_layer_wait(&one.step, LayerId::uniform(n)).unwrap();
-                    wait.wait(Duration::from_millis(dice.below(3) as u64));
-                    let there = cache.poll_step_layer(&one.step, LayerId::uniform(n)) == Ok(true);
-                    match layer(&mut cache, &one.step, n, one.held, tokens) {
-                        Ok(out) => {
-                            assert!(there, "attended what is not there");
-                            attended.extend(out);
-                        }
-                        Err(error) => {
-                            assert!(!there, "{error}");
-                            break;
-                        }
-                    }
-                    cache.audit().unwrap();
-                }
-                let all = attended.len() == LAYERS as usize * tokens.len() * HEADS as usize * DIM;
-                if !all || dice.below(8) == 0 {
-                    if !all {
-                        assert!(cache.commit(&mut one.step).is_err());
-                    }
-                    cache.cancel(&mut one.step).unwrap();
-                } else {
-                    cache.commit(&mut one.step).unwrap();
-                    one.held = to;
-                    if to == text.len() {
-                        assert_eq!(attended, truth[one.prompt], "seed {seed}");
-                        finished += 1;
-                        cache.release(live.swap_remove(at).seq).unwrap();
-                    }
-                }
-            }
-            _ => {}
-        }
-        cache.audit().unwrap();
-    }
-    store.allow(u32::MAX);
-    for one in live {
-        cache.release(one.seq).unwrap();
-    }
-    *store.fault.lock().unwrap() = None;
-    cache.audit().unwrap();
-    // Nothing was left behind that is wrong, nor a buffer that is missing.
-    for (prompt, truth) in prompts.iter().zip(&truth) {
-        // What a read of before, still under way, finds damaged goes: then it is computed once more.
-        let ended = (0..2).map(|_| {
-            let (_, out, ended) = onboarded(&mut cache, prompt);
-            assert!(&out == truth, "seed {seed}: {ended:?}");
-            ended
-        });
-        assert_eq!(ended.last(), Some(Ok(())), "seed {seed}");
-    }
-    assert!(finished > 0 && loaded > 0, "seed {seed}: {finished} {loaded} {failed}");
-}
-
-#[test]
-fn random_lives_attend_what_a_cache_that_computes_attends() {
-    // More of them: KVCACHE_ROUNDS=100.
-    let rounds = std::env::var("KVCACHE_ROUNDS").map_or(8, |text| text.parse().unwrap());
-    for seed in 0..rounds {
-        a_random_life(seed, 300);
-    }
 }

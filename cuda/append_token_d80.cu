@@ -1,0 +1,4 @@
+// Append to rows of codes with 80 channels a head.
+#include "append_token.cuh"
+
+KVC_APPEND_TOKEN(80)

@@ -1,0 +1,8 @@
+// Paged decode over rows of codes with 96 channels a head.
+#include "decode_token.cuh"
+
+KVC_DECODE_TOKEN(fp8_e4m3, Fp8E4m3Rows, 96, 3)
+KVC_DECODE_TOKEN(fp8_e5m2, Fp8E5m2Rows, 96, 3)
+KVC_DECODE_TOKEN(int8_t, Int8Rows, 96, 3)
+KVC_DECODE_TOKEN(int4_t, Int4Rows, 96, 3)
+KVC_DECODE_TOKEN(nvfp4, Nvfp4Rows, 96, 3)
