@@ -737,6 +737,70 @@ struct kvc_prefill_params {
 };
 static_assert(sizeof(kvc_prefill_params) == 240, "layout of kvc_prefill_params");
 
+// Chunked prefill over sealed tiles and the raw ones of the same sequences. Causal.
+struct kvc_prefill_sealed_params {
+    // The call. Its table and `num_blocks` are those of the records; `k`, `v` and their
+    // strides, in elements, those of the staged raw rows, bf16. `block_tokens` is
+    // `tile_tokens`.
+    kvc_prefill_params call;
+    // Record of block 0, head 0.
+    const void *records;
+    // `[batch + 1]` offsets into `raw_blocks`, never decreasing.
+    const int32_t *raw_indptr;
+    // Tile of the sequence and raw slot, a pair each, tiles ascending: every tile that holds a
+    // query, and every earlier one whose record is not sealed.
+    const int32_t *raw_blocks;
+    // Keys of raw slot `staging_blocks`, head 0, token 0, bf16; null without scratch blocks.
+    const void *scratch_k;
+    // Values, likewise.
+    const void *scratch_v;
+    // Bytes from a block to the next in `records`.
+    int64_t record_block;
+    // Bytes from a KV head to the next in `records`.
+    int64_t record_head;
+    // Elements from a block to the next in `scratch_k`.
+    int64_t scratch_k_block;
+    // Elements from a head to the next in `scratch_k`.
+    int64_t scratch_k_head;
+    // Elements from a token to the next in `scratch_k`.
+    int64_t scratch_k_token;
+    // Elements from a block to the next in `scratch_v`.
+    int64_t scratch_v_block;
+    // Elements from a head to the next in `scratch_v`.
+    int64_t scratch_v_head;
+    // Elements from a token to the next in `scratch_v`.
+    int64_t scratch_v_token;
+    // Raw slots in staging; those behind are in scratch.
+    uint32_t staging_blocks;
+    // Raw slots in scratch.
+    uint32_t scratch_blocks;
+    // Tokens of a tile: 64 or 128.
+    uint32_t tile_tokens;
+    // What the header of a sealed record says of its format and tokens: its third word.
+    uint32_t identity;
+    // Bits of a key's code: 8, 4, 3 or 2.
+    uint32_t k_bits;
+    // Bits of a value's code.
+    uint32_t v_bits;
+    // Byte of a record from which the third bits of keys lie.
+    uint32_t k_plane_at;
+    // The codes of values.
+    uint32_t v_codes_at;
+    // The third bits of values.
+    uint32_t v_plane_at;
+    // The steps of key channels.
+    uint32_t k_steps_at;
+    // The middles of key channels.
+    uint32_t k_mids_at;
+    // The scales of value rows.
+    uint32_t v_scales_at;
+    // The header.
+    uint32_t header_at;
+    // 1 where sealed values are rotated. Else 0.
+    uint32_t v_rotated;
+};
+static_assert(sizeof(kvc_prefill_sealed_params) == 400, "layout of kvc_prefill_sealed_params");
+
 // Chunked prefill over rows of codes: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_prefill_token_params {
     // The call. Strides of `k` and `v` are in bytes, multiples of 16.
@@ -1013,6 +1077,8 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
     X(kvc_prefill_bf16_d128, kvc_prefill_params) \
     X(kvc_prefill_bf16_d192, kvc_prefill_params) \
     X(kvc_prefill_bf16_d256, kvc_prefill_params) \
+    X(kvc_prefill_sealed_d64, kvc_prefill_sealed_params) \
+    X(kvc_prefill_sealed_d128, kvc_prefill_sealed_params) \
     X(kvc_prefill_fp8_e4m3_d64, kvc_prefill_token_params) \
     X(kvc_prefill_fp8_e4m3_d80, kvc_prefill_token_params) \
     X(kvc_prefill_fp8_e4m3_d96, kvc_prefill_token_params) \

@@ -269,16 +269,18 @@ KVC_UNROLL
         }
     }
 
-    // Takes away the keys that a row does not see or that cannot be read.
+    // Takes away the keys that a row does not see or that cannot be read. `before` says of a position
+    // which of the tile's keys come before what is hidden from it.
+    template <typename Before>
     KVC_DEVICE void mask(Scores &s, const kvc_prefill_params &p, const Tile &u, int32_t token,
-                         uint64_t readable) const {
+                         uint64_t readable, const Before &before) const {
         const uint32_t own = lane_id() % 4 * 2;
 KVC_UNROLL
         for (int i = 0; i < kStrips * 2; ++i) {
             const int32_t at =
                 u.offset + static_cast<int32_t>(row(u, i / 2, i % 2) / u.group);
             uint64_t seen = readable & ~keys_before(lowest(p, at) - token);
-            if (p.causal != 0) seen &= keys_before(at - token + 1);
+            seen &= before(at);
             seen >>= own;
 KVC_UNROLL
             for (int j = 0; j < kKeys / 8 * 2; ++j)
@@ -324,10 +326,13 @@ KVC_UNROLL
                 for (int c = 0; c < 4; ++c) o[i][j][c] *= keep[i][c / 2];
     }
 
-    // Adds the tile's weighted values.
-    template <typename T> KVC_DEVICE void add(const Scores &s, const uint16_t *values) {
+    // Adds the tile's weighted values, which are rows of channels, or of tokens where `ByChannel`.
+    template <typename T, bool ByChannel = false>
+    KVC_DEVICE void add(const Scores &s, const uint16_t *values) {
         const uint32_t lane = lane_id();
-        const uint16_t *v_at = values + lane % 16 * S::kRow + lane / 16 * 8;
+        const uint16_t *v_at =
+            ByChannel ? values + (lane % 8 + lane / 16 * 8) * kTokenRow + lane / 8 % 2 * 8
+                      : values + lane % 16 * S::kRow + lane / 16 * 8;
 KVC_UNROLL
         for (int k = 0; k < kKeys / 16; ++k) {
             uint32_t a[kStrips][4];
@@ -340,7 +345,10 @@ KVC_UNROLL
 KVC_UNROLL
             for (int step = 0; step < S::kSteps; ++step) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, v_at + k * 16 * S::kRow + step * 16);
+                if constexpr (ByChannel)
+                    ldmatrix_x4(b, v_at + step * 16 * kTokenRow + k * 16);
+                else
+                    ldmatrix_x4_trans(b, v_at + k * 16 * S::kRow + step * 16);
                 const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 KVC_UNROLL
                 for (int i = 0; i < kStrips; ++i) {
@@ -435,7 +443,9 @@ KVC_DEVICE void attend(const kvc_prefill_params &p, const Source &source) {
             if (p.transform != 0) warp.transform(s, p, kept_tile<HeadDim>(), token);
             const uint64_t readable = Loader::places().readable;
             if (uniform(readable != kAllKeys || !kept_sight<HeadDim>().all(token)))
-                warp.mask(s, p, kept_tile<HeadDim>(), token, readable);
+                warp.mask(s, p, kept_tile<HeadDim>(), token, readable, [&](int32_t at) {
+                    return p.causal != 0 ? keys_before(at - token + 1) : kAllKeys;
+                });
         }
         const Tile again = kept_tile<HeadDim>();
         more = uniform(again.end - token > kKeys);

@@ -15,6 +15,7 @@ namespace kvc::prefill {
 constexpr uint32_t kWarps = 4, kThreads = 128;
 constexpr int kKeys = 64; // of a tile
 constexpr uint64_t kAllKeys = ~uint64_t{0};
+constexpr int kTokenRow = kKeys + 8; // elements of a channel's tokens in shared memory
 
 // What follows from the head dimension. A row in shared memory has eight elements more than it
 // needs, which spreads the rows of a matrix load over all banks.

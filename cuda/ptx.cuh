@@ -55,6 +55,14 @@ KVC_DEVICE uint32_t shared_address(const void *at) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 #endif
+// The same number, of which the compiler does not know that: what follows from it is computed where it
+// is used, and takes no register through a loop.
+KVC_DEVICE uint32_t opaque(uint32_t x) {
+#ifndef KVC_EMULATE
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
 KVC_DEVICE uint32_t lane_id() { return thread_x() & 31u; }
 KVC_DEVICE uint32_t warp_id() { return thread_x() >> 5; }
 
@@ -495,6 +503,13 @@ KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return fmaxf(x, y); });
 }
+KVC_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+    const auto one = [&](uint32_t i) {
+        const auto half = [&](uint32_t x) { return emu::f16_to_f32(static_cast<uint16_t>(x >> i)); };
+        return fmaf(half(a), half(b), half(c));
+    };
+    return pack_f16(one(0), one(16));
+}
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t d = 0;
@@ -502,6 +517,7 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
         d |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return d;
 }
+KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -560,6 +576,11 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+KVC_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -594,6 +615,12 @@ KVC_DEVICE void f16x2_from_e4m3(uint32_t four, uint32_t &low, uint32_t &high) {
 // Four bytes of the eight of `a` and `b`, each by a nibble of the selector.
 KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
+}
+// One instruction, also where both others are constants.
+KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
 }
 // Rounded to nearest even, subnormals kept, and never contracted: for bits that must be those of the
 // CPU.

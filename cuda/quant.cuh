@@ -172,4 +172,55 @@ struct Threes {
 
 template <> inline constexpr bool kHasPlane<Threes> = true;
 
+// Eight codes that lie beside each other in a row of a sealed tile, as four pairs of neighbours: each
+// less 2^(Bits - 1) (signed bytes are that already), times 2^-Down, exactly. What takes the middle
+// from codes adds half of that unit. Codes are the last bits of a power of two, from which all of it is
+// taken at once.
+template <int Bits, int Down, bool Signed = false> struct Octet {
+    static constexpr int kMain = Bits == 3 ? 2 : Bits; // bits that lie in the row; the third in a plane
+    // That power where a code's last bit lies at `place` of its half, and what is taken.
+    KVC_DEVICE static constexpr uint32_t power(uint32_t place) {
+        return twice(0x6400 - ((Down + place) << 10));
+    }
+    KVC_DEVICE static constexpr uint32_t taken(uint32_t place) {
+        return power(place) + twice(1u << (Bits - 1 + place));
+    }
+
+    // Octet `o` of a row, and of its third bits.
+    KVC_DEVICE static void load(const unsigned char *row, const unsigned char *plane, uint32_t o,
+                                uint32_t (&out)[4]) {
+        if constexpr (Bits == 8) {
+            const TwoWords two = *reinterpret_cast<const TwoWords *>(row + o * 8);
+            constexpr uint32_t kFlip = Signed ? 0x80808080u : 0, kBytes = power(0) >> 8 & 0xff;
+            for (uint32_t i = 0; i < 4; ++i)
+                out[i] = sub_f16x2(permute(two.word[i / 2] ^ kFlip, kBytes * 0x01010101u,
+                                           i % 2 == 0 ? 0x4140 : 0x4342),
+                                   taken(0));
+        } else {
+            // Pair i at bits 4i of both halves.
+            uint32_t w, thirds = 0;
+            if constexpr (Bits == 4) {
+                w = *reinterpret_cast<const uint32_t *>(row + o * 4);
+            } else {
+                const uint32_t in_order = *reinterpret_cast<const uint16_t *>(row + o * 2);
+                w = in_order << 14 | in_order;
+            }
+            if constexpr (Bits == 3) {
+                const uint32_t byte = plane[o / 4 * 4 + o / 2 % 2 + o % 2 * 2];
+                thirds = byte << 15 | byte; // at bits 2i of both halves
+            }
+            for (uint32_t i = 0; i < 4; ++i) {
+                const uint32_t place = i % 2 * 4;
+                uint32_t above = power(place);
+                if constexpr (Bits == 3)
+                    above = and_or(i < 2 ? thirds << (2 * i + 2) : thirds >> (6 - 2 * i),
+                                   twice(4u << place), above);
+                const uint32_t code =
+                    and_or(i < 2 ? w : w >> 8, twice(((1u << kMain) - 1) << place), above);
+                out[i] = sub_f16x2(code, taken(place));
+            }
+        }
+    }
+};
+
 } // namespace kvc

@@ -7,6 +7,7 @@
 #pragma once
 #include "code_state.cuh"
 #include "decode.cuh"
+#include "raw_slots.cuh"
 
 namespace kvc {
 
@@ -40,10 +41,6 @@ KVC_DEVICE const unsigned char *record_of(const kvc_decode_tile_params &p, const
     return static_cast<const unsigned char *>(p.records) + block * p.record_block +
            kv_head * p.record_head;
 }
-KVC_DEVICE bool is_sealed(const kvc_decode_tile_params &p, const unsigned char *record) {
-    return *reinterpret_cast<const uint32_t *>(record + p.header_at + 8) == p.identity;
-}
-
 // Whether the second table has a tile.
 KVC_DEVICE bool has_raw(const kvc_decode_tile_params &p, uint32_t seq, uint32_t tile) {
     seq = owner_of(p, seq);
@@ -116,8 +113,7 @@ KVC_DEVICE void accumulate_raw(const kvc_decode_tile_params &params, const Piece
         const int32_t slot = params.raw_blocks[2 * static_cast<int64_t>(e) + 1];
         const int64_t first = static_cast<int64_t>(tile) * tokens;
         if (tile < 0 || first >= item.end || first + tokens <= item.begin) continue;
-        if (slot < 0 ||
-            static_cast<uint32_t>(slot) >= params.staging_blocks + params.scratch_blocks) {
+        if (!is_slot(params, slot)) {
             raise(p.error_flag, kFlagBlock);
             continue;
         }
@@ -143,18 +139,7 @@ KVC_UNROLL
             for (int i = 0; i < HeadDim / 8; ++i)
                 q[i / 2][i % 2] = mine.exists ? load_pair<Bf16>(p.q, at + i * 8, p.q_dtype) : 0;
         }
-        const bool scratch = static_cast<uint32_t>(slot) >= params.staging_blocks;
-        const uint32_t block = scratch ? slot - params.staging_blocks : slot;
-        const uint16_t *k_rows =
-            scratch ? static_cast<const uint16_t *>(params.scratch_k) +
-                          block * params.scratch_k_block + u.kv_head * params.scratch_k_head
-                    : static_cast<const uint16_t *>(p.k) + block * p.k_block + u.kv_head * p.k_head;
-        const uint16_t *v_rows =
-            scratch ? static_cast<const uint16_t *>(params.scratch_v) +
-                          block * params.scratch_v_block + u.kv_head * params.scratch_v_head
-                    : static_cast<const uint16_t *>(p.v) + block * p.v_block + u.kv_head * p.v_head;
-        const int64_t k_token = scratch ? params.scratch_k_token : p.k_token;
-        const int64_t v_token = scratch ? params.scratch_v_token : p.v_token;
+        const RawSlot raw = raw_slot(params, static_cast<uint32_t>(slot), u.kv_head);
         for (uint32_t strip = warp_id(); strip < tokens / kStrip; strip += kDecodeWarps) {
             const uint32_t begin = static_cast<uint32_t>(first) + strip * kStrip;
             if (begin >= item.end || begin + kStrip <= item.begin) continue;
@@ -165,8 +150,8 @@ KVC_UNROLL
             for (uint32_t i = lane; i < kStrip * kChunks; i += 32) {
                 const uint32_t row = i / kChunks, chunk = i % kChunks, place = strip * kStrip + row;
                 const bool valid = readable(begin + row);
-                cp_async_16(keys + row * kRow + chunk * 8, k_rows + place * k_token + chunk * 8, valid);
-                cp_async_16(values + row * kRow + chunk * 8, v_rows + place * v_token + chunk * 8, valid);
+                cp_async_16(keys + row * kRow + chunk * 8, raw.k + place * raw.k_token + chunk * 8, valid);
+                cp_async_16(values + row * kRow + chunk * 8, raw.v + place * raw.v_token + chunk * 8, valid);
             }
             cp_async_commit();
             cp_async_wait<0>();

@@ -13,7 +13,7 @@ use kvcache::dtype::KvFormat;
 use kvcache::ids::{Namespace, SeqId};
 use tiles::{
     FORMATS, LOUD, Rng, Setup, a_raw_tile, against_the_reference, chunks_and_hits,
-    chunks_at_the_end_of_a_piece, prompt, same,
+    chunks_at_the_end_of_a_piece, many_rows_beside_few, prompt, same,
 };
 
 fn emu() -> Arc<dyn Backend> {
@@ -73,6 +73,14 @@ fn forks_speculation_and_batches() {
         if at >= 64 {
             setup.check_records(&mut cache, fork);
         }
+    }
+}
+
+#[test]
+fn many_rows_have_a_kernel_of_their_own() {
+    let backend = emu();
+    for (format, window) in [(KvFormat::Kt4v4, None), (KvFormat::Kt8v8, Some(90))] {
+        many_rows_beside_few(&Setup { window, ..Setup::new(&backend, format, 64, 64) }, 1);
     }
 }
 

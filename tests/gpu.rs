@@ -311,3 +311,15 @@ fn a_tile_that_stays_raw() {
         tiles::a_raw_tile(&tiles::Setup::new(&backend, format, 128, 64));
     }
 }
+
+/// As many sequences of many rows as it takes for such a device.
+#[test]
+fn many_rows_over_sealed_tiles_have_a_kernel_of_their_own() {
+    let Some(backend) = backends::gpu() else { return };
+    for format in tiles::FORMATS {
+        for (dim, tokens) in [(64, 128), (128, 64)] {
+            let setup = tiles::Setup::new(&backend, format, dim, tokens);
+            tiles::many_rows_beside_few(&setup, backend.multiprocessors() as usize / 4);
+        }
+    }
+}

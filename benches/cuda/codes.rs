@@ -1,29 +1,29 @@
-//! Quantised K and V: decode in every format beside bf16 of the same shape (attend.rs), append to
-//! rows of codes, sealing of tiles. 32/8 heads of 128 channels, of 256 where the name says so; bytes
+//! Quantised K and V, token by token: decode and prefill in every format beside bf16 of the same shape
+//! (attend.rs), append to rows of codes. 32/8 heads of 128 channels, of 256 where the name says so; bytes
 //! count codes and scales.
 
 use kvcache::attention::HeadShape;
 use kvcache::device::DeviceMemory;
 use kvcache::dtype::{DType, FormatClass, KvFormat};
 use kvcache::error::{Error, Result};
-use kvcache::kernels::params::{AppendParams, DecodeParams, DecodeTileParams, In, Out, SealParams};
+use kvcache::kernels::params::{AppendParams, In, Out};
 use kvcache::kernels::{
-    AttendArgs, AttendBounds, AttendParams, AttendPlan, DecodeBounds, DecodePlan, Pieces,
-    ScaleArgs, append_token_launch, append_token_params, seal_launch,
+    AttendArgs, AttendBounds, AttendParams, AttendPlan, Pieces, ScaleArgs, append_token_launch,
+    append_token_params,
 };
-use kvcache::layout::{GroupLayout, GroupSpec, Strides};
+use kvcache::layout::{GroupLayout, GroupSpec};
 use serde_json::json;
 
 use crate::Line;
 use crate::gpu::Gpu;
 
-const DIM: u32 = 128;
-const Q_HEADS: u32 = 32;
-const KV_HEADS: u32 = 8;
-const K: u64 = 1 << 10;
+pub const DIM: u32 = 128;
+pub const Q_HEADS: u32 = 32;
+pub const KV_HEADS: u32 = 8;
+pub const K: u64 = 1 << 10;
 
-/// Formats stored token by token, then sealed tiles.
-fn formats(class: FormatClass) -> impl Iterator<Item = KvFormat> {
+/// The formats of a class.
+pub fn formats(class: FormatClass) -> impl Iterator<Item = KvFormat> {
     KvFormat::ALL.iter().copied().filter(move |format| format.class() == class)
 }
 
@@ -44,21 +44,16 @@ pub fn run(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line)) -> Result<()>
     let format = KvFormat::Fp8E4m3;
     let wide = Rows { format, dim: 256, batch: 8, q_len: 1, context: 16 * K };
     attend_rows(gpu, filter, report, &wide)?;
-    for format in formats(FormatClass::Tile) {
-        for (batch, context) in [(1, 4 * K), (1, 32 * K), (8, 16 * K), (64, 4 * K), (64, 16 * K)] {
-            decode_tiles(gpu, filter, report, format, batch, context)?;
-        }
-    }
     Ok(())
 }
 
 /// The layout of one layer.
-fn layout(format: KvFormat, dim: u32, block_tokens: u32) -> Result<GroupLayout> {
+pub fn layout(format: KvFormat, dim: u32, block_tokens: u32) -> Result<GroupLayout> {
     GroupLayout::new(GroupSpec::uniform(1, KV_HEADS, dim, format), block_tokens)
 }
 
 /// A dense table of `batch` sequences over scattered blocks.
-fn table(gpu: &Gpu, batch: u64, width: u64) -> Result<DeviceMemory> {
+pub fn table(gpu: &Gpu, batch: u64, width: u64) -> Result<DeviceMemory> {
     gpu.put(Gpu::scattered(batch * width).into_iter().map(i32::to_ne_bytes))
 }
 
@@ -251,161 +246,5 @@ fn append_rows(
         "op": "append", "dtype": format.name(), "kv_heads": KV_HEADS, "dim": DIM, "tokens": tokens,
     });
     report(Line { name, shape, bytes: moved + tokens * 8, flops: 0, sample });
-    Ok(())
-}
-
-/// Decode of one token over tiles that the sealing kernel has sealed, which is timed too; the last
-/// tile is raw.
-fn decode_tiles(
-    gpu: &Gpu,
-    filter: &str,
-    report: &mut impl FnMut(Line),
-    format: KvFormat,
-    batch: u64,
-    context: u64,
-) -> Result<()> {
-    const TOKENS: u32 = 64;
-    let name = format!("decode {} 32/8 batch {batch} context {context}", format.name());
-    if !name.contains(filter) {
-        return Ok(());
-    }
-    let layout = layout(format, DIM, TOKENS)?;
-    let tile = layout.tile().ok_or(Error::InvalidState { why: "a tile format without tiles" })?;
-    let width = context.div_ceil(u64::from(TOKENS));
-    let kv_bytes = layout.pool_bytes(batch * width)?;
-    let raw = Strides {
-        block: i64::from(2 * KV_HEADS * TOKENS * DIM),
-        head: i64::from(TOKENS * DIM),
-        token: DIM.into(),
-    };
-    let (raw_bytes, v_at) = (batch * raw.block as u64 * 2, u64::from(KV_HEADS * TOKENS * DIM) * 2);
-    let row = u64::from(Q_HEADS * DIM);
-    let q_bytes = batch * row * 2;
-    let moved = kv_bytes + 2 * q_bytes;
-    let sets = gpu.sets(moved)?;
-    if sets as u64 * (moved + raw_bytes) > gpu.room()? {
-        println!("{name:<52} does not fit");
-        return Ok(());
-    }
-    let buffers = (0..sets)
-        .map(|_| {
-            let kv = DeviceMemory::new(&gpu.backend, kv_bytes)?;
-            Ok([kv, gpu.random(raw_bytes)?, gpu.random(q_bytes)?, gpu.random(q_bytes)?])
-        })
-        .collect::<Result<Vec<_>>>()?;
-    // Every record is sealed of one of the raw slots.
-    let count = batch * width;
-    let list = gpu.put(
-        (0..count).flat_map(|i| [((i % batch) as i32).to_ne_bytes(), (i as i32).to_ne_bytes()]),
-    )?;
-    let refused = gpu.put((0..count).map(|_| 0u32.to_ne_bytes()))?;
-    let seal = |[kv, rows, ..]: &[DeviceMemory; 4]| {
-        let mut params = SealParams {
-            k: Out::at(rows.address()),
-            v: Out::at(rows.address() + v_at),
-            records: Out::at(kv.address()),
-            list: In::at(list.address()),
-            refused: Out::at(refused.address()),
-            k_block: raw.block,
-            k_head: raw.head,
-            k_token: raw.token,
-            v_block: raw.block,
-            v_head: raw.head,
-            v_token: raw.token,
-            record_block: layout.block_bytes() as i64,
-            record_head: tile.bytes() as i64,
-            staging_blocks: batch as u32,
-            num_blocks: count as u32,
-            kv_heads: KV_HEADS,
-            ..SealParams::default()
-        };
-        match seal_launch(&tile, count as u32, &mut params)? {
-            Some(launch) => gpu.enqueue(&launch, &params),
-            None => Ok(()),
-        }
-    };
-    buffers.iter().try_for_each(seal)?;
-    let plan = DecodePlan::new(DecodeBounds {
-        format,
-        head_dim: DIM,
-        tile_tokens: TOKENS,
-        q_heads: Q_HEADS,
-        kv_heads: KV_HEADS,
-        q_len: 1,
-        batch: batch as u32,
-        max_tokens: context as u32,
-        pieces: Pieces::Balanced,
-        multiprocessors: gpu.backend.multiprocessors(),
-        multiprocessor_shared_bytes: gpu.backend.multiprocessor_shared_bytes(),
-    })?;
-    let table = table(gpu, batch, width)?;
-    let kv_lens = gpu.put((0..batch).map(|_| (context as i32).to_ne_bytes()))?;
-    let raw_indptr = gpu.put((0..=batch).map(|s| (s as i32).to_ne_bytes()))?;
-    let raw_blocks = gpu.put(
-        (0..batch).flat_map(|s| [((width - 1) as i32).to_ne_bytes(), (s as i32).to_ne_bytes()]),
-    )?;
-    let workspace = DeviceMemory::new(&gpu.backend, plan.workspace_bytes())?;
-    let (launch, params) = plan.plan_launch(
-        workspace.address(),
-        In::at(kv_lens.address()),
-        batch as u32,
-        None,
-        Out::NULL,
-    )?;
-    gpu.enqueue(&launch, &params)?;
-    let sample = gpu.time(sets, |i| {
-        let [kv, rows, q, out] = &buffers[i];
-        let mut params = DecodeTileParams {
-            call: DecodeParams {
-                q: In::at(q.address()),
-                k: In::at(rows.address()),
-                v: In::at(rows.address() + v_at),
-                out: Out::at(out.address()),
-                table: In::at(table.address()),
-                seq_lens: In::at(kv_lens.address()),
-                q_row: row as i64,
-                q_head: DIM.into(),
-                out_row: row as i64,
-                out_head: DIM.into(),
-                k_block: raw.block,
-                k_head: raw.head,
-                k_token: raw.token,
-                v_block: raw.block,
-                v_head: raw.head,
-                v_token: raw.token,
-                table_stride: width as i64,
-                causal: 1,
-                block_tokens: TOKENS,
-                num_blocks: count as u32,
-                q_dtype: DType::Bf16.id(),
-                out_dtype: DType::Bf16.id(),
-                scale: 1.0 / (DIM as f32).sqrt(),
-                ..DecodeParams::default()
-            },
-            records: In::at(kv.address()),
-            raw_indptr: In::at(raw_indptr.address()),
-            raw_blocks: In::at(raw_blocks.address()),
-            record_block: layout.block_bytes() as i64,
-            record_head: tile.bytes() as i64,
-            staging_blocks: batch as u32,
-            ..DecodeTileParams::default()
-        };
-        let launch = plan.decode_tile_launch(workspace.address(), &mut params)?;
-        gpu.enqueue(&launch, &params)
-    })?;
-    let shape = json!({
-        "op": "decode", "dtype": format.name(), "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "dim": DIM,
-        "batch": batch, "context": context, "tile_tokens": TOKENS,
-    });
-    // The last tile of each sequence is read raw and not from its record.
-    let bytes = moved - layout.pool_bytes(batch)? + raw_bytes + count * 4;
-    report(Line { name, shape, bytes, flops: 0, sample });
-    if batch == 8 {
-        let sample = gpu.time(sets, |i| seal(&buffers[i]))?;
-        let name = format!("seal {} {KV_HEADS} heads {count} tiles", format.name());
-        let shape = json!({ "op": "seal", "dtype": format.name(), "tiles": count, "dim": DIM });
-        // Raw rows come from few slots, so from the cache; what counts is what is written.
-        report(Line { name, shape, bytes: kv_bytes, flops: 0, sample });
-    }
     Ok(())
 }

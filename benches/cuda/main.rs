@@ -8,7 +8,8 @@
 //! | `attend.rs` | decode and prefill over paged K and V |
 //! | `cascade.rs` | decode over a shared prefix, plain and as a cascade, beside the cost model |
 //! | `append.rs` | append, with and without rotation |
-//! | `codes.rs` | decode of quantised K and V in every format, append to them, sealing |
+//! | `codes.rs` | decode and prefill over rows of codes in every format, append to them |
+//! | `sealed.rs` | decode and prefill over sealed tiles in every format, sealing |
 //! | `copy.rs` | copy and zero of a GiB of blocks |
 //! | `tiers.rs` | demotion to host memory and promotion from it, alone and beside decode |
 //! | `lookup.rs` | lookups in a prefix index on the device |
@@ -20,6 +21,7 @@ mod codes;
 mod copy;
 mod gpu;
 mod lookup;
+mod sealed;
 mod tiers;
 
 use std::process::ExitCode;
@@ -130,5 +132,6 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     lookup::run(gpu, filter, &mut report)?;
     tiers::run(gpu, filter, &mut report)?;
     codes::run(gpu, filter, &mut report)?;
+    sealed::run(gpu, filter, &mut report)?;
     Ok(())
 }

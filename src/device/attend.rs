@@ -57,6 +57,8 @@ pub(super) struct PlanKey {
     pub window: Option<u32>,
     /// Whether what sequences share may be read once for all of them.
     pub may_share: bool,
+    /// The first of the parts that it is for; of sealed tiles.
+    pub first_part: u32,
 }
 
 impl Attend {
@@ -207,13 +209,14 @@ impl DeviceStore {
             error_flag: self.flag(),
         };
         if self.tiles.is_some() {
-            return self.attend_tiles(layer, &at, &shape, args);
+            return self.attend_tiles(layer, batch, &at, &shape, args);
         }
         let key = PlanKey {
             serial: at.serial,
             q_heads: shape.q_heads,
             window: scoring.window,
             may_share: self.may_share(&args, &at)?,
+            first_part: 0,
         };
         let plan = match self.attend.planned {
             Some((of, plan)) if of == key => plan,

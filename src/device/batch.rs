@@ -6,6 +6,7 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::DeviceMemory;
@@ -57,6 +58,7 @@ pub struct DeviceBatch {
     kv_lens: u64,
     row_numbers: u64,
     parts: Parts,
+    runs: Vec<Run>,
     groups: Vec<GroupAt>,
 }
 
@@ -105,6 +107,7 @@ impl DeviceBatch {
         self.kv_lens = self.put(batch.kv_lens.iter().map(|x| x.to_ne_bytes()))?;
         self.row_numbers = self.put((0..rows).map(|row| (row as u32).to_ne_bytes()))?;
         self.parts = Parts::default();
+        self.runs.clear();
         for (group, raw) in groups {
             if raw.is_some() && self.parts.count == 0 {
                 self.put_parts(batch)?;
@@ -167,6 +170,24 @@ impl DeviceBatch {
                 owners.push(seq as i32);
                 most = most.max(count as u32);
             }
+            let (seq, part) = (seq as u32, owners.len() as u32);
+            let rows = (ends[1] - ends[0]) as u32;
+            let long = rows > TILE_ROWS;
+            match self.runs.last_mut().filter(|run| run.long == long || rows == 0) {
+                Some(run) => {
+                    run.seqs.end = seq + 1;
+                    run.parts.end = part;
+                    run.rows += rows;
+                    run.end_row = ends[1] as u32;
+                }
+                None => {
+                    let refused = Error::OutOfMemory { bytes: size_of::<Run>() as u64 };
+                    self.runs.try_reserve(1).map_err(|_| refused)?;
+                    let first = self.runs.last().map_or(0, |run| run.parts.end);
+                    let (seqs, parts, end_row) = (seq..seq + 1, first..part, ends[1] as u32);
+                    self.runs.push(Run { long, seqs, parts, rows, end_row });
+                }
+            }
         }
         self.parts = Parts {
             count: owners.len() as u32,
@@ -176,6 +197,12 @@ impl DeviceBatch {
             owners: self.put(owners.iter().map(|x| x.to_ne_bytes()))?,
         };
         Ok(())
+    }
+
+    /// The sequences of a batch with raw rows in runs of those that have few rows and those that have
+    /// many.
+    pub(super) fn runs(&self) -> &[Run] {
+        &self.runs
     }
 
     fn put_raw(&mut self, raw: &RawRows, seqs: usize, rows: usize) -> Result<RawView> {
@@ -284,6 +311,18 @@ pub(super) struct Parts {
     pub lens: u64,
     /// `[count]` sequences of the batch.
     pub owners: u64,
+}
+
+/// Neighbouring sequences of a batch, all of more than `TILE_ROWS` rows or all of no more.
+#[derive(Debug, Clone)]
+pub(super) struct Run {
+    pub long: bool,
+    pub seqs: Range<u32>,
+    pub parts: Range<u32>,
+    /// Rows of all of them.
+    pub rows: u32,
+    /// The row of the batch at which they end.
+    pub end_row: u32,
 }
 
 /// Where the raw rows of one group go, and what becomes of them: `RawRows` on the device.

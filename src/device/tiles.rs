@@ -9,11 +9,12 @@
 
 use alloc::sync::Arc;
 use core::mem::size_of_val;
+use core::ops::Range;
 use core::sync::atomic::AtomicU32;
 
 use super::attend::{PlanKey, Planned};
 use super::backend::launch;
-use super::batch::{BatchView, RawView};
+use super::batch::{BatchView, RawView, Run};
 use super::memory::DeviceMemory;
 use super::store::{DeviceStore, LayerView};
 use super::{Backend, DeviceBatch};
@@ -23,8 +24,9 @@ use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use crate::kernels::params::{AppendParams, DecodeTileParams, In, Out, SealParams};
 use crate::kernels::{
-    AttendArgs, AttendPlan, DecodeBounds, DecodePlan, FIRST_SPARE, Pieces, SM90_SHARED_BYTES,
-    SPARE_TAKEN, TILE_ROWS, decode_tile_params, seal_launch,
+    AttendArgs, AttendPlan, DecodeBounds, DecodePlan, FIRST_SPARE, Pieces, PrefillBounds,
+    SM90_SHARED_BYTES, SPARE_TAKEN, TILE_ROWS, decode_tile_params, prefill_sealed_launch,
+    prefill_sealed_params, prefill_sealed_pays, seal_launch,
 };
 use crate::layout::tile::TileLayout;
 use crate::layout::{GroupLayout, GroupSpec};
@@ -295,32 +297,33 @@ impl DeviceStore {
     pub(super) fn attend_tiles(
         &mut self,
         layer: u32,
+        batch: &DeviceBatch,
         at: &BatchView,
         shape: &HeadShape,
         args: AttendArgs,
     ) -> Result<()> {
-        let raw = raw_of(at)?;
+        let (raw, records) = (raw_of(at)?, args.k);
         let tiles = self.tiles()?;
         if raw.scratch_blocks != 0 && tiles.scratch_of != Some((at.serial, layer)) {
             let why = "a layer must be attended before the next is appended";
             return Err(Error::InvalidState { why });
         }
         let (staged, scratch) = (tiles.staged(layer), tiles.in_scratch());
-        let call = decode_tile_params(&AttendArgs {
+        let args = AttendArgs {
             k: staged.k,
             k_strides: staged.k_strides,
             v: staged.v,
             v_strides: staged.v_strides,
             ..args
-        })?;
+        };
         let mut params = DecodeTileParams {
-            records: In::at(args.k),
+            records: In::at(records),
             raw_indptr: In::at(raw.indptr),
             raw_blocks: In::at(raw.blocks),
             record_block: self.layout().block_bytes() as i64,
             record_head: self.layout().k_strides().head,
             staging_blocks: self.tiles()?.staging_blocks,
-            ..call
+            ..decode_tile_params(&args)?
         };
         if raw.scratch_blocks != 0 {
             params.scratch_k = In::at(scratch.k);
@@ -333,22 +336,85 @@ impl DeviceStore {
             params.scratch_v_token = scratch.v_strides.token;
             params.scratch_blocks = self.tiles()?.scratch_blocks;
         }
-        let key = PlanKey {
-            serial: at.serial,
-            q_heads: shape.q_heads,
-            window: args.window,
-            may_share: false,
+        let long = |run: &&Run| run.long;
+        let (seqs, rows) = batch
+            .runs()
+            .iter()
+            .filter(long)
+            .fold((0, 0), |(seqs, rows), run| (seqs + run.seqs.len() as u32, rows + run.rows));
+        let multiprocessors = self.backend.multiprocessors();
+        let by_prefill = !self.options.deterministic
+            && rows != 0
+            && prefill_sealed_pays(seqs, rows, shape.q_heads, shape.kv_heads, multiprocessors);
+        if !by_prefill {
+            return self.decode_tiles(at, shape, &mut params, 0..at.parts.count);
+        }
+        for run in batch.runs() {
+            if run.long {
+                self.prefill_tiles(at, shape, &args, &params, run)?;
+            } else {
+                self.decode_tiles(at, shape, &mut params, run.parts.clone())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Enqueues the attention of a run's sequences by the kernel for many rows.
+    fn prefill_tiles(
+        &mut self,
+        at: &BatchView,
+        shape: &HeadShape,
+        args: &AttendArgs,
+        tiles: &DecodeTileParams,
+        run: &Run,
+    ) -> Result<()> {
+        // Rows are those of the batch; the tables begin with the run's first sequence.
+        let from = 4 * u64::from(run.seqs.start);
+        let args = AttendArgs {
+            seqs: run.seqs.len() as u32,
+            q_indptr: at.q_indptr + from,
+            kv_lens: at.kv_lens + from,
+            table_indptr: args.table_indptr + from,
+            ..*args
         };
+        let bounds = PrefillBounds {
+            format: self.layout().spec().format,
+            head_dim: shape.k_dim,
+            q_heads: shape.q_heads,
+            kv_heads: shape.kv_heads,
+            batch: args.seqs,
+            q_tokens: run.end_row,
+        };
+        let mut params = prefill_sealed_params(&args, tiles)?;
+        params.raw_indptr = In::at(tiles.raw_indptr.0 + from);
+        let plan = prefill_sealed_launch(&bounds, &mut params)?;
+        // SAFETY: rows were vouched for and have the elements that the sizes say; the rest is this
+        // store's and the batch's own memory.
+        unsafe { launch(&*self.backend, &plan, &params, self.options.stream) }
+    }
+
+    /// Enqueues the attention of some parts of a batch by the decode kernel.
+    fn decode_tiles(
+        &mut self,
+        at: &BatchView,
+        shape: &HeadShape,
+        params: &mut DecodeTileParams,
+        range: Range<u32>,
+    ) -> Result<()> {
+        let (parts, all) = (at.parts, range.len() as u32);
+        let window = (params.call.window != 0).then_some(params.call.window);
+        let (serial, q_heads) = (at.serial, shape.q_heads);
+        let key = PlanKey { serial, q_heads, window, may_share: false, first_part: range.start };
         let known = match self.attend.planned {
             Some((of, Planned::Plain(AttendPlan::Decode(plan)))) if of == key => Some(plan),
             _ => None,
         };
-        let (parts, most) = match known {
-            Some(_) => (at.parts, at.parts.count),
-            None => (at.parts, self.parts_at_once(shape, at)?),
+        let most = match known {
+            Some(_) => all,
+            None => self.parts_at_once(shape, at, all)?,
         };
-        for first in (0..parts.count).step_by(most.max(1) as usize) {
-            let count = most.min(parts.count - first);
+        for first in range.clone().step_by(most.max(1) as usize) {
+            let count = most.min(range.end - first);
             let lens = parts.lens + 4 * u64::from(first);
             params.call.q_indptr = In::at(parts.q_indptr + 4 * u64::from(first));
             params.call.seq_lens = In::at(lens);
@@ -364,13 +430,13 @@ impl DeviceStore {
                         workspace,
                         In::at(lens),
                         count,
-                        args.window,
+                        window,
                         Out::at(flag),
                     )?;
                     // SAFETY: the workspace has the bytes that the plan asks for; the lengths are the
                     // batch's own.
                     unsafe { launch(&*self.backend, &first, &planning, self.options.stream) }?;
-                    if count == parts.count {
+                    if count == all {
                         let plan = Planned::Plain(AttendPlan::Decode(plan));
                         self.attend.planned = Some((key, plan));
                     }
@@ -378,21 +444,21 @@ impl DeviceStore {
                 }
             };
             let workspace = self.attend.room(plan.workspace_bytes())?;
-            let second = plan.decode_tile_launch(workspace, &mut params)?;
+            let second = plan.decode_tile_launch(workspace, params)?;
             // SAFETY: rows were vouched for and have the elements that the sizes say; the rest is this
             // store's and the batch's own memory.
-            unsafe { launch(&*self.backend, &second, &params, self.options.stream) }?;
+            unsafe { launch(&*self.backend, &second, params, self.options.stream) }?;
         }
         Ok(())
     }
 
     /// Parts of a batch whose partial results fit in the workspace together.
-    fn parts_at_once(&self, shape: &HeadShape, at: &BatchView) -> Result<u32> {
+    fn parts_at_once(&self, shape: &HeadShape, at: &BatchView, all: u32) -> Result<u32> {
         if !self.options.deterministic {
-            return Ok(at.parts.count);
+            return Ok(all);
         }
         let one = self.tile_plan(shape, at, 1)?.workspace_bytes().max(1);
-        Ok(at.parts.count.min((WORKSPACE_BYTES / one).clamp(1, 1 << 20) as u32))
+        Ok(all.min((WORKSPACE_BYTES / one).clamp(1, 1 << 20) as u32))
     }
 
     fn tile_plan(&self, shape: &HeadShape, at: &BatchView, parts: u32) -> Result<DecodePlan> {

@@ -8,11 +8,12 @@ use super::attend::AttendArgs;
 use super::attend_params::decode_params;
 use super::decode::{COLUMNS, DecodePlan, THREADS};
 use super::params::{DecodePlanParams, DecodeTileParams, In, Out};
+use super::records::{place_record, record, record_args};
 use super::residence::{RESERVED_BYTES, Residence};
 use super::{Kernel, Launch, decode};
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
-use crate::layout::tile::{TileLayout, TileShape};
+use crate::layout::tile::TileLayout;
 
 kernels! {
     KT8V8_D64 = "kvc_decode_kt8v8_d64", "kvc_decode_tile_params", THREADS;
@@ -77,12 +78,6 @@ pub const TILE_ROWS: u32 = 8;
 pub fn decode_tile_params(args: &AttendArgs) -> Result<DecodeTileParams> {
     args.check(false)?;
     Ok(DecodeTileParams { call: decode_params(args), ..DecodeTileParams::default() })
-}
-
-/// The layout of a record of the shape that decode has.
-fn record(format: KvFormat, head_dim: u32, tile_tokens: u32) -> Result<TileLayout> {
-    let (k_dim, v_dim) = (head_dim, head_dim);
-    TileLayout::new(format, TileShape { k_dim, v_dim, v_in_k: false, tokens: tile_tokens })
 }
 
 /// Stages and blocks of a multiprocessor for tiles of this many tokens: rings of records, in their
@@ -152,44 +147,11 @@ impl DecodePlan {
         if p.call.causal != 1 {
             return Err(Error::invalid("causal", "must be set for sealed tiles"));
         }
-        if [p.records.0, p.raw_indptr.0, p.raw_blocks.0].contains(&0) {
-            return Err(Error::NullPointer { what: "records, raw tables" });
-        }
-        let strides = [p.record_block, p.record_head];
-        if !p.records.0.is_multiple_of(16) || strides.iter().any(|s| s % 16 != 0) {
-            return Err(Error::invalid("records", "must begin at multiples of 16 bytes"));
-        }
-        let scratch = [
-            p.scratch_k_block,
-            p.scratch_k_head,
-            p.scratch_k_token,
-            p.scratch_v_block,
-            p.scratch_v_head,
-            p.scratch_v_token,
-        ];
-        let aligned = (p.scratch_k.0 | p.scratch_v.0).is_multiple_of(16);
-        if !aligned || scratch.iter().any(|s| s % decode::CHUNK_ELEMENTS != 0) {
-            return Err(Error::invalid("scratch", "rows must begin at multiples of 16 bytes"));
-        }
-        if p.scratch_blocks != 0 && [p.scratch_k.0, p.scratch_v.0].contains(&0) {
-            return Err(Error::NullPointer { what: "scratch" });
-        }
-        if p.staging_blocks.checked_add(p.scratch_blocks).is_none_or(|n| n > i32::MAX as u32) {
-            return Err(Error::invalid("staging_blocks, scratch_blocks", "must fit in 31 bits"));
-        }
+        record_args!(p).check()?;
         self.fill(workspace, &mut p.call, decode::CHUNK_ELEMENTS)?;
         p.call.bulk = 1;
-        p.tile_tokens = b.tile_tokens;
-        p.identity = b.format.id() | b.tile_tokens.ilog2() << 16;
         p.record_bytes = layout.bytes() as u32;
-        p.k_plane_at = layout.k_plane.start as u32;
-        p.v_codes_at = layout.v_codes.start as u32;
-        p.v_plane_at = layout.v_plane.start as u32;
-        p.k_steps_at = layout.k_steps.start as u32;
-        p.k_mids_at = layout.k_mids.start as u32;
-        p.v_scales_at = layout.v_scales.start as u32;
-        p.header_at = layout.header.start as u32;
-        p.v_rotated = u32::from(b.format.v_bits() < 8);
+        place_record!(p, b.format, &layout);
         p.query_at = self.residence.query_at;
         p.barriers_at = self.residence.shared_bytes - BARRIER_BYTES;
         Ok(self.kernel())

@@ -50,6 +50,7 @@ fn kvc_params_h() -> String {
     structure::<LookupParams>(&mut out);
     structure::<MergeParams>(&mut out);
     structure::<PrefillParams>(&mut out);
+    structure::<PrefillSealedParams>(&mut out);
     structure::<PrefillTokenParams>(&mut out);
     structure::<MlaParams>(&mut out);
     structure::<SealParams>(&mut out);

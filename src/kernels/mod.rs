@@ -35,7 +35,9 @@ mod merge;
 mod mla;
 pub mod params;
 mod prefill;
+mod prefill_sealed;
 mod prefill_token;
+mod records;
 mod residence;
 mod seal;
 mod shared_prefix;
@@ -57,6 +59,7 @@ pub use lookup::{LookupBatch, LookupImage, LookupUpload};
 pub use merge::merge_launch;
 pub use mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 pub use prefill::{PrefillBounds, prefill_info, prefill_kernel, prefill_launch};
+pub use prefill_sealed::{prefill_sealed_launch, prefill_sealed_params, prefill_sealed_pays};
 pub use prefill_token::prefill_token_launch;
 pub use residence::SM90_SHARED_BYTES;
 pub use seal::{FIRST_SPARE, SPARE_TAKEN, seal_launch};
@@ -98,6 +101,7 @@ pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
         merge::KERNELS,
         mla::KERNELS,
         prefill::KERNELS,
+        prefill_sealed::KERNELS,
         prefill_token::KERNELS,
         seal::KERNELS,
     ];

@@ -8,9 +8,10 @@
 //! the result is the same bits in any batch.
 
 use super::params::PrefillParams;
+use super::prefill_sealed::{sealed_bytes, sealed_kernel};
 use super::prefill_token::token_kernel;
 use super::{Kernel, Launch};
-use crate::dtype::{DType, KvFormat};
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
 
 kernels! {
@@ -52,6 +53,7 @@ pub fn prefill_kernel(format: KvFormat, head_dim: u32) -> Result<&'static Kernel
         (KvFormat::Bf16, 192) => Ok(&BF16_D192),
         (KvFormat::Bf16, 256) => Ok(&BF16_D256),
         _ => token_kernel(format, head_dim)
+            .or_else(|| sealed_kernel(format, head_dim))
             .ok_or(Error::Unsupported { what: "prefill with this KV format and head_dim" }),
     }
 }
@@ -106,7 +108,12 @@ pub fn prefill_info(bounds: &PrefillBounds) -> Result<Launch> {
     let blocks = tiles * u64::from(b.kv_heads);
     let blocks = i32::try_from(blocks).map_err(|_| overflow)?.unsigned_abs();
     // A tile of queries, of keys and of values, each row with eight elements more.
-    let shared_bytes = (tile_rows(b.head_dim) + 2 * KEYS) * (b.head_dim + 8) * 2;
+    let row_bytes = (b.head_dim + 8) * 2;
+    let behind = match b.format.class() {
+        FormatClass::Tile => sealed_bytes(b.format, b.head_dim),
+        _ => KEYS * row_bytes,
+    };
+    let shared_bytes = (tile_rows(b.head_dim) + KEYS) * row_bytes + behind;
     Ok(Launch { kernel, grid: [blocks, 1, 1], shared_bytes })
 }
 

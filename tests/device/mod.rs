@@ -10,6 +10,7 @@ pub use random::Rng;
 
 pub mod codes;
 pub mod paged;
+pub mod sealed;
 
 /// The step of a type near 1: its rounding error is half of it.
 pub fn epsilon(dtype: DType) -> f64 {

@@ -38,6 +38,8 @@ pub struct Setup {
     pub window: Option<u32>,
     pub deterministic: bool,
     pub staging_blocks: u32,
+    pub max_seqs: u32,
+    pub blocks: u32,
     /// Scores with a soft-cap, sinks and ALiBi.
     pub rules: bool,
 }
@@ -46,7 +48,19 @@ impl Setup {
     pub fn new(backend: &Arc<dyn Backend>, format: KvFormat, dim: usize, tokens: usize) -> Self {
         let backend = backend.clone();
         let (window, deterministic, staging_blocks, rules) = (None, true, 0, false);
-        Setup { backend, format, dim, tokens, window, deterministic, staging_blocks, rules }
+        let (max_seqs, blocks) = (4, 24);
+        Setup {
+            backend,
+            format,
+            dim,
+            tokens,
+            window,
+            deterministic,
+            staging_blocks,
+            max_seqs,
+            blocks,
+            rules,
+        }
     }
 
     /// The window is the layer group's.
@@ -67,8 +81,8 @@ impl Setup {
 
     fn options(&self) -> CacheOptions {
         CacheOptions {
-            blocks: 24,
-            max_seqs: 4,
+            blocks: self.blocks,
+            max_seqs: self.max_seqs,
             threads: 1,
             deterministic: self.deterministic,
             staging_blocks: self.staging_blocks,
@@ -380,4 +394,46 @@ pub fn a_raw_tile(setup: &Setup) {
         cache.audit().unwrap();
         assert_eq!(cache.stats().staged_blocks, 0);
     }
+}
+
+/// Without a promise of equal bits sequences of many rows have a kernel of their own, where there are
+/// enough of them for the device: beside those of few rows in one step, over tiles that were found, raw
+/// ones and a window's, against the reference. `copies` more have ten rows each.
+pub fn many_rows_beside_few(setup: &Setup, copies: usize) {
+    let seqs = 5 + copies as u32;
+    let setup =
+        Setup { deterministic: false, max_seqs: seqs, blocks: 24 + 4 * seqs, ..setup.clone() };
+    let mut texts = [150, 72, 200, 131, 66].map(prompt).to_vec();
+    texts[3][100] = LOUD;
+    let mut cache = setup.cache();
+    let mut work = Vec::new();
+    for (text, at) in texts.iter().zip([149, 70, 60, 20, 64]) {
+        let seq = setup.start(&mut cache, text);
+        // They find each other's tiles.
+        let found = cache.tokens(seq).unwrap().len();
+        if found < at {
+            setup.fill(&mut cache, seq, &text[found..at]);
+        }
+        work.push((seq, at.max(found)));
+    }
+    for copy in 0..copies as u32 {
+        let own: Vec<_> = (0..10).map(|i| 5000 + 10 * copy + i).collect();
+        let seq = cache.fork(work[0].0).unwrap();
+        texts.push([&texts[0][..149], &own].concat());
+        work.push((seq, 149));
+    }
+    let work: Vec<_> =
+        work.iter().zip(&texts).map(|(&(seq, at), text)| (seq, &text[at..])).collect();
+    let lengths: Vec<_> = work.iter().map(|w| w.1.len()).collect();
+    if setup.tokens == 64 {
+        assert_eq!(lengths[..5], [1, 2, 72, 67, 2]);
+    }
+    let all = setup.run_all(&mut cache, &work);
+    let (rows, mut first) = (lengths.iter().sum(), 0);
+    for (text, count) in texts.iter().zip(lengths) {
+        let out = setup.part(&all, rows, first..first + count);
+        setup.check(&out, text, count, 23);
+        first += count;
+    }
+    cache.audit().unwrap();
 }

@@ -131,6 +131,7 @@ mod lookup;
 mod merge;
 mod mla;
 mod prefill;
+mod prefill_sealed;
 mod prefill_token;
 mod seal;
 
@@ -145,5 +146,6 @@ pub use lookup::{LookupParams, LookupPatch, LookupPatchParams};
 pub use merge::MergeParams;
 pub use mla::MlaParams;
 pub use prefill::PrefillParams;
+pub use prefill_sealed::PrefillSealedParams;
 pub use prefill_token::PrefillTokenParams;
 pub use seal::SealParams;
