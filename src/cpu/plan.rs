@@ -125,8 +125,7 @@ impl Cut {
         }
     }
 
-    /// The cells and splits of a sequence with `q_tokens` query tokens, which see the keys
-    /// `first..kv_len`.
+    /// The cells and splits of a sequence whose `q_tokens` query tokens see the keys `first..kv_len`.
     pub fn sequence(&self, q_tokens: u32, first: u32, kv_len: u32) -> SeqCut {
         let decode = q_tokens <= self.decode_tokens;
         let tile_tokens = if decode { q_tokens.max(1) } else { self.tile_tokens };
