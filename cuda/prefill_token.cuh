@@ -115,8 +115,11 @@ KVC_UNROLL
             Format::unpack(words[w], pairs);
 KVC_UNROLL
             for (uint32_t j = 0; j < Codes::kPairs; ++j) {
-                if constexpr (Format::kScaleBytes != 0) pairs[j] = mul_f16x2(pairs[j], scale);
-                if constexpr (Format::kMinimum) pairs[j] = add_f16x2(pairs[j], minimum);
+                // Rounded once: what rows lose alike adds up in the first channel that is rotated back.
+                if constexpr (Format::kMinimum)
+                    pairs[j] = fma_f16x2(pairs[j], scale, minimum);
+                else if constexpr (Format::kScaleBytes != 0)
+                    pairs[j] = mul_f16x2(pairs[j], scale);
                 out[w * Codes::kPairs + j] = pairs[j];
             }
         }

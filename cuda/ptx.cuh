@@ -497,9 +497,6 @@ KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return x * y; });
 }
-KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
-    return each_f16(a, b, [](float x, float y) { return x + y; });
-}
 KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return fmaxf(x, y); });
 }
@@ -564,11 +561,6 @@ KVC_DEVICE float rcp_approx(float x) {
 KVC_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-KVC_DEVICE uint32_t add_f16x2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {

@@ -46,8 +46,11 @@ static void options_and_plans(void) {
     desc.format = KVC_FORMAT_INT8_T;
     OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
     CHECK(strcmp(name, "kvc_decode_int8_t_d128") == 0);
-    // As codes are stored, for 64 and 128 channels; sealed tiles only in a cache.
+    // As codes are stored, for the head dims that floats have; sealed tiles only in a cache.
     desc.k_dim = desc.v_dim = 256;
+    OK(kvc_device_attend_kernel(NULL, &desc, &options, name, sizeof name));
+    CHECK(strcmp(name, "kvc_decode_int8_t_d256") == 0);
+    desc.k_dim = desc.v_dim = 160;
     FAILS(KVC_ERR_UNSUPPORTED, "format",
           kvc_device_attend_kernel(NULL, &desc, &options, name, 64));
     desc.k_dim = desc.v_dim = 128;
