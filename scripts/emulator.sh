@@ -24,7 +24,7 @@ case "${1:-} $asan" in
     *) echo "skipped: $CXX has no libasan" ;;
 esac
 "${run[@]}" cargo test -p libkvcache --features emulate --test 'emulat*' --test 'device_*' \
-    --test conformance_device --test conformance_device_codes --test cache
+    --test conformance_device --test conformance_device_codes --test cache --test cascade_cache
 "${run[@]}" cargo run -p libkvcache --features emulate --example generate -- \
     --device emu --check --prompt 'What is a KV cache?' --max-tokens 4
 if [ "${1:-}" = --plain ]; then
