@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Undefined behaviour in what is pure: Miri where the toolchain has it. Where not, the address
-# sanitizer is a weaker stand-in (no aliasing rules, no uninitialised reads).
+# sanitizer over the conformance tables is a weaker stand-in (no aliasing rules, no uninitialised reads).
 source "$(dirname "$0")/common.sh"
 if cargo miri --version >/dev/null 2>&1; then
     export MIRIFLAGS="-Zmiri-strict-provenance"
