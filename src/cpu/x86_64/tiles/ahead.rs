@@ -72,14 +72,15 @@ impl Hints {
 }
 
 impl Lines {
-    /// Asks for line `at`.
+    /// Asks for line `at` of codes of `BITS` bits.
     #[inline(always)]
-    pub fn hint(&self, at: usize) {
+    pub fn hint<const BITS: u32>(&self, at: usize) {
         prefetch(self.near.wrapping_add(64 * at));
         let far = self.far.wrapping_add(64 * at);
-        match self.prefetch {
-            Prefetch::Levels => prefetch_far(far),
-            Prefetch::First => prefetch(far),
+        if BITS == 8 && self.prefetch == Prefetch::First {
+            prefetch(far);
+        } else {
+            prefetch_far(far);
         }
     }
 }
@@ -101,7 +102,7 @@ impl<'a, 'b> Ahead<'a, 'b> {
     /// As for [`attend`](super::attend).
     pub unsafe fn new(job: &'a SealedJob<'b>) -> Self {
         let tiles = |bytes: usize| (bytes / job.layout.bytes()).max(1);
-        let prefetch = Prefetch::of_cpu();
+        let prefetch = Prefetch::of_tiles(job.layout.format());
         let Distances { near, far } = Distances::of(prefetch);
         let ahead = Self { job, prefetch, far: tiles(far), pages: tiles(PAGES_BYTES) };
         // SAFETY: the caller's promise.
