@@ -7,7 +7,6 @@ mod random;
 
 use kvcache::attention::Scoring;
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, TierOptions, Work};
-use kvcache::device::Device;
 use kvcache::dtype::KvFormat;
 use kvcache::error::Error;
 use kvcache::ids::{Namespace, SeqId, TokenId};
@@ -221,11 +220,6 @@ fn what_cannot_have_sinks_refuses_them() {
     assert!(matches!(exported, Err(Error::Unsupported { .. })));
     let imported = cache.import_blocks(&mut [], "m", None, Namespace(0));
     assert!(matches!(imported, Err(Error::Unsupported { .. })));
-    if cfg!(feature = "emulate") {
-        let spec = CacheSpec::uniform(64, group(KvFormat::Kt4v4, 64));
-        let options = CacheOptions { device: Device::Emu, ..options() };
-        assert!(matches!(KvCache::new(&spec, &options), Err(Error::Unsupported { .. })));
-    }
 }
 
 #[test]

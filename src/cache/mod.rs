@@ -239,9 +239,6 @@ impl KvCache {
             layout.pool_bytes(blocks_of(group).into())?;
         }
         let sealed = |layout: &GroupLayout| layout.staging_block_bytes() != 0;
-        if backend.is_some() && layouts.iter().any(|layout| layout.sink_blocks() != 0) {
-            return Err(Error::Unsupported { what: "raw sink tokens on a device" });
-        }
         if options.scrub && layouts.iter().any(sealed) {
             return Err(Error::Unsupported { what: "scrubbing of sealed tiles" });
         }

@@ -177,10 +177,8 @@ impl KvCache {
             let slot = pool.allocate()?;
             sequence.raw[group].push(Staged { tile, slot, kept: false });
         }
-        if let Some(tiles) = store.tiles() {
-            for &block in sequence.tables[group].blocks().iter().take(sinks).skip(first) {
-                tiles.unseal(block)?;
-            }
+        for &block in sequence.tables[group].blocks().iter().take(sinks).skip(first) {
+            store.unseal(block)?;
         }
 
         let staging_blocks = pool.blocks();

@@ -85,6 +85,16 @@ impl Store {
         }
     }
 
+    /// Makes the records of a block, all layers, say that they are not sealed: its rows are read raw.
+    pub fn unseal(&mut self, block: BlockId) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Err(Error::InvalidState { why: "the format has no sealed tiles" }),
+            Store::Tiles(store) => store.unseal(block),
+            // No sealed record has a header of zeros.
+            Store::Device(store) => store.zero(block),
+        }
+    }
+
     /// The sealed tiles of a group in host memory whose format has them.
     pub fn tiles(&mut self) -> Option<&mut TileStore> {
         match self {

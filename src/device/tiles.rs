@@ -5,7 +5,8 @@
 //! Append writes raw rows and seals what is full, in the order of the stream: nothing is waited for. A
 //! tile that cannot be sealed says so in its record, which attention reads, and in a word of the batch,
 //! which the host reads before it commits the step; its rows in scratch go to a spare slot, also on the
-//! device. It knows slots and block ids, not who holds them.
+//! device. Sinks have records that were never sealed, so that their slots are read like those. It knows
+//! slots and block ids, not who holds them.
 
 use alloc::sync::Arc;
 use core::mem::size_of_val;
@@ -88,7 +89,7 @@ impl Tiles {
         if staging_blocks > i32::MAX as u32 {
             return Err(Error::invalid("staging_blocks", "must fit in 31 bits"));
         }
-        let spec = GroupSpec { format: KvFormat::Bf16, ..layout.spec().clone() };
+        let spec = GroupSpec { format: KvFormat::Bf16, sink_tokens: 0, ..layout.spec().clone() };
         let one = GroupSpec { layers: 1, ..spec.clone() };
         let raw = GroupLayout::new(spec, layout.block_tokens())?;
         let staging = raw.pool_bytes(u64::from(staging_blocks))?;
