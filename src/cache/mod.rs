@@ -57,7 +57,7 @@ use crate::prefix::{Eviction, Hit, PrefixIndex};
 use media::MediaKeys;
 use outside::Outside;
 use sequence::Sequences;
-use sinks::SinkSlots;
+use sinks::{Held, SinkSlots};
 use store::Store;
 use tiers::Tiers;
 
@@ -420,11 +420,12 @@ impl KvCache {
                 }
             }
         }
-        self.sweep_sinks()?;
         if let Some(tiers) = &mut self.tiers {
-            tiers.evicted(&self.ids, &self.stores, why == Evicted::Capacity);
+            let held = Held { stores: &self.stores, sinks: &self.sinks };
+            tiers.evicted(&self.ids, held, why == Evicted::Capacity);
         }
         self.outside.evicted(&self.ids, why);
-        Ok(())
+        // Their rows were copied, or will be before what writes there next.
+        self.sweep_sinks()
     }
 }

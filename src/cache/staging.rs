@@ -31,7 +31,7 @@ pub(super) struct Rescued {
 
 impl Sequence {
     /// Gives up the slots of a group that `keep` does not want.
-    fn retain_raw(
+    pub(super) fn retain_raw(
         &mut self,
         group: usize,
         pool: &mut BlockPool,

@@ -9,6 +9,7 @@
 //! slots and block ids, not who holds them.
 
 use alloc::sync::Arc;
+use core::marker::PhantomData;
 use core::mem::size_of_val;
 use core::ops::Range;
 use core::sync::atomic::AtomicU32;
@@ -18,7 +19,7 @@ use super::backend::launch;
 use super::batch::{BatchView, RawView, Run};
 use super::memory::DeviceMemory;
 use super::store::{DeviceStore, LayerView};
-use super::{Backend, DeviceBatch};
+use super::{Backend, DeviceBatch, Span};
 use crate::attention::HeadShape;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
@@ -36,6 +37,8 @@ use crate::quant::Tile;
 /// Workspace that is enough for calls in the deterministic mode, unless a few rows alone need more:
 /// partial results of all pieces wait there, so a long prompt is attended in several calls.
 const WORKSPACE_BYTES: u64 = 128 << 20;
+
+const NO_TILES: Error = Error::InvalidState { why: "the format has no sealed tiles" };
 
 /// What a store has for tiles.
 #[derive(Debug)]
@@ -152,7 +155,7 @@ impl DeviceStore {
     }
 
     fn tiles(&mut self) -> Result<&mut Tiles> {
-        self.tiles.as_mut().ok_or(Error::InvalidState { why: "the format has no sealed tiles" })
+        self.tiles.as_mut().ok_or(NO_TILES)
     }
 
     /// Makes room for a step that fills so many tiles from end to end.
@@ -197,6 +200,46 @@ impl DeviceStore {
         let (from, to) = (at(src), at(dst));
         // SAFETY: both slots are in the memory; they are apart or the same.
         unsafe { self.backend.copy(from, to, bytes, stream) }
+    }
+
+    /// Copies bytes of a raw slot, from `at` on, to host memory, after what is enqueued, and waits for it.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` past the end of the slot; `DeviceFailed`.
+    pub fn read_raw(&self, slot: BlockId, at: usize, to: &mut [u8]) -> Result<()> {
+        let (tiles, at) = self.raw_at(slot, at, to.len())?;
+        tiles.staging.download(at, to, self.options.stream)
+    }
+
+    /// Copies bytes to a raw slot, from `at` on, and waits until they have been read.
+    ///
+    /// # Errors
+    /// As for [`read_raw`](Self::read_raw).
+    pub fn write_raw(&mut self, slot: BlockId, at: usize, from: &[u8]) -> Result<()> {
+        let (stream, (_, at)) = (self.options.stream, self.raw_at(slot, at, from.len())?);
+        self.tiles()?.staging.upload(at, from, stream)
+    }
+
+    /// Where bytes of a raw slot lie, from `at` on.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` past the end of the slot.
+    pub fn raw_span(&self, slot: BlockId, at: usize, bytes: usize) -> Result<Span<'_>> {
+        let (tiles, at) = self.raw_at(slot, at, bytes)?;
+        let address = tiles.staging.part(at, bytes as u64)?;
+        Ok(Span { address, bytes, store: PhantomData })
+    }
+
+    fn raw_at(&self, slot: BlockId, at: usize, bytes: usize) -> Result<(&Tiles, u64)> {
+        let tiles = self.tiles.as_ref().ok_or(NO_TILES)?;
+        if slot.0 >= tiles.staging_blocks {
+            return Err(Error::BadBlock { block: slot.0 });
+        }
+        let slot_bytes = tiles.raw.block_bytes();
+        if at.checked_add(bytes).is_none_or(|end| end as u64 > slot_bytes) {
+            return Err(Error::invalid("bytes", "must lie within a slot"));
+        }
+        Ok((tiles, u64::from(slot.0) * slot_bytes + at as u64))
     }
 
     /// The words for the tiles of a batch that were to be sealed, in their order, for

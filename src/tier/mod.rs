@@ -32,12 +32,14 @@ mod recent;
 pub mod remote;
 mod report;
 mod slabs;
+pub mod spread;
 mod store;
 pub mod stream;
 mod ticket;
 mod worker;
 
 pub use arrivals::{Arrivals, Piece};
+pub(crate) use decide::decide_by;
 pub use decide::{Decision, Found, PrefillCost, Why, decide};
 pub use host::{HostBlock, HostTier};
 pub use key::{Configuration, MOST_MODEL_BYTES, ObjectKey};
