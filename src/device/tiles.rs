@@ -9,7 +9,6 @@
 //! slots and block ids, not who holds them.
 
 use alloc::sync::Arc;
-use core::marker::PhantomData;
 use core::mem::size_of_val;
 use core::ops::Range;
 use core::sync::atomic::AtomicU32;
@@ -19,7 +18,7 @@ use super::backend::launch;
 use super::batch::{BatchView, RawView, Run};
 use super::memory::DeviceMemory;
 use super::store::{DeviceStore, LayerView};
-use super::{Backend, DeviceBatch, Span};
+use super::{Backend, DeviceBatch};
 use crate::attention::HeadShape;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
@@ -38,18 +37,18 @@ use crate::quant::Tile;
 /// partial results of all pieces wait there, so a long prompt is attended in several calls.
 const WORKSPACE_BYTES: u64 = 128 << 20;
 
-const NO_TILES: Error = Error::InvalidState { why: "the format has no sealed tiles" };
+pub(super) const NO_TILES: Error = Error::InvalidState { why: "the format has no sealed tiles" };
 
 /// What a store has for tiles.
 #[derive(Debug)]
 pub(super) struct Tiles {
     layout: TileLayout,
     /// Raw blocks of all layers, and of one.
-    raw: GroupLayout,
+    pub(super) raw: GroupLayout,
     raw_layer: GroupLayout,
-    staging_blocks: u32,
+    pub(super) staging_blocks: u32,
     scratch_blocks: u32,
-    staging: DeviceMemory,
+    pub(super) staging: DeviceMemory,
     scratch: DeviceMemory,
     /// The batch and the layer whose rows are in scratch.
     scratch_of: Option<(u64, u32)>,
@@ -154,7 +153,7 @@ impl DeviceStore {
         self.tiles.as_ref().map_or(0, |tiles| tiles.staging.bytes() + tiles.scratch.bytes())
     }
 
-    fn tiles(&mut self) -> Result<&mut Tiles> {
+    pub(super) fn tiles(&mut self) -> Result<&mut Tiles> {
         self.tiles.as_mut().ok_or(NO_TILES)
     }
 
@@ -178,68 +177,6 @@ impl DeviceStore {
     /// Whether a slot of a step's second table lies in scratch, and which block of it is meant.
     pub fn in_scratch(&self, slot: i32) -> Option<u32> {
         (slot as u32).checked_sub(self.tiles.as_ref()?.staging_blocks)
-    }
-
-    /// Enqueues a copy of a raw slot, all layers, to another. At least the first `tokens` rows are
-    /// copied; a slot is one contiguous object, and so all of it is.
-    ///
-    /// # Errors
-    /// `BadBlock`; `InvalidArgument` for more tokens than a tile has; `DeviceFailed`.
-    pub fn copy_raw(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
-        let stream = self.options.stream;
-        let tiles = self.tiles()?;
-        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= tiles.staging_blocks) {
-            return Err(Error::BadBlock { block: bad.0 });
-        }
-        if tokens > tiles.raw.block_tokens() {
-            return Err(Error::invalid("tokens", "must be at most block_tokens"));
-        }
-        let bytes = tiles.raw.block_bytes();
-        // Below the pool's bytes, which were checked.
-        let at = |id: BlockId| tiles.staging.address() + u64::from(id.0) * bytes;
-        let (from, to) = (at(src), at(dst));
-        // SAFETY: both slots are in the memory; they are apart or the same.
-        unsafe { self.backend.copy(from, to, bytes, stream) }
-    }
-
-    /// Copies bytes of a raw slot, from `at` on, to host memory, after what is enqueued, and waits for it.
-    ///
-    /// # Errors
-    /// `BadBlock`; `InvalidArgument` past the end of the slot; `DeviceFailed`.
-    pub fn read_raw(&self, slot: BlockId, at: usize, to: &mut [u8]) -> Result<()> {
-        let (tiles, at) = self.raw_at(slot, at, to.len())?;
-        tiles.staging.download(at, to, self.options.stream)
-    }
-
-    /// Copies bytes to a raw slot, from `at` on, and waits until they have been read.
-    ///
-    /// # Errors
-    /// As for [`read_raw`](Self::read_raw).
-    pub fn write_raw(&mut self, slot: BlockId, at: usize, from: &[u8]) -> Result<()> {
-        let (stream, (_, at)) = (self.options.stream, self.raw_at(slot, at, from.len())?);
-        self.tiles()?.staging.upload(at, from, stream)
-    }
-
-    /// Where bytes of a raw slot lie, from `at` on.
-    ///
-    /// # Errors
-    /// `BadBlock`; `InvalidArgument` past the end of the slot.
-    pub fn raw_span(&self, slot: BlockId, at: usize, bytes: usize) -> Result<Span<'_>> {
-        let (tiles, at) = self.raw_at(slot, at, bytes)?;
-        let address = tiles.staging.part(at, bytes as u64)?;
-        Ok(Span { address, bytes, store: PhantomData })
-    }
-
-    fn raw_at(&self, slot: BlockId, at: usize, bytes: usize) -> Result<(&Tiles, u64)> {
-        let tiles = self.tiles.as_ref().ok_or(NO_TILES)?;
-        if slot.0 >= tiles.staging_blocks {
-            return Err(Error::BadBlock { block: slot.0 });
-        }
-        let slot_bytes = tiles.raw.block_bytes();
-        if at.checked_add(bytes).is_none_or(|end| end as u64 > slot_bytes) {
-            return Err(Error::invalid("bytes", "must lie within a slot"));
-        }
-        Ok((tiles, u64::from(slot.0) * slot_bytes + at as u64))
     }
 
     /// The words for the tiles of a batch that were to be sealed, in their order, for

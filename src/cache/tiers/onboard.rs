@@ -46,8 +46,7 @@ impl KvCache {
     /// Whether this cache can be given tiers now: to be asked before a store is opened for it.
     ///
     /// # Errors
-    /// `InvalidState` or `Unsupported` where [`attach_tiers`](Self::attach_tiers) would refuse any
-    /// options.
+    /// `InvalidState` where [`attach_tiers`](Self::attach_tiers) would refuse any options.
     pub fn check_can_attach(&self) -> Result<()> {
         if self.tiers.is_some() {
             return Err(Error::InvalidState { why: "the cache has tiers already" });
