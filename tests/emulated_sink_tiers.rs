@@ -71,8 +71,7 @@ fn a_device_and_the_cpu_have_the_same_streams_and_objects() {
         attach(&mut cache, 0, vec![below(shelf.clone(), TierKind::Remote, true)]);
         setup.serve(&mut cache, &prompt, false);
         assert!(cache.flush_tiers(LONG));
-        let objects = shelf.0.lock().unwrap().clone();
-        objects
+        shelf.0.lock().unwrap().clone()
     });
     assert_eq!(objects[0].len(), device.objects(3));
     assert!(objects[0] == objects[1]);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kvcache::device::{Backend, Device, open};
 use kvcache::dtype::KvFormat;
 use tiles::sinks::{chunks_hits_and_forks, cuts, random_operations, slots};
-use tiles::{Setup, many_rows_beside_few};
+use tiles::{Setup, against_the_reference, chunks_and_hits, many_rows_beside_few};
 
 fn emu() -> Arc<dyn Backend> {
     open(Device::Emu).unwrap()
@@ -51,6 +51,13 @@ fn many_rows_beside_few_read_sinks_raw() {
     {
         many_rows_beside_few(&Setup { window, ..setup(&backend, format, (64, 64), tiles) }, 1);
     }
+}
+
+#[test]
+fn streams_are_those_of_the_cpu_and_are_read_alike() {
+    let setup = setup(&emu(), KvFormat::Kt4v4, (64, 64), 1);
+    against_the_reference(&setup);
+    chunks_and_hits(&setup, &[61, 4, 74]);
 }
 
 #[test]

@@ -22,7 +22,6 @@ use super::{Backend, DeviceBatch};
 use crate::attention::HeadShape;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
-use crate::ids::BlockId;
 use crate::kernels::params::{AppendParams, DecodeTileParams, In, Out, SealParams};
 use crate::kernels::{
     AttendArgs, AttendPlan, DecodeBounds, DecodePlan, FIRST_SPARE, Pieces, PrefillBounds,

@@ -63,24 +63,34 @@ impl Spread {
         raw.max().unwrap_or(1)
     }
 
+    /// The block from which on fewer groups are raw than in `block`; `None` where none is.
+    fn end_of_run(&self, block: usize) -> Option<usize> {
+        self.groups.iter().map(|group| group.sinks).filter(|&end| block < end).min()
+    }
+
     /// Objects of `blocks` blocks from block `first` on.
     pub fn span(&self, first: usize, blocks: usize) -> usize {
-        let most = self.groups.iter().map(|group| group.sinks).max().unwrap_or(0);
-        let raw = most.saturating_sub(first).min(blocks);
-        (first..first + raw).map(|block| self.objects(block)).sum::<usize>() + blocks - raw
+        let (mut block, end, mut objects) = (first, first.saturating_add(blocks), 0);
+        while let Some(next) = self.end_of_run(block).filter(|_| block < end) {
+            let next = next.min(end);
+            objects += (next - block) * self.objects(block);
+            block = next;
+        }
+        objects + end - block
     }
 
     /// Where object `n` from block `first` on belongs: the block, and which of its objects it is.
     pub fn place(&self, first: usize, n: usize) -> (usize, usize) {
         let (mut block, mut n) = (first, n);
-        loop {
-            match self.objects(block) {
-                // From here on there is one a block.
-                1 if self.groups.iter().all(|group| block >= group.sinks) => return (block + n, 0),
-                objects if n < objects => return (block, n),
-                objects => (block, n) = (block + 1, n - objects),
+        while let Some(next) = self.end_of_run(block) {
+            let objects = self.objects(block);
+            if n < (next - block) * objects {
+                return (block + n / objects, n % objects);
             }
+            (n, block) = (n - (next - block) * objects, next);
         }
+        // From here on there is one a block.
+        (block + n, 0)
     }
 
     /// Blocks that the first `objects` objects from block `first` on are all of.

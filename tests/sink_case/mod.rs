@@ -218,7 +218,7 @@ pub fn prefetch(cache: &mut KvCache, prompt: &[TokenId]) {
 pub fn known_prompts(setup: &Setup, count: u32) -> Vec<(Vec<TokenId>, Vec<u32>)> {
     let known = |n: u32| {
         let mut prompt = setup.prompt(n, 2 + n as usize % 3);
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             prompt[..setup.tokens].copy_from_slice(&setup.prompt(0, 1)[..setup.tokens]);
         }
         let out = setup.expected(&prompt);

@@ -256,7 +256,8 @@ impl KvCache {
     }
 
     /// Loads the blocks after `hit` that the host has of a prompt, given as the index has it, into new
-    /// blocks at the end of the sequence's tables; how many tokens that are. What cannot be loaded is computed, so nothing here fails.
+    /// blocks at the end of the sequence's tables; how many tokens that are. What cannot be loaded is
+    /// computed, so nothing here fails.
     pub(in crate::cache) fn onboard(
         &mut self,
         sequence: &mut Sequence,

@@ -34,6 +34,9 @@ enum Wanted {
     Below(Box<Label>),
 }
 
+/// Objects that follow each other, by where they are.
+type Runs = Vec<(Place, Vec<Wanted>)>;
+
 impl Tiers {
     /// Where an object is, if that is known: a load that is begun is not to end for want of it.
     fn place(&self, label: &Label) -> Option<(Place, Option<Arc<HostBlock>>)> {
@@ -149,7 +152,7 @@ impl KvCache {
         space: Namespace,
         prompt: &[TokenId],
         hit: &Hit,
-    ) -> Option<(Vec<(Place, Vec<Wanted>)>, usize)> {
+    ) -> Option<(Runs, usize)> {
         let block_tokens = self.spec.block_tokens as usize;
         let above = self.outside.digest_of(last_entry(&hit.blocks, self.pools.len()));
         let keys = (space, self.outside.seed(space));
@@ -161,7 +164,7 @@ impl KvCache {
         if room == 0 {
             return None;
         }
-        let mut runs: Vec<(Place, Vec<Wanted>)> = Vec::new();
+        let mut runs: Runs = Vec::new();
         let mut places = Vec::new();
         for label in tiers.labels(prompt, &self.media, skip, above, keys) {
             let Some((place, held)) = tiers.place(&label) else { break };
