@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use kvcache::device::{Backend, Device, open};
 use kvcache::dtype::KvFormat;
-use tiles::sinks::{chunks_hits_and_forks, cuts, random_operations, slots};
+use tiles::sinks::{
+    blocks_that_held_records, chunks_hits_and_forks, cuts, random_operations, slots,
+};
 use tiles::{Setup, against_the_reference, chunks_and_hits, many_rows_beside_few};
 
 fn emu() -> Arc<dyn Backend> {
@@ -69,7 +71,9 @@ fn speculation_at_the_end_of_the_sinks() {
 
 #[test]
 fn slots_of_unused_sinks_are_had_by_eviction_and_others_are_not() {
-    slots(&setup(&emu(), KvFormat::Kt4v4, (64, 64), 1));
+    let setup = setup(&emu(), KvFormat::Kt4v4, (64, 64), 1);
+    slots(&setup);
+    blocks_that_held_records(&setup);
 }
 
 #[test]

@@ -325,6 +325,7 @@ fn sinks_of_sealed_tiles_are_read_raw() {
         }
         let setup = Setup { sink_tokens: 64, ..setup };
         sinks::slots(&setup);
+        sinks::blocks_that_held_records(&setup);
         tiles::many_rows_beside_few(&setup, backend.multiprocessors() as usize / 4);
     }
 }

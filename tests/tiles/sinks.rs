@@ -81,8 +81,31 @@ pub fn cuts(setup: &Setup) {
     }
 }
 
-/// Slots of unused sinks are had by eviction, those that are used are not; blocks that held records are
-/// sinks next.
+/// Blocks that hold records of sealed tiles become sinks: their rows are read raw all the same.
+pub fn blocks_that_held_records(setup: &Setup) {
+    let tokens = setup.tokens;
+    assert_eq!(setup.sink_tokens as usize, tokens);
+    let setup = Setup { blocks: 6, ..setup.clone() };
+    let mut cache = setup.cache();
+    let long = prompt(6 * tokens);
+    let seq = setup.start(&mut cache, &long);
+    setup.fill(&mut cache, seq, &long);
+    cache.release(seq).unwrap();
+    cache.clear_prefix().unwrap();
+    // One of these has the block that was a sink; the other two have sealed ones.
+    let texts =
+        [1, 2, 3].map(|n| prompt(tokens + 2).iter().map(|t| t + n * 5000).collect::<Vec<_>>());
+    let mut used = Vec::new();
+    for (text, space) in texts.iter().zip(0..) {
+        let seq = cache.start(text, Namespace(space)).unwrap().seq;
+        assert!(same(&setup.run(&mut cache, seq, text), &setup.at_once(text)));
+        used.push(cache.blocks(seq, 0).unwrap()[0]);
+    }
+    used.dedup();
+    assert_eq!(used.len(), 3);
+}
+
+/// Slots of unused sinks are had by eviction, those that are used are not.
 pub fn slots(setup: &Setup) {
     let tokens = setup.tokens;
     assert_eq!(setup.sink_tokens as usize, tokens);
