@@ -24,6 +24,7 @@ namespace kvc {
 template <typename Key, typename Value> struct TileFormat {
     using K = Key;
     using V = Value;
+    static constexpr bool kByTokens = K::kBits < 4;
 };
 struct Kt8v8 : TileFormat<Bytes<false>, Int8> {
     static constexpr uint32_t kLevels = 255;
@@ -67,6 +68,7 @@ struct TileWork {
     Unit u;
     Piece item;
     BlockTable table;
+    const unsigned char *records; // of this KV head, that of block 0
     uint32_t unit;
     // Tiles that lie in the piece, behind every window and before the tail.
     uint32_t plain_from, plain_to;
@@ -76,12 +78,11 @@ static_assert(sizeof(TileWork) <= 128, "src/kernels/decode_tile.rs has room for 
 // A warp's ring of records.
 struct TileRing {
     const kvc_decode_tile_params &p;
-    uint32_t to, from, from_phase;
-    uint32_t valid; // a bit a stage: the tile has a record there
-    int32_t entry;  // of the next tile
+    uint32_t from, from_phase;
+    int32_t entry; // of the next tile
 
     KVC_DEVICE explicit TileRing(const kvc_decode_tile_params &params)
-        : p(params), to(0), from(0), from_phase(0), valid(0), entry(-1) {
+        : p(params), from(0), from_phase(0), entry(-1) {
         if (bulk() && lane_id() == 0) {
             for (uint32_t at = 0; at < stages(); ++at) mbar_init(full(at), 1);
             mbar_fence_init();
@@ -112,32 +113,39 @@ struct TileRing {
     KVC_DEVICE void look_up(const BlockTable &table, uint32_t tile, bool wanted) {
         if (wanted) entry = table.entry(tile);
     }
-    // Starts the copy of a tile's record; `next` is the tile after it.
-    KVC_DEVICE void issue(const TileWork &work, bool wanted, uint32_t next, bool next_wanted) {
+    // Starts the copy of a tile's record to a stage; `next` is the tile after it. In the place of one that is in no
+    // block comes what is not sealed.
+    KVC_DEVICE void issue(const TileWork &work, uint32_t to, bool wanted, uint32_t next,
+                          bool next_wanted) {
         if (wanted) {
-            const int32_t block = work.table.checked(entry);
+            const int32_t block = entry;
+            const bool there = static_cast<uint32_t>(block) < p.call.num_blocks;
             look_up(work.table, next, next_wanted);
-            valid = (valid & ~(1u << to)) | static_cast<uint32_t>(block >= 0) << to;
-            const unsigned char *record = static_cast<const unsigned char *>(p.records) +
-                                          (block < 0 ? 0 : block) * p.record_block +
-                                          work.u.kv_head * p.record_head;
+            if (!there && lane_id() == 0) raise(p.call.error_flag, kFlagBlock);
+            const unsigned char *record = work.records + (there ? block : 0) * p.record_block;
+            unsigned char *at = stage(to);
             if (bulk()) {
-                if (lane_id() == 0 && block >= 0) {
+                if (lane_id() == 0 && there) {
                     mbar_arrive_expect(full(to), p.record_bytes);
-                    bulk_copy(stage(to), record, p.record_bytes, full(to));
+                    bulk_copy(at, record, p.record_bytes, full(to));
                 } else if (lane_id() == 0) {
+                    *reinterpret_cast<uint32_t *>(at + p.header_at + 8) = 0;
+                    fence_bulk();
                     mbar_arrive(full(to));
                 }
             } else {
-                unsigned char *at = stage(to);
                 for (uint32_t i = lane_id() * 16; i < p.record_bytes; i += 512)
-                    cp_async_16(at + i, record + i, block >= 0);
+                    cp_async_16(at + i, record + i, there);
             }
-            to = to + 1 == stages() ? 0 : to + 1;
         }
         if (!bulk()) cp_async_commit();
     }
-    // The oldest record under way, for all of the warp; null for a tile without one.
+    // The stage `ahead`, below the number of stages, of that of the oldest record under way.
+    KVC_DEVICE uint32_t stage_after(uint32_t ahead) const {
+        const uint32_t at = from + ahead;
+        return at < stages() ? at : at - stages();
+    }
+    // The oldest record under way, for all of the warp.
     KVC_DEVICE const unsigned char *wait() {
         if (bulk()) {
             mbar_wait(full(from), from_phase);
@@ -147,7 +155,7 @@ struct TileRing {
             if (stages() == 3) cp_async_wait<2>();
         }
         sync_warp();
-        return (valid >> from & 1) != 0 ? stage(from) : nullptr;
+        return stage(from);
     }
     KVC_DEVICE void release() {
         sync_warp();
@@ -162,11 +170,9 @@ struct TileRing {
 
 // Pairs of bytes in the small form, one for each channel of a word of codes, in the order of its pairs.
 template <typename Codes>
-KVC_DEVICE void channel_pairs(const unsigned char *bytes, uint32_t first,
-                              uint32_t (&out)[Codes::kPairs]) {
+KVC_DEVICE void channel_pairs(const uint32_t *words, uint32_t (&out)[Codes::kPairs]) {
 KVC_UNROLL
     for (uint32_t i = 0; i < Codes::kPairs; i += 2) {
-        const uint32_t *words = reinterpret_cast<const uint32_t *>(bytes + first);
         if constexpr (Codes::kPairs < 8) {
             // Neighbours.
             out[i] = permute(words[i / 2], 0, 0x4140);
@@ -231,9 +237,53 @@ template <typename V> KVC_DEVICE WordRun<4> strip_scales(const unsigned char *sc
     }
 }
 
-// The sums of a warp, which has also that of the weights as the products take them, in each row.
+// The sums of a warp, which has also that of the weights as the products take them, in each row. A score
+// or scale that is the largest so far is rare: only then do lanes exchange anything.
 template <int HeadDim> struct TileState : CodeState<HeadDim> {
+    static constexpr float kLargest = 3.4028234663852886e38f;
     float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+
+    // Makes weights of products, of which scores are `factor` and `add`; `scales` are the largest, in
+    // pairs, of this lane's scales of values.
+    KVC_DEVICE void weigh(float (&s)[4][4], const float (&factor)[2], const float (&add)[2],
+                          uint32_t scales) {
+        float top[2];
+KVC_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            top[c] = max_f32(s[0][c], s[0][2 + c]);
+            for (int i = 1; i < 4; ++i) top[c] = max_f32(top[c], max_f32(s[i][c], s[i][2 + c]));
+            // No factor is below 0, so that the greatest product has the greatest score.
+            top[c] = fma_rn(top[c], factor[c], add[c]);
+        }
+        const uint32_t larger = (scales >> 16) > (scales & 0xffff) ? scales >> 16 : scales & 0xffff;
+        const float largest = widen_f16(static_cast<uint16_t>(larger));
+        const bool more = top[0] > this->m[0] || top[1] > this->m[1] || largest >= this->in_units();
+        if (ballot(kFullMask, more) != 0) {
+            const float same = this->count_in(widen_f16(static_cast<uint16_t>(max_of_warp(larger))));
+            float keep[2];
+KVC_UNROLL
+            for (int c = 0; c < 2; ++c) {
+                const float next = max_f32(this->m[c], max_over_tokens(top[c]));
+                keep[c] = weight(this->m[c], next);
+                this->l[c] *= keep[c];
+                this->m[c] = next;
+                keep[c] *= same;
+            }
+            this->rescale(keep);
+            for (int i = 0; i < 4; ++i) total[i] *= keep[i % 2];
+        }
+KVC_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            const float shift = add[c] - max_f32(this->m[c], -kLargest);
+            float sum = 0.0f;
+            for (int i = 0; i < 4; ++i) {
+                s[i][c] = exp2_approx(fma_rn(s[i][c], factor[c], shift));
+                s[i][2 + c] = exp2_approx(fma_rn(s[i][2 + c], factor[c], shift));
+                sum += s[i][c] + s[i][2 + c];
+            }
+            this->l[c] += sum;
+        }
+    }
 };
 
 // What of a tile's scores does not depend on the token.
@@ -256,29 +306,44 @@ KVC_UNROLL
         const WordRun<4> run = fold.load(i);
         for (uint32_t j = 0; j < 4; ++j) pairs[4 * i + j] = run.word[j];
     }
-    float levels[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    // Of two steps in turn, what one multiplies is in the upper rows and what the other does in the
+    // lower, so that no row is there twice; rows of the other step are not looked at.
+    float levels[2][4] = {}, middle[2][4] = {};
 KVC_UNROLL
-    for (uint32_t n = 0; n < Words::kWords; ++n) {
-        const uint32_t first = Words::word(t, n / Words::kRun, n % Words::kRun) * Words::kPerWord;
-        uint32_t steps[K::kPairs];
-        channel_pairs<K>(record + p.k_steps_at, first, steps);
+    for (uint32_t j = 0; j < Words::kRuns; ++j) {
+        // A byte a channel: those of a run lie side by side.
+        constexpr uint32_t kWords = Words::kRun * Words::kPerWord / 4;
+        uint32_t steps[kWords];
+        const unsigned char *at = record + p.k_steps_at + Words::word(t, j, 0) * Words::kPerWord;
 KVC_UNROLL
-        for (uint32_t i = 0; i < K::kPairs; ++i) {
-            const uint32_t at = n * K::kPairs + i;
-            out.folded[at / 2][at % 2] = mul_f16x2(pairs[at], steps[i]);
+        for (uint32_t i = 0; i < kWords; i += 4) {
+            const WordRun<4> four = *reinterpret_cast<const WordRun<4> *>(at + i * 4);
+            for (uint32_t k = 0; k < 4; ++k) steps[i + k] = four.word[k];
         }
 KVC_UNROLL
-        for (uint32_t i = 0; i < K::kPairs; i += 2) {
-            const uint32_t low = twice(Format::kLevels << K::place(i));
-            const uint32_t high = twice(Format::kLevels << K::place(i + 1));
-            const uint32_t a[4] = {low, low, high, high};
-            mma_f16(levels, a, out.folded[(n * K::kPairs + i) / 2]);
+        for (uint32_t w = 0; w < Words::kRun; ++w) {
+            uint32_t up[K::kPairs];
+            channel_pairs<K>(steps + w * (Words::kPerWord / 4), up);
+KVC_UNROLL
+            for (uint32_t i = 0; i < K::kPairs; ++i) {
+                const uint32_t n = (j * Words::kRun + w) * K::kPairs + i;
+                out.folded[n / 2][n % 2] = mul_f16x2(pairs[n], up[i]);
+            }
         }
     }
-    for (int i = 0; i < 2; ++i) out.less[i] = -0.5f * levels[i];
+KVC_UNROLL
+    for (uint32_t n = 0; n < HeadDim / 16; n += 2) {
+        uint32_t a[4];
+        for (uint32_t i = 0; i < 4; ++i) {
+            const uint32_t pair = 2 * (n + i % 2) + i / 2;
+            a[i] = twice(Format::kLevels << K::place(pair % K::kPairs));
+        }
+        mma_f16(levels[0], a, out.folded[n]);
+        mma_f16(levels[1], a, out.folded[n + 1]);
+    }
+    for (int i = 0; i < 2; ++i) out.less[i] = -0.5f * (levels[0][i] + levels[1][2 + i]);
 
     // Queries times middles, of channels in their order: a byte with its sign flipped is 128 more.
-    float middle[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 KVC_UNROLL
     for (uint32_t i = 0; i < HeadDim / 32; ++i) {
         const uint32_t first = (4 * i + t) * 8;
@@ -286,13 +351,12 @@ KVC_UNROLL
             *reinterpret_cast<const WordRun<4> *>(queries.rows + g * queries.kRow + first);
         const WordRun<2> mids =
             *reinterpret_cast<const WordRun<2> *>(record + p.k_mids_at + first);
-KVC_UNROLL
+        uint32_t m[2][2];
+        for (uint32_t j = 0; j < 2; ++j) Int8::small(mids.word[j], m[j]);
+        const uint32_t a[4] = {m[0][0], m[1][0], m[0][1], m[1][1]};
         for (uint32_t j = 0; j < 2; ++j) {
-            uint32_t m[2];
-            Int8::small(mids.word[j], m);
-            const uint32_t a[4] = {m[0], m[0], m[1], m[1]};
             const uint32_t b[2] = {q.word[2 * j], q.word[2 * j + 1]};
-            mma_f16(middle, a, b);
+            mma_f16(middle[j], a, b);
         }
     }
     const uint32_t units = *reinterpret_cast<const uint32_t *>(record + p.header_at);
@@ -301,78 +365,99 @@ KVC_UNROLL
     for (int c = 0; c < 2; ++c) {
         const float q_factor = queries.factors[2 * t + c];
         out.factor[c] = unit * q_factor;
-        out.add[c] = mid_unit * (middle[c] * 16777216.0f - 128.0f * queries.sums[2 * t + c]) * q_factor;
+        const float mids = (middle[0][c] + middle[1][2 + c]) * 16777216.0f;
+        out.add[c] = mid_unit * (mids - 128.0f * queries.sums[2 * t + c]) * q_factor;
     }
 }
 
-// The products of a strip of the 64 tokens that begin at row `part` of the keys.
+// Strips of keys that are multiplied at a time. Two sums are under way, so that a product waits for the
+// one before the last: of two strips or, where the words of two would take too many registers, of one.
+template <typename K> constexpr uint32_t kKeyStrips = K::kBits < 4 ? 2 : 1;
+
+// The products of such strips of the 64 tokens that begin at row `part` of the keys.
 template <typename Format, int HeadDim>
 KVC_DEVICE void multiply_keys(const kvc_decode_tile_params &p, const unsigned char *record,
                               uint32_t part, uint32_t strip,
-                              const TileQueries<typename Format::K, HeadDim> &q, float (&s)[4]) {
+                              const TileQueries<typename Format::K, HeadDim> &q, float (*s)[4]) {
     using K = typename Format::K;
     using V = typename Format::V;
     using Words = RowWords<K, HeadDim>;
-    constexpr uint32_t kPlaneRow = HeadDim / 8;
+    constexpr uint32_t kPlaneRow = HeadDim / 8, kStrips = kKeyStrips<K>;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint32_t rows[2] = {part + strip_token<V>(strip, g), part + strip_token<V>(strip, g + 8)};
-    // Two sums, so that a product waits for the one before the last.
-    float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int i = 0; i < 4; ++i) s[i] = q.less[i % 2];
+    uint32_t rows[kStrips][2];
+    for (uint32_t i = 0; i < 2 * kStrips; ++i)
+        rows[i / 2][i % 2] = part + strip_token<V>(strip + i / 2, g + i % 2 * 8);
+    float sums[2][4];
+    for (int i = 0; i < 8; ++i)
+        sums[i / 4][i % 4] = kStrips == 2 || i < 4 ? q.less[i % 2] : 0.0f;
 KVC_UNROLL
     for (uint32_t j = 0; j < Words::kRuns; ++j) {
-        WordRun<Words::kRun> run[2];
+        WordRun<Words::kRun> run[kStrips][2];
 KVC_UNROLL
-        for (int i = 0; i < 2; ++i)
-            run[i] = *reinterpret_cast<const WordRun<Words::kRun> *>(
-                record + rows[i] * Words::kBytes + Words::word(t, j, 0) * 4);
+        for (uint32_t i = 0; i < 2 * kStrips; ++i)
+            run[i / 2][i % 2] = *reinterpret_cast<const WordRun<Words::kRun> *>(
+                record + rows[i / 2][i % 2] * Words::kBytes + Words::word(t, j, 0) * 4);
 KVC_UNROLL
         for (uint32_t w = 0; w < Words::kRun; ++w) {
-            uint32_t pairs[2][K::kPairs];
+            uint32_t pairs[kStrips][2][K::kPairs];
 KVC_UNROLL
-            for (int i = 0; i < 2; ++i) {
+            for (uint32_t i = 0; i < 2 * kStrips; ++i) {
                 uint32_t thirds = 0;
                 if constexpr (kHasPlane<K>) {
                     const uint32_t word = Words::word(t, j, w);
-                    thirds = *reinterpret_cast<const uint32_t *>(
-                                 record + p.k_plane_at + rows[i] * kPlaneRow + word / 2 * 4) >>
+                    thirds = *reinterpret_cast<const uint32_t *>(record + p.k_plane_at +
+                                                                 rows[i / 2][i % 2] * kPlaneRow +
+                                                                 word / 2 * 4) >>
                              word % 2 * 8;
                 }
-                unpack_small<K>(run[i].word[w], thirds, pairs[i]);
+                unpack_small<K>(run[i / 2][i % 2].word[w], thirds, pairs[i / 2][i % 2]);
             }
 KVC_UNROLL
             for (uint32_t i = 0; i < K::kPairs; i += 2) {
                 const uint32_t step = ((j * Words::kRun + w) * K::kPairs + i) / 2;
-                const uint32_t a[4] = {pairs[0][i], pairs[1][i], pairs[0][i + 1], pairs[1][i + 1]};
-                mma_f16(step % 2 == 0 ? s : odd, a, q.folded[step]);
+KVC_UNROLL
+                for (uint32_t k = 0; k < kStrips; ++k) {
+                    const uint32_t(&low)[K::kPairs] = pairs[k][0], (&high)[K::kPairs] = pairs[k][1];
+                    const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]};
+                    mma_f16(sums[kStrips == 2 ? k : step % 2], a, q.folded[step]);
+                }
             }
         }
     }
-    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+    for (int i = 0; i < 4; ++i) {
+        s[0][i] = kStrips == 2 ? sums[0][i] : sums[0][i] + sums[1][i];
+        if (kStrips == 2) s[1][i] = sums[1][i];
+    }
 }
 
 // Adds a tile; a `plain` one lies before the tail and in the piece, and every column sees all of it.
-template <typename Format, int HeadDim>
+template <typename Format, int HeadDim, uint32_t Tokens>
 KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const QueryRows<HeadDim> &queries,
                                 const unsigned char *record, uint32_t tile, bool plain, TileState<HeadDim> &state) {
     using V = typename Format::V;
     constexpr int kSteps = HeadDim / 16;
     constexpr uint32_t kRun = V::kBits / 2; // words of a channel's 16 tokens
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+    // Said anew, so that what follows from it takes no register through the loop.
+    const uint32_t lane = opaque(lane_id()), g = lane / 4, t = lane % 4;
+    const uint32_t tokens = Tokens != 0 ? Tokens : p.tile_tokens;
     TileQueries<typename Format::K, HeadDim> q;
     fold_steps<Format, HeadDim>(p, queries, record, q);
 
-    for (uint32_t part = 0; part < p.tile_tokens; part += 64) {
+KVC_ROLL
+    for (uint32_t part = 0; part < tokens; part += 64) {
         float s[4][4];
 KVC_UNROLL
-        for (uint32_t strip = 0; strip < 4; ++strip) {
-            multiply_keys<Format, HeadDim>(p, record, part, strip, q, s[strip]);
-            for (int i = 0; i < 4; ++i)
-                s[strip][i] = s[strip][i] * q.factor[i % 2] + q.add[i % 2];
-        }
+        for (uint32_t strip = 0; strip < 4; strip += kKeyStrips<typename Format::K>)
+            multiply_keys<Format, HeadDim>(p, record, part, strip, q, s + strip);
+        float factor[2] = {q.factor[0], q.factor[1]}, add[2] = {q.add[0], q.add[1]};
         if (!plain) {
             // Rare, so columns are found anew, which saves the others their registers, and the strips take
             // turns in one place.
+            for (int i = 0; i < 16; ++i) {
+                float &x = s[i / 4][i % 4];
+                x = fma_rn(x, factor[i % 2], add[i % 2]);
+            }
+            for (int c = 0; c < 2; ++c) factor[c] = 1.0f, add[c] = 0.0f;
             const TileWork &work = *FoldRows<typename Format::K, HeadDim>(queries).work();
             const Unit &u = work.u;
             const Piece &item = work.item;
@@ -382,17 +467,16 @@ KVC_UNROLL
                                         own_tile(p, u, 2 * t + c) > static_cast<int32_t>(tile));
 KVC_ROLL
             for (uint32_t strip = 0; strip < 4; ++strip) {
-                int32_t tokens[2];
+                int32_t own[2];
                 bool readable[2];
 KVC_UNROLL
                 for (uint32_t i = 0; i < 2; ++i) {
-                    const uint32_t token =
-                        tile * p.tile_tokens + part + strip_token<V>(strip, g + 8 * i);
-                    tokens[i] = static_cast<int32_t>(token);
+                    const uint32_t token = tile * tokens + part + strip_token<V>(strip, g + 8 * i);
+                    own[i] = static_cast<int32_t>(token);
                     readable[i] = token >= item.begin && token < item.end &&
                                   token >= static_cast<uint32_t>(u.first_token);
                 }
-                make_scores(p.call, u, columns, tokens, readable, s[0]);
+                make_scores(p.call, u, columns, own, readable, s[0]);
 KVC_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     const float first = s[0][i];
@@ -405,18 +489,10 @@ KVC_UNROLL
         }
         const WordRun<4> scales =
             strip_scales<V>(record + p.v_scales_at + part * 2, g);
-        const uint32_t most = max_f16x2(max_f16x2(scales.word[0], scales.word[1]),
-                                        max_f16x2(scales.word[2], scales.word[3]));
-        const uint32_t low = most & 0xffff, high = most >> 16;
-        const uint32_t largest = max_of_warp(low > high ? low : high);
-        const float same = state.count_in(widen_f16(static_cast<uint16_t>(largest)));
+        state.weigh(s, factor, add,
+                    max_f16x2(max_f16x2(scales.word[0], scales.word[1]),
+                              max_f16x2(scales.word[2], scales.word[3])));
         const float per_unit = state.per_unit();
-
-        float keep[2];
-        state.weigh(s, keep);
-        for (int c = 0; c < 2; ++c) keep[c] *= same;
-        state.rescale(keep);
-        for (int i = 0; i < 4; ++i) state.total[i] *= keep[i % 2];
         uint32_t weights[4][2];
 KVC_UNROLL
         for (uint32_t pair = 0; pair < 8; ++pair) {
@@ -437,21 +513,21 @@ KVC_UNROLL
             mma_f16(state.total, a, weights[i]);
         }
 
-        const uint32_t row_bytes = p.tile_tokens / 8 * V::kBits;
+        const uint32_t plane_row = tokens / 8, row = plane_row * V::kBits;
+        const unsigned char *codes =
+            record + p.v_codes_at + g * row + part / 8 * V::kBits + t * 4 * kRun;
+        const unsigned char *plane = record + p.v_plane_at + g * plane_row + part / 8 + t / 2 * 4;
 KVC_UNROLL
         for (uint32_t i = 0; i < kSteps; ++i) {
             WordRun<kRun> run[2];
             uint32_t thirds[2] = {0, 0};
 KVC_UNROLL
             for (uint32_t half = 0; half < 2; ++half) {
-                const uint32_t channel = 16 * i + g + 8 * half;
-                run[half] = *reinterpret_cast<const WordRun<kRun> *>(
-                    record + p.v_codes_at + channel * row_bytes + part / 8 * V::kBits + t * 4 * kRun);
+                const uint32_t channel = 16 * i + 8 * half;
+                run[half] = *reinterpret_cast<const WordRun<kRun> *>(codes + channel * row);
                 if constexpr (kHasPlane<V>)
-                    thirds[half] = *reinterpret_cast<const uint32_t *>(
-                                       record + p.v_plane_at + channel * (p.tile_tokens / 8) +
-                                       part / 8 + t / 2 * 4) >>
-                                   t % 2 * 8;
+                    thirds[half] =
+                        *reinterpret_cast<const uint32_t *>(plane + channel * plane_row) >> t % 2 * 8;
             }
 KVC_UNROLL
             for (uint32_t w = 0; w < kRun; ++w) {
@@ -498,31 +574,41 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Pie
     u.plain_to = 0;
 
     const QueryRows<HeadDim> rows(KVC_SMEM(unsigned char) + params.query_at);
-    rows.fill(p, u, false);
+    rows.template fill<true>(p, u, false);
     sync_threads();
     const FoldRows<typename Format::K, HeadDim> fold(rows);
     fold.fill(rows);
-    if (thread_x() == 0) *fold.work() = {u, item, table, unit, plain_from, plain_to};
+    if (thread_x() == 0)
+        *fold.work() = {u, item, table,
+                        static_cast<const unsigned char *>(params.records) + u.kv_head * params.record_head,
+                        unit, plain_from, plain_to};
     TileState<HeadDim> state;
     accumulate_raw<HeadDim>(params, item, u, table, Format::kStep * kSumUnit, state);
     if (ring.bulk()) fence_bulk();
     sync_threads();
 
-    // `coming` is the tile whose copy starts next, past the end when all have.
-    const uint32_t ahead = (ring.stages() - 1) * kDecodeWarps;
-    for (uint32_t coming = first; coming < end + ahead; coming += kDecodeWarps) {
-        ring.issue(*fold.work(), coming < end, coming + kDecodeWarps, coming + kDecodeWarps < end);
-        if (coming < first + ahead) continue;
-        const uint32_t tile = coming - ahead;
+    // Tiles whose copies start before the first is waited for.
+    const uint32_t ahead = ring.stages() - 1;
+    const auto issue = [&](uint32_t tile, uint32_t to) {
+        const uint32_t next = tile + kDecodeWarps;
+        ring.issue(*fold.work(), to, tile < end, next, next < end);
+    };
+KVC_ROLL
+    for (uint32_t i = 0; i < ahead; ++i) issue(first + i * kDecodeWarps, ring.stage_after(i));
+    for (uint32_t tile = first; tile < end; tile += kDecodeWarps) {
+        issue(tile + ahead * kDecodeWarps, ring.stage_after(ahead));
         const unsigned char *record = ring.wait();
-        if (record != nullptr && !is_sealed(params, record)) {
+        if (!is_sealed(params, record)) {
             // Read raw, where it is.
             if (!has_raw(params, fold.work()->u.seq, tile)) raise(p.error_flag, kFlagBlock);
-            record = nullptr;
-        }
-        if (record != nullptr) {
+        } else {
             const bool plain = tile >= fold.work()->plain_from && tile < fold.work()->plain_to;
-            accumulate_tile<Format, HeadDim>(params, rows, record, tile, plain, state);
+            if (!Format::kByTokens)
+                accumulate_tile<Format, HeadDim, 0>(params, rows, record, tile, plain, state);
+            else if (tokens == 64)
+                accumulate_tile<Format, HeadDim, 64>(params, rows, record, tile, plain, state);
+            else
+                accumulate_tile<Format, HeadDim, 128>(params, rows, record, tile, plain, state);
         }
         ring.release();
     }
