@@ -14,207 +14,10 @@
 // stands at that place in the words of the values, which lie channel by channel: lane 4g+t has tokens
 // 16t to 16t+15 of 64, and no code moves between lanes.
 #pragma once
-#include "query_rows.cuh"
-#include "quant.cuh"
+#include "tile_fold.cuh"
 #include "tile_rows.cuh"
 
 namespace kvc {
-
-// The formats of src/quant/seal.rs; kLevels is n, kStep what a value's code counts in.
-template <typename Key, typename Value> struct TileFormat {
-    using K = Key;
-    using V = Value;
-    static constexpr bool kByTokens = K::kBits < 4;
-};
-struct Kt8v8 : TileFormat<Bytes<false>, Int8> {
-    static constexpr uint32_t kLevels = 255;
-    static constexpr float kValueMiddle = 128.0f, kStep = 1.0f; // the small form's middle
-};
-struct Kt4v4 : TileFormat<Nibbles, Nibbles> {
-    static constexpr uint32_t kLevels = 15;
-    static constexpr float kValueMiddle = 7.5f, kStep = 0.3352f;
-};
-struct Kt3v3 : TileFormat<Threes, Threes> {
-    static constexpr uint32_t kLevels = 7;
-    static constexpr float kValueMiddle = 3.5f, kStep = 0.5860f;
-};
-struct Kt4v2 : TileFormat<Nibbles, Twos> {
-    static constexpr uint32_t kLevels = 15;
-    static constexpr float kValueMiddle = 1.5f, kStep = 0.9957f;
-};
-struct Kt2v2 : TileFormat<Twos, Twos> {
-    static constexpr uint32_t kLevels = 3;
-    static constexpr float kValueMiddle = 1.5f, kStep = 0.9957f;
-};
-
-template <typename Codes>
-KVC_DEVICE void unpack_small(uint32_t w, uint32_t thirds, uint32_t (&out)[Codes::kPairs]) {
-    if constexpr (kHasPlane<Codes>)
-        Codes::small(w, thirds, out);
-    else
-        Codes::small(w, out);
-}
-
-// Powers of two that keep small codes in range of the other operand. Queries are scaled up by 2^14,
-// which with an element of at most 2 is in range of f16; their products with steps, bytes in the small
-// form themselves, are at most 2^-1 and, to the last bit of f16, as good as those with whole steps.
-// Scores are then in units of 2^(14 - 24 - 24). Weights, at most 1, are scaled up by 2^15.
-constexpr uint32_t kQueryUp = 14, kWeightUp = 15;
-constexpr float kScoreUnit = 17179869184.0f; // 2^34
-constexpr float kSumUnit = 512.0f;           // 2^(24 - 15)
-
-// What a unit works on, kept in shared memory: its loop has better use for registers.
-struct TileWork {
-    Unit u;
-    Piece item;
-    BlockTable table;
-    const unsigned char *records; // of this KV head, that of block 0
-    uint32_t unit;
-    // Tiles that lie in the piece, behind every window and before the tail.
-    uint32_t plain_from, plain_to;
-};
-static_assert(sizeof(TileWork) <= 128, "src/kernels/decode_tile.rs has room for it");
-
-// A warp's ring of records.
-struct TileRing {
-    const kvc_decode_tile_params &p;
-    uint32_t from, from_phase;
-    int32_t entry; // of the next tile
-
-    KVC_DEVICE explicit TileRing(const kvc_decode_tile_params &params)
-        : p(params), from(0), from_phase(0), entry(-1) {
-        if (bulk() && lane_id() == 0) {
-            for (uint32_t at = 0; at < stages(); ++at) mbar_init(full(at), 1);
-            mbar_fence_init();
-        }
-        if (bulk()) sync_threads();
-    }
-
-    KVC_DEVICE uint32_t stages() const { return p.call.stages; }
-    // Whether records come by bulk copies: always where there are any, but in the emulator.
-    KVC_DEVICE bool bulk() const {
-#ifdef KVC_EMULATE
-        return p.call.bulk != 0;
-#elif __CUDA_ARCH__ >= 900
-        return true;
-#else
-        return false;
-#endif
-    }
-
-    KVC_DEVICE unsigned char *stage(uint32_t at) const {
-        return KVC_SMEM(unsigned char) + (warp_id() * stages() + at) * p.record_bytes;
-    }
-    KVC_DEVICE uint64_t *full(uint32_t at) const {
-        unsigned char *bars = KVC_SMEM(unsigned char) + p.barriers_at;
-        return reinterpret_cast<uint64_t *>(bars) + warp_id() * stages() + at;
-    }
-
-    KVC_DEVICE void look_up(const BlockTable &table, uint32_t tile, bool wanted) {
-        if (wanted) entry = table.entry(tile);
-    }
-    // Starts the copy of a tile's record to a stage; `next` is the tile after it. In the place of one that is in no
-    // block comes what is not sealed.
-    KVC_DEVICE void issue(const TileWork &work, uint32_t to, bool wanted, uint32_t next,
-                          bool next_wanted) {
-        if (wanted) {
-            const int32_t block = entry;
-            const bool there = static_cast<uint32_t>(block) < p.call.num_blocks;
-            look_up(work.table, next, next_wanted);
-            if (!there && lane_id() == 0) raise(p.call.error_flag, kFlagBlock);
-            const unsigned char *record = work.records + (there ? block : 0) * p.record_block;
-            unsigned char *at = stage(to);
-            if (bulk()) {
-                if (lane_id() == 0 && there) {
-                    mbar_arrive_expect(full(to), p.record_bytes);
-                    bulk_copy(at, record, p.record_bytes, full(to));
-                } else if (lane_id() == 0) {
-                    *reinterpret_cast<uint32_t *>(at + p.header_at + 8) = 0;
-                    fence_bulk();
-                    mbar_arrive(full(to));
-                }
-            } else {
-                for (uint32_t i = lane_id() * 16; i < p.record_bytes; i += 512)
-                    cp_async_16(at + i, record + i, there);
-            }
-        }
-        if (!bulk()) cp_async_commit();
-    }
-    // The stage `ahead`, below the number of stages, of that of the oldest record under way.
-    KVC_DEVICE uint32_t stage_after(uint32_t ahead) const {
-        const uint32_t at = from + ahead;
-        return at < stages() ? at : at - stages();
-    }
-    // The oldest record under way, for all of the warp.
-    KVC_DEVICE const unsigned char *wait() {
-        if (bulk()) {
-            mbar_wait(full(from), from_phase);
-        } else {
-            if (stages() == 1) cp_async_wait<0>();
-            if (stages() == 2) cp_async_wait<1>();
-            if (stages() == 3) cp_async_wait<2>();
-        }
-        sync_warp();
-        return stage(from);
-    }
-    KVC_DEVICE void release() {
-        sync_warp();
-        from = from + 1 == stages() ? 0 : from + 1;
-        from_phase ^= from == 0;
-    }
-    // After the last tile of a piece: barriers go on from piece to piece.
-    KVC_DEVICE void finish() {
-        if (!bulk()) cp_async_wait<0>();
-    }
-};
-
-// Pairs of bytes in the small form, one for each channel of a word of codes, in the order of its pairs.
-template <typename Codes>
-KVC_DEVICE void channel_pairs(const uint32_t *words, uint32_t (&out)[Codes::kPairs]) {
-KVC_UNROLL
-    for (uint32_t i = 0; i < Codes::kPairs; i += 2) {
-        if constexpr (Codes::kPairs < 8) {
-            // Neighbours.
-            out[i] = permute(words[i / 2], 0, 0x4140);
-            out[i + 1] = permute(words[i / 2], 0, 0x4342);
-        } else {
-            const uint32_t two = permute(words[i / 4], words[i / 4 + 2], i % 4 == 0 ? 0x5410 : 0x7632);
-            out[i] = two & 0x00ff00ffu;
-            out[i + 1] = permute(two, 0, 0x4341);
-        }
-    }
-}
-
-// Queries in the order of a lane's words of codes and made up for their places, 16 bytes a lane, so that
-// a tile has them in few loads.
-template <typename Codes, int HeadDim> struct FoldRows {
-    using Words = RowWords<Codes, HeadDim>;
-    static constexpr uint32_t kLoads = HeadDim / 32;
-    unsigned char *at;
-
-    KVC_DEVICE explicit FoldRows(const QueryRows<HeadDim> &rows)
-        : at(reinterpret_cast<unsigned char *>(rows.rows) + QueryRows<HeadDim>::kBytes) {}
-
-    // All threads of the block call it, behind a barrier after the rows are filled.
-    KVC_DEVICE void fill(const QueryRows<HeadDim> &rows) const {
-        for (uint32_t i = thread_x(); i < 32 * kLoads * 4; i += kDecodeThreads) {
-            const uint32_t lane = i / 4 % 32, n = i / 128 * 4 + i % 4;
-            const uint32_t word = n / Codes::kPairs, pair = n % Codes::kPairs;
-            const uint16_t *row =
-                rows.rows + lane / 4 * rows.kRow +
-                Words::word(lane % 4, word / Words::kRun, word % Words::kRun) * Words::kPerWord;
-            const uint32_t two = row[Codes::element(pair, 0)] |
-                                 static_cast<uint32_t>(row[Codes::element(pair, 1)]) << 16;
-            reinterpret_cast<uint32_t *>(at)[i] =
-                mul_f16x2(two, twice((15 + kQueryUp - Codes::place(pair)) << 10));
-        }
-    }
-    KVC_DEVICE TileWork *work() const { return reinterpret_cast<TileWork *>(at + HeadDim * 16); }
-    // Pairs 4i to 4i + 3 of this lane.
-    KVC_DEVICE WordRun<4> load(uint32_t i) const {
-        return reinterpret_cast<const WordRun<4> *>(at)[i * 32 + lane_id()];
-    }
-};
 
 // The token of 64 that is row `m` of strip `s`.
 template <typename Codes> KVC_DEVICE uint32_t strip_token(uint32_t s, uint32_t m) {
@@ -285,90 +88,6 @@ KVC_UNROLL
         }
     }
 };
-
-// What of a tile's scores does not depend on the token.
-template <typename K, int HeadDim> struct TileQueries {
-    uint32_t folded[HeadDim / 16][2]; // steps in the queries
-    float less[2];                    // what sums of products begin with
-    float factor[2], add[2];
-};
-
-template <typename Format, int HeadDim>
-KVC_DEVICE void fold_steps(const kvc_decode_tile_params &p, const QueryRows<HeadDim> &queries,
-                           const unsigned char *record, TileQueries<typename Format::K, HeadDim> &out) {
-    using K = typename Format::K;
-    using Words = RowWords<K, HeadDim>;
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const FoldRows<K, HeadDim> fold(queries);
-    uint32_t pairs[HeadDim / 8];
-KVC_UNROLL
-    for (uint32_t i = 0; i < HeadDim / 32; ++i) {
-        const WordRun<4> run = fold.load(i);
-        for (uint32_t j = 0; j < 4; ++j) pairs[4 * i + j] = run.word[j];
-    }
-    // Of two steps in turn, what one multiplies is in the upper rows and what the other does in the
-    // lower, so that no row is there twice; rows of the other step are not looked at.
-    float levels[2][4] = {}, middle[2][4] = {};
-KVC_UNROLL
-    for (uint32_t j = 0; j < Words::kRuns; ++j) {
-        // A byte a channel: those of a run lie side by side.
-        constexpr uint32_t kWords = Words::kRun * Words::kPerWord / 4;
-        uint32_t steps[kWords];
-        const unsigned char *at = record + p.k_steps_at + Words::word(t, j, 0) * Words::kPerWord;
-KVC_UNROLL
-        for (uint32_t i = 0; i < kWords; i += 4) {
-            const WordRun<4> four = *reinterpret_cast<const WordRun<4> *>(at + i * 4);
-            for (uint32_t k = 0; k < 4; ++k) steps[i + k] = four.word[k];
-        }
-KVC_UNROLL
-        for (uint32_t w = 0; w < Words::kRun; ++w) {
-            uint32_t up[K::kPairs];
-            channel_pairs<K>(steps + w * (Words::kPerWord / 4), up);
-KVC_UNROLL
-            for (uint32_t i = 0; i < K::kPairs; ++i) {
-                const uint32_t n = (j * Words::kRun + w) * K::kPairs + i;
-                out.folded[n / 2][n % 2] = mul_f16x2(pairs[n], up[i]);
-            }
-        }
-    }
-KVC_UNROLL
-    for (uint32_t n = 0; n < HeadDim / 16; n += 2) {
-        uint32_t a[4];
-        for (uint32_t i = 0; i < 4; ++i) {
-            const uint32_t pair = 2 * (n + i % 2) + i / 2;
-            a[i] = twice(Format::kLevels << K::place(pair % K::kPairs));
-        }
-        mma_f16(levels[0], a, out.folded[n]);
-        mma_f16(levels[1], a, out.folded[n + 1]);
-    }
-    for (int i = 0; i < 2; ++i) out.less[i] = -0.5f * (levels[0][i] + levels[1][2 + i]);
-
-    // Queries times middles, of channels in their order: a byte with its sign flipped is 128 more.
-KVC_UNROLL
-    for (uint32_t i = 0; i < HeadDim / 32; ++i) {
-        const uint32_t first = (4 * i + t) * 8;
-        const WordRun<4> q =
-            *reinterpret_cast<const WordRun<4> *>(queries.rows + g * queries.kRow + first);
-        const WordRun<2> mids =
-            *reinterpret_cast<const WordRun<2> *>(record + p.k_mids_at + first);
-        uint32_t m[2][2];
-        for (uint32_t j = 0; j < 2; ++j) Int8::small(mids.word[j], m[j]);
-        const uint32_t a[4] = {m[0][0], m[1][0], m[0][1], m[1][1]};
-        for (uint32_t j = 0; j < 2; ++j) {
-            const uint32_t b[2] = {q.word[2 * j], q.word[2 * j + 1]};
-            mma_f16(middle[j], a, b);
-        }
-    }
-    const uint32_t units = *reinterpret_cast<const uint32_t *>(record + p.header_at);
-    const float unit = widen_f16(static_cast<uint16_t>(units)) * kScoreUnit;
-    const float mid_unit = widen_f16(static_cast<uint16_t>(units >> 16));
-    for (int c = 0; c < 2; ++c) {
-        const float q_factor = queries.factors[2 * t + c];
-        out.factor[c] = unit * q_factor;
-        const float mids = (middle[0][c] + middle[1][2 + c]) * 16777216.0f;
-        out.add[c] = mid_unit * (mids - 128.0f * queries.sums[2 * t + c]) * q_factor;
-    }
-}
 
 // Strips of keys that are multiplied at a time. Two sums are under way, so that a product waits for the
 // one before the last: of two strips or, where the words of two would take too many registers, of one.
@@ -452,15 +171,13 @@ KVC_UNROLL
         float factor[2] = {q.factor[0], q.factor[1]}, add[2] = {q.add[0], q.add[1]};
         if (!plain) {
             // Rare, so columns are found anew, which saves the others their registers, and the strips take
-            // turns in one place.
-            for (int i = 0; i < 16; ++i) {
-                float &x = s[i / 4][i % 4];
-                x = fma_rn(x, factor[i % 2], add[i % 2]);
-            }
-            for (int c = 0; c < 2; ++c) factor[c] = 1.0f, add[c] = 0.0f;
+            // turns in one place. Where scores are no more than products with their factor and summand,
+            // products are what stays, but of tokens that are hidden: others must have the bits that they
+            // have in a plain tile. A factor of 0 would make a number of those again.
             const TileWork &work = *FoldRows<typename Format::K, HeadDim>(queries).work();
             const Unit &u = work.u;
             const Piece &item = work.item;
+            const bool scored = p.call.softcap != 0.0f || p.call.slopes != nullptr;
             Column columns[2];
             for (uint32_t c = 0; c < 2; ++c)
                 columns[c] = only_where(find_column(p.call, u, 2 * t + c),
@@ -476,16 +193,21 @@ KVC_UNROLL
                     readable[i] = token >= item.begin && token < item.end &&
                                   token >= static_cast<uint32_t>(u.first_token);
                 }
-                make_scores(p.call, u, columns, own, readable, s[0]);
+                float scores[4];
+                for (int i = 0; i < 4; ++i) scores[i] = fma_rn(s[0][i], factor[i % 2], add[i % 2]);
+                make_scores(p.call, u, columns, own, readable, scores);
 KVC_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    const float first = s[0][i];
+                    const bool taken = scored || factor[i % 2] == 0.0f || scores[i] == -infinity();
+                    const float first = taken ? scores[i] : s[0][i];
                     s[0][i] = s[1][i];
                     s[1][i] = s[2][i];
                     s[2][i] = s[3][i];
                     s[3][i] = first;
                 }
             }
+            for (int c = 0; c < 2; ++c)
+                if (scored || factor[c] == 0.0f) factor[c] = 1.0f, add[c] = 0.0f;
         }
         const WordRun<4> scales =
             strip_scales<V>(record + p.v_scales_at + part * 2, g);

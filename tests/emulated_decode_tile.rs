@@ -105,6 +105,7 @@ fn every_scoring_rule_and_any_pieces() {
         for window in [5, 70, 400] {
             assert_eq!(check(Case { window: Some(window), ..case.clone() }), 0);
         }
+        assert_eq!(check(Case { negative: true, ..case.clone() }), 0);
         let all = Case { softcap: Some(9.0), sinks: true, alibi: true, q_heads: 10, ..case };
         let pieces = [Pieces::Balanced, Pieces::Fixed(64), Pieces::Fixed(256)][i % 3];
         assert_eq!(check(Case { window: Some(333), pieces, rows: DType::F32, ..all }), 0);
