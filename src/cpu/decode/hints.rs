@@ -22,7 +22,7 @@ pub(super) const FAR_BYTES: usize = 32 << 10;
 
 /// How far the hints for rows of some length run ahead.
 #[derive(Clone, Copy)]
-struct Distances {
+pub(super) struct Distances {
     /// Whole pieces between use and the last hint, and lines beyond.
     near: (usize, usize),
     /// Pieces between use and the second hint.
@@ -34,7 +34,7 @@ struct Distances {
 impl Distances {
     /// For rows of `bytes`.
     #[inline(always)]
-    fn of(bytes: usize) -> Self {
+    pub(super) fn of(bytes: usize) -> Self {
         let piece = PIECE * bytes;
         // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
         let near = match NEAR_BYTES / piece {
@@ -88,6 +88,13 @@ impl Ahead<'_> {
 pub(in crate::cpu) trait Pace {
     /// Goes one step on, which takes `lines` lines or some part of a row.
     fn step(&mut self, lines: usize);
+
+    /// Goes `rows` whole rows on that are `lines` whole lines in a run of memory.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    #[inline(always)]
+    fn advance(&mut self, _rows: usize, lines: usize) {
+        self.step(lines);
+    }
 }
 
 /// No hints.
@@ -111,8 +118,16 @@ impl Pace for Option<&mut Hints<'_>> {
 /// stay in registers.
 pub(in crate::cpu) struct Straight {
     pub(super) near: *const u8,
+    /// NULL for kernels over codes, as below.
     pub(super) again: *const u8,
     pub(super) far: *const u8,
+}
+
+impl Straight {
+    /// Nowhere.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    pub(in crate::cpu) const NONE: Self =
+        Straight { near: core::ptr::null(), again: core::ptr::null(), far: core::ptr::null() };
 }
 
 impl Pace for Straight {
@@ -120,11 +135,15 @@ impl Pace for Straight {
     fn step(&mut self, lines: usize) {
         for line in 0..lines {
             prefetch(self.near.wrapping_add(64 * line));
-            prefetch_far(self.again.wrapping_add(64 * line));
             prefetch_far(self.far.wrapping_add(64 * line));
         }
+        if !self.again.is_null() {
+            for line in 0..lines {
+                prefetch_far(self.again.wrapping_add(64 * line));
+            }
+            self.again = self.again.wrapping_add(64 * lines);
+        }
         self.near = self.near.wrapping_add(64 * lines);
-        self.again = self.again.wrapping_add(64 * lines);
         self.far = self.far.wrapping_add(64 * lines);
     }
 }
@@ -179,7 +198,7 @@ impl<'a> Hints<'a> {
         even: bool,
     ) -> Self {
         let bytes = if side == Side::Keys { walk.k_bytes } else { walk.v_bytes };
-        let Distances { near: (pieces, beyond), again, far } = Distances::of(bytes);
+        let Distances { near: (pieces, beyond), again, far } = walk.distances(side);
         let codes = walk.now.long;
         let again = if codes { Ahead::NONE } else { walk.ahead(side, head, piece + again) };
         let far = walk.ahead(side, head, piece + far);
@@ -197,17 +216,6 @@ impl<'a> Hints<'a> {
             _ => None,
         };
         Hints { near, again, far, lines, row: 0, pace, wait: 1 }
-    }
-
-    /// Goes some rows on that are `lines` whole lines in a run of memory.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
-    #[inline(always)]
-    pub(in crate::cpu) fn advance(&mut self, rows: usize, lines: usize) {
-        if self.lines.is_some() {
-            self.step(lines);
-        } else {
-            self.rows(rows);
-        }
     }
 
     /// Goes `rows` rows on at once, where the pieces are not runs of memory.
@@ -251,6 +259,14 @@ impl Pace for Hints<'_> {
         if self.wait == 0 {
             self.wait = self.pace;
             self.rows(1);
+        }
+    }
+    #[inline(always)]
+    fn advance(&mut self, rows: usize, lines: usize) {
+        if self.lines.is_some() {
+            self.step(lines);
+        } else {
+            self.rows(rows);
         }
     }
 }

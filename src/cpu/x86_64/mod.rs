@@ -3,6 +3,7 @@
 pub(super) mod avx2;
 pub(super) mod avx512;
 mod codes;
+mod quarters;
 mod tiles;
 mod vnni;
 
