@@ -118,7 +118,6 @@ impl Pace for Option<&mut Hints<'_>> {
 /// stay in registers.
 pub(in crate::cpu) struct Straight {
     pub(super) near: *const u8,
-    /// NULL for kernels over codes, as below.
     pub(super) again: *const u8,
     pub(super) far: *const u8,
 }
@@ -135,15 +134,11 @@ impl Pace for Straight {
     fn step(&mut self, lines: usize) {
         for line in 0..lines {
             prefetch(self.near.wrapping_add(64 * line));
+            prefetch_far(self.again.wrapping_add(64 * line));
             prefetch_far(self.far.wrapping_add(64 * line));
         }
-        if !self.again.is_null() {
-            for line in 0..lines {
-                prefetch_far(self.again.wrapping_add(64 * line));
-            }
-            self.again = self.again.wrapping_add(64 * lines);
-        }
         self.near = self.near.wrapping_add(64 * lines);
+        self.again = self.again.wrapping_add(64 * lines);
         self.far = self.far.wrapping_add(64 * lines);
     }
 }

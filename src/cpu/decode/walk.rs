@@ -212,7 +212,7 @@ impl Walk<'_, '_> {
         }
         Some(Straight {
             near: self.unit(at + near, shift),
-            again: if self.now.long { core::ptr::null() } else { self.unit(at + again, shift) },
+            again: self.unit(at + again, shift),
             far: self.unit(at + far, shift),
         })
     }

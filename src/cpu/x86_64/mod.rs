@@ -3,7 +3,6 @@
 pub(super) mod avx2;
 pub(super) mod avx512;
 mod codes;
-mod quarters;
 mod tiles;
 mod vnni;
 

@@ -8,7 +8,6 @@
 
 use core::arch::x86_64::*;
 
-use super::super::quarters::{self, merge};
 use super::ahead::Lines;
 use crate::cpu::sealed::pattern;
 
@@ -349,10 +348,13 @@ unsafe fn weight(row: &[__m512i; MOST], index: usize, width: usize) -> __m512i {
     }
 }
 
-/// Swaps words within quarters, of four loads. With two words a row, a quarter has two rows, and the
-/// words of those of two loads come together.
+/// Swaps words within quarters: word `i` of quarters of load `j` becomes word `j` of vector `i`.
+/// With two words a row, a quarter has two rows, and the words of those of two loads come together.
+///
+/// # Safety
+/// AVX-512.
 #[inline(always)]
-unsafe fn turn(x: [__m512i; 4], words: usize) -> [__m512i; 4] {
+pub(in super::super) unsafe fn turn(x: [__m512i; 4], words: usize) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
     unsafe {
         if words == 2 {
@@ -360,7 +362,14 @@ unsafe fn turn(x: [__m512i; 4], words: usize) -> [__m512i; 4] {
             let even = _mm512_castps_si512(_mm512_shuffle_ps::<0x88>(a, b));
             return [even, _mm512_castps_si512(_mm512_shuffle_ps::<0xdd>(a, b)), x[2], x[3]];
         }
-        quarters::turn(x)
+        let (a, b) = (_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3]));
+        let (c, d) = (_mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3]));
+        [
+            _mm512_unpacklo_epi64(a, b),
+            _mm512_unpackhi_epi64(a, b),
+            _mm512_unpacklo_epi64(c, d),
+            _mm512_unpackhi_epi64(c, d),
+        ]
     }
 }
 
@@ -372,6 +381,39 @@ unsafe fn in_order<const R: usize>(mut x: [__m512i; R], order: __m512i) -> [__m5
         x[r] = unsafe { _mm512_permutexvar_epi32(order, x[r]) };
     }
     x
+}
+
+/// Sums of lanes that differ in bit `BIT` of their index, 2 or 3: those of `x` where it is 0, of `y`
+/// where it is 1.
+///
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+pub(in super::super) unsafe fn merge<const BIT: u32, const R: usize>(
+    x: [__m512i; R],
+    y: [__m512i; R],
+) -> [__m512i; R] {
+    let mut sums = x;
+    for r in 0..R {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (x, y) = (x[r], y[r]);
+            sums[r] = match BIT {
+                3 => _mm512_add_epi32(
+                    _mm512_mask_blend_epi32(0xff00, x, y),
+                    _mm512_shuffle_i64x2::<0x4e>(x, y),
+                ),
+                _ => {
+                    let others = _mm512_mask_blend_epi32(0xf0f0, y, x);
+                    _mm512_add_epi32(
+                        _mm512_mask_blend_epi32(0xf0f0, x, y),
+                        _mm512_shuffle_i32x4::<0xb1>(others, others),
+                    )
+                }
+            };
+        }
+    }
+    sums
 }
 
 #[inline(always)]

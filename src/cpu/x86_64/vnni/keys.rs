@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 use core::mem::MaybeUninit;
 
-use super::super::quarters::{merge, turn};
+use super::super::tiles::{merge, turn};
 use super::rows::{Ends, HeadRows, Rounded, Scales, codes_of, load_codes, loads};
 use crate::cpu::decode::{Hints, PIECE, Pace, Scratch, Side, Silent, Walk};
 
@@ -83,7 +83,7 @@ pub(super) unsafe fn scores<const INT4: bool, const PLANES: usize, const R: usiz
                         );
                     } else if straight {
                         let hints = &mut at.straight[piece];
-                        products::<INT4, PLANES, R, true, _>(keys, ends, &laid, 8, hints, sums);
+                        products::<INT4, PLANES, R, true, _>(keys, ends, &laid, 0, hints, sums);
                     } else {
                         let lines = walk.k_bytes / 8 / parts;
                         products::<INT4, PLANES, R, false, _>(
@@ -116,7 +116,7 @@ pub(super) unsafe fn scores<const INT4: bool, const PLANES: usize, const R: usiz
 
 /// Products of eight keys with each row: four keys in a row, and those eight further. Those of key `j`
 /// of four are in lane `j` of a quarter; the first four keys have the first two quarters. `WHOLE`: keys
-/// fill the registers that they take, and eight lines of hints go out with each. A function of its own,
+/// fill the registers that they take, else `lines` of hints go out with each. A function of its own,
 /// as a compiler that sees more of what is around it runs out of registers.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
@@ -146,12 +146,17 @@ unsafe fn products<
                     let key = keys.add(8 * b + j).read();
                     words[b][j] = load_codes::<WHOLE>(key, ends, at);
                 }
-                words[b] = turn(words[b]);
+                words[b] = turn(words[b], 4);
             }
-            // Hints go out between the products: a burst of them would fill the queue.
-            hints.advance(if at == 0 { 8 } else { 0 }, if WHOLE { 8 } else { lines });
+            if !WHOLE {
+                hints.advance(if at == 0 { 8 } else { 0 }, lines);
+            }
             for p in at * PLANES / parts..(at + 1) * PLANES / parts {
                 for w in 0..4 {
+                    if WHOLE {
+                        // Between the products: a burst of hints would fill the queue.
+                        hints.advance(0, if INT4 { 1 } else { 2 });
+                    }
                     let codes =
                         [codes_of::<INT4>(words[0][w], p), codes_of::<INT4>(words[1][w], p)];
                     for i in 0..R {
