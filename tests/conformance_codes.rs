@@ -89,6 +89,27 @@ fn every_group_and_head_dim() {
     }
 }
 
+/// Whole tiles that lie side by side in their blocks, several to a sequence: straight code, where a
+/// kernel has it.
+#[test]
+fn blocks_of_whole_tiles() {
+    let shapes = [
+        shape(8, 2, 128, 128),
+        shape(2, 2, 64, 64),
+        shape(8, 1, 128, 128),
+        shape(3, 3, 192, 192),
+        shape(4, 2, 256, 256),
+    ];
+    for shape in shapes {
+        for format in TOKEN_FORMATS {
+            for block_tokens in [64, 128] {
+                let lengths = vec![(1, 384), (2, 257), (1, 128)];
+                check(&Case { shape, lengths, format, block_tokens, ..Case::default() });
+            }
+        }
+    }
+}
+
 #[test]
 fn latents() {
     let latent = HeadShape { q_heads: 16, kv_heads: 1, k_dim: 576, v_dim: 512, v_in_k: true };

@@ -11,6 +11,8 @@ mod values;
 mod walk;
 
 pub(super) use hints::{Hints, Silent};
+#[cfg(target_arch = "x86_64")]
+pub(super) use hints::{Pace, Straight};
 pub(super) use scores::four_keys;
 use scores::scores;
 pub(super) use softmax::{adjust, soften};

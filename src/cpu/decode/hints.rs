@@ -26,7 +26,7 @@ const FIRST_BYTES: usize = 8 << 10;
 
 /// How far the hints for rows of some length run ahead.
 #[derive(Clone, Copy)]
-struct Distances {
+pub(super) struct Distances {
     /// Whole pieces between use and the last hint, and lines beyond.
     near: (usize, usize),
     /// Pieces between use and the second hint.
@@ -38,7 +38,7 @@ struct Distances {
 impl Distances {
     /// For rows of `bytes`.
     #[inline(always)]
-    fn of(prefetch: Prefetch, bytes: usize) -> Self {
+    pub(super) fn of(prefetch: Prefetch, bytes: usize) -> Self {
         let piece = PIECE * bytes;
         if prefetch == Prefetch::First {
             let near = (FIRST_BYTES / piece).max(1);
@@ -96,6 +96,13 @@ impl Ahead<'_> {
 pub(in crate::cpu) trait Pace {
     /// Goes one step on, which takes `lines` lines or some part of a row.
     fn step(&mut self, lines: usize);
+
+    /// Goes `rows` whole rows on that are `lines` whole lines in a run of memory.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    #[inline(always)]
+    fn advance(&mut self, _rows: usize, lines: usize) {
+        self.step(lines);
+    }
 }
 
 /// No hints.
@@ -121,6 +128,13 @@ pub(in crate::cpu) struct Straight {
     pub(super) near: *const u8,
     pub(super) again: *const u8,
     pub(super) far: *const u8,
+}
+
+impl Straight {
+    /// Nowhere.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    pub(in crate::cpu) const NONE: Self =
+        Straight { near: core::ptr::null(), again: core::ptr::null(), far: core::ptr::null() };
 }
 
 impl Pace for Straight {
@@ -194,8 +208,7 @@ impl<'a> Hints<'a> {
         even: bool,
     ) -> Self {
         let bytes = if side == Side::Keys { walk.k_bytes } else { walk.v_bytes };
-        let Distances { near: (pieces, beyond), again, far } =
-            Distances::of(walk.job.prefetch, bytes);
+        let Distances { near: (pieces, beyond), again, far } = walk.distances(side);
         // Which hints there are.
         let first = walk.job.prefetch == Prefetch::First;
         let (twice, early) = (first || !walk.now.long, !first);
@@ -219,17 +232,6 @@ impl<'a> Hints<'a> {
             _ => None,
         };
         Hints { near, again, far, first, lines, row: 0, pace, wait: 1 }
-    }
-
-    /// Goes some rows on that are `lines` whole lines in a run of memory.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
-    #[inline(always)]
-    pub(in crate::cpu) fn advance(&mut self, rows: usize, lines: usize) {
-        if self.lines.is_some() {
-            self.step(lines);
-        } else {
-            self.rows(rows);
-        }
     }
 
     /// Goes `rows` rows on at once, where the pieces are not runs of memory.
@@ -281,6 +283,14 @@ impl Pace for Hints<'_> {
         if self.wait == 0 {
             self.wait = self.pace;
             self.rows(1);
+        }
+    }
+    #[inline(always)]
+    fn advance(&mut self, rows: usize, lines: usize) {
+        if self.lines.is_some() {
+            self.step(lines);
+        } else {
+            self.rows(rows);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The order in which the decode kernel walks the memory: tiles of keys, of each the keys of every
 //! head, then the values. Computes nothing.
 
-use super::hints::{AGAIN_BYTES, Ahead, FAR_BYTES, STRAIGHT_NEAR_BYTES, Straight};
+use super::hints::{AGAIN_BYTES, Ahead, Distances, FAR_BYTES, STRAIGHT_NEAR_BYTES, Straight};
 use crate::cpu::job::{Blocks, Job};
 use crate::cpu::prefetch::Prefetch;
 
@@ -111,6 +111,8 @@ pub(in crate::cpu) struct Walk<'a, 'b> {
     /// code: in units. None where all hints go to the first-level cache: straight code is faster in
     /// the cache, and loses more of those.
     units: Option<[usize; 3]>,
+    /// How far they run ahead elsewhere, for keys and for values.
+    distances: [Distances; 2],
 }
 
 impl<'a, 'b> Walk<'a, 'b> {
@@ -136,7 +138,8 @@ impl<'a, 'b> Walk<'a, 'b> {
             let near = (STRAIGHT_NEAR_BYTES / unit).max(1);
             [near, (AGAIN_BYTES / unit).max(near + 1), (FAR_BYTES / unit).max(near + 2)]
         });
-        let mut walk = Walk { job, now, next, k_bytes, v_bytes, units };
+        let distances = [k_bytes, v_bytes].map(|bytes| Distances::of(job.prefetch, bytes));
+        let mut walk = Walk { job, now, next, k_bytes, v_bytes, units, distances };
         // SAFETY: the caller's promise.
         unsafe { walk.now.fill(&job.blocks, job.kv_start, job.kv_end) };
         walk
@@ -216,6 +219,32 @@ impl Walk<'_, '_> {
             again: self.unit(at + again, shift),
             far: self.unit(at + far, shift),
         })
+    }
+
+    /// The hints for all pieces of a head, its two units of each taken as one; whether there are any:
+    /// not where a head has no [`run`](Self::run), or none of what is ahead of it.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // by kernels over codes
+    #[inline(always)]
+    pub(in crate::cpu) fn straight_pieces(
+        &self,
+        side: Side,
+        head: usize,
+        to: &mut [Straight; TILE / PIECE],
+    ) -> bool {
+        if self.run(side, head).is_none() {
+            return false;
+        }
+        for piece in 0..self.now.keys / PIECE {
+            let Some(straight) = self.straight(side, head, 2 * piece) else { return false };
+            to[piece] = straight;
+        }
+        true
+    }
+
+    /// How far hints run ahead where [`straight`](Self::straight) has none.
+    #[inline(always)]
+    pub(super) fn distances(&self, side: Side) -> Distances {
+        self.distances[usize::from(side == Side::Values)]
     }
 
     /// Where the unit `at` of the tile at hand and the next begins, `1 << shift` a head and side.

@@ -11,7 +11,7 @@ use crate::cpu::decode::{
 };
 use crate::cpu::dot::{KeyDot, Widened};
 use crate::cpu::job::{Blocks, Job};
-use crate::cpu::vector::prefetch;
+use crate::cpu::vector::prefetch_far;
 
 /// Query rows of a job in f32, rotated as its keys were.
 ///
@@ -97,28 +97,35 @@ pub(in crate::cpu) unsafe fn decode<V: CodeVector, const R: usize>(job: &Job<'_>
     }
 }
 
-/// Prefetches the scales of the keys from `at` on, which are few lines in a place of their own.
+/// The most bytes of a head's scales that are prefetched for one run of tokens.
+const SCALE_BYTES: usize = 512;
+
+/// Prefetches the scales of the tile from key `at` on, or where the job ends there of the first tile
+/// of what comes after it. They are few lines in a place of their own; to the second-level cache, as
+/// keys of all heads pass through the first before they are read.
 ///
 /// # Safety
 /// As for [`Blocks::segment`] where `at` is a key of the job.
 #[inline(always)]
 pub(in crate::cpu) unsafe fn expect_scales(job: &Job<'_>, at: u32) {
-    let end = job.kv_end.min(at.saturating_add(TILE as u32));
-    let scales: Blocks<'_> = job.blocks.scales();
-    let mut at = at;
+    let (scales, mut at, end): (Blocks<'_>, _, _) = match &job.coming {
+        _ if at < job.kv_end => (job.blocks.scales(), at, job.kv_end),
+        Some(coming) => (coming.blocks.scales(), coming.kv_start, coming.kv_end),
+        None => return,
+    };
+    let end = end.min(at.saturating_add(TILE as u32));
     while at < end {
         // SAFETY: the caller's promise.
         let run = unsafe { scales.segment(at, end) };
         if !run.k.is_null() {
+            let lines = |token_bytes: isize| {
+                (0..(run.tokens * token_bytes.unsigned_abs()).min(SCALE_BYTES)).step_by(64)
+            };
             for head in 0..job.kv_heads as isize {
                 let k = run.k.wrapping_offset(head * job.k_scale_head_bytes);
                 let v = run.v.wrapping_offset(head * job.v_scale_head_bytes);
-                prefetch(k);
-                prefetch(v);
-                if run.tokens > 16 {
-                    prefetch(k.wrapping_add(64));
-                    prefetch(v.wrapping_add(64));
-                }
+                lines(scales.k_token_bytes).for_each(|line| prefetch_far(k.wrapping_add(line)));
+                lines(scales.v_token_bytes).for_each(|line| prefetch_far(v.wrapping_add(line)));
             }
         }
         at += run.tokens as u32;

@@ -27,6 +27,7 @@ use ahead::{Ahead, Hints};
 use quads::GROUP;
 use queries::rounding;
 use rows::{MOST, Order, Rows, Weights, dots, lines};
+pub(super) use rows::{merge, turn};
 pub(super) use seal::{seal, seals};
 use softmax::{Place, Probabilities, softening};
 

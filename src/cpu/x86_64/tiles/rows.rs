@@ -350,8 +350,11 @@ unsafe fn weight(row: &[__m512i; MOST], index: usize, width: usize) -> __m512i {
 
 /// Swaps words within quarters: word `i` of quarters of load `j` becomes word `j` of vector `i`.
 /// With two words a row, a quarter has two rows, and the words of those of two loads come together.
+///
+/// # Safety
+/// AVX-512.
 #[inline(always)]
-unsafe fn turn(x: [__m512i; 4], words: usize) -> [__m512i; 4] {
+pub(in super::super) unsafe fn turn(x: [__m512i; 4], words: usize) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
     unsafe {
         if words == 2 {
@@ -380,10 +383,16 @@ unsafe fn in_order<const R: usize>(mut x: [__m512i; R], order: __m512i) -> [__m5
     x
 }
 
-/// Sums of lanes that differ in bit `BIT` of their index: those of `x` where it is 0, of `y` where
-/// it is 1.
+/// Sums of lanes that differ in bit `BIT` of their index, 2 or 3: those of `x` where it is 0, of `y`
+/// where it is 1.
+///
+/// # Safety
+/// AVX-512.
 #[inline(always)]
-unsafe fn merge<const BIT: u32, const R: usize>(x: [__m512i; R], y: [__m512i; R]) -> [__m512i; R] {
+pub(in super::super) unsafe fn merge<const BIT: u32, const R: usize>(
+    x: [__m512i; R],
+    y: [__m512i; R],
+) -> [__m512i; R] {
     let mut sums = x;
     for r in 0..R {
         // SAFETY: the caller's promise.

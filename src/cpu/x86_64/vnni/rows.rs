@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::cpu::decode::{TILE, Tile};
+use crate::cpu::decode::{PIECE, Straight, TILE, Tile};
 use crate::dtype::f16;
 
 /// The largest magnitude of a query's channel: a high byte of 127 and a low one of 127.
@@ -14,45 +14,100 @@ pub(super) const fn planes<const INT4: bool>(dim: usize) -> usize {
     if INT4 { 2 * dim.div_ceil(128) } else { dim.div_ceil(64) }
 }
 
-/// How the rows of one side end.
+/// The bytes of each load of a row: where the rows of one side end.
 #[derive(Clone, Copy)]
-pub(super) struct Ends {
-    /// The last 64 bytes of a row, or what there is of them.
-    last: usize,
-    /// Which of those are the row's.
-    mask: u64,
-}
+pub(super) struct Ends([u64; 4]);
 
 impl Ends {
-    /// Of rows of `bytes` bytes.
-    #[inline(always)]
-    pub(super) fn new(bytes: usize) -> Self {
-        let last = (bytes - 1) / 64;
-        Ends { last, mask: u64::MAX >> (64 - (bytes - 64 * last)) }
+    /// Of rows of `bytes` bytes, at most 256.
+    fn new(bytes: usize) -> Self {
+        let mut masks = [0; 4];
+        for (at, mask) in masks.iter_mut().enumerate() {
+            let left = bytes.saturating_sub(64 * at).min(64);
+            *mask = if left == 0 { 0 } else { u64::MAX >> (64 - left) };
+        }
+        Self(masks)
     }
 }
 
-/// Plane `plane` of a row: 64 codes without sign. What lies past the row is 0, which is -128 of
-/// INT8_T and meets channels that queries have 0 in.
+/// Loads of a row that make `planes` planes.
+#[inline(always)]
+pub(super) const fn loads<const INT4: bool>(planes: usize) -> usize {
+    if INT4 { planes / 2 } else { planes }
+}
+
+/// Load `at` of a row, with zeros past its end; `WHOLE` where that is the end of a load.
 ///
 /// # Safety
 /// Needs AVX-512 BW; the row must be readable.
 #[inline(always)]
-pub(super) unsafe fn plane<const INT4: bool>(row: *const u8, ends: Ends, plane: usize) -> __m512i {
-    let part = if INT4 { plane / 2 } else { plane };
-    let at = row.wrapping_add(64 * part);
+pub(super) unsafe fn load_codes<const WHOLE: bool>(
+    row: *const u8,
+    ends: Ends,
+    at: usize,
+) -> __m512i {
+    let from = row.wrapping_add(64 * at);
     // SAFETY: the caller's promise; the mask ends with the row.
     unsafe {
-        let codes = if part < ends.last {
-            _mm512_loadu_si512(at.cast())
+        if WHOLE {
+            _mm512_loadu_si512(from.cast())
         } else {
-            _mm512_maskz_loadu_epi8(ends.mask, at.cast())
-        };
+            _mm512_maskz_loadu_epi8(ends.0[at], from.cast())
+        }
+    }
+}
+
+/// Plane `plane` of what was loaded of rows: 64 codes without sign. What lies past a row is 0, which
+/// is -128 of INT8_T and meets channels that queries have 0 in.
+///
+/// # Safety
+/// Needs AVX-512 BW.
+#[inline(always)]
+pub(super) unsafe fn codes_of<const INT4: bool>(loaded: __m512i, plane: usize) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
         let low = _mm512_set1_epi8(0x0f);
         match (INT4, plane % 2) {
-            (false, _) => _mm512_xor_si512(codes, _mm512_set1_epi8(-128)),
-            (true, 0) => _mm512_and_si512(codes, low),
-            (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low),
+            (false, _) => _mm512_xor_si512(loaded, _mm512_set1_epi8(-128)),
+            (true, 0) => _mm512_and_si512(loaded, low),
+            (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(loaded), low),
+        }
+    }
+}
+
+/// Where the rows of one head of a tile lie, zeros past the last, and the hints for its pieces.
+pub(super) struct HeadRows {
+    pub rows: [*const u8; TILE],
+    pub straight: [Straight; TILE / PIECE],
+    /// Where keys end, and values.
+    pub ends: (Ends, Ends),
+}
+
+impl HeadRows {
+    /// Of no head yet; keys and values of `bytes` bytes.
+    pub(super) fn new(bytes: (usize, usize)) -> Self {
+        HeadRows {
+            rows: [core::ptr::null(); TILE],
+            straight: [Straight::NONE; TILE / PIECE],
+            ends: (Ends::new(bytes.0), Ends::new(bytes.1)),
+        }
+    }
+
+    /// Takes the rows `offset` bytes from `first`, the rows of the first head. In place, and eight at a
+    /// time, so that nothing waits for stores of another width.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn fill(&mut self, tile: &Tile, first: &[*const u8; TILE], offset: isize) {
+        let zeros = _mm512_set1_epi64(tile.zeros.addr() as i64);
+        let offset = _mm512_set1_epi64(offset as i64);
+        let known = u64::MAX >> (64 - tile.keys.max(1));
+        for at in (0..TILE).step_by(8) {
+            // SAFETY: there are as many rows on both sides.
+            unsafe {
+                let from = _mm512_loadu_si512(first.as_ptr().add(at).cast());
+                let some = (known >> at) as u8 & _mm512_cmpneq_epi64_mask(from, zeros);
+                let row = _mm512_mask_add_epi64(zeros, some, from, offset);
+                _mm512_storeu_si512(self.rows.as_mut_ptr().add(at).cast(), row);
+            }
         }
     }
 }

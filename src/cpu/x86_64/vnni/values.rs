@@ -2,9 +2,10 @@
 //! kernels: they are the same for every width of keys.
 
 use core::arch::x86_64::*;
+use core::mem::MaybeUninit;
 
-use super::rows::{Ends, Scales, of_keys, plane, planes};
-use crate::cpu::decode::{Hints, PIECE, Scratch, Side, TILE, Tile, Walk};
+use super::rows::{Ends, HeadRows, Scales, codes_of, load_codes, loads, of_keys, planes};
+use crate::cpu::decode::{Hints, PIECE, Pace, Scratch, Side, Silent, Straight, TILE, Tile, Walk};
 
 /// The largest weight.
 const P_TOP: f32 = 32767.0;
@@ -92,41 +93,30 @@ pub(super) unsafe fn values<const INT4: bool, const R: usize>(
     head: usize,
     r: usize,
     hinted: bool,
+    at: &mut HeadRows,
 ) {
     let (job, now) = (walk.job, &walk.now);
-    let offset = head as isize * job.v_head_bytes;
-    let ends = Ends::new(walk.v_bytes);
-    for p in 0..planes::<INT4>(job.v_dim) {
+    at.fill(now, &now.v, head as isize * job.v_head_bytes);
+    let planes = planes::<INT4>(job.v_dim);
+    let whole = walk.v_bytes == 64 * loads::<INT4>(planes);
+    let straight = hinted && whole && walk.straight_pieces(Side::Values, head, &mut at.straight);
+    for plane in 0..planes {
+        let values = Plane {
+            rows: &at.rows[..now.keys.next_multiple_of(4)],
+            ends: at.ends.1,
+            plane,
+            weights: &weights.pairs,
+        };
         // SAFETY: the caller's promise; a value past the last is zeros.
         unsafe {
-            let zero = _mm512_setzero_si512();
-            let mut sums = [[zero; 4]; R];
-            for from in (0..now.keys).step_by(PIECE) {
-                let mut hints = if p == 0 && hinted {
-                    Hints::new(walk, Side::Values, head, from / PIECE, usize::MAX, true)
-                } else {
-                    Hints::NONE
-                };
-                for t in (from..now.keys.min(from + PIECE)).step_by(4) {
-                    hints.advance(4, 4 * walk.v_bytes / 64);
-                    for t in [t, t + 2] {
-                        let a = plane::<INT4>(now.row(now.v[t], offset), ends, p);
-                        let b = plane::<INT4>(now.row(now.v[t + 1], offset), ends, p);
-                        let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
-                        let pairs = [
-                            _mm512_unpacklo_epi8(low, zero),
-                            _mm512_unpackhi_epi8(low, zero),
-                            _mm512_unpacklo_epi8(high, zero),
-                            _mm512_unpackhi_epi8(high, zero),
-                        ];
-                        for i in 0..R {
-                            let weight = _mm512_set1_epi32(weights.pairs[2 * t + i]);
-                            for k in 0..4 {
-                                sums[i][k] = _mm512_dpwssd_epi32(sums[i][k], pairs[k], weight);
-                            }
-                        }
-                    }
-                }
+            let mut sums = [[_mm512_setzero_si512(); 4]; R];
+            if straight {
+                // Every plane goes on where the one before has left off.
+                add_whole::<INT4, R>(&mut sums, &values, &mut at.straight);
+            } else if hinted {
+                add_hinted::<INT4, R>(&mut sums, &values, walk, head);
+            } else {
+                add_silent::<INT4, R>(&mut sums, &values);
             }
             for i in 0..R {
                 let bias = if INT4 { 0 } else { weights.sum[i] << 7 };
@@ -134,10 +124,110 @@ pub(super) unsafe fn values<const INT4: bool, const R: usize>(
                 let unit = _mm512_set1_ps(weights.scale[i]);
                 let grow = _mm512_set1_ps(scratch.grow.add(r + i).read());
                 for k in 0..4 {
-                    let o = scratch.o.add((r + i) * scratch.v_pad + 64 * p + 16 * k);
+                    let o = scratch.o.add((r + i) * scratch.v_pad + 64 * plane + 16 * k);
                     let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][k], bias));
                     let old = _mm512_mul_ps(_mm512_loadu_ps(o), grow);
                     _mm512_storeu_ps(o, _mm512_fmadd_ps(sum, unit, old));
+                }
+            }
+        }
+    }
+}
+
+/// One plane of the values of a tile.
+struct Plane<'a> {
+    /// Fours of tokens.
+    rows: &'a [*const u8],
+    ends: Ends,
+    plane: usize,
+    /// `[pair of tokens][row]`, as in [`Weights`].
+    weights: &'a [i32; TILE / 2 * 4],
+}
+
+/// Adds values that fill the registers that they take; each plane sends its part of the hints.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn add_whole<const INT4: bool, const R: usize>(
+    sums: &mut [[__m512i; 4]; R],
+    values: &Plane<'_>,
+    hints: &mut [Straight; TILE / PIECE],
+) {
+    let lines = if INT4 { 1 } else { 2 };
+    // A copy, which stays in registers from piece to piece.
+    let mut all = *sums;
+    for (piece, hints) in hints.iter_mut().enumerate().take(values.rows.len() / PIECE) {
+        // SAFETY: the caller's promise.
+        unsafe { add::<INT4, R, true, _>(&mut all, values, piece * PIECE, lines, hints) };
+    }
+    *sums = all;
+}
+
+/// Adds values anywhere, the hints with the first plane.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn add_hinted<const INT4: bool, const R: usize>(
+    sums: &mut [[__m512i; 4]; R],
+    values: &Plane<'_>,
+    walk: &Walk<'_, '_>,
+    head: usize,
+) {
+    let lines = walk.v_bytes / 32;
+    for piece in (0..values.rows.len()).step_by(PIECE) {
+        let mut hints = if values.plane == 0 {
+            Hints::new(walk, Side::Values, head, piece / PIECE, usize::MAX, true)
+        } else {
+            Hints::NONE
+        };
+        // SAFETY: the caller's promise.
+        unsafe { add::<INT4, R, false, _>(sums, values, piece, lines, &mut hints) };
+    }
+}
+
+/// Adds values that other rows have had hints for.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn add_silent<const INT4: bool, const R: usize>(
+    sums: &mut [[__m512i; 4]; R],
+    values: &Plane<'_>,
+) {
+    for piece in (0..values.rows.len()).step_by(PIECE) {
+        // SAFETY: the caller's promise.
+        unsafe { add::<INT4, R, false, _>(sums, values, piece, 0, &mut Silent) };
+    }
+}
+
+/// Adds the weighted values of a piece, which begins at token `from`; `lines` of hints for two tokens.
+#[inline(always)]
+unsafe fn add<const INT4: bool, const R: usize, const WHOLE: bool, H: Pace>(
+    sums: &mut [[__m512i; 4]; R],
+    values: &Plane<'_>,
+    from: usize,
+    lines: usize,
+    hints: &mut H,
+) {
+    let &Plane { rows, ends, plane, weights } = values;
+    let at = if INT4 { plane / 2 } else { plane };
+    for t in (from..rows.len().min(from + PIECE)).step_by(2) {
+        hints.advance(2, lines);
+        {
+            // SAFETY: the caller's promise; rows are fours, and each pair of them has weights.
+            unsafe {
+                let zero = _mm512_setzero_si512();
+                let a = load_codes::<WHOLE>(*rows.get_unchecked(t), ends, at);
+                let b = load_codes::<WHOLE>(*rows.get_unchecked(t + 1), ends, at);
+                let (a, b) = (codes_of::<INT4>(a, plane), codes_of::<INT4>(b, plane));
+                let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+                let pairs = [
+                    _mm512_unpacklo_epi8(low, zero),
+                    _mm512_unpackhi_epi8(low, zero),
+                    _mm512_unpacklo_epi8(high, zero),
+                    _mm512_unpackhi_epi8(high, zero),
+                ];
+                for i in 0..R {
+                    let weight = _mm512_set1_epi32(*weights.get_unchecked(2 * t + i));
+                    for k in 0..4 {
+                        sums[i][k] = _mm512_dpwssd_epi32(sums[i][k], pairs[k], weight);
+                    }
                 }
             }
         }
@@ -171,11 +261,12 @@ pub(super) unsafe fn put_row<const INT4: bool>(
     dim: usize,
     to: *mut f32,
 ) {
-    let mut row = [0.0f32; 256];
+    let mut row = [const { MaybeUninit::<f32>::uninit() }; 256];
+    let whole = dim == 64 * planes::<INT4>(dim);
     // SAFETY: the caller's promise; rows have at most 256 channels.
     unsafe {
         let shift = _mm512_set1_ps(shift);
-        let all = row.as_mut_ptr();
+        let all = if whole { to } else { row.as_mut_ptr().cast() };
         for p in (0..planes::<INT4>(dim)).step_by(if INT4 { 2 } else { 1 }) {
             let first = in_order(from.add(64 * p));
             if INT4 {
@@ -197,6 +288,8 @@ pub(super) unsafe fn put_row<const INT4: bool>(
                 }
             }
         }
-        to.copy_from_nonoverlapping(all, dim);
+        if !whole {
+            to.copy_from_nonoverlapping(all, dim);
+        }
     }
 }
