@@ -158,6 +158,17 @@ KVC_UNROLL
         x[i] = widen_f16(static_cast<uint16_t>(v[i / 8].word[i % 8 / 2] >> i % 2 * 16));
 }
 
+// Turns a lane's channels of a key.
+KVC_DEVICE void turn_own(const kvc_append_params &p, int64_t row, uint32_t channel, uint32_t position,
+                         float (&x)[kOwn]) {
+KVC_UNROLL
+    for (int i = 0; i < kOwn; i += 4) {
+        float quad[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+        turn_quad(p, row, channel + i, position, quad);
+        for (int j = 0; j < 4; ++j) x[i + j] = quad[j];
+    }
+}
+
 // Whether all of a lane's channels are finite.
 KVC_DEVICE bool all_finite(const float (&x)[kOwn]) {
     float zero[2] = {0.0f, 0.0f};
@@ -315,28 +326,21 @@ KVC_UNROLL
 // The lanes of a row: those with channels of their own, and all.
 template <int HeadDim> constexpr uint32_t kChannelLanes = HeadDim / kOwn;
 template <int HeadDim> constexpr uint32_t kRowLanes =
-    HeadDim <= 64 ? 4 : HeadDim <= 128 ? 8 : 16;
+    HeadDim <= 64 ? 4 : HeadDim <= 128 ? 8 : HeadDim <= 256 ? 16 : 32;
 
-// Encodes a row that lies in its lanes, rotated where it is to be, and writes it where `write` is set;
-// false where it cannot be.
-template <int HeadDim>
-KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[kOwn], uint32_t channel,
-                           unsigned char *codes, unsigned char *scales, bool write) {
-    constexpr uint32_t kLanes = kRowLanes<HeadDim>, kRow = (1u << kLanes) - 1;
+// Whether a format can hold a row that lies in its lanes, and the bits of the scales that it is given.
+struct RowScales {
+    bool fits;
+    uint32_t scale, minimum;
+};
+template <int HeadDim> KVC_DEVICE RowScales find_scales(uint32_t format, const float (&x)[kOwn]) {
+    constexpr uint32_t kLanes = kRowLanes<HeadDim>, kRow = ~0u >> (32 - kLanes);
     const uint32_t sound = ballot(kFullMask, all_finite(x)) >> (lane_id() & ~(kLanes - 1));
-    const bool finite = (sound & kRow) == kRow;
     const auto larger = [](float a, float b) { return max_f32(a, b); };
-    uint16_t *halves = reinterpret_cast<uint16_t *>(scales);
+    RowScales found = {(sound & kRow) == kRow, 0, 0};
     if (format == kInt8T) {
-        const float top = over_lanes<kLanes>(largest_of(x), larger);
-        const uint32_t bits = f16_up(div_rn(top, 127.0f));
-        if (!finite || !is_finite_f16(bits)) return false;
-        if (!write) return true;
-        store_16(codes + channel, encode_int8(widen_f16(static_cast<uint16_t>(bits)), x));
-        if (channel == 0) halves[0] = static_cast<uint16_t>(bits);
-        return true;
-    }
-    if (format == kInt4T) {
+        found.scale = f16_up(div_rn(over_lanes<kLanes>(largest_of(x), larger), 127.0f));
+    } else if (format == kInt4T) {
         float low = x[0], high = x[0];
 KVC_UNROLL
         for (int j = 1; j < kOwn; ++j) {
@@ -346,28 +350,46 @@ KVC_UNROLL
         low = over_lanes<kLanes>(low, [](float a, float b) { return min_f32(a, b); });
         high = over_lanes<kLanes>(high, larger);
         // Which zero a minimum or maximum of both is must not reach the bits.
-        const uint32_t minimum_bits = f16_down(add_rn(low, 0.0f));
-        const float minimum = widen_f16(static_cast<uint16_t>(minimum_bits));
-        const uint32_t bits = f16_up(div_rn(add_rn(add_rn(high, 0.0f), -minimum), 15.0f));
-        if (!finite || !is_finite_f16(bits) || !is_finite_f16(minimum_bits)) return false;
-        if (!write) return true;
-        *reinterpret_cast<TwoWords *>(codes + channel / 2) =
-            encode_int4(minimum, widen_f16(static_cast<uint16_t>(bits)), x);
-        if (channel == 0) {
-            halves[0] = static_cast<uint16_t>(bits);
-            halves[1] = static_cast<uint16_t>(minimum_bits);
-        }
-        return true;
+        found.minimum = f16_down(add_rn(low, 0.0f));
+        const float minimum = widen_f16(static_cast<uint16_t>(found.minimum));
+        found.scale = f16_up(div_rn(add_rn(add_rn(high, 0.0f), -minimum), 15.0f));
     }
-    if (!finite || !write) return finite;
-    if (format == kNvfp4) {
-        uint32_t scale;
-        *reinterpret_cast<TwoWords *>(codes + channel / 2) = encode_nvfp4(head_scale, x, scale);
-        scales[channel / kOwn] = static_cast<unsigned char>(scale);
+    found.fits = found.fits && is_finite_f16(found.scale) && is_finite_f16(found.minimum);
+    return found;
+}
+
+// Writes a lane's channels from `channel` on of a row that fits.
+KVC_DEVICE void write_codes(uint32_t format, const RowScales &found, float head_scale,
+                            const float (&x)[kOwn], uint32_t channel, unsigned char *codes,
+                            unsigned char *scales) {
+    uint16_t *halves = reinterpret_cast<uint16_t *>(scales);
+    const float scale = widen_f16(static_cast<uint16_t>(found.scale));
+    if (format == kInt8T) {
+        store_16(codes + channel, encode_int8(scale, x));
+        if (channel == 0) halves[0] = static_cast<uint16_t>(found.scale);
+    } else if (format == kInt4T) {
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) =
+            encode_int4(widen_f16(static_cast<uint16_t>(found.minimum)), scale, x);
+        if (channel == 0) {
+            halves[0] = static_cast<uint16_t>(found.scale);
+            halves[1] = static_cast<uint16_t>(found.minimum);
+        }
+    } else if (format == kNvfp4) {
+        uint32_t block;
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) = encode_nvfp4(head_scale, x, block);
+        scales[channel / kOwn] = static_cast<unsigned char>(block);
     } else {
         store_16(codes + channel, encode_fp8(format, head_scale, x));
     }
-    return true;
+}
+
+// Encodes a row that lies in its lanes and writes it where `write` is set; false where it cannot be.
+template <int HeadDim>
+KVC_DEVICE bool encode_row(uint32_t format, float head_scale, const float (&x)[kOwn], uint32_t channel,
+                           unsigned char *codes, unsigned char *scales, bool write) {
+    const RowScales found = find_scales<HeadDim>(format, x);
+    if (found.fits && write) write_codes(format, found, head_scale, x, channel, codes, scales);
+    return found.fits;
 }
 
 template <int HeadDim> KVC_DEVICE void append_token(const kvc_append_token_params &params) {
@@ -400,14 +422,7 @@ KVC_ROLL
             const int64_t row = is_key ? token * p.k_token + head * p.k_head
                                        : token * p.v_token + head * p.v_head;
             load_own(is_key ? p.k : p.v, row + channel, p.row_dtype, x);
-            if (is_key && p.cosines != nullptr) {
-KVC_UNROLL
-                for (int i = 0; i < kOwn; i += 4) {
-                    float quad[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-                    turn_quad(p, row, channel + i, position, quad);
-                    for (int j = 0; j < 4; ++j) x[i + j] = quad[j];
-                }
-            }
+            if (is_key && p.cosines != nullptr) turn_own(p, row, channel, position, x);
         }
         // Rows of a warp are rotated if any is: what is not meant to be stays as it was.
         const bool rotated = params.format == kInt4T || (is_key && params.k_rotated != 0);

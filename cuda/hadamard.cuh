@@ -53,9 +53,13 @@ KVC_UNROLL
 KVC_UNROLL
         for (int j = 0; j < Own; ++j) x[j] = fma_rn(x[j], sign, shfl_xor(kFullMask, x[j], half));
     }
-    constexpr uint32_t kLog =
-        kBlock == 16 ? 4 : kBlock == 32 ? 5 : kBlock == 64 ? 6 : kBlock == 128 ? 7 : 8;
-    static_assert(1u << kLog == kBlock, "16 to 256 channels");
+    constexpr uint32_t kLog = kBlock == 16    ? 4
+                              : kBlock == 32  ? 5
+                              : kBlock == 64  ? 6
+                              : kBlock == 128 ? 7
+                              : kBlock == 256 ? 8
+                                              : 9;
+    static_assert(1u << kLog == kBlock, "16 to 512 channels");
     const float root = as_float((127 - kLog / 2) << 23);
     const float scale = kLog % 2 == 0 ? root : mul_rn(0.70710678118654752440f, root);
 KVC_UNROLL

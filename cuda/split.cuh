@@ -53,7 +53,7 @@ KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
             each(piece, unit);
             sync_threads();
             const uint32_t seq = piece.seq + 1;
-            to = p.ranges[range + 1];
+            to = p.ranges[(Ahead ? range : opaque(work) / p.units) + 1];
             if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
             const kvc_decode_span span = p.spans[seq];
             from = {seq, 0, span.begin, span.end};

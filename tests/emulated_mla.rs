@@ -1,15 +1,16 @@
 //! Multi-head latent attention decode in the emulator, planned on the emulated device, against the
-//! reference in f64.
+//! reference in f64; of rows of codes over what the codes say.
 #![cfg(feature = "emulate")]
 
 mod device;
 
+use device::codes::{Codes, Latents};
 use device::{Rng, Values};
 use kvcache::attention::{HeadShape, PagedKv, ReferenceOutput, Scoring, reference_attention};
-use kvcache::dtype::{DType, Rows};
+use kvcache::dtype::{DType, KvFormat, Rows};
 use kvcache::emu::{Buffer, Fibers, Options, Schedule, launch};
 use kvcache::kernels::params::{In, MlaParams, Out};
-use kvcache::kernels::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan, Pieces};
+use kvcache::kernels::{Kernel, MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan, Pieces};
 use kvcache::layout::Strides;
 
 const DIM: usize = MLA_DIM as usize;
@@ -20,6 +21,8 @@ const SCALE: f32 = 0.07216878;
 #[derive(Debug, Clone)]
 struct Case {
     cache: DType,
+    /// Rows of codes, in place of floats of type `cache`.
+    codes: Option<Codes>,
     rows: DType,
     q_heads: usize,
     block_tokens: usize,
@@ -45,6 +48,7 @@ impl Default for Case {
     fn default() -> Self {
         Case {
             cache: DType::Bf16,
+            codes: None,
             rows: DType::Bf16,
             q_heads: 16,
             block_tokens: 64,
@@ -74,6 +78,7 @@ struct Got {
 struct Call {
     case: Case,
     k: Values,
+    codes: Option<Latents>,
     q: Values,
     strides: Strides,
     tables: Vec<Vec<i32>>,
@@ -115,8 +120,12 @@ impl Call {
         }
         let rows = q_indptr[case.lengths.len()] as usize;
         let q: Vec<f32> = (0..rows * case.q_heads * DIM).map(|_| 0.5 * rng.normal()).collect();
+        let codes = case.codes.map(|how| Latents::new(how, (DIM, VALUES), case.gap, &mut k));
+        // What codes say is compared with as it is.
+        let floats = if codes.is_some() { DType::F32 } else { case.cache };
         Call {
-            k: Values::new(case.cache, &k),
+            k: Values::new(floats, &k),
+            codes,
             q: Values::new(case.rows, &q),
             strides,
             tables,
@@ -130,8 +139,11 @@ impl Call {
         let case = &self.case;
         let narrow = |values: &Values| values.values.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let k = narrow(&self.k);
-        // The matrix instruction takes queries of the cache's type.
-        let q = narrow(&Values::new(case.cache, &narrow(&self.q)));
+        // The matrix instruction takes queries of the cache's type, of codes f16, after a rotation.
+        let q = match self.codes {
+            None => narrow(&Values::new(case.cache, &narrow(&self.q))),
+            Some(_) => narrow(&self.q),
+        };
         let kv = PagedKv {
             k: Rows::F32(&k),
             v: Rows::F32(&k),
@@ -166,7 +178,11 @@ impl Call {
         let case = &self.case;
         let options = Options { schedule: case.schedule, fibers: case.fibers };
         let plan = MlaPlan::new(MlaBounds {
-            cache: case.cache,
+            format: match (case.codes, case.cache) {
+                (Some(codes), _) => codes.format,
+                (None, DType::F16) => KvFormat::F16,
+                (None, _) => KvFormat::Bf16,
+            },
             q_heads: case.q_heads as u32,
             q_len: case.lengths.iter().map(|l| l.0).max().unwrap() as u32,
             batch: case.lengths.len() as u32,
@@ -230,18 +246,27 @@ impl Call {
         let (first, plan_params) = plan
             .plan_launch(workspace, In::at(seq_lens.address()), batch, case.window, flag_at)
             .unwrap();
-        let second = plan.decode_launch(workspace, &mut params).unwrap();
+        let mut coded = self.codes.as_ref().map(|latents| latents.params(params));
+        let second = match &mut coded {
+            Some(coded) => plan.decode_token_launch(workspace, coded),
+            None => plan.decode_launch(workspace, &mut params),
+        };
+        let second = second.unwrap();
         assert_eq!(second.kernel, plan.kernel());
         // SAFETY: every address is that of a buffer that lives to the end of this function.
         unsafe {
             let (kernel, shared) = (first.kernel, first.shared_bytes);
             launch(kernel.name, first.grid, kernel.threads, shared, &plan_params, options).unwrap();
-            let (kernel, shared) = (second.kernel, second.shared_bytes);
+            let (Kernel { name, threads, .. }, shared) = (second.kernel, second.shared_bytes);
             for _ in 0..layers {
                 // Each layer writes all of it anew.
                 out.buffer.poison();
                 lse.poison();
-                launch(kernel.name, second.grid, kernel.threads, shared, &params, options).unwrap();
+                match &coded {
+                    Some(p) => launch(name, second.grid, *threads, shared, p, options),
+                    None => launch(name, second.grid, *threads, shared, &params, options),
+                }
+                .unwrap();
             }
         }
         Got { out, lse, flag: flag.read::<u32>()[0] }
@@ -253,25 +278,43 @@ fn check(case: Case) -> u32 {
     let what = format!("{case:?}");
     let call = Call::new(case);
     let (got, want) = (call.run(1), call.reference());
-    // Weights are rounded to the cache's type before the product with V, each by half a step.
-    let tolerance = 2.0 * device::epsilon(call.case.cache);
+    // Weights are rounded to the cache's type before the product with V, each by half a step; beside
+    // codes queries are too, and weights times scales, to f16.
+    let coded = call.case.codes.is_some();
+    let largest = call.k.values.iter().filter(|x| !x.is_nan()).fold(1.0f64, |a, x| a.max(x.abs()));
+    let tolerance = if coded { largest * 0.8e-3 } else { 2.0 * device::epsilon(call.case.cache) };
+    let lse_tolerance = if coded { 1e-3 } else { 2e-5 };
     got.out.must_be(&want.out, tolerance, &what);
     for (i, (&got, &want)) in got.lse.read::<f32>().iter().zip(&want.lse).enumerate() {
         let got = f64::from(got);
-        let good = got == want || (got - want).abs() <= 2e-5 * want.abs().max(1.0);
+        let good = got == want || (got - want).abs() <= lse_tolerance * want.abs().max(1.0);
         assert!(good, "{what} LSE [{i}]: {got}, not {want}");
     }
     got.flag
 }
 
+const FORMATS: [KvFormat; 4] =
+    [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T];
+
+fn plain(format: KvFormat) -> Option<Codes> {
+    Some(Codes { format, rotated: true, heads: false })
+}
+
+/// Floats, and codes of every format.
+fn kinds() -> impl Iterator<Item = Option<Codes>> {
+    [None].into_iter().chain(FORMATS.into_iter().map(plain))
+}
+
 #[test]
 fn every_instance_under_every_schedule() {
-    for cache in [DType::F16, DType::Bf16] {
+    for (cache, codes) in [(DType::F16, None)].into_iter().chain(kinds().map(|c| (DType::Bf16, c)))
+    {
         for q_heads in [16, 32] {
             for schedule in Schedule::ALL {
                 let lengths = vec![(1, 100), (1, 1), (1, 0)];
+                let rows = cache;
                 let case =
-                    Case { cache, rows: cache, q_heads, schedule, lengths, ..Case::default() };
+                    Case { cache, codes, rows, q_heads, schedule, lengths, ..Case::default() };
                 assert_eq!(check(case), 0);
             }
         }
@@ -279,9 +322,22 @@ fn every_instance_under_every_schedule() {
 }
 
 #[test]
+fn scales_of_the_layer_and_latents_as_they_are() {
+    for (format, heads) in
+        [(KvFormat::Fp8E4m3, true), (KvFormat::Fp8E5m2, true), (KvFormat::Int8T, false)]
+    {
+        let codes = Some(Codes { format, rotated: false, heads });
+        assert_eq!(check(Case { codes, ..Case::default() }), 0);
+        assert_eq!(check(Case { codes, q_heads: 20, gap: 8, ..Case::default() }), 0);
+    }
+}
+
+#[test]
 fn queries_of_any_type() {
     for rows in [DType::F32, DType::F16, DType::Bf16] {
-        assert_eq!(check(Case { rows, lengths: vec![(1, 40)], ..Case::default() }), 0);
+        for codes in kinds() {
+            assert_eq!(check(Case { codes, rows, lengths: vec![(1, 40)], ..Case::default() }), 0);
+        }
     }
 }
 
@@ -292,6 +348,9 @@ fn any_number_of_heads() {
     }
     for q_heads in 16..=128 {
         assert_eq!(check(Case { q_heads, lengths: vec![(1, 5)], ..Case::default() }), 0);
+        // Codes in turns: every format has every sort of last unit.
+        let codes = plain(FORMATS[(q_heads + q_heads / 4) % 4]);
+        assert_eq!(check(Case { codes, q_heads, lengths: vec![(1, 5)], ..Case::default() }), 0);
     }
 }
 
@@ -299,7 +358,13 @@ fn any_number_of_heads() {
 fn any_block_size_table_and_stride() {
     for block_tokens in [1, 3, 16, 48, 256] {
         for (csr, gap) in [(false, 8), (true, 0)] {
-            assert_eq!(check(Case { block_tokens, csr, gap, ..Case::default() }), 0);
+            for codes in kinds() {
+                let lengths = vec![(1, 70), (1, 1), (1, 0), (1, 33)];
+                assert_eq!(
+                    check(Case { codes, block_tokens, csr, gap, lengths, ..Case::default() }),
+                    0
+                );
+            }
         }
     }
 }
@@ -315,15 +380,21 @@ fn several_rows_a_sequence() {
     }
     // More columns than one unit has, and fewer than the bound says.
     let lengths = vec![(1, 40), (8, 77), (0, 40), (2, 1), (5, 5)];
-    assert_eq!(check(Case { q_heads: 7, lengths, ragged: true, ..Case::default() }), 0);
-    assert_eq!(check(Case { q_heads: 16, lengths: vec![(2, 90)], ..Case::default() }), 0);
+    for codes in kinds() {
+        let lengths = lengths.clone();
+        assert_eq!(check(Case { codes, q_heads: 7, lengths, ragged: true, ..Case::default() }), 0);
+        let lengths = vec![(2, 90)];
+        assert_eq!(check(Case { codes, q_heads: 16, lengths, ..Case::default() }), 0);
+    }
 }
 
 #[test]
 fn windows() {
     for window in [1, 16, 50, 1000] {
-        let lengths = vec![(2, 200), (2, 1), (2, 0), (2, 77)];
-        assert_eq!(check(Case { window: Some(window), q_heads: 4, lengths, ..Case::default() }), 0);
+        for codes in [None, plain(KvFormat::Fp8E4m3), plain(KvFormat::Int4T)] {
+            let (lengths, window) = (vec![(2, 200), (2, 1), (2, 0), (2, 77)], Some(window));
+            assert_eq!(check(Case { codes, window, q_heads: 4, lengths, ..Case::default() }), 0);
+        }
     }
 }
 
@@ -340,9 +411,12 @@ fn blocks_behind_the_window_are_not_looked_up() {
             spoil: Some((2, entry, -1)),
             ..Case::default()
         };
-        assert_eq!(check(case.clone()), 0);
-        // The next entry is in use.
-        assert_eq!(check(Case { spoil: Some((2, entry + 1, -1)), ..case }), 1);
+        for codes in [None, plain(KvFormat::Int8T)] {
+            assert_eq!(check(Case { codes, ..case.clone() }), 0);
+            // The next entry is in use.
+            let spoil = Some((2, entry + 1, -1));
+            assert_eq!(check(Case { codes, spoil, ..case.clone() }), 1);
+        }
     }
 }
 
@@ -351,8 +425,10 @@ fn bad_block_ids_are_masked_and_flagged() {
     // 7 + 1 + 0 + 3 blocks are in use, and 3 are not: 14 exist.
     for id in [-1, i32::MIN, i32::MAX, 14] {
         for (seq, entry) in [(0, 2), (1, 0), (3, 2)] {
-            let case = Case { block_tokens: 16, spoil: Some((seq, entry, id)), ..Case::default() };
-            assert_eq!(check(case), 1);
+            for codes in kinds() {
+                let spoil = Some((seq, entry, id));
+                assert_eq!(check(Case { codes, block_tokens: 16, spoil, ..Case::default() }), 1);
+            }
         }
     }
 }
@@ -376,19 +452,22 @@ fn rows_past_the_bound_are_not_computed() {
 #[test]
 fn long_contexts_are_cut_and_merged() {
     let lengths = vec![(1, 700), (1, 5), (1, 0), (1, 300)];
-    for schedule in Schedule::ALL {
-        let case =
-            Case { lengths: lengths.clone(), schedule, multiprocessors: 6, ..Case::default() };
+    for (codes, schedule) in kinds().flat_map(|codes| Schedule::ALL.map(|s| (codes, s))) {
+        let lengths = lengths.clone();
+        let case = Case { codes, lengths, schedule, multiprocessors: 6, ..Case::default() };
         assert_eq!(check(case), 0);
     }
-    let case = Case {
-        q_heads: 40,
-        lengths: vec![(1, 700), (1, 65)],
-        fibers: Fibers::Ucontext,
-        multiprocessors: 12,
-        ..Case::default()
-    };
-    assert_eq!(check(case), 0);
+    for codes in kinds() {
+        let case = Case {
+            codes,
+            q_heads: 40,
+            lengths: vec![(1, 700), (1, 65)],
+            fibers: Fibers::Ucontext,
+            multiprocessors: 12,
+            ..Case::default()
+        };
+        assert_eq!(check(case), 0);
+    }
 }
 
 #[test]
@@ -402,23 +481,25 @@ fn a_plan_serves_any_number_of_layers() {
 
 #[test]
 fn fixed_pieces_give_a_sequence_the_same_bits_in_any_batch() {
-    let bits = |others: usize, schedule| {
+    let bits = |codes, others: usize, schedule| {
         // The first sequence's inputs do not depend on how many empty ones follow it.
         let mut lengths = vec![(1, 300)];
         lengths.resize(1 + others, (1, 0));
-        let case = Case { lengths, pieces: Pieces::Fixed(128), schedule, ..Case::default() };
+        let case = Case { codes, lengths, pieces: Pieces::Fixed(128), schedule, ..Case::default() };
         assert_eq!(check(case.clone()), 0);
         Call::new(case).run(1).out.buffer.read::<u16>()[..16 * VALUES].to_vec()
     };
-    let alone = bits(0, Schedule::Forward);
-    for others in [1, 30] {
-        assert!(bits(others, Schedule::Seeded(others as u64)) == alone);
+    for codes in kinds() {
+        let alone = bits(codes, 0, Schedule::Forward);
+        for others in [1, 30] {
+            assert!(bits(codes, others, Schedule::Seeded(others as u64)) == alone);
+        }
     }
 }
 
 #[test]
 fn random_cases() {
-    let rounds = std::env::var("KVCACHE_EMU_ROUNDS").map_or(16, |n| n.parse().unwrap());
+    let rounds = std::env::var("KVCACHE_EMU_ROUNDS").map_or(30, |n| n.parse().unwrap());
     let mut rng = Rng::new(0x576);
     for round in 0..rounds {
         let q_len = rng.pick(&[1, 1, 1, 2, 4, 8]);
@@ -433,8 +514,12 @@ fn random_cases() {
             continue;
         }
         let any = |rng: &mut Rng| rng.below(3) == 0;
+        let format = rng.pick(&FORMATS);
+        let fp8 = matches!(format, KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2);
+        let how = Codes { format, rotated: any(&mut rng), heads: fp8 && any(&mut rng) };
         check(Case {
             cache: rng.pick(&[DType::F16, DType::Bf16]),
+            codes: (!any(&mut rng)).then_some(how),
             rows: rng.pick(&[DType::F32, DType::F16, DType::Bf16]),
             q_heads: rng.pick(&[1, 3, 8, 16, 20, 32, 48]),
             block_tokens: rng.pick(&[1, 7, 16, 32, 64, 128]),
