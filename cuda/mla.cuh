@@ -117,7 +117,8 @@ KVC_DEVICE void mla_unit(const kvc_mla_params &p, const Piece &item, uint32_t un
     const uint32_t lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4;
     MlaShared<Columns> &shared = *KVC_SMEM(MlaShared<Columns>);
 
-    MlaRowPipeline pipe(p, item, u, shared.tiles[0], shared.readable[0]);
+    const MlaSpan span(item, u);
+    MlaRowPipeline pipe(p, span, shared.tiles[0], shared.readable[0]);
     const BlockTable table(p.table, p.table_indptr, p.table_stride, item.seq, p.block_tokens,
                            p.num_blocks, p.error_flag);
     const auto nothing = [](bool, int32_t, uint32_t) {};
@@ -147,7 +148,7 @@ KVC_UNROLL
     }
     MlaSums<Columns> sums;
 
-    for (uint32_t n = 0; n < pipe.count; ++n) {
+    for (uint32_t n = 0; span.has(n); ++n) {
         // This lane's part of tile n is there, then everybody's; all are done with tile n - 1,
         // whose place the next one takes.
         cp_async_wait<kMlaStages - 2>();

@@ -48,11 +48,12 @@ template <typename Format, uint32_t Columns> struct MlaTokenShared {
     uint32_t arrived[1];
     // What is worked on, for want of registers.
     uint32_t range, unit;
+    MlaSpan span;
     BlockTable table;
 };
 
-static_assert(sizeof(MlaTokenShared<Fp8E4m3Rows, 16>) == 82240 &&
-                  sizeof(MlaTokenShared<Fp8E4m3Rows, 32>) == 88512 &&
+static_assert(sizeof(MlaTokenShared<Fp8E4m3Rows, 16>) == 82256 &&
+                  sizeof(MlaTokenShared<Fp8E4m3Rows, 32>) == 88528 &&
                   sizeof(MlaTokenShared<Int8Rows, 16>) == 82752 &&
                   sizeof(MlaTokenShared<Int8Rows, 32>) == 89024 &&
                   sizeof(MlaTokenShared<Int4Rows, 16>) == 76448 &&
@@ -68,16 +69,15 @@ template <typename Format> struct MlaTokenPipeline : MlaCodes<Format>::Pipeline 
     uint16_t *row_scales;
     uint32_t pending; // of tile n - 1
 
-    KVC_DEVICE MlaTokenPipeline(const kvc_mla_token_params &params, const Piece &item,
-                                const MlaUnit &u, unsigned char *tiles, uint8_t *readable,
-                                uint16_t *to)
-        : Base(params.call, item, u, tiles, readable), row_scales(to), pending(0) {}
+    KVC_DEVICE MlaTokenPipeline(const kvc_mla_token_params &params, const MlaSpan &of,
+                                unsigned char *tiles, uint8_t *readable, uint16_t *to)
+        : Base(params.call, of, tiles, readable), row_scales(to), pending(0) {}
 
     KVC_DEVICE void issue(const kvc_mla_token_params &params, const BlockTable &table, uint32_t n) {
         const uint32_t thread = opaque(thread_x()), own = thread % Base::kLanes;
         if constexpr (Codes::kScales != 0) {
             const uint32_t before = n - 1;
-            if (n != 0 && before < this->count && own < Codes::kScales)
+            if (n != 0 && this->span.has(before) && own < Codes::kScales)
                 row_scales[(before % Codes::kStages * kMlaTokens + thread / Base::kLanes) *
                                Codes::kScales +
                            own] = static_cast<uint16_t>(pending);
@@ -94,7 +94,8 @@ template <typename Format> struct MlaTokenPipeline : MlaCodes<Format>::Pipeline 
 };
 
 // The queries of a unit as rows of f16, scaled by a power of two so that they use its range, rotated where
-// keys are, and what is said of columns once. A lane has sixteen channels of a column's latent part and two of its rotary one.
+// keys are, and what is said of columns once. A lane has sixteen channels of a column's latent part and
+// two of its rotary one.
 template <typename Format, uint32_t Columns>
 KVC_DEVICE void fill_mla_queries(const kvc_mla_token_params &params, const MlaUnit &u,
                                  uint16_t *rows, MlaTokenShared<Format, Columns> &shared) {
@@ -168,25 +169,26 @@ KVC_DEVICE void mla_token_scores(const uint32_t (&q)[kMlaSteps][Columns / 16][2]
                                  MlaTokenShared<Format, Columns> &shared) {
     using Codes = MlaCodes<Format>;
     constexpr int kTiles = Columns / 16, kPairs = Format::Codes::kPairs, kProducts = kPairs / 2;
-    constexpr int kSums = Format::kScaled ? 3 : 2;
     // What follows from the thread is computed again for every tile, for want of registers.
     const uint32_t thread = opaque(thread_x()), lane = thread % 32, warp = thread / 32;
     const uint32_t g = lane / 4, t = lane % 4;
     const uint32_t tokens = warp % 2 * 16, columns = warp / 2 % 2 * (Columns / 2), half = warp / 4;
     const float *q_sums = shared.q_sums[half] + columns + 2 * t;
-    // Even and odd steps apart, so that a product need not wait for the one before; and, where parts
+    // Even and odd steps apart, so that a product need not wait for the one before, until, where parts
     // have scales of their own, what is the rotary part in the second half. What codes are too large by
     // is taken from the part that the sums of the queries' half are of.
-    float s[kSums][kTiles][4];
+    const auto less = [&](uint32_t of, int n, int j) {
+        if constexpr (Format::kSmall)
+            return half == of ? -Format::kLess * q_sums[n * 8 + j % 2] : 0.0f;
+        else
+            return 0.0f;
+    };
+    float s[2][kTiles][4];
 KVC_UNROLL
     for (int n = 0; n < kTiles; ++n)
         for (int j = 0; j < 4; ++j) {
-            s[0][n][j] = s[1][n][j] = 0.0f;
-            if constexpr (Format::kSmall) {
-                const float less = -Format::kLess * q_sums[n * 8 + j % 2];
-                s[0][n][j] = half == 0 ? less : 0.0f;
-                s[2][n][j] = half == 0 ? 0.0f : less;
-            }
+            s[0][n][j] = less(0, n, j);
+            s[1][n][j] = 0.0f;
         }
     // Two chunks a matrix load; of an odd last one both are that.
     const uint32_t other = lane / 16 * 16;
@@ -198,6 +200,14 @@ KVC_UNROLL
         ldmatrix_x4(codes, at + two * 16 - (two + 1 < Codes::kHalf ? 0 : other));
 KVC_UNROLL
         for (uint32_t one = 0; one < 2 && two + one < Codes::kHalf; ++one) {
+            if (Format::kScaled && two + one == Codes::kLatent) {
+KVC_UNROLL
+                for (int n = 0; n < kTiles; ++n)
+                    for (int j = 0; j < 4; ++j) {
+                        s[0][n][j] += s[1][n][j];
+                        s[1][n][j] = less(1, n, j);
+                    }
+            }
             uint32_t low[kPairs], high[kPairs];
             Format::keys(codes[2 * one], low);
             Format::keys(codes[2 * one + 1], high);
@@ -205,7 +215,7 @@ KVC_UNROLL
             for (uint32_t i = 0; i < kProducts; ++i) {
                 const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
                 const uint32_t step = (two + one) * kProducts + i;
-                const uint32_t to = Format::kScaled && two + one >= Codes::kLatent ? 2 : step % 2;
+                const uint32_t to = Format::kScaled && two + one >= Codes::kLatent ? 1 : step % 2;
 KVC_UNROLL
                 for (int n = 0; n < kTiles; ++n) mma_f16(s[to][n], a, q[step][n]);
             }
@@ -227,8 +237,7 @@ KVC_UNROLL
         for (int n = 0; n < kTiles; ++n)
             for (uint32_t j = 0; j < 2; ++j) {
                 const uint32_t column = n * 8 + j;
-                float x = s[0][n][2 * i + j] + s[1][n][2 * i + j];
-                if constexpr (Format::kScaled) x = x * latent + s[2][n][2 * i + j] * last;
+                float x = s[0][n][2 * i + j] * latent + s[1][n][2 * i + j] * last;
                 if constexpr (Format::kMinimum) x += minimum * q_sums[column];
                 shared.scores[half][(columns + column + 2 * t) * kScoreRow + token] = x;
             }
@@ -335,12 +344,13 @@ KVC_DEVICE void mla_token_unit(const kvc_mla_token_params &params, const Piece &
     if (thread_x() == 0) {
         shared.range = item.range;
         shared.unit = unit;
+        shared.span = MlaSpan(item, u);
         shared.table = BlockTable(p.table, p.table_indptr, p.table_stride, item.seq,
                                   p.block_tokens, p.num_blocks, p.error_flag);
     }
     sync_threads();
     const BlockTable &table = shared.table;
-    MlaTokenPipeline<Format> pipe(params, item, u, shared.tiles[0], shared.readable[0],
+    MlaTokenPipeline<Format> pipe(params, shared.span, shared.tiles[0], shared.readable[0],
                                   shared.row_scales);
     pipe.look_up(table, 0);
     // The queries lie in the last stages meanwhile.
@@ -377,7 +387,7 @@ KVC_UNROLL
 KVC_ROLL
     for (uint32_t n = kBefore; n < Codes::kStages - 1; ++n) pipe.issue(params, table, n);
 
-    for (uint32_t n = 0; n < pipe.count; ++n) {
+    for (uint32_t n = 0; shared.span.has(n); ++n) {
         // This lane's part of tile n is there, then everybody's; all are done with tile n - 1,
         // whose place another one takes.
         cp_async_wait<static_cast<int>(Codes::kStages) - 2>();
@@ -386,7 +396,7 @@ KVC_ROLL
         const uint32_t stage = n % Codes::kStages;
         mla_token_scores<Format, Columns>(q, stage, shared);
         sync_threads();
-        mla_token_weights<Format, Columns>(item.begin + n * kMlaTokens, stage, rows, shared);
+        mla_token_weights<Format, Columns>(shared.span.begin + n * kMlaTokens, stage, rows, shared);
         sync_threads();
         mla_token_accumulate<Format, Columns>(stage, shared, sums);
     }

@@ -68,6 +68,20 @@ KVC_DEVICE MlaColumn find_mla_column(const kvc_mla_params &p, const MlaUnit &u, 
     return out;
 }
 
+// The tokens of a piece that are worked on, in tiles from the first on.
+struct MlaSpan {
+    uint32_t begin, end, first_token;
+
+    KVC_DEVICE MlaSpan(const Piece &item, const MlaUnit &u)
+        : begin(item.begin), end(item.end),
+          first_token(u.first_token > 0 ? static_cast<uint32_t>(u.first_token) : 0) {}
+
+    // Whether there is a tile `n`.
+    KVC_DEVICE bool has(uint32_t n) const { return begin + n * kMlaTokens < end; }
+    // Blocks that the window has left behind may be gone: not even their ids are read.
+    KVC_DEVICE bool wanted(uint32_t token) const { return token < end && token >= first_token; }
+};
+
 // Copies of tiles into the stages. A warp copies four tokens of a tile, eight lanes each. Strides are
 // in elements, rows of `RowChunks` units of 16 bytes.
 template <typename Element, uint32_t RowChunks, uint32_t Stages> struct MlaPipeline {
@@ -78,25 +92,20 @@ template <typename Element, uint32_t RowChunks, uint32_t Stages> struct MlaPipel
     const Element *k;
     Element *tiles;
     uint8_t *readable;
-    uint32_t begin, end, count, first_token;
+    const MlaSpan &span;
     int32_t entry; // of the block table, for this lane's token of the next tile to be copied
 
-    KVC_DEVICE MlaPipeline(const kvc_mla_params &p, const Piece &item, const MlaUnit &u,
-                           Element *to, uint8_t *flags)
-        : k(static_cast<const Element *>(p.k)), tiles(to), readable(flags), begin(item.begin),
-          end(item.end), count((item.end - item.begin + kMlaTokens - 1) / kMlaTokens),
-          first_token(u.first_token > 0 ? static_cast<uint32_t>(u.first_token) : 0) {}
+    KVC_DEVICE MlaPipeline(const kvc_mla_params &p, const MlaSpan &of, Element *to, uint8_t *flags)
+        : k(static_cast<const Element *>(p.k)), tiles(to), readable(flags), span(of) {}
 
     // The row of a tile that a thread copies a part of.
     KVC_DEVICE static uint32_t row() { return opaque(thread_x()) / kLanes; }
-    // Blocks that the window has left behind may be gone: not even their ids are read.
-    KVC_DEVICE bool wanted(uint32_t token) const { return token < end && token >= first_token; }
 
     // Reads the entry for tile `n` ahead of its use.
     KVC_DEVICE void look_up(const BlockTable &table, uint32_t n) {
-        const uint32_t token = begin + n * kMlaTokens + row();
+        const uint32_t token = span.begin + n * kMlaTokens + row();
         entry = -1;
-        if (n >= count || !wanted(token)) return;
+        if (!span.wanted(token)) return;
         const uint32_t index =
             table.power_of_two ? token >> table.shift : token / table.block_tokens;
         if (index < table.count) entry = table.entries[index];
@@ -107,13 +116,13 @@ template <typename Element, uint32_t RowChunks, uint32_t Stages> struct MlaPipel
     template <typename Beside>
     KVC_DEVICE void issue(const kvc_mla_params &p, const BlockTable &table, uint32_t n,
                           Beside beside) {
-        if (n < count) {
+        if (span.has(n)) {
             const uint32_t thread = opaque(thread_x()), lane = thread % kLanes;
             const uint32_t place = n % Stages * kMlaTokens + thread / kLanes;
-            const uint32_t token = begin + n * kMlaTokens + thread / kLanes;
+            const uint32_t token = span.begin + n * kMlaTokens + thread / kLanes;
             const bool known = static_cast<uint32_t>(entry) < table.num_blocks;
-            const bool valid = wanted(token) && known;
-            if (wanted(token) && !known && lane == 0) raise(p.error_flag, kFlagBlock);
+            const bool wanted = span.wanted(token), valid = wanted && known;
+            if (wanted && !known && lane == 0) raise(p.error_flag, kFlagBlock);
             const uint32_t slot = table.power_of_two ? token & (table.block_tokens - 1)
                                                      : token % table.block_tokens;
             const int64_t from = valid ? entry * p.k_block + slot * p.k_token : 0;

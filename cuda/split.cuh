@@ -48,7 +48,8 @@ KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
         uint32_t next = 0;
         if (Ahead && total() > grid_x() && thread_x() == 0) next = atomic_add(&p.head->taken, 1);
         for (;;) {
-            const uint32_t range = work / p.units, unit = work % p.units;
+            const uint32_t now = Ahead ? work : opaque(work);
+            const uint32_t range = now / p.units, unit = now % p.units;
             const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
             each(piece, unit);
             sync_threads();

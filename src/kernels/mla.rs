@@ -166,7 +166,12 @@ impl MlaPlan {
     }
 
     /// The same for rows of any format, of which 16 bytes are `chunk` elements.
-    pub(super) fn fill(&self, workspace: u64, params: &mut MlaParams, chunk: i64) -> Result<Launch> {
+    pub(super) fn fill(
+        &self,
+        workspace: u64,
+        params: &mut MlaParams,
+        chunk: i64,
+    ) -> Result<Launch> {
         if params.block_tokens == 0 {
             return Err(Error::invalid("block_tokens", "must be at least 1"));
         }

@@ -50,7 +50,7 @@ pub(super) fn token_shared_bytes(format: KvFormat, columns: u32) -> u32 {
     };
     // Factors of the scores, sums of the queries and the tokens seen of a column; the rows' scales; what
     // is worked on, and its block table.
-    let own = shared_bytes(columns, row, stages) + 5 * columns * 4 + scales + 8;
+    let own = shared_bytes(columns, row, stages) + 5 * columns * 4 + scales + 20;
     (own.next_multiple_of(8) + TABLE).next_multiple_of(16)
 }
 
@@ -161,14 +161,13 @@ mod tests {
                 assert!(call(change, format).is_err());
             }
         }
-        let of_scales: [fn(&mut MlaTokenParams); 3] = [
-            |p| p.k_scales = In::NULL,
-            |p| p.k_scales = In::at(513),
-            |p| p.k_scale_token = 3,
-        ];
+        let of_scales: [fn(&mut MlaTokenParams); 3] =
+            [|p| p.k_scales = In::NULL, |p| p.k_scales = In::at(513), |p| p.k_scale_token = 3];
         for change in of_scales {
             assert!(call(change, KvFormat::Fp8E5m2).is_ok());
-            assert!(call(change, KvFormat::Int8T).is_err() && call(change, KvFormat::Int4T).is_err());
+            assert!(
+                call(change, KvFormat::Int8T).is_err() && call(change, KvFormat::Int4T).is_err()
+            );
         }
         // Plans of floats and of codes are apart.
         assert!(plan(KvFormat::Int8T, 16).decode_launch(256, &mut params().call).is_err());
