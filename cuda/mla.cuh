@@ -183,8 +183,10 @@ KVC_UNROLL
 }
 
 template <typename T, uint32_t Columns> KVC_DEVICE void mla_decode(const kvc_mla_params &p) {
-    for_each_piece<false>(p, KVC_SMEM(uint32_t),
-                   [&](const Piece &item, uint32_t unit) { mla_unit<T, Columns>(p, item, unit); });
+    for_each_piece<false>(p, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
+        mla_unit<T, Columns>(p, item, unit);
+        return item.range * p.units + unit;
+    });
 }
 
 } // namespace kvc

@@ -119,8 +119,8 @@ KVC_UNROLL
             for (int j = 0; j < 2; ++j) y[j] = load_element(p.q, at + rotary + j, p.q_dtype);
         }
         if (Format::kScaled && params.k_rotated != 0) {
-            rotate_channels<kMlaValues>(x, lane * 16);
-            rotate_channels<kMlaDim - kMlaValues>(y, lane * 2);
+            rotate_channels<kMlaValues>(x, lane * 16, lane);
+            rotate_channels<kMlaDim - kMlaValues>(y, lane * 2, lane);
         }
         const auto magnitude = [](float a) { return as_float(as_bits(a) & 0x7fffffffu); };
         float top = max_f32(magnitude(y[0]), magnitude(y[1]));
@@ -328,14 +328,15 @@ KVC_UNROLL
     }
 }
 
+// Returns what for_each_piece asks for.
 template <typename Format, uint32_t Columns>
-KVC_DEVICE void mla_token_unit(const kvc_mla_token_params &params, const Piece &item,
-                               uint32_t unit) {
+KVC_DEVICE uint32_t mla_token_unit(const kvc_mla_token_params &params, const Piece &item,
+                                   uint32_t unit) {
     using Codes = MlaCodes<Format>;
     constexpr int kTiles = Columns / 16, kPairs = Format::Codes::kPairs;
     const kvc_mla_params &p = params.call;
     const MlaUnit u = find_mla_unit(p, item.seq, unit * Columns);
-    if (u.first_column >= u.columns) return;
+    if (u.first_column >= u.columns) return item.range * p.units + unit;
     const uint32_t thread = opaque(thread_x()), warp = thread / 32;
     const uint32_t g = thread % 32 / 4, t = thread % 4;
     using Shared = MlaTokenShared<Format, Columns>;
@@ -437,12 +438,13 @@ KVC_UNROLL
             if constexpr (Format::kSmall)
                 for (int j = 0; j < kOwn; ++j) o[j] += shifts[c];
         });
+    return shared.range * p.units + shared.unit;
 }
 
 template <typename Format, uint32_t Columns>
 KVC_DEVICE void mla_token_decode(const kvc_mla_token_params &params) {
     for_each_piece<false>(params.call, KVC_SMEM(uint32_t), [&](const Piece &item, uint32_t unit) {
-        mla_token_unit<Format, Columns>(params, item, unit);
+        return mla_token_unit<Format, Columns>(params, item, unit);
     });
 }
 

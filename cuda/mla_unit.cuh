@@ -249,13 +249,14 @@ KVC_DEVICE void finish_mla_unit(const kvc_mla_params &p, const Piece &item, uint
     const Partials<Columns, kMlaValues> partials = {p.partial, p.max_slots, p.units};
 KVC_ROLL
     for (uint32_t i = thread_x(); i < Columns * kParts; i += kMlaThreads) {
-        const uint32_t c = i / kParts, first = opaque(i) % kParts * Own;
+        // Known to follow from the thread, signs would be made before the tiles and held meanwhile.
+        const uint32_t own = opaque(i), c = i / kParts, first = own % kParts * Own;
         const MlaColumn column = find_mla_column(p, u, c);
         if (!column.exists && !rotated) continue;
         float o[Own];
         read(c, first, o);
         if constexpr (hadamard_block(kMlaValues) <= 32 * Own)
-            if (rotated) unrotate_channels<kMlaValues>(o, first);
+            if (rotated) unrotate_channels<kMlaValues>(o, first, own % 32);
         if (!column.exists) continue;
 KVC_UNROLL
         for (int j = 0; j < Own; j += 4) {
