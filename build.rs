@@ -58,6 +58,7 @@ mod header {
         ("step", "step: one forward pass over a batch"),
         ("step_device", "step: for rows in the memory of the cache's device"),
         ("device", "device: where kernels run beside the CPU"),
+        ("device_rates", "device: what it does in a microsecond"),
         ("device_kernels", "device: its kernels alone, on the caller's own memory and stream"),
         ("device_cascade", "device: a prefix that sequences share attended once for all of them"),
         ("device_merge", "device: partial results of attention merged"),

@@ -1220,10 +1220,10 @@ typedef struct {
     // `blocks` in each. A group with a window needs few: kvc_plan says how many.
     const uint32_t *group_blocks;
     // 1: on a device, a prefix that sequences of a step share is read once for all of
-    // them (cascade attention) where the device's rates say that this is faster: in steps of up to 8
-    // new tokens a sequence, of sequences that are neighbours in the step's work. Not where
-    // `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of latents, nor while
-    // the stream is captured. 0 by default, as it has not run on a GPU yet.
+    // them (cascade attention) where the device's rates (kvc_device_rates_read) say that this is
+    // faster: in steps of up to 8 new tokens a sequence, of sequences that are neighbours in the step's
+    // work. Not where `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of
+    // latents, nor while the stream is captured. 0 by default, as it has not run on a GPU yet.
     uint32_t cascade;
     // 0.
     uint32_t reserved;
@@ -1699,6 +1699,50 @@ kvc_status kvc_device_zero(const kvc_device *device, void *at, uint64_t bytes, v
 kvc_status kvc_device_sync(const kvc_device *device, void *stream);
 
 // ----------------------------------------------------------------------------------------------
+// device: what it does in a microsecond
+// ----------------------------------------------------------------------------------------------
+// What a device does in a microsecond, by which ways to compute the same are chosen. The fields are
+// those that kvc_device_cascade_query has; none has a default.
+typedef struct {
+    // sizeof(kvc_device_rates); kvc_device_rates_init sets it.
+    uint32_t struct_size;
+    // Multiprocessors.
+    uint32_t multiprocessors;
+    // Bytes from memory in a microsecond.
+    double memory_bytes;
+    // Bytes from the second-level cache in a microsecond.
+    double cache_bytes;
+    // Size of that cache, in bytes.
+    uint64_t cache_size;
+    // Operations (two a multiplication and addition) of the prefill kernel in a microsecond.
+    double operations;
+    // Microseconds from one launch's end to the next one's work.
+    double launch;
+} kvc_device_rates;
+
+// Fills a kvc_device_rates of `struct_size` bytes with zeros, which are no rates yet.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_rates_init(kvc_device_rates *rates, uint32_t struct_size);
+
+// Writes the rates that caches on this device go by to `out`, `out_bytes` (its sizeof) at most. They
+// follow from clocks and widths that the driver names and from shares of those that an H200 was
+// measured at: of another GPU they are an estimate, which leans towards plain attention.
+// KVC_ERR_UNSUPPORTED where the driver does not name them, and nothing is chosen by rates.
+//
+// Threads: thread-safe.
+kvc_status kvc_device_rates_read(const kvc_device *device,
+                                 kvc_device_rates *out,
+                                 uint64_t out_bytes);
+
+// Has the cache go by these rates from here on instead of by what its device says: whether a prefix
+// that sequences share is read once for all of them (kvc_cache_options.cascade).
+// KVC_ERR_INVALID_STATE where the cache is on the CPU.
+//
+// Threads: thread-safe.
+kvc_status kvc_cache_set_device_rates(kvc_cache *cache, const kvc_device_rates *rates);
+
+// ----------------------------------------------------------------------------------------------
 // device: its kernels alone, on the caller's own memory and stream
 // ----------------------------------------------------------------------------------------------
 // What kvc_device_attend must know beside the call's description.
@@ -1835,7 +1879,8 @@ kvc_status kvc_device_append(const kvc_device *device,
 // device: a prefix that sequences share attended once for all of them
 // ----------------------------------------------------------------------------------------------
 // One layer's attention, and what the device does in a microsecond: what the cost model of
-// kvc_device_cascade_choose goes by. Nothing but q_tokens has a default.
+// kvc_device_cascade_choose goes by, from memory_bytes to multiprocessors as kvc_device_rates has
+// it. Nothing but q_tokens has a default.
 typedef struct {
     // sizeof(kvc_device_cascade_query); kvc_device_cascade_query_init sets it.
     uint32_t struct_size;

@@ -356,3 +356,32 @@ fn either_side(kind: u32, format: u32, block_tokens: u32, count: usize) {
     let refused = unsafe { kvc_cache_create(&options, &group, 1, &mut cache) };
     assert_eq!(refused, KVC_ERR_UNSUPPORTED);
 }
+
+#[test]
+fn rates_are_what_the_device_says_until_an_engine_says_others() {
+    for kind in kinds() {
+        // SAFETY: every bit pattern is a value; init and the call fill them in.
+        let mut options: kvc_cache_options = unsafe { std::mem::zeroed() };
+        let mut group: kvc_group_spec = unsafe { std::mem::zeroed() };
+        let mut rates: kvc_device_rates = unsafe { std::mem::zeroed() };
+        let mut cache = ptr::null_mut();
+        // SAFETY: the structs are of the sizes given.
+        unsafe {
+            let bytes = size_of::<kvc_device_rates>() as u64;
+            ok(kvc_device_rates_read(open(kind), &mut rates, bytes));
+            assert_eq!(u64::from(rates.struct_size), bytes);
+            ok(kvc_cache_options_init(&mut options, size_of::<kvc_cache_options>() as u32));
+            ok(kvc_group_spec_init(&mut group, size_of::<kvc_group_spec>() as u32));
+            (options.device, options.blocks, options.cascade) = (kind, 4, 1);
+            (group.layers, group.kv_heads) = (1, HEADS as u32);
+            (group.k_dim, group.v_dim, group.format) = (D as u32, D as u32, KVC_FORMAT_F16);
+            ok(kvc_cache_create(&options, &group, 1, &mut cache));
+            ok(kvc_cache_set_device_rates(cache, &rates));
+            for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+                let rates = kvc_device_rates { memory_bytes: wrong, ..rates };
+                assert_eq!(kvc_cache_set_device_rates(cache, &rates), KVC_ERR_INVALID_ARGUMENT);
+            }
+            ok(kvc_cache_destroy(cache));
+        }
+    }
+}

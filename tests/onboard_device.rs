@@ -7,7 +7,6 @@
 mod late_device;
 mod tier_case;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvcache::cache::{CacheOptions, Step};
@@ -19,7 +18,7 @@ use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::tier::disk::{DiskOptions, DiskStore};
 use kvcache::tier::{Configuration, Store, TierKind};
 use late_device::{Late, Pace};
-use tier_case::{BLOCK, LONG, SPACE, below, prompt};
+use tier_case::{BLOCK, Folder, LONG, SPACE, below, prompt};
 
 const LAYERS: u32 = 5;
 const DIM: u32 = 64;
@@ -29,19 +28,9 @@ fn spec() -> CacheSpec {
     CacheSpec::uniform(BLOCK as u32, GroupSpec::uniform(LAYERS, 2, DIM, KvFormat::F16))
 }
 
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// A directory with the blocks of a prompt, written by a cache on the CPU, and what they hold.
 fn written(name: &str, text: &[u32]) -> (Folder, Vec<Vec<u8>>) {
-    let path = std::env::temp_dir().join(format!("kvcache-late-{name}-{}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&path);
-    let folder = Folder(path);
+    let folder = Folder::new(&format!("late-{name}"));
     let mut cache = tier_case::cache_of(&spec(), 16);
     attach(&mut cache, &folder);
     let seq = cache.start(text, SPACE).unwrap().seq;

@@ -3,7 +3,6 @@
 
 mod tier_case;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -102,25 +101,8 @@ fn loading_that_does_not_pay_is_left_and_the_answer_says_why() {
     assert_eq!(out, expected(&a));
 }
 
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let name = format!("kvcache-tiers-{name}-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let _ = std::fs::remove_dir_all(&path);
-        Scratch(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// A cache with a disk tier, as a new process would make it.
-fn with_disk(scratch: &Scratch, part: Option<&Slice>, host_blocks: usize) -> KvCache {
+fn with_disk(scratch: &Folder, part: Option<&Slice>, host_blocks: usize) -> KvCache {
     let spec = part.map_or_else(spec, |part| spec().slice(part).unwrap());
     let slice = part.cloned().unwrap_or_else(|| Slice::whole(&spec));
     let config = kvcache::tier::Configuration::new("m", &spec, &slice).unwrap();
@@ -136,7 +118,7 @@ fn with_disk(scratch: &Scratch, part: Option<&Slice>, host_blocks: usize) -> KvC
 
 #[test]
 fn a_second_process_finds_on_disk_what_the_first_computed() {
-    let scratch = Scratch::new("restart");
+    let scratch = Folder::new("tiers-restart");
     for host_blocks in [0, 4, 64] {
         let _ = std::fs::remove_dir_all(&scratch.0);
         let prompts: Vec<_> = (1..=3).map(|n| prompt(n, 8)).collect();
@@ -167,7 +149,7 @@ fn parts_of_a_model_give_what_the_whole_gives() {
     let prompts: Vec<_> = (1..=3).map(|n| prompt(n, 8)).collect();
     let dim = DIM * HEADS as usize;
     for parts in [2, 4] {
-        let scratch = Scratch::new(&format!("heads-{parts}"));
+        let scratch = Folder::new(&format!("tiers-heads-{parts}"));
         let mut ranks: Vec<KvCache> = (0..parts)
             .map(|rank| {
                 // All ranks keep their objects in one directory, each under its own configuration.

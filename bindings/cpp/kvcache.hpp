@@ -857,6 +857,11 @@ class cache : public detail::handle<kvc_cache, kvc_cache_destroy> {
                                                  detail::count32(k.size())));
     }
 
+    // As measured, instead of what the device says of itself.
+    result<void> set_device_rates(const kvc_device_rates &rates) {
+        return detail::done(kvc_cache_set_device_rates(get(), &rates));
+    }
+
     // What options point to is read in the call; a store's functions and user live as long as the
     // cache.
     result<void> attach_tiers(const kvc_tier_options &options) {
@@ -1110,6 +1115,7 @@ using device_copy_desc = detail::with_defaults<kvc_device_copy_desc, kvc_device_
 using device_merge_desc = detail::with_defaults<kvc_device_merge_desc, kvc_device_merge_desc_init>;
 using device_lookup_desc =
     detail::with_defaults<kvc_device_lookup_desc, kvc_device_lookup_desc_init>;
+using device_rates = detail::with_defaults<kvc_device_rates, kvc_device_rates_init>;
 using device_cascade_query =
     detail::with_defaults<kvc_device_cascade_query, kvc_device_cascade_query_init>;
 using device_cascade_prefix = kvc_device_cascade_prefix;
@@ -1173,6 +1179,12 @@ class device : public detail::handle<kvc_device, kvc_device_close> {
     result<device_facts> info() const {
         device_facts out{};
         const auto code = kvc_device_info(get(), &out, sizeof out);
+        return detail::answer(code, out);
+    }
+    // What caches on this device go by.
+    result<kvc_device_rates> rates() const {
+        kvc_device_rates out{};
+        const auto code = kvc_device_rates_read(get(), &out, sizeof out);
         return detail::answer(code, out);
     }
     result<std::string> name() const {

@@ -149,6 +149,20 @@ func (c *Cache) SetScales(group, layer int, k, v []float32) error {
 	})
 }
 
+// SetDeviceRates has the cache go by these rates, as somebody measured them, instead of by what its device
+// says of itself. ErrInvalidState where it is on the CPU.
+func (c *Cache) SetDeviceRates(r DeviceRates) error {
+	defer runtime.KeepAlive(c)
+	var o C.kvc_device_rates
+	if err := try(func() C.kvc_status { return C.kvc_device_rates_init(&o, C.uint32_t(unsafe.Sizeof(o))) }); err != nil {
+		return err
+	}
+	o.multiprocessors, o.cache_size = C.uint32_t(r.Multiprocessors), C.uint64_t(r.CacheSize)
+	o.memory_bytes, o.cache_bytes = C.double(r.MemoryBytes), C.double(r.CacheBytes)
+	o.operations, o.launch = C.double(r.Operations), C.double(r.Launch)
+	return try(func() C.kvc_status { return C.kvc_cache_set_device_rates(c.h, &o) })
+}
+
 // Stats are the cache's counts.
 func (c *Cache) Stats() (CacheCounts, error) {
 	defer runtime.KeepAlive(c)

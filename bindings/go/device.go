@@ -25,6 +25,15 @@ type DeviceFacts struct {
 	Ordinal, Multiprocessors uint32
 }
 
+// DeviceRates are what a device does in a microsecond, by which ways to compute the same are chosen: bytes
+// from memory and from its second-level cache (of CacheSize bytes), operations of the prefill kernel; and
+// the microseconds from one launch's end to the next one's work.
+type DeviceRates struct {
+	Multiprocessors                             uint32
+	CacheSize                                   uint64
+	MemoryBytes, CacheBytes, Operations, Launch float64
+}
+
 // OpenDevice opens a device: ErrNoKernels where the library has none for it, ErrNoDevice where it is not
 // there.
 func OpenDevice(kind DeviceKind, ordinal uint32) (*Device, error) {
@@ -52,6 +61,18 @@ func (d *Device) Info() (DeviceFacts, error) {
 	var f C.kvc_device_facts
 	err := try(func() C.kvc_status { return C.kvc_device_info(d.h, &f, C.uint64_t(unsafe.Sizeof(f))) })
 	return DeviceFacts{DeviceKind(f.kind), uint32(f.ordinal), uint32(f.multiprocessors)}, err
+}
+
+// Rates are those that caches on this device go by: ErrUnsupported where the driver does not say what they
+// follow from.
+func (d *Device) Rates() (DeviceRates, error) {
+	defer runtime.KeepAlive(d)
+	var r C.kvc_device_rates
+	err := try(func() C.kvc_status { return C.kvc_device_rates_read(d.handle(), &r, C.uint64_t(unsafe.Sizeof(r))) })
+	return DeviceRates{
+		uint32(r.multiprocessors), uint64(r.cache_size),
+		float64(r.memory_bytes), float64(r.cache_bytes), float64(r.operations), float64(r.launch),
+	}, err
 }
 
 // Name is the device's name.

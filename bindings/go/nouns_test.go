@@ -175,6 +175,8 @@ func TestDeviceQueries(t *testing.T) {
 	a.QHeads = 7
 	_, err := none.AttendKernel(&a)
 	refused(t, err, ErrInvalidArgument)
+	_, err = none.Rates()
+	refused(t, err, ErrNullPointer)
 
 	q := CascadeQuery{QHeads: 32, KVHeads: 8, HeadDim: 128, BlockTokens: 16, TokenBytes: 4096, Seqs: 128, KVTokens: 128 * 4352,
 		MemoryBytes: 3e6, CacheBytes: 6e6, CacheSize: 50 << 20, Operations: 3e8, Launch: 2.5, Multiprocessors: 132}
@@ -212,6 +214,9 @@ func TestDeviceUnderTheEmulator(t *testing.T) {
 	}
 	ok(t, d.Zero(p, 4096, 0))
 	ok(t, d.Sync(0))
+	if rates := must[DeviceRates](t)(d.Rates()); rates.MemoryBytes <= 0 {
+		t.Fatal(rates)
+	}
 
 	// An index of one prompt, its copy, and a request that agrees for six tokens.
 	index := must[*Prefix](t)(NewPrefix(PrefixOptions{BlockTokens: 4, CapacityBlocks: 16}))
@@ -289,6 +294,7 @@ func TestScales(t *testing.T) {
 	c := must[*Cache](t)(NewCache([]GroupSpec{{Layers: 1, KVHeads: 2, KDim: 64, Format: FormatFP8E4M3}}, &CacheOptions{Blocks: 4}))
 	ok(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}))
 	refused(t, c.SetScales(0, 0, []float32{0.5}, nil), ErrInvalidArgument)
+	refused(t, c.SetDeviceRates(DeviceRates{Multiprocessors: 132}), ErrInvalidState)
 	_, _, err := c.Start([]uint32{1}, 0)
 	ok(t, err)
 	refused(t, c.SetScales(0, 0, []float32{0.5, 0.5}, []float32{0.5, 0.5}), ErrInvalidState)

@@ -12,8 +12,10 @@ usage: cargo run --release --example quality -- [options]
   --context N:S        S sequences of N tokens; repeat for more (default 1024:8 and 4096:2)
   --mode NAME          natural, outliers or offsets; repeat for more (default all three)
   --format NAME        a format or a published scheme; repeat for more (default all)
+  --attend cache|rows  the library's formats through a cache, token by token with its kernels, or like
+                       published ones in f32 over what stored rows read as (default cache)
   --staging f32|f16|bf16
-                       raw rows of tiles that are not sealed yet (default bf16)
+                       raw rows of tiles that are not sealed yet (default bf16, which a cache has)
   --recall N,N,...     recall of planted pairs in texts of so many tokens, in place of the model (with
                        --context beside it); formats of the library alone
   --check              exit with an error where a threshold does not hold
@@ -27,6 +29,8 @@ pub struct Args {
     pub formats: Vec<String>,
     /// Lengths of the texts of the recall probe.
     pub recall: Vec<usize>,
+    /// Whether the library's formats go through a cache.
+    pub cached: bool,
     pub staging: DType,
     pub check: bool,
     pub json: bool,
@@ -40,6 +44,7 @@ impl Args {
             modes: Vec::new(),
             formats: Vec::new(),
             recall: Vec::new(),
+            cached: true,
             staging: DType::Bf16,
             check: false,
             json: false,
@@ -61,6 +66,13 @@ impl Args {
                         args.recall.push(number(&flag, tokens)?);
                     }
                 }
+                "--attend" => {
+                    args.cached = match value()?.as_str() {
+                        "cache" => true,
+                        "rows" => false,
+                        other => return Err(format!("--attend cannot be {other}").into()),
+                    }
+                }
                 "--staging" => {
                     args.staging = match value()?.as_str() {
                         "f32" => DType::F32,
@@ -78,6 +90,9 @@ impl Args {
                 }
                 _ => return Err(format!("unknown option {flag}").into()),
             }
+        }
+        if args.cached && args.staging != DType::Bf16 {
+            return Err("--staging is of --attend rows: raw rows in a cache have bf16".into());
         }
         if args.contexts.is_empty() && args.recall.is_empty() {
             args.contexts = vec![(1024, 8), (4096, 2)];

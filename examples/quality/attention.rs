@@ -1,5 +1,6 @@
-//! The model's attention over what a scheme stores: the library's paged kernels, on f32 rows that
-//! hold what stored keys and values read as.
+//! The model's attention over what a scheme stores: through a cache where the scheme is the library's
+//! (`decode.rs`), else by the library's paged kernels on f32 rows that hold what stored keys and values
+//! read as.
 //!
 //! There are two blocks for each tile: the tile as stored, and its raw rows. A tile's queries are a
 //! sequence of their own, whose block table leads through the stored tiles before and to the raw
@@ -17,12 +18,10 @@ use kvcache::dtype::{DType, KvFormat};
 use kvcache::layout::Strides;
 use rayon::prelude::*;
 
+use crate::decode;
 use crate::model::{Attention, Config};
 use crate::modes::{Change, Mode};
-use crate::schemes::{Scheme, Store, round};
-
-/// Tokens of a block where no scheme says.
-const BLOCK: usize = 64;
+use crate::schemes::{BLOCK, Scheme, Store, round};
 
 /// Attention of one text; without a scheme, in f32.
 pub struct Through<'a> {
@@ -71,14 +70,8 @@ impl<'a> Through<'a> {
     }
 
     /// What the rows of one head read as: stored, and raw.
-    fn head(&self, change: &Change, mut raw: Head) -> Result<[Head; 2], String> {
+    fn head(&self, mut raw: Head) -> Result<[Head; 2], String> {
         let dim = self.config.head_dim;
-        for (k, v) in raw.k.chunks_exact_mut(dim).zip(raw.v.chunks_exact_mut(dim)) {
-            for c in 0..dim {
-                k[c] = k[c] * change.k_scale[c] + change.k_offset[c];
-                v[c] *= change.v_scale[c];
-            }
-        }
         match self.scheme.map(|scheme| &scheme.store) {
             None => Ok([raw.clone(), raw]),
             Some(Store::Tokens { k, v }) => {
@@ -189,14 +182,40 @@ impl Attention for Through<'_> {
             (0..c.kv_heads).map(|head| self.mode.change(layer, head, dim)).collect();
         let change_of = |at: usize| &changes[at / dim % c.q_heads / (c.q_heads / c.kv_heads)];
         q.iter_mut().enumerate().for_each(|(at, q)| *q /= change_of(at).k_scale[at % dim]);
+        let mut v = v.to_vec();
+        for (at, (k, v)) in k.iter_mut().zip(&mut v).enumerate() {
+            let (change, channel) = (&changes[at / dim % c.kv_heads], at % dim);
+            *k = *k * change.k_scale[channel] + change.k_offset[channel];
+            *v *= change.v_scale[channel];
+        }
+        match self.scheme.and_then(|scheme| scheme.cached.as_ref()) {
+            Some(cached) => decode::attend(c, cached, q, k, &v, out)?,
+            None => self.attend_rows(q, k, &v, out)?,
+        }
+        out.iter_mut().enumerate().for_each(|(at, out)| *out /= change_of(at).v_scale[at % dim]);
+        Ok(())
+    }
+}
 
+impl Through<'_> {
+    /// Attention over f32 rows, which read as the scheme stores them.
+    fn attend_rows(
+        &mut self,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), Box<dyn Error>> {
+        let c = self.config;
+        let (dim, row) = (c.head_dim, c.kv_heads * c.head_dim);
+        let tokens = k.len() / row;
         let gather = |rows: &[f32], head: usize| -> Vec<f32> {
             let of_head = rows.chunks_exact(row).map(|row| &row[head * dim..(head + 1) * dim]);
             of_head.flatten().copied().collect()
         };
         let heads = (0..c.kv_heads)
             .into_par_iter()
-            .map(|n| self.head(&changes[n], Head { k: gather(k, n), v: gather(v, n) }))
+            .map(|n| self.head(Head { k: gather(k, n), v: gather(v, n) }))
             .collect::<Result<Vec<_>, _>>()?;
         let (block, _) = self.tiles();
         let blocks = |side: fn(&Head) -> &[f32]| -> Vec<f32> {
@@ -214,8 +233,6 @@ impl Attention for Through<'_> {
             all
         };
         let (k, v) = (blocks(|head| &head.k), blocks(|head| &head.v));
-        self.run(q, &k, &v, out)?;
-        out.iter_mut().enumerate().for_each(|(at, out)| *out /= change_of(at).v_scale[at % dim]);
-        Ok(())
+        Ok(self.run(q, &k, &v, out)?)
     }
 }

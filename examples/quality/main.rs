@@ -9,18 +9,21 @@
 //! |---|---|
 //! | `schemes.rs`, `published.rs` | the library's formats, and published ones for comparison |
 //! | `attention.rs` | the model's attention over what a scheme made of K and V |
+//! | `decode.rs` | the same through a cache of the library, token by token |
 //! | `modes.rs` | outliers and offsets that leave the f32 model unchanged |
 //! | `recall.rs` | which keys a constructed induction head still tells apart, far back |
 //! | `measure.rs` | text, sequences, figures with error bars, the thresholds of `--check` |
 //! | `args.rs`, `report.rs`, `plot.rs` | command line, table and JSON, picture |
 //!
-//! Keys and values go through the scalar codecs and are attended over in f32 by the library's own
-//! attention: the kernels that read codes are held to those codecs by the conformance table.
+//! The library's formats go through its cache: appended, sealed and read by the kernels of this CPU, whose
+//! level (`KVCACHE_CPU`) is part of a figure. Published ones, and all with `--attend rows`, are attended
+//! over in f32, on rows that went through a scalar codec: what storing alone costs.
 //!
 //! Model and tokenizer are those of the example `generate`.
 
 mod args;
 mod attention;
+mod decode;
 mod measure;
 #[path = "../generate/model.rs"]
 #[allow(dead_code)]
@@ -117,7 +120,8 @@ fn figures(args: &Args) -> Result<Vec<Figure>, Box<dyn Error>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/generate/model");
     let model = Model::load(&folder)?;
     let (text, token_bytes) = held_out(&folder)?;
-    let schemes = schemes::chosen(&args.formats, model.config.head_dim, args.staging)?;
+    let mut schemes = schemes::chosen(&args.formats, model.config.head_dim, args.staging)?;
+    schemes.iter_mut().filter(|_| !args.cached).for_each(|scheme| scheme.cached = None);
     let mut figures: Vec<Figure> = Vec::new();
     for &(context, sequences) in &args.contexts {
         let references = measure::sequences(&text, context, sequences)?

@@ -26,6 +26,8 @@ pub struct Reference {
 pub struct Figure {
     pub scheme: String,
     pub own: bool,
+    /// Decoded from a cache, not from rows that read as stored.
+    pub cached: bool,
     pub bits: f64,
     pub mode: Mode,
     pub context: usize,
@@ -160,6 +162,7 @@ pub fn figure(
     Ok(Figure {
         scheme: scheme.name.clone(),
         own: scheme.own,
+        cached: scheme.cached.is_some(),
         bits: scheme.bits,
         mode,
         context: references.first().map_or(0, |r| r.tokens.len()),

@@ -36,6 +36,7 @@ pub fn all(dim: usize, staging: DType) -> Result<Vec<Scheme>, Box<dyn Error>> {
                 k: rotated(dim, by_row(dim, turbo_key)),
                 v: by_row(dim, |row| min_max(row, 15.0)),
             },
+            cached: None,
         },
         // What a raw tile alone does for formats that need none.
         raw_tile("int4_t, raw tile", int4_bits, staging, codec(int4, dim)),
@@ -51,20 +52,21 @@ pub fn all(dim: usize, staging: DType) -> Result<Vec<Scheme>, Box<dyn Error>> {
                 k: Box::new(move |rows| kvquant_keys(rows, dim)),
                 v: by_row(dim, kvquant_row),
             },
+            cached: None,
         },
     ])
 }
 
 fn tokens(name: &str, bits: f64, rows: impl Fn() -> Box<Rows>) -> Scheme {
     let store = Store::Tokens { k: rows(), v: rows() };
-    Scheme { name: name.into(), own: false, bits, store }
+    Scheme { name: name.into(), own: false, bits, store, cached: None }
 }
 
 /// A scheme of independent rows, read as tiles of 64 of which a query's own is raw.
 fn raw_tile(name: &str, bits: f64, staging: DType, rows: Box<Rows>) -> Scheme {
     let tile: Box<Tiles> = Box::new(move |k, v| rows(k).and_then(|()| rows(v)));
     let store = Store::Tiles { tokens: 64, staging, tile, sinks: 0 };
-    Scheme { name: name.into(), own: false, bits, store }
+    Scheme { name: name.into(), own: false, bits, store, cached: None }
 }
 
 /// A scheme of independent rows of `dim`.
@@ -174,6 +176,7 @@ fn kivi(bits: u32, dim: usize, staging: DType) -> Result<Scheme, Box<dyn Error>>
         own: false,
         bits: f64::from(bits) + 1.0,
         store: Store::Tiles { tokens: GROUP, staging, tile, sinks: 0 },
+        cached: None,
     })
 }
 

@@ -19,10 +19,11 @@ pub fn tables(figures: &[Figure]) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{} tokens, {} sequences, {}\n{:<20}{:>6}{:>20}{:>9}{:>11}{:>18}{:>16}  raw tail",
+            "{} tokens, {} sequences, {}{}\n{:<20}{:>6}{:>20}{:>9}{:>11}{:>18}{:>16}  raw tail",
             first.context,
             first.sequences,
             first.mode.name(),
+            if rows.iter().any(|f| f.cached) { "; the library's formats from a cache" } else { "" },
             "format",
             "bits",
             "KL x 1e-3",
@@ -115,6 +116,7 @@ pub fn json(figures: &[Figure], sweeps: &[Vec<Answers>]) -> Value {
             json!({
                 "format": f.scheme,
                 "published": !f.own,
+                "attention": if f.cached { "cache" } else { "rows" },
                 "bits": f.bits,
                 "mode": f.mode.name(),
                 "context": f.context,

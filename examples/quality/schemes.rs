@@ -8,7 +8,11 @@ use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::layout::{GroupLayout, GroupSpec};
 use kvcache::quant::{RowCodec, Stored, Tile, seal};
 
+use crate::decode::Cached;
 use crate::published;
+
+/// Tokens of a block where a format does not say.
+pub const BLOCK: usize = 64;
 
 /// Writes what the stored rows of one side and head read as: `[tokens][dim]` in place.
 pub type Rows = dyn Fn(&mut [f32]) -> Result<(), Box<dyn Error>> + Sync;
@@ -29,7 +33,10 @@ pub struct Scheme {
     pub own: bool,
     /// Bits of an element of K and V, scales included.
     pub bits: f64,
+    /// What the rows read as.
     pub store: Store,
+    /// The cache that they go through instead, where there is one.
+    pub cached: Option<Cached>,
 }
 
 impl Scheme {
@@ -63,6 +70,7 @@ pub fn chosen(names: &[String], dim: usize, staging: DType) -> Result<Vec<Scheme
                 if let Store::Tiles { sinks, .. } = &mut sunk.store {
                     *sinks = 1;
                 }
+                sunk.cached = sunk.cached.map(|cached| Cached { sink_tokens: 64, ..cached });
                 sunk.name += "+sink";
                 all.push(sunk);
             }
@@ -95,7 +103,9 @@ fn tokens(format: KvFormat, dim: usize) -> Result<Scheme, Box<dyn Error>> {
             Store::Tokens { k: codec(k, dim), v: codec(v, dim) }
         }
     };
-    Ok(Scheme { name: format.name().into(), own: true, bits: bits(format, dim, 64)?, store })
+    let cached = Some(Cached { format, block_tokens: BLOCK, sink_tokens: 0 });
+    let bits = bits(format, dim, BLOCK)?;
+    Ok(Scheme { name: format.name().into(), own: true, bits, store, cached })
 }
 
 /// Rows as a codec of the library stores them.
@@ -153,5 +163,6 @@ fn tiles(
         own: true,
         bits: bits(format, dim, tokens)?,
         store: Store::Tiles { tokens, staging, tile, sinks: 0 },
+        cached: Some(Cached { format, block_tokens: tokens, sink_tokens: 0 }),
     })
 }

@@ -21,7 +21,13 @@ fn references(model: &Model, tokens: usize, count: usize) -> Vec<Reference> {
     sequences.into_iter().map(|tokens| Reference::new(model, tokens).unwrap()).collect()
 }
 
+/// A scheme over rows that read as stored.
 fn scheme(name: &str, staging: DType) -> Scheme {
+    Scheme { cached: None, ..cached(name, staging) }
+}
+
+/// A scheme as it is measured: the library's through a cache.
+fn cached(name: &str, staging: DType) -> Scheme {
     schemes::chosen(&[name.to_string()], 64, staging).unwrap().remove(0)
 }
 
@@ -62,6 +68,27 @@ fn a_query_reads_its_own_tile_raw_and_the_tiles_before_as_stored() {
     // The same tiles under a coarser store cost more.
     let finer = kl(&self::scheme("kt8v8", DType::F32));
     assert!(finer < sealed / 100.0, "{finer:e}");
+}
+
+#[test]
+fn a_cache_reads_what_its_codecs_say() {
+    let model = Model::load(&folder()).unwrap();
+    let references = references(&model, 192, 1);
+    let kl = |scheme: &Scheme, mode| {
+        measure::figure(&model, &references, scheme, mode, 1.0).unwrap().kl.0
+    };
+    for name in ["bf16", "int8_t", "nvfp4", "kt8v8", "kt4v4/32", "kt4v4", "kt2v2", "kt2v2+sink"] {
+        for mode in [Mode::Natural, Mode::Outliers] {
+            let stored = kl(&scheme(name, DType::Bf16), mode);
+            let read = kl(&cached(name, DType::Bf16), mode);
+            // Kernels round queries and probabilities to whole numbers, for good or ill.
+            let ratio = read / stored;
+            assert!(ratio > 0.7 && ratio < 1.5, "{name}, {}: {read:e} for {stored:e}", mode.name());
+            assert_ne!(read, stored, "{name}: the same sums in the same order");
+        }
+    }
+    // Published schemes have no cache to go through.
+    assert!(cached("q4_0", DType::Bf16).cached.is_none());
 }
 
 #[test]

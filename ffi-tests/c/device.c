@@ -89,6 +89,7 @@ static void nothing_is_a_device(void) {
     kvc_append_desc append;
     kvc_device_append_options more;
     kvc_device_copy_desc copy;
+    kvc_device_rates rates;
     void *memory = NULL;
     char byte = 0;
 
@@ -101,6 +102,7 @@ static void nothing_is_a_device(void) {
     FAILS(KVC_ERR_STALE_HANDLE, "device", kvc_device_close((kvc_device *)&byte));
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_info(NULL, &facts, sizeof facts));
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_name(NULL, &byte, 1));
+    FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_rates_read(NULL, &rates, sizeof rates));
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_alloc(NULL, 16, &memory));
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_free(NULL, &byte));
     FAILS(KVC_ERR_NULL_POINTER, "device", kvc_device_upload(NULL, &byte, &byte, 1, NULL));
@@ -121,6 +123,7 @@ static void a_gpu_if_there_is_one(void) {
     kvc_device *device = NULL;
     kvc_device_facts facts;
     kvc_cache_options options;
+    kvc_device_rates rates;
     kvc_group_spec group;
     kvc_cache *cache = NULL;
     char name[128];
@@ -139,6 +142,9 @@ static void a_gpu_if_there_is_one(void) {
         CHECK(facts.kind == KVC_DEVICE_CUDA && facts.multiprocessors > 0);
         OK(kvc_device_name(device, name, sizeof name));
         OK(kvc_cache_create(&options, &group, 1, &cache));
+        OK(kvc_device_rates_read(device, &rates, sizeof rates));
+        CHECK(rates.struct_size == sizeof rates && rates.memory_bytes > 0);
+        OK(kvc_cache_set_device_rates(cache, &rates));
         OK(kvc_cache_sync(cache));
         OK(kvc_cache_destroy(cache));
         OK(kvc_device_close(device));
@@ -155,7 +161,16 @@ static void a_gpu_if_there_is_one(void) {
     options.struct_size = 24;
     OK(kvc_cache_create(&options, &group, 1, &cache));
     OK(kvc_cache_sync(cache));
+    // The CPU goes by no rates.
+    OK(kvc_device_rates_init(&rates, sizeof rates));
+    CHECK(rates.struct_size == sizeof rates && rates.multiprocessors == 0);
+    FAILS(KVC_ERR_INVALID_STATE, "", kvc_cache_set_device_rates(cache, &rates));
+    FAILS(KVC_ERR_NULL_POINTER, "kvc_device_rates", kvc_cache_set_device_rates(cache, NULL));
+    rates.struct_size = 8;
+    FAILS(KVC_ERR_STRUCT_SIZE, "kvc_device_rates", kvc_cache_set_device_rates(cache, &rates));
+    rates.struct_size = sizeof rates;
     OK(kvc_cache_destroy(cache));
+    FAILS(KVC_ERR_STALE_HANDLE, "cache", kvc_cache_set_device_rates(cache, &rates));
 }
 
 // Rows in device memory need a cache that is there.

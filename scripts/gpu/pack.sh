@@ -21,7 +21,9 @@ named=(every_format_and_row_type appended_rows a_tile_that_stays_raw what_is_app
 
 check() {
     local name file
-    for name in "${tests[@]}"; do [ -f "tests/$name.rs" ] || { echo "no test $name"; exit 1; }; done
+    for name in "${tests[@]}"; do
+        [ -f "tests/$name.rs" ] || [ -f "tests/$name/main.rs" ] || { echo "no test $name"; exit 1; }
+    done
     for file in "benches/$bench/main.rs" "examples/$example/main.rs" "${scripts[@]}" \
         "${model[@]/#/examples/generate/model/}"; do
         [ -f "$file" ] || { echo "no $file"; exit 1; }

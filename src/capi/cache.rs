@@ -79,10 +79,10 @@ pub struct kvc_cache_options {
     /// `blocks` in each. A group with a window needs few: kvc_plan says how many.
     pub group_blocks: *const u32,
     /// 1: on a device, a prefix that sequences of a step share is read once for all of
-    /// them (cascade attention) where the device's rates say that this is faster: in steps of up to 8
-    /// new tokens a sequence, of sequences that are neighbours in the step's work. Not where
-    /// `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of latents, nor while
-    /// the stream is captured. 0 by default, as it has not run on a GPU yet.
+    /// them (cascade attention) where the device's rates (kvc_device_rates_read) say that this is
+    /// faster: in steps of up to 8 new tokens a sequence, of sequences that are neighbours in the step's
+    /// work. Not where `deterministic`, in layer groups with a window or sealed tiles, with ALiBi, of
+    /// latents, nor while the stream is captured. 0 by default, as it has not run on a GPU yet.
     pub cascade: u32,
     /// 0.
     pub reserved: u32,

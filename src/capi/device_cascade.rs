@@ -51,7 +51,8 @@ pub struct kvc_device_cascade_prefix {
 unsafe impl Plain for kvc_device_cascade_prefix {}
 
 /// One layer's attention, and what the device does in a microsecond: what the cost model of
-/// kvc_device_cascade_choose goes by. Nothing but q_tokens has a default.
+/// kvc_device_cascade_choose goes by, from memory_bytes to multiprocessors as kvc_device_rates has
+/// it. Nothing but q_tokens has a default.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvc_device_cascade_query {

@@ -37,6 +37,8 @@ pub mod device_merge;
 #[cfg(feature = "std")]
 pub mod device_prefix;
 #[cfg(feature = "std")]
+pub mod device_rates;
+#[cfg(feature = "std")]
 pub mod events;
 pub mod info;
 #[cfg(feature = "std")]
@@ -90,6 +92,8 @@ pub use device_kernels::*;
 pub use device_merge::*;
 #[cfg(feature = "std")]
 pub use device_prefix::*;
+#[cfg(feature = "std")]
+pub use device_rates::*;
 #[cfg(feature = "std")]
 pub use events::*;
 pub use info::*;

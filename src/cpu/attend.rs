@@ -11,6 +11,7 @@ use super::kernels::Kernels;
 use super::level::CpuLevel;
 use super::order::Start;
 use super::plan::{Cell, Cut, SeqCut, Workspace};
+use super::prefetch::Prefetch;
 use super::scales::stride_bytes;
 use super::vector::prefetch;
 use crate::error::{Error, Result};
@@ -343,6 +344,7 @@ impl Call<'_> {
             kv_start: from,
             kv_end: to.min(seq.kv_len),
             coming: None,
+            prefetch: Prefetch::of(args.kv.format),
             scale: args.scoring.scale,
             causal: args.scoring.causal,
             window: args.scoring.window.unwrap_or(u32::MAX),

@@ -8,6 +8,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use super::prefetch::Prefetch;
 use super::quant::Coding;
 use crate::dtype::DType;
 
@@ -162,6 +163,8 @@ pub(crate) struct Job<'a> {
     pub kv_end: u32,
     /// The keys that this worker will read next, for prefetching; `None` where that is not known.
     pub coming: Option<Coming<'a>>,
+    /// How rows are asked for ahead of their use.
+    pub prefetch: Prefetch,
     /// Factor of the dot product.
     pub scale: f32,
     /// Keys after the query's position are masked.

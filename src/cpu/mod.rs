@@ -24,6 +24,7 @@ mod memory;
 mod name;
 mod order;
 mod plan;
+mod prefetch;
 mod prefill;
 mod quant;
 mod rope;

@@ -55,12 +55,6 @@ pub(crate) unsafe trait Words: Vector {
     unsafe fn crc32c(before: u32, p: *const u8, bytes: usize) -> u32 {
         // SAFETY: the caller's promise.
         let bytes = unsafe { core::slice::from_raw_parts(p, bytes) };
-        // By the CPU's instruction where it has one, three streams at a time.
-        #[cfg(all(feature = "std", not(miri)))]
-        {
-            crc32c::crc32c_append(before, bytes)
-        }
-        #[cfg(not(all(feature = "std", not(miri))))]
         crate::quant::crc32c(before, bytes)
     }
 }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use kvcache::device::{Backend, DeviceMemory, Stream};
+use kvcache::dtype::{bf16, f16};
 use kvcache::kernels::{
     AttendArgs, AttendBounds, AttendParams, AttendPlan, Launch, Pieces, ScaleArgs,
 };

@@ -34,6 +34,31 @@ pub struct Coded {
     v: Side,
 }
 
+/// Fills in where codes and scales lie, in `$params` and the `$call` that it is made from.
+macro_rules! over_codes {
+    ($self:ident, $call:ident, $params:ident) => {{
+        let all = $self.scales(
+            [$call.k_block, $call.k_head, $call.k_token],
+            [$call.v_block, $call.v_head, $call.v_token],
+        );
+        $params.k_scales = In::at($self.k.scales.address());
+        $params.v_scales = In::at($self.v.scales.address());
+        $params.k_heads = $self.heads(&$self.k);
+        $params.v_heads = $self.heads(&$self.v);
+        let ([k, v], [k_scales, v_scales]) =
+            ([all.rows.0, all.rows.1], [all.scales.0, all.scales.1]);
+        [$params.k_scale_block, $params.k_scale_head, $params.k_scale_token] = k_scales;
+        [$params.v_scale_block, $params.v_scale_head, $params.v_scale_token] = v_scales;
+        ($params.k_rotated, $params.v_rotated) = (all.k_rotated, all.v_rotated);
+        $params.call = $call;
+        $params.call.k = In::at($self.k.codes.address());
+        $params.call.v = In::at($self.v.codes.address());
+        [$params.call.k_block, $params.call.k_head, $params.call.k_token] = k;
+        [$params.call.v_block, $params.call.v_head, $params.call.v_token] = v;
+        $params
+    }};
+}
+
 impl Coded {
     /// Encodes rows of `dim` floats and replaces them by what the codes say. Rows of NaN stay, and
     /// have codes that no result must depend on. `head_of` is the KV head of a row.
@@ -82,79 +107,14 @@ impl Coded {
 
     /// The call over the codes, from the one over floats.
     pub fn decode(&self, call: DecodeParams) -> DecodeTokenParams {
-        let all = self.scales(
-            [call.k_block, call.k_head, call.k_token],
-            [call.v_block, call.v_head, call.v_token],
-        );
-        let ([k_block, k_head, k_token], [v_block, v_head, v_token]) = all.rows;
-        let (
-            [k_scale_block, k_scale_head, k_scale_token],
-            [v_scale_block, v_scale_head, v_scale_token],
-        ) = all.scales;
-        DecodeTokenParams {
-            k_scales: In::at(self.k.scales.address()),
-            v_scales: In::at(self.v.scales.address()),
-            k_heads: self.heads(&self.k),
-            v_heads: self.heads(&self.v),
-            k_scale_block,
-            k_scale_head,
-            k_scale_token,
-            v_scale_block,
-            v_scale_head,
-            v_scale_token,
-            k_rotated: all.k_rotated,
-            v_rotated: all.v_rotated,
-            call: DecodeParams {
-                k: In::at(self.k.codes.address()),
-                v: In::at(self.v.codes.address()),
-                k_block,
-                k_head,
-                k_token,
-                v_block,
-                v_head,
-                v_token,
-                ..call
-            },
-            ..DecodeTokenParams::default()
-        }
+        let mut params = DecodeTokenParams::default();
+        over_codes!(self, call, params)
     }
 
     /// The same of chunked prefill.
     pub fn prefill(&self, call: PrefillParams) -> PrefillTokenParams {
-        let all = self.scales(
-            [call.k_block, call.k_head, call.k_token],
-            [call.v_block, call.v_head, call.v_token],
-        );
-        let ([k_block, k_head, k_token], [v_block, v_head, v_token]) = all.rows;
-        let (
-            [k_scale_block, k_scale_head, k_scale_token],
-            [v_scale_block, v_scale_head, v_scale_token],
-        ) = all.scales;
-        PrefillTokenParams {
-            k_scales: In::at(self.k.scales.address()),
-            v_scales: In::at(self.v.scales.address()),
-            k_heads: self.heads(&self.k),
-            v_heads: self.heads(&self.v),
-            k_scale_block,
-            k_scale_head,
-            k_scale_token,
-            v_scale_block,
-            v_scale_head,
-            v_scale_token,
-            k_rotated: all.k_rotated,
-            v_rotated: all.v_rotated,
-            call: PrefillParams {
-                k: In::at(self.k.codes.address()),
-                v: In::at(self.v.codes.address()),
-                k_block,
-                k_head,
-                k_token,
-                v_block,
-                v_head,
-                v_token,
-                ..call
-            },
-        }
+        let mut params = PrefillTokenParams::default();
+        over_codes!(self, call, params)
     }
 
     fn heads(&self, side: &Side) -> In<f32> {

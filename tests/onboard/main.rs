@@ -20,9 +20,11 @@ use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::tier::disk::{DiskOptions, DiskStore};
 use kvcache::tier::{Configuration, Missed, Store, TierKind};
-use stores::{Fault, Gated, Remote};
+use stores::{Fault, Gated};
+use tier_case::remote::Remote;
 use tier_case::{
-    BLOCK, DIM, HEADS, LONG, SPACE, below, cache_of, prefetch, prompt, report, rows, serve_part,
+    BLOCK, DIM, Folder, HEADS, LONG, SPACE, below, cache_of, prefetch, prompt, report, rows,
+    serve_part,
 };
 
 const LAYERS: u32 = 6;
@@ -110,24 +112,6 @@ fn onboarded(cache: &mut KvCache, prompt: &[u32]) -> (usize, Vec<f32>, Result<()
     (cached, out, ended)
 }
 
-/// A folder that goes when the test ends.
-struct Folder(std::path::PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let name = format!("kvcache-onboard-{name}-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let _ = std::fs::remove_dir_all(&path);
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 fn disk(folder: &Folder, spec: &CacheSpec, bytes: u64) -> DiskStore {
     let config = Configuration::new(MODEL, spec, &Slice::whole(spec)).unwrap();
     DiskStore::open(&DiskOptions::new(&folder.0, bytes), &config).unwrap().0
@@ -202,7 +186,7 @@ fn from_the_host_layer_by_layer() {
 
 #[test]
 fn from_disk_while_later_layers_are_still_read() {
-    let folder = Folder::new("disk");
+    let folder = Folder::new("onboard-disk");
     let store = gated(&folder);
     let text = prompt(1, 12);
     let mut cache = over(store.clone(), TierKind::Disk, std::slice::from_ref(&text), 64);
@@ -251,7 +235,7 @@ fn what_goes_wrong_midway_names_the_layer_and_costs_a_recompute() {
     let layer_bytes = deep().layouts().unwrap()[0].layer_bytes();
     let faults = [Fault::Flip, Fault::Short, Fault::Fails, Fault::Panics];
     for (n, fault) in faults.into_iter().enumerate() {
-        let folder = Folder::new(&format!("fault-{n}"));
+        let folder = Folder::new(&format!("onboard-fault-{n}"));
         let store = gated(&folder);
         let mut cache = over(store.clone(), TierKind::Disk, std::slice::from_ref(&text), 64);
         // In the middle of layer 4.
@@ -274,7 +258,7 @@ fn what_goes_wrong_midway_names_the_layer_and_costs_a_recompute() {
 
 #[test]
 fn a_load_is_as_long_as_there_are_buffers_and_gives_them_back() {
-    let folder = Folder::new("buffers");
+    let folder = Folder::new("onboard-buffers");
     let store = gated(&folder);
     store.allow(u32::MAX);
     let texts: Vec<Vec<u32>> = (0..3).map(|n| prompt(n, 12)).collect();
@@ -296,7 +280,7 @@ fn a_load_is_as_long_as_there_are_buffers_and_gives_them_back() {
 
 #[test]
 fn a_sequence_that_is_loading_can_be_given_up_at_any_time() {
-    let folder = Folder::new("cancel");
+    let folder = Folder::new("onboard-cancel");
     let store = gated(&folder);
     let texts: Vec<Vec<u32>> = (0..4).map(|n| prompt(n, 8)).collect();
     let mut cache = over(store.clone(), TierKind::Disk, &texts, 64);

@@ -1,4 +1,4 @@
-//! Stores that do what a test says: a disk that gives parts when it is let, and one that has to be asked.
+//! A store that does what a test says: a disk that gives parts when it is let.
 
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -98,38 +98,5 @@ impl Store for Gated {
     }
     fn used(&self) -> Option<(u64, u64)> {
         self.disk.used()
-    }
-}
-
-/// A store that has to be asked, and gives objects whole.
-#[derive(Debug, Default)]
-pub struct Remote(pub Mutex<std::collections::BTreeMap<ObjectKey, Vec<u8>>>);
-
-impl Store for Remote {
-    fn knows(&self, _: &ObjectKey) -> Option<bool> {
-        None
-    }
-    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        let objects = self.0.lock().unwrap();
-        keys.iter().zip(found).for_each(|(key, found)| *found = objects.contains_key(key));
-        true
-    }
-    fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        outcomes.fill(Outcome::Done);
-        self.0.lock().unwrap().extend(puts.iter().map(|put| (put.key, put.object.to_vec())));
-    }
-    fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
-        let objects = self.0.lock().unwrap();
-        for (get, outcome) in gets.iter_mut().zip(outcomes) {
-            *outcome = Outcome::Absent;
-            if let Some(object) = objects.get(&get.key) {
-                get.object.copy_from_slice(object);
-                *outcome = Outcome::Done;
-            }
-        }
-    }
-    fn remove(&self, keys: &[ObjectKey]) {
-        let mut objects = self.0.lock().unwrap();
-        keys.iter().for_each(|key| drop(objects.remove(key)));
     }
 }

@@ -4,6 +4,9 @@
 // Not every test uses all of it.
 #![allow(dead_code)]
 
+mod folder;
+pub mod remote;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +15,9 @@ use kvcache::cache::{CacheOptions, Demotion, KvCache, LayerId, LowerTier, Progre
 use kvcache::dtype::KvFormat;
 use kvcache::ids::Namespace;
 use kvcache::layout::{CacheSpec, GroupSpec};
-use kvcache::tier::{Store, TierKind, TierReport, TierSettings};
+use kvcache::tier::{Get, ObjectKey, Outcome, Put, Store, TierKind, TierReport, TierSettings};
+
+pub use folder::Folder;
 
 pub const LAYERS: u32 = 2;
 pub const HEADS: u32 = 4;

@@ -159,6 +159,7 @@ static void cache() {
     const std::array<float, 2> two{1.0f, 1.0f};
     REFUSED(cache.set_scales(0, one, two), kvc::status::invalid_argument, "a scale a KV head");
     REFUSED(cache.set_scales({9, 0}, one, one), kvc::status::invalid_argument, "");
+    REFUSED(cache.set_device_rates(kvc::device_rates()), kvc::status::invalid_state, "");
     CHECK(cache.watch_metrics(1) && cache.set_metrics_time(1) && cache.advance(1));
 
     std::atomic<uint64_t> stored{0};
@@ -433,6 +434,7 @@ static void device() {
         int32_t word = 0;
         REFUSED(none.info(), kvc::status::null_pointer, "");
         REFUSED(none.name(), kvc::status::null_pointer, "");
+        REFUSED(none.rates(), kvc::status::null_pointer, "");
         REFUSED(none.alloc(64), kvc::status::null_pointer, "");
         REFUSED(none.upload(&word, &word, 4), kvc::status::null_pointer, "");
         REFUSED(none.download(&word, &word, 4), kvc::status::null_pointer, "");
@@ -450,6 +452,7 @@ static void device() {
     }
     const kvc::device &device = *opened;
     CHECK(device.info()->kind == kvc::device_kind::emu && !device.name()->empty());
+    CHECK(device.rates()->memory_bytes > 0);
     const kvc::device_memory from = device.alloc(512).value(), to = device.alloc(512).value();
     std::vector<uint32_t> sent(128), got(128);
     for (uint32_t i = 0; i < 128; i++) sent[i] = i * 77;

@@ -22,7 +22,7 @@ copy. Calls release the interpreter's lock. `kvcache.transformers` puts Hugging 
 from . import errors
 from .arrays import Rows
 from .cache import Cache, CacheCounts, Sequence
-from .device import Device, DeviceFacts, DeviceMemory
+from .device import Device, DeviceFacts, DeviceMemory, DeviceRates
 from .errors import Error, OutOfBlocks
 from .events import Event, Events, EventsCounts
 from .info import _require, abi_version, build_info, version
@@ -63,6 +63,7 @@ __all__ = [
     "Device",
     "DeviceFacts",
     "DeviceMemory",
+    "DeviceRates",
     "DevicePrefix",
     "Error",
     "Event",

@@ -19,6 +19,7 @@ from .layout import GroupSpec, groups_array
 from .prefix import Retention, media_list, retention_array
 
 if TYPE_CHECKING:
+    from .device import DeviceRates
     from .events import Event, Events
     from .metrics import Metrics
     from .step import Step
@@ -180,6 +181,11 @@ class Cache:
         if spec is None or heads != spec.kv_heads or n != (0 if v is None else heads):
             raise ValueError(f"{heads} and {n} scales for group {group}: one a KV head")
         check(lib.kvc_cache_set_scales(self._handle, group, layer, keys, values, heads))
+
+    def set_device_rates(self, rates: DeviceRates) -> None:
+        """Has the cache go by these rates, as somebody measured them, instead of by what its device says of
+        itself. `InvalidState` where it is on the CPU."""
+        check(lib.kvc_cache_set_device_rates(self._handle, _structs.options("kvc_device_rates", **rates._asdict())))
 
     def stats(self) -> CacheCounts:
         """What the cache holds and has done."""

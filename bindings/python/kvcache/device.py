@@ -27,6 +27,19 @@ class DeviceFacts(NamedTuple):
     multiprocessors: int
 
 
+class DeviceRates(NamedTuple):
+    """What a device does in a microsecond, by which ways to compute the same are chosen: bytes from memory
+    and from its second-level cache (of `cache_size` bytes), operations of the prefill kernel; and the
+    microseconds from one launch's end to the next one's work."""
+
+    multiprocessors: int
+    memory_bytes: float
+    cache_bytes: float
+    cache_size: int
+    operations: float
+    launch: float
+
+
 def current_stream(ordinal: int) -> int:
     """torch's current stream of a CUDA device as an integer; 0, the default one, without torch."""
     torch = sys.modules.get("torch")
@@ -133,6 +146,11 @@ class Device:
     def info(self) -> DeviceFacts:
         """What the device is."""
         return _structs.counts(self._handle, lib.kvc_device_info, "kvc_device_facts", DeviceFacts)
+
+    def rates(self) -> DeviceRates:
+        """The rates that caches on this device go by, for `choose_cascade(**rates._asdict(), ...)` too.
+        `Unsupported` where the driver does not say what they follow from."""
+        return _structs.counts(self._handle, lib.kvc_device_rates_read, "kvc_device_rates", DeviceRates)
 
     def alloc(self, bytes: int) -> DeviceMemory:
         """Device memory, aligned to 256, of no particular content."""

@@ -59,6 +59,7 @@ def test_every_field_that_comes_back_has_a_name():
         "kvc_cache_counts": cache.CacheCounts,
         "kvc_plan_group": layout.PlanGroup,
         "kvc_device_facts": device.DeviceFacts,
+        "kvc_device_rates": device.DeviceRates,
         "kvc_device_cascade_estimate": shared.CascadeEstimate,
         "kvc_device_cascade_prefix": shared.CascadePrefix,
         "kvc_device_cascade_segment": shared.CascadeSegment,

@@ -147,20 +147,23 @@ def test_whether_a_cascade_pays():
     layer = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "block_tokens": 16, "token_bytes": 4096}
     layer |= {"seqs": 128, "kv_tokens": 128 * 4352}
     # Round numbers in the range of large devices, made up for this test.
-    rates = {"memory_bytes": 3e6, "cache_bytes": 6e6, "cache_size": 50 << 20, "operations": 3e8, "launch": 2.5}
-    found, said = kvcache.choose_cascade([(0, 128, 256)], 2, **layer, **rates, multiprocessors=132)
+    rates = kvcache.DeviceRates(132, 3e6, 6e6, 50 << 20, 3e8, 2.5)
+    with pytest.raises(errors.InvalidState):
+        kvcache.Cache(kvcache.GroupSpec(layers=1, kv_heads=1, k_dim=64), blocks=1).set_device_rates(rates)
+    rates = rates._asdict()
+    found, said = kvcache.choose_cascade([(0, 128, 256)], 2, **layer, **rates)
     assert said.pays and said.plain > said.cascade and found == [(0, 128, 256), (128, 0, 0)]
-    found, said = kvcache.choose_cascade([(0, 128, 2)], 2, **layer, **rates, multiprocessors=132)
+    found, said = kvcache.choose_cascade([(0, 128, 2)], 2, **layer, **rates)
     assert not said.pays and found == [(0, 128, 0), (128, 0, 0)]
     with pytest.raises(errors.InvalidArgument, match="prefixes"):
-        kvcache.choose_cascade([(0, 129, 256)], 2, **layer, **rates, multiprocessors=132)
+        kvcache.choose_cascade([(0, 129, 256)], 2, **layer, **rates)
 
 
 def test_device_under_the_emulator():
     if "emulate" not in kvcache.build_info().split("features:")[1].split(";")[0]:
         pytest.skip("this wheel has no emulator")
     with kvcache.Device("emu") as opened:
-        assert opened.name and opened.info().multiprocessors > 0
+        assert opened.name and opened.rates().multiprocessors == opened.info().multiprocessors > 0
         memory, data = opened.alloc(4096), np.arange(1024, dtype="f4")
         back = np.zeros_like(data)
         memory.upload(data)

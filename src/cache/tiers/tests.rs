@@ -1,15 +1,22 @@
 //! What events tell of the tiers, against what the tiers have: after every step of a random life a
 //! listener that knows nothing but the events believes in exactly the blocks that are there.
 
+#[path = "../../../tests/tier_case/folder.rs"]
+mod folder;
+#[path = "../../../tests/tier_case/remote.rs"]
+mod remote;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
+
+use folder::Folder;
+use remote::Remote;
 
 use super::{Demotion, LowerTier, TierOptions};
 use crate::cache::{CacheOptions, KvCache, Media, Step, Work};
@@ -29,43 +36,6 @@ const TENANT: Namespace = Namespace(7);
 const KEYS: Keys = Keys { salt: "tenant", lora: "", extra: &[] };
 
 type Blocks = BTreeSet<(&'static str, u32, Digest)>;
-
-/// A store that has to be asked.
-#[derive(Debug, Default)]
-struct Remote(Mutex<BTreeMap<ObjectKey, Vec<u8>>>);
-
-impl Store for Remote {
-    fn knows(&self, _: &ObjectKey) -> Option<bool> {
-        None
-    }
-
-    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        let objects = self.0.lock().unwrap();
-        keys.iter().zip(found).for_each(|(key, found)| *found = objects.contains_key(key));
-        true
-    }
-
-    fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        outcomes.fill(Outcome::Done);
-        self.0.lock().unwrap().extend(puts.iter().map(|put| (put.key, put.object.to_vec())));
-    }
-
-    fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
-        let objects = self.0.lock().unwrap();
-        for (get, outcome) in gets.iter_mut().zip(outcomes) {
-            *outcome = Outcome::Absent;
-            if let Some(object) = objects.get(&get.key) {
-                get.object.copy_from_slice(object);
-                *outcome = Outcome::Done;
-            }
-        }
-    }
-
-    fn remove(&self, keys: &[ObjectKey]) {
-        let mut objects = self.0.lock().unwrap();
-        keys.iter().for_each(|key| drop(objects.remove(key)));
-    }
-}
 
 /// Knows what events tell.
 #[derive(Debug, Default)]
@@ -107,23 +77,6 @@ impl Listener {
     }
 }
 
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path =
-            std::env::temp_dir().join(alloc::format!("kvcache-told-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        Scratch(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// A cache with all tiers, and what they really have.
 struct Bed {
     cache: KvCache,
@@ -138,7 +91,7 @@ struct Bed {
 
 impl Bed {
     /// Over a directory, with room for so many blocks in the device, the host and on disk.
-    fn new(scratch: &Scratch, [device, host, disk]: [usize; 3], on_commit: bool) -> Self {
+    fn new(folder: &Folder, [device, host, disk]: [usize; 3], on_commit: bool) -> Self {
         let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
         let window = GroupSpec { window: Some(64), ..full.clone() };
         let spec = CacheSpec { block_tokens: BLOCK as u32, groups: vec![full, window] };
@@ -146,7 +99,7 @@ impl Bed {
         let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
         let mut cache = KvCache::new(&spec, &options).unwrap();
         let config = Configuration::new("m", &spec, &Slice::whole(&spec)).unwrap();
-        let mut at = DiskOptions::new(&scratch.0, 0);
+        let mut at = DiskOptions::new(&folder.0, 0);
         // One page for the head, one for the payload.
         at.capacity_bytes = disk as u64 * 8192;
         let disk = Arc::new(DiskStore::open(&at, &config).unwrap().0);
@@ -263,8 +216,8 @@ fn prompt(state: &mut u64) -> (Vec<TokenId>, Vec<Media>) {
 }
 
 fn live(sizes: [usize; 3], on_commit: bool, capacity: usize, seed: u64) {
-    let scratch = Scratch::new(&alloc::format!("life-{seed}"));
-    let mut bed = Bed::new(&scratch, sizes, on_commit);
+    let folder = Folder::new(&alloc::format!("told-life-{seed}"));
+    let mut bed = Bed::new(&folder, sizes, on_commit);
     bed.describe();
     bed.listen(capacity);
     let mut state = seed;
@@ -315,8 +268,8 @@ fn what_finds_no_room_in_the_queue_is_told_later() {
 #[test]
 fn after_a_restart_the_blocks_on_disk_are_told() {
     for (capacity, before) in [(0, true), (24, true), (24, false)] {
-        let scratch = Scratch::new(&alloc::format!("restart-{capacity}-{before}"));
-        let mut bed = Bed::new(&scratch, [12, 6, 400], true);
+        let folder = Folder::new(&alloc::format!("told-restart-{capacity}-{before}"));
+        let mut bed = Bed::new(&folder, [12, 6, 400], true);
         bed.describe();
         let mut state = 5;
         for n in 0..40 {
@@ -327,7 +280,7 @@ fn after_a_restart_the_blocks_on_disk_are_told() {
         let (known, on_disk) = (bed.known.clone(), bed.disk.keys().len());
         assert!(on_disk > 40);
         drop(bed);
-        let mut bed = Bed::new(&scratch, [12, 6, 400], true);
+        let mut bed = Bed::new(&folder, [12, 6, 400], true);
         bed.known = known;
         if before {
             bed.describe();
@@ -361,8 +314,8 @@ fn after_a_restart_the_blocks_on_disk_are_told() {
 
 #[test]
 fn what_a_store_lost_is_told_when_it_is_missed() {
-    let scratch = Scratch::new("lost");
-    let mut bed = Bed::new(&scratch, [12, 0, 1], true);
+    let folder = Folder::new("told-lost");
+    let mut bed = Bed::new(&folder, [12, 0, 1], true);
     bed.listen(0);
     let prompt: Vec<TokenId> = (0..131).collect();
     bed.serve(&prompt, &[], Namespace(0));

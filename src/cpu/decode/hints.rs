@@ -1,14 +1,15 @@
 //! What the decode kernel prefetches of the memory that it walks.
 //!
 //! Hardware prefetchers cannot foresee the next block of a table, so every line is prefetched in
-//! software: to the second-level cache about 32 KiB ahead, to the first about 4 KiB ahead. A core
-//! has few buffers for misses of its first-level cache, and one that waits for memory holds its
-//! buffer all the while; the hints to the second level do not hold them, and those that follow wait
-//! for that level only. But a hint that finds no buffer is lost: where the kernel is faster than
-//! memory for a while, that is every third or so. So each line is asked for a second time half way,
-//! which costs little where the first hint was heard. Computes nothing.
+//! software, and twice: a hint that finds no buffer is lost, and where the kernel is faster than memory
+//! for a while, that is every third or so. The second costs little where the first was heard. Where
+//! both go to, [`Prefetch`] says. A core with few buffers for misses of its first-level cache, each of
+//! which is held while memory is waited for, does better with hints to the second level, about 32 and
+//! 16 KiB ahead, and a last one to the first, which then waits for the second level only. One with
+//! more does better with the first level alone. Computes nothing.
 
 use super::walk::{PIECE, Side, Walk};
+use crate::cpu::prefetch::Prefetch;
 use crate::cpu::vector::{prefetch, prefetch_far};
 
 /// How far the last hint, to the first-level cache, runs ahead, about.
@@ -19,6 +20,9 @@ pub(super) const STRAIGHT_NEAR_BYTES: usize = 4 << 10;
 pub(super) const AGAIN_BYTES: usize = 16 << 10;
 /// How far the first hint, to the second-level cache, runs ahead, about.
 pub(super) const FAR_BYTES: usize = 32 << 10;
+/// How far the last hint runs ahead where both go to the first-level cache, about; the first runs
+/// twice as far.
+const FIRST_BYTES: usize = 8 << 10;
 
 /// How far the hints for rows of some length run ahead.
 #[derive(Clone, Copy)]
@@ -27,15 +31,19 @@ struct Distances {
     near: (usize, usize),
     /// Pieces between use and the second hint.
     again: usize,
-    /// Pieces between use and the first hint.
+    /// Pieces between use and the first hint; 0 for none.
     far: usize,
 }
 
 impl Distances {
     /// For rows of `bytes`.
     #[inline(always)]
-    fn of(bytes: usize) -> Self {
+    fn of(prefetch: Prefetch, bytes: usize) -> Self {
         let piece = PIECE * bytes;
+        if prefetch == Prefetch::First {
+            let near = (FIRST_BYTES / piece).max(1);
+            return Self { near: (near, 0), again: 2 * near, far: 0 };
+        }
         // Pieces that are not whole lines, or no longer than the distance, are told apart by pieces.
         let near = match NEAR_BYTES / piece {
             0 if piece.is_multiple_of(64) => (0, NEAR_BYTES / 64),
@@ -65,17 +73,17 @@ impl Ahead<'_> {
         run.then(|| first.wrapping_offset(self.offset))
     }
 
-    /// Hints at row `i` of the piece, if it has that many: at its use soon, or far ahead.
+    /// Hints at row `i` of the piece, if it has that many, to the first-level cache or the second.
     #[inline(always)]
-    pub(in crate::cpu) fn fetch<const FAR: bool>(&self, i: usize) {
+    fn fetch(&self, i: usize, first: bool) {
         if let Some(row) = self.rows.get(i) {
             let mut line = row.wrapping_offset(self.offset);
             let mut left = self.bytes;
             while left > 0 {
-                if FAR {
-                    prefetch_far(line)
-                } else {
+                if first {
                     prefetch(line)
+                } else {
+                    prefetch_far(line)
                 }
                 line = line.wrapping_add(64);
                 left = left.saturating_sub(64);
@@ -132,8 +140,9 @@ impl Pace for Straight {
 /// The next lines of three runs of memory.
 struct Lines {
     near: *const u8,
-    /// NULL for kernels over codes: slower than memory, they lose few hints, and each costs them.
+    /// NULL for none.
     again: *const u8,
+    /// NULL for none.
     far: *const u8,
     /// Where the near ones go on after `left` more.
     then: *const u8,
@@ -144,8 +153,13 @@ struct Lines {
 /// of it, at the pace of the work.
 pub(in crate::cpu) struct Hints<'a> {
     near: Ahead<'a>,
+    /// None for kernels over codes where it goes to the second level: slower than memory, they lose
+    /// few hints, and each costs them.
     again: Ahead<'a>,
+    /// None where all hints go to the first level.
     far: Ahead<'a>,
+    /// Whether `again` is a hint to the first level.
+    first: bool,
     /// Where the pieces are runs of memory.
     lines: Option<Lines>,
     /// The next row, where they are not.
@@ -161,6 +175,7 @@ impl<'a> Hints<'a> {
         near: Ahead::NONE,
         again: Ahead::NONE,
         far: Ahead::NONE,
+        first: false,
         lines: None,
         row: PIECE,
         pace: usize::MAX,
@@ -179,24 +194,31 @@ impl<'a> Hints<'a> {
         even: bool,
     ) -> Self {
         let bytes = if side == Side::Keys { walk.k_bytes } else { walk.v_bytes };
-        let Distances { near: (pieces, beyond), again, far } = Distances::of(bytes);
-        let codes = walk.now.long;
-        let again = if codes { Ahead::NONE } else { walk.ahead(side, head, piece + again) };
-        let far = walk.ahead(side, head, piece + far);
+        let Distances { near: (pieces, beyond), again, far } =
+            Distances::of(walk.job.prefetch, bytes);
+        // Which hints there are.
+        let first = walk.job.prefetch == Prefetch::First;
+        let (twice, early) = (first || !walk.now.long, !first);
+        let hint = |wanted: bool, pieces: usize| {
+            if wanted { walk.ahead(side, head, piece + pieces) } else { Ahead::NONE }
+        };
+        let (again, far) = (hint(twice, again), hint(early, far));
         // A part of a piece beyond: the rest of one piece, then the beginning of the next.
         let near = walk.ahead(side, head, piece + pieces + usize::from(beyond != 0));
-        let first = if beyond == 0 { near } else { walk.ahead(side, head, piece + pieces) };
-        let second = if codes { Some(core::ptr::null()) } else { again.run() };
-        let lines = match (first.run(), near.run(), second, far.run()) {
-            (Some(first), Some(then), Some(again), Some(far))
+        let start = if beyond == 0 { near } else { walk.ahead(side, head, piece + pieces) };
+        let run = |wanted: bool, ahead: &Ahead<'_>| {
+            if wanted { ahead.run() } else { Some(core::ptr::null()) }
+        };
+        let lines = match (start.run(), near.run(), run(twice, &again), run(early, &far)) {
+            (Some(start), Some(then), Some(again), Some(far))
                 if even && walk.k_bytes == walk.v_bytes =>
             {
                 let left = (PIECE * bytes / 64 - beyond) as isize;
-                Some(Lines { near: first.wrapping_add(beyond * 64), again, far, then, left })
+                Some(Lines { near: start.wrapping_add(beyond * 64), again, far, then, left })
             }
             _ => None,
         };
-        Hints { near, again, far, lines, row: 0, pace, wait: 1 }
+        Hints { near, again, far, first, lines, row: 0, pace, wait: 1 }
     }
 
     /// Goes some rows on that are `lines` whole lines in a run of memory.
@@ -215,9 +237,9 @@ impl<'a> Hints<'a> {
     pub(in crate::cpu) fn rows(&mut self, rows: usize) {
         if self.lines.is_none() {
             for _ in 0..rows {
-                self.near.fetch::<false>(self.row);
-                self.again.fetch::<true>(self.row);
-                self.far.fetch::<true>(self.row);
+                self.near.fetch(self.row, true);
+                self.again.fetch(self.row, self.first);
+                self.far.fetch(self.row, false);
                 self.row += 1;
             }
         }
@@ -234,17 +256,25 @@ impl Pace for Hints<'_> {
             }
             for line in 0..lines {
                 prefetch(near.wrapping_add(64 * line));
-                prefetch_far(far.wrapping_add(64 * line));
             }
+            *near = near.wrapping_add(64 * lines);
+            *left -= lines as isize;
             if !again.is_null() {
                 for line in 0..lines {
-                    prefetch_far(again.wrapping_add(64 * line));
+                    if self.first {
+                        prefetch(again.wrapping_add(64 * line));
+                    } else {
+                        prefetch_far(again.wrapping_add(64 * line));
+                    }
                 }
                 *again = again.wrapping_add(64 * lines);
             }
-            *near = near.wrapping_add(64 * lines);
-            *far = far.wrapping_add(64 * lines);
-            *left -= lines as isize;
+            if !far.is_null() {
+                for line in 0..lines {
+                    prefetch_far(far.wrapping_add(64 * line));
+                }
+                *far = far.wrapping_add(64 * lines);
+            }
             return;
         }
         self.wait -= 1;

@@ -3,6 +3,7 @@
 
 use super::hints::{AGAIN_BYTES, Ahead, FAR_BYTES, STRAIGHT_NEAR_BYTES, Straight};
 use crate::cpu::job::{Blocks, Job};
+use crate::cpu::prefetch::Prefetch;
 
 /// The most keys of a tile.
 pub(in crate::cpu) const TILE: usize = 64;
@@ -106,7 +107,9 @@ pub(in crate::cpu) struct Walk<'a, 'b> {
     pub(in crate::cpu) k_bytes: usize,
     /// Bytes of a value.
     pub(in crate::cpu) v_bytes: usize,
-    /// How far hints run ahead where keys and values are as long and lie side by side: in units.
+    /// How far hints run ahead where keys and values are as long and lie side by side, for straight
+    /// code: in units. None where all hints go to the first-level cache: straight code is faster in
+    /// the cache, and loses more of those.
     units: Option<[usize; 3]>,
 }
 
@@ -127,11 +130,12 @@ impl<'a, 'b> Walk<'a, 'b> {
         let steps = [job.blocks.k_token_bytes, job.blocks.v_token_bytes];
         let side_by_side = steps == [k_bytes as isize, v_bytes as isize];
         let unit = UNIT * k_bytes;
-        let units = (k_bytes == v_bytes && side_by_side && !job.v_in_k && unit.is_multiple_of(64))
-            .then(|| {
-                let near = (STRAIGHT_NEAR_BYTES / unit).max(1);
-                [near, (AGAIN_BYTES / unit).max(near + 1), (FAR_BYTES / unit).max(near + 2)]
-            });
+        let levels = job.prefetch == Prefetch::Levels;
+        let even = k_bytes == v_bytes && unit.is_multiple_of(64);
+        let units = (levels && even && side_by_side && !job.v_in_k).then(|| {
+            let near = (STRAIGHT_NEAR_BYTES / unit).max(1);
+            [near, (AGAIN_BYTES / unit).max(near + 1), (FAR_BYTES / unit).max(near + 2)]
+        });
         let mut walk = Walk { job, now, next, k_bytes, v_bytes, units };
         // SAFETY: the caller's promise.
         unsafe { walk.now.fill(&job.blocks, job.kv_start, job.kv_end) };

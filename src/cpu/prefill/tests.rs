@@ -1,4 +1,5 @@
-//! The tile kernel alone, on jobs built by hand: against f64, and against itself to the bit.
+//! Kernels alone, on jobs built by hand: that for tiles against f64 and against itself to the bit, that
+//! for few rows against itself.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -6,8 +7,10 @@ use core::sync::atomic::AtomicU32;
 
 use super::{scratch_bytes, tile_rows};
 use crate::cpu::CpuLevel;
+use crate::cpu::decode;
 use crate::cpu::job::{Blocks, Job, States};
-use crate::cpu::kernels::Kernels;
+use crate::cpu::kernels::{Kernel, Kernels};
+use crate::cpu::prefetch::Prefetch;
 use crate::cpu::quant::Coding;
 use crate::dtype::{DType, KvFormat, bf16, f16};
 
@@ -118,8 +121,14 @@ impl Data {
         Self { case: case.clone(), q, q_values, k, k_values, v, v_values, table, num_blocks }
     }
 
-    /// Runs jobs of at most `chunk` query tokens.
+    /// Runs jobs of at most `chunk` query tokens by the tile kernel.
     fn run(&self, level: CpuLevel, chunk: usize) -> Output {
+        let kernel = Kernels::of(level, self.case.format).tile;
+        self.run_by(kernel, Prefetch::of_cpu(), chunk)
+    }
+
+    /// The same by a kernel that the CPU can run.
+    fn run_by(&self, kernel: Kernel, prefetch: Prefetch, chunk: usize) -> Output {
         let case = &self.case;
         let bytes = case.format.dtype().bytes() as usize;
         let q_bytes = case.q_dtype.bytes() as usize;
@@ -128,17 +137,18 @@ impl Data {
         let mut l = vec![f32::NAN; rows];
         let mut o = vec![f32::NAN; rows * case.v_dim];
         // Poisoned: a kernel that reads what it did not write gives NaN.
-        let mut scratch = vec![u128::MAX; scratch_bytes(case.k_dim, case.v_dim) / 16 + 4];
+        let bytes_of = [scratch_bytes, decode::scratch_bytes].map(|of| of(case.k_dim, case.v_dim));
+        let mut scratch = vec![u128::MAX; bytes_of[0].max(bytes_of[1]) / 16 + 4];
         let align = scratch.as_ptr().align_offset(64);
         let flag = AtomicU32::new(0);
         let (k_row, v_row) = (case.k_dim * bytes, case.v_dim * bytes);
-        let kernel = Kernels::of(level, case.format).tile;
         let mut token = 0;
         while token < case.tokens {
             let tokens = chunk.min(case.tokens - token);
             let row = token * case.group;
             let job = Job {
                 coming: None,
+                prefetch,
                 kv_heads: 1,
                 k_head_bytes: 0,
                 v_head_bytes: 0,
@@ -359,6 +369,23 @@ fn a_row_has_the_same_bits_in_every_chunking() {
                     assert_eq!(bits(&whole.1), bits(&parts.1), "{level:?} {format:?} {chunk}");
                     assert_eq!(bits(&whole.2), bits(&parts.2), "{level:?} {format:?} {chunk}");
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn few_rows_have_the_same_bits_however_memory_is_asked_for() {
+    for &format in KvFormat::FLOATS {
+        for (group, dim, block_tokens) in [(4, 128, 64), (4, 128, 16), (2, 64, 32), (1, 80, 16)] {
+            let q_dtype = format.dtype();
+            let case = Case::new(group, 1, dim, 1000, format);
+            let data = Data::new(&Case { block_tokens, q_dtype, ..case });
+            for level in CpuLevel::available() {
+                let kernel = Kernels::of(level, format).decode;
+                let levels = data.run_by(kernel, Prefetch::Levels, 1);
+                assert_eq!(levels, data.run_by(kernel, Prefetch::First, 1), "{level:?}");
+                assert!(levels.2.iter().all(|o| o.is_finite()));
             }
         }
     }

@@ -14,6 +14,7 @@ use crate::cpu::finish::Part;
 use crate::cpu::job::{Blocks, Job, States};
 use crate::cpu::kernels::Kernels;
 use crate::cpu::level::CpuLevel;
+use crate::cpu::prefetch::Prefetch;
 use crate::dtype::KvFormat;
 use crate::error::{Error, Result};
 use crate::quant::unrotate;
@@ -400,6 +401,7 @@ impl Call<'_> {
                     kv_start: 0,
                     kv_end: (position + i64::from(count)).min(i64::from(tokens)) as u32,
                     coming: None,
+                    prefetch: Prefetch::of(view.format),
                     scale: args.scoring.scale,
                     causal: true,
                     window: args.scoring.window.unwrap_or(u32::MAX),

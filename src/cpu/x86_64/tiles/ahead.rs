@@ -1,19 +1,33 @@
 //! What is prefetched while tiles are worked on: no hardware foresees the next block of a table.
 //!
-//! As in the decode kernel for rows, every line of codes is asked for twice: by the second-level
-//! cache tens of KiB ahead, by the first shortly before its use. Each load of codes sends the hints
+//! As in the decode kernel for rows, every line of codes is asked for twice, as [`Prefetch`] says: by
+//! the second-level cache tens of KiB ahead and by the first shortly before its use, or by the first
+//! both times. Each load of codes sends the hints
 //! for one line, so that they need no branch and keep the pace of the work. Computes nothing.
 
 use core::ops::Range;
 
 use super::rows::Rows;
+use crate::cpu::prefetch::Prefetch;
 use crate::cpu::sealed::{Reads, SealedJob};
-use crate::cpu::vector::{prefetch, prefetch_far};
+use crate::cpu::vector::{self, prefetch, prefetch_far};
 use crate::layout::tile::TileLayout;
 
-/// How far ahead the hints to the first-level and to the second-level cache run, about.
-const NEAR_BYTES: usize = 2 << 10;
-const FAR_BYTES: usize = 32 << 10;
+/// How far ahead the last and the first hint for a line run, about.
+struct Distances {
+    near: usize,
+    far: usize,
+}
+
+impl Distances {
+    const fn of(prefetch: Prefetch) -> Self {
+        match prefetch {
+            Prefetch::Levels => Self { near: 2 << 10, far: 32 << 10 },
+            Prefetch::First => Self { near: 8 << 10, far: 24 << 10 },
+        }
+    }
+}
+
 /// Bytes of records whose pages are asked for together, about.
 const PAGES_BYTES: usize = 80 << 10;
 /// The smallest page that a system may have.
@@ -28,6 +42,7 @@ pub(super) struct Hints {
     pub then: *const u8,
     /// The side's codes of a tile some way ahead.
     pub far: *const u8,
+    pub prefetch: Prefetch,
 }
 
 /// The hints for the lines of sixteen rows.
@@ -35,13 +50,14 @@ pub(super) struct Hints {
 pub(super) struct Lines {
     near: *const u8,
     far: *const u8,
+    prefetch: Prefetch,
 }
 
 impl Hints {
     /// Those of group `group` of `groups`, each of which has `lines` lines.
     #[inline(always)]
     pub fn group(&self, group: usize, groups: usize, lines: usize) -> Lines {
-        let lead = (NEAR_BYTES / 64 / lines).max(1);
+        let lead = (Distances::of(self.prefetch).near / 64 / lines).clamp(1, groups);
         let (at, from) = if group + lead < groups {
             (group + lead, self.codes)
         } else {
@@ -50,23 +66,30 @@ impl Hints {
         Lines {
             near: from.wrapping_add(64 * at * lines),
             far: self.far.wrapping_add(64 * group * lines),
+            prefetch: self.prefetch,
         }
     }
 }
 
 impl Lines {
-    /// Asks for line `at`.
+    /// Asks for line `at` of codes of `BITS` bits.
     #[inline(always)]
-    pub fn hint(&self, at: usize) {
+    pub fn hint<const BITS: u32>(&self, at: usize) {
         prefetch(self.near.wrapping_add(64 * at));
-        prefetch_far(self.far.wrapping_add(64 * at));
+        let far = self.far.wrapping_add(64 * at);
+        if BITS == 8 && self.prefetch == Prefetch::First {
+            prefetch(far);
+        } else {
+            prefetch_far(far);
+        }
     }
 }
 
 /// Tiles of a job and of what comes after it.
 pub(super) struct Ahead<'a, 'b> {
     job: &'a SealedJob<'b>,
-    /// Tiles that second-level hints run ahead.
+    prefetch: Prefetch,
+    /// Tiles that the first hints run ahead.
     far: usize,
     /// Tiles whose pages are asked for together.
     pages: usize,
@@ -79,12 +102,14 @@ impl<'a, 'b> Ahead<'a, 'b> {
     /// As for [`attend`](super::attend).
     pub unsafe fn new(job: &'a SealedJob<'b>) -> Self {
         let tiles = |bytes: usize| (bytes / job.layout.bytes()).max(1);
-        let ahead = Self { job, far: tiles(FAR_BYTES), pages: tiles(PAGES_BYTES) };
+        let prefetch = Prefetch::of_tiles(job.layout.format());
+        let Distances { near, far } = Distances::of(prefetch);
+        let ahead = Self { job, prefetch, far: tiles(far), pages: tiles(PAGES_BYTES) };
         // SAFETY: the caller's promise.
         let first = unsafe { ahead.record(0) };
         let codes = &job.layout.k_codes;
-        each(first, &(codes.start..codes.end.min(codes.start + NEAR_BYTES)), prefetch);
-        each(first, &rest(job.layout), prefetch);
+        each(first, &(codes.start..codes.end.min(codes.start + near)), vector::prefetch);
+        each(first, &rest(job.layout), vector::prefetch);
         ahead
     }
 
@@ -134,11 +159,17 @@ impl<'a, 'b> Ahead<'a, 'b> {
         }
         let (k_start, v_start) = (layout.k_codes.start, layout.v_codes.start);
         [
-            Hints { codes: k.codes, then: v.codes, far: far.wrapping_add(k_start) },
+            Hints {
+                codes: k.codes,
+                then: v.codes,
+                far: far.wrapping_add(k_start),
+                prefetch: self.prefetch,
+            },
             Hints {
                 codes: v.codes,
                 then: next.wrapping_add(k_start),
                 far: far.wrapping_add(v_start),
+                prefetch: self.prefetch,
             },
         ]
     }

@@ -302,7 +302,7 @@ unsafe fn some<
             for word in 0..words {
                 let mut bytes = [[zero; 4]; BLOCKS];
                 for b in 0..BLOCKS {
-                    ahead.hint((blocks[b] * words + word) * loads + load);
+                    ahead.hint::<BITS>((blocks[b] * words + word) * loads + load);
                     bytes[b] = bytes_of::<BITS>(codes[b][word], thirds[b][word]);
                 }
                 for part in 0..parts {

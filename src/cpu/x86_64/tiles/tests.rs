@@ -10,6 +10,7 @@ use super::rows::{
 };
 use super::softmax::thresholds;
 use crate::cpu::CpuLevel;
+use crate::cpu::prefetch::Prefetch;
 use crate::cpu::sealed::{bytes, pattern};
 use crate::cpu::vector::One;
 
@@ -67,7 +68,8 @@ unsafe fn check<const BITS: u32, const COUNT: usize, const WIDE: bool, const VAL
             order.lay_out(&halves[1], &mut laid[1]);
         }
         let rows = Rows { codes: codes.as_ptr().cast(), plane: plane.as_ptr().cast() };
-        let hints = Hints { codes: rows.codes, then: rows.codes, far: rows.codes };
+        let prefetch = Prefetch::of_cpu();
+        let hints = Hints { codes: rows.codes, then: rows.codes, far: rows.codes, prefetch };
         for group in 0..2 {
             let ahead = hints.group(group, 2, const { lines(BITS, COUNT) });
             let got = dots::<BITS, COUNT, WIDE, VALUES, 4>(&rows, group, &laid, ahead);
