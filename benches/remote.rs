@@ -17,7 +17,7 @@ use kvcache::layout::slice::Slice;
 use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::Digest;
 use kvcache::tier::buffer::Buffers;
-use kvcache::tier::object::{HEAD_BYTES, Label, Origin, object_bytes};
+use kvcache::tier::object::{HEAD_BYTES, Label, Nth, Origin, object_bytes};
 use kvcache::tier::remote::{RemoteOptions, open};
 use kvcache::tier::{Configuration, HostBlock, ObjectKey, Tier, TierKind, TierSettings, Want};
 
@@ -108,6 +108,7 @@ fn measure(redis: &Redis, layers: u32, objects: usize, rounds: usize) {
             keys: None,
             tokens,
             origin: Origin::default(),
+            nth: Nth::ONLY,
         }
     };
     let mut times: [Vec<f64>; 4] = Default::default();

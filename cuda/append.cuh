@@ -294,7 +294,7 @@ KVC_DEVICE bool find_slot(const kvc_append_params &p, int64_t slot, bool reports
         return false;
     }
     if (slot >> 32 == 0) {
-        const uint32_t narrow = static_cast<uint32_t>(slot), index = narrow / p.block_tokens;
+        const uint32_t narrow = static_cast<uint32_t>(slot), index = quotient_of(narrow, p.block_tokens);
         block = index;
         place = narrow - index * p.block_tokens;
     } else {

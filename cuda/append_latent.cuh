@@ -8,6 +8,72 @@ namespace kvc {
 
 constexpr uint32_t kLatentDim = 512, kRotaryDim = 64;
 
+// Turns a lane's channels of a key.
+KVC_DEVICE void turn_own(const kvc_append_params &p, int64_t row, uint32_t channel, uint32_t position,
+                         float (&x)[kOwn]) {
+KVC_UNROLL
+    for (int i = 0; i < kOwn; i += 4) {
+        float quad[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+        turn_quad(p, row, channel + i, position, quad);
+        for (int j = 0; j < 4; ++j) x[i + j] = quad[j];
+    }
+}
+
+// Whether a format can hold a row that lies in its lanes, and the bits of the scales that it is given.
+struct RowScales {
+    bool fits;
+    uint32_t scale, minimum;
+};
+template <uint32_t Lanes> KVC_DEVICE RowScales find_scales(uint32_t format, const float (&x)[kOwn]) {
+    constexpr uint32_t kRow = ~0u >> (32 - Lanes);
+    const uint32_t sound = ballot(kFullMask, all_finite(x)) >> (lane_id() & ~(Lanes - 1));
+    const auto larger = [](float a, float b) { return max_f32(a, b); };
+    RowScales found = {(sound & kRow) == kRow, 0, 0};
+    if (format == kInt8T) {
+        found.scale = f16_up(div_rn(over_lanes<Lanes>(largest_of(x), larger), 127.0f));
+    } else if (format == kInt4T) {
+        float low = x[0], high = x[0];
+KVC_UNROLL
+        for (int j = 1; j < kOwn; ++j) {
+            low = min_f32(low, x[j]);
+            high = max_f32(high, x[j]);
+        }
+        low = over_lanes<Lanes>(low, [](float a, float b) { return min_f32(a, b); });
+        high = over_lanes<Lanes>(high, larger);
+        // Which zero a minimum or maximum of both is must not reach the bits.
+        found.minimum = f16_down(add_rn(low, 0.0f));
+        const float minimum = widen_f16(static_cast<uint16_t>(found.minimum));
+        found.scale = f16_up(div_rn(add_rn(add_rn(high, 0.0f), -minimum), 15.0f));
+    }
+    found.fits = found.fits && is_finite_f16(found.scale) && is_finite_f16(found.minimum);
+    return found;
+}
+
+// Writes a lane's channels from `channel` on of a row that fits.
+KVC_DEVICE void write_codes(uint32_t format, const RowScales &found, float head_scale,
+                            float (&x)[kOwn], uint32_t channel, unsigned char *codes,
+                            unsigned char *scales) {
+    uint16_t *halves = reinterpret_cast<uint16_t *>(scales);
+    const float scale = widen_f16(static_cast<uint16_t>(found.scale));
+    if (format == kInt8T) {
+        store_16(codes + channel, encode_int8(scale, x));
+        if (channel == 0) halves[0] = static_cast<uint16_t>(found.scale);
+    } else if (format == kInt4T) {
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) =
+            encode_int4(widen_f16(static_cast<uint16_t>(found.minimum)), scale, x);
+        if (channel == 0) {
+            halves[0] = static_cast<uint16_t>(found.scale);
+            halves[1] = static_cast<uint16_t>(found.minimum);
+        }
+    } else if (format == kNvfp4) {
+        uint32_t block;
+        *reinterpret_cast<TwoWords *>(codes + channel / 2) = encode_nvfp4(head_scale, x, block);
+        scales[channel / kOwn] = static_cast<unsigned char>(block);
+    } else {
+        store_16(codes + channel, encode_fp8(format, head_scale, x));
+    }
+}
+
 // The bytes of a row's scales before those of its second part.
 KVC_DEVICE uint32_t first_scale_bytes(uint32_t format) {
     return format == kInt8T ? 2 : format == kInt4T ? 4 : format == kNvfp4 ? kLatentDim / kOwn : 0;
@@ -45,8 +111,8 @@ KVC_ROLL
             rotate_channels<kRotaryDim>(y, rotary);
         }
         // All scales before the first byte: a row that cannot be held changes nothing.
-        const RowScales of_x = find_scales<kLatentDim>(params.format, x);
-        const RowScales of_y = find_scales<kRotaryDim>(params.format, y);
+        const RowScales of_x = find_scales<kLatentDim / kOwn>(params.format, x);
+        const RowScales of_y = find_scales<kRotaryDim / kOwn>(params.format, y);
         if (!of_x.fits || !of_y.fits) {
             if (lane == 0) raise(p.error_flag, kFlagRow);
             continue;

@@ -17,13 +17,43 @@ KVC_DEVICE constexpr uint64_t sign_word(uint32_t word) {
     return x ^ (x >> 31);
 }
 
-// `Own` channels from a multiple of `Own` on, a power of two of at most 32.
-template <int HeadDim, int Own> KVC_DEVICE void negate_channels(float (&x)[Own], uint32_t channel) {
+// Those of up to 32 channels from `channel` on, in one word; the lowest bit is that of the first.
+template <int HeadDim> KVC_DEVICE uint32_t signs_from(uint32_t channel) {
     uint64_t word = sign_word(0);
 KVC_UNROLL
     for (uint32_t i = 1; i < (HeadDim + 63) / 64; ++i)
         if (channel / 64 == i) word = sign_word(i);
-    const uint32_t signs = static_cast<uint32_t>(word >> channel % 64);
+    return static_cast<uint32_t>(word >> channel % 64);
+}
+// The sign bits of the channels as those of pairs of 16-bit elements.
+template <int HeadDim> struct alignas(16) SignPairs {
+    uint32_t pairs[HeadDim / 2];
+    constexpr SignPairs() : pairs{} {
+        for (uint32_t i = 0; i < HeadDim / 2; ++i) {
+            const uint64_t two = sign_word(i / 32) >> 2 * i % 64;
+            pairs[i] = static_cast<uint32_t>((two & 1) << 15 | (two >> 1 & 1) << 31);
+        }
+    }
+};
+template <int HeadDim> KVC_TABLE SignPairs<HeadDim> kSignPairs{};
+
+// Sixteen channels from a multiple of eight on, by that table.
+template <int HeadDim> KVC_DEVICE void negate_sixteen(float (&x)[16], uint32_t channel) {
+KVC_UNROLL
+    for (uint32_t i = 0; i < 16; i += 8) {
+        const Vec16 signs =
+            *reinterpret_cast<const Vec16 *>(kSignPairs<HeadDim>.pairs + (channel + i) / 2);
+KVC_UNROLL
+        for (uint32_t j = 0; j < 8; ++j) {
+            const uint32_t pair = signs.word[j / 2];
+            x[i + j] = as_float(as_bits(x[i + j]) ^ (j % 2 == 0 ? pair << 16 : pair & 0x80000000u));
+        }
+    }
+}
+
+// `Own` channels from a multiple of `Own` on, a power of two of at most 32.
+template <int HeadDim, int Own> KVC_DEVICE void negate_channels(float (&x)[Own], uint32_t channel) {
+    const uint32_t signs = signs_from<HeadDim>(channel);
 KVC_UNROLL
     for (int j = 0; j < Own; ++j) x[j] = as_float(as_bits(x[j]) ^ (signs << (31 - j) & 0x80000000u));
 }

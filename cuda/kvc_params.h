@@ -17,7 +17,8 @@ struct kvc_append_params {
     void *k_cache;
     // Values of block 0, head 0, token 0.
     void *v_cache;
-    // Slot of each token: block * block_tokens + offset, or negative to skip the token.
+    // Slot of each token: block * block_tokens + offset, or negative to skip the token, whose rows may
+    // be read all the same.
     const int64_t *slots;
     // Position of each token; read only with a rotation.
     const uint32_t *positions;
@@ -1018,12 +1019,37 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
 // Every kernel of the library with its parameter struct.
 #define KVC_KERNELS(X) \
     X(kvc_append, kvc_append_params) \
+    X(kvc_append_plain, kvc_append_params) \
     X(kvc_append_token_d64, kvc_append_token_params) \
     X(kvc_append_token_d80, kvc_append_token_params) \
     X(kvc_append_token_d96, kvc_append_token_params) \
     X(kvc_append_token_d128, kvc_append_token_params) \
     X(kvc_append_token_d192, kvc_append_token_params) \
     X(kvc_append_token_d256, kvc_append_token_params) \
+    X(kvc_append_fp8_d64, kvc_append_token_params) \
+    X(kvc_append_fp8_d80, kvc_append_token_params) \
+    X(kvc_append_fp8_d96, kvc_append_token_params) \
+    X(kvc_append_fp8_d128, kvc_append_token_params) \
+    X(kvc_append_fp8_d192, kvc_append_token_params) \
+    X(kvc_append_fp8_d256, kvc_append_token_params) \
+    X(kvc_append_int8_d64, kvc_append_token_params) \
+    X(kvc_append_int8_d80, kvc_append_token_params) \
+    X(kvc_append_int8_d96, kvc_append_token_params) \
+    X(kvc_append_int8_d128, kvc_append_token_params) \
+    X(kvc_append_int8_d192, kvc_append_token_params) \
+    X(kvc_append_int8_d256, kvc_append_token_params) \
+    X(kvc_append_int4_d64, kvc_append_token_params) \
+    X(kvc_append_int4_d80, kvc_append_token_params) \
+    X(kvc_append_int4_d96, kvc_append_token_params) \
+    X(kvc_append_int4_d128, kvc_append_token_params) \
+    X(kvc_append_int4_d192, kvc_append_token_params) \
+    X(kvc_append_int4_d256, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d64, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d80, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d96, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d128, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d192, kvc_append_token_params) \
+    X(kvc_append_nvfp4_d256, kvc_append_token_params) \
     X(kvc_append_latent, kvc_append_token_params) \
     X(kvc_cascade_split, kvc_cascade_split_params) \
     X(kvc_copy, kvc_copy_params) \

@@ -18,6 +18,10 @@ KVC_DEVICE float max_f32(float a, float b) { return fmaxf(a, b); }
 
 KVC_DEVICE uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 KVC_DEVICE uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+// `x / by`, where that is most often a power of two and the same for all threads.
+KVC_DEVICE uint32_t quotient_of(uint32_t x, uint32_t by) {
+    return (by & (by - 1)) == 0 ? x >> find_first(by) : x / by;
+}
 
 // The formats of a cache that the matrix instructions take.
 struct F16 {

@@ -500,6 +500,29 @@ KVC_DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
     return each_f16(a, b, [](float x, float y) { return fmaxf(x, y); });
 }
+KVC_DEVICE uint32_t min_f16x2(uint32_t a, uint32_t b) {
+    return each_f16(a, b, [](float x, float y) { return fminf(x, y); });
+}
+template <typename F> KVC_DEVICE uint32_t pick_bf16x2(uint32_t a, uint32_t b, F first) {
+    uint32_t picked = 0;
+    for (uint32_t shift = 0; shift < 32; shift += 16) {
+        const uint32_t x = a >> shift << 16, y = b >> shift << 16;
+        const bool nan = (x & 0x7fffffffu) > 0x7f800000u || (y & 0x7fffffffu) > 0x7f800000u;
+        // As integers of one order: -0 is below 0.
+        const auto order = [](uint32_t v) {
+            return static_cast<int32_t>((v >> 31) != 0 ? v ^ 0x7fffffffu : v);
+        };
+        const uint32_t bits = nan ? 0x7fff0000u : first(order(x), order(y)) ? x : y;
+        picked |= bits >> 16 << shift;
+    }
+    return picked;
+}
+KVC_DEVICE uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
+    return pick_bf16x2(a, b, [](int32_t x, int32_t y) { return x < y; });
+}
+KVC_DEVICE uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+    return pick_bf16x2(a, b, [](int32_t x, int32_t y) { return x > y; });
+}
 KVC_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
     const auto one = [&](uint32_t i) {
         const auto half = [&](uint32_t x) { return emu::f16_to_f32(static_cast<uint16_t>(x >> i)); };
@@ -515,9 +538,16 @@ KVC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return d;
 }
 KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+// The larger, NaN where one is.
+KVC_DEVICE float max_nan_f32(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
 KVC_DEVICE float mul_rn(float a, float b) { return a * b; }
 KVC_DEVICE float add_rn(float a, float b) { return a + b; }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// The same kept from 0 to 1, 0 of NaN.
+KVC_DEVICE float fma_within_1(float a, float b, float c) {
+    const float x = fmaf(a, b, c);
+    return x > 0.0f ? x < 1.0f ? x : 1.0f : 0.0f;
+}
 // The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24.
 KVC_DEVICE float add_floor(float x, float integer) { return floorf(x) + integer; }
 KVC_DEVICE float div_rn(float a, float b) { return a / b; }
@@ -578,6 +608,23 @@ KVC_DEVICE uint32_t max_f16x2(uint32_t a, uint32_t b) {
     asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+// Subnormal numbers are not flushed: bits below those of infinity are taken by their order.
+KVC_DEVICE uint32_t min_f16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+// The smaller and the larger, NaN where one is.
+KVC_DEVICE uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KVC_DEVICE uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 // Two floats as two bytes, rounded to nearest even and saturating.
 KVC_DEVICE uint32_t pack_e4m3(float low, float high) {
@@ -614,11 +661,21 @@ KVC_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
+KVC_DEVICE float max_nan_f32(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
 // Rounded to nearest even, subnormals kept, and never contracted: for bits that must be those of the
 // CPU.
 KVC_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 KVC_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 KVC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KVC_DEVICE float fma_within_1(float a, float b, float c) {
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+}
 // The integer at or below `x`, of less than 2^22, plus an integer from 2^23 to 2^24: rounded down.
 KVC_DEVICE float add_floor(float x, float integer) { return __fadd_rd(x, integer); }
 KVC_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }

@@ -223,7 +223,7 @@ typedef struct {
     // Sliding window in tokens, the query's own included; 0 for full attention.
     uint32_t window;
     // Of sealed tiles, the first tokens of every sequence that stay raw in bf16: a multiple of the
-    // tokens of a block, 0 (none) by default. On the CPU; such a cache has no tiers and no transfer.
+    // tokens of a block, 0 (none) by default.
     uint32_t sink_tokens;
 } kvc_group_spec;
 
@@ -2586,7 +2586,8 @@ typedef struct {
     uint32_t least_priority;
     // What the model is called, at most 1024 bytes; changes whenever its weights do. Not NULL.
     const char *model;
-    // Blocks of host memory that stay there after they were evicted from the device. 0 by default.
+    // Blocks of host memory that stay there after they were evicted from the device. 0 by default. A block
+    // with raw rows (sink_tokens) takes several: as many as hold those, 8 at most. So do counts of blocks.
     uint64_t host_blocks;
     // Blocks of host memory for what is on its way, and is not kept. 64 by default.
     uint64_t transit_blocks;
@@ -2940,7 +2941,7 @@ kvc_status kvc_transfer_export(kvc_cache *cache,
 //
 // KVC_ERR_INVALID_ARGUMENT for streams that are damaged, of another model, namespace or format, or do
 // not cover the cache's part; KVC_ERR_TIER_FAILED where one fails or ends early; KVC_ERR_UNSUPPORTED
-// for sealed tiles that would have to be cut. Nothing is cached then.
+// for sealed tiles that would have to be cut, or beside other sink_tokens. Nothing is cached then.
 //
 // Threads: thread-safe.
 kvc_status kvc_transfer_import(kvc_cache *cache,

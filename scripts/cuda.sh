@@ -90,7 +90,7 @@ awk '!/^#/ && ($4 != 0 || $5 != 0) { print "spills or stack: " $0; bad = 1 }
         print "no matrix instructions or no 16-byte copies: " $0; bad = 1 }
     !/^#/ && $2 ~ /^kvc_prefill_/ && ($6 == 0 || $7 == 0 || $9 == 0 || $11 == 0) {
         print "no matrix instructions, or no 16-byte copies or stores: " $0; bad = 1 }
-    !/^#/ && $2 ~ /^kvc_(append|copy|merge|zero)$/ && (($10 == 0 && $2 != "kvc_zero") || $11 == 0) {
+    !/^#/ && $2 ~ /^kvc_(append|append_plain|copy|merge|zero)$/ && (($10 == 0 && $2 != "kvc_zero") || $11 == 0) {
         print "no 16-byte loads or stores: " $0; bad = 1 }
     END { exit bad }' "$out/table"
 if [ "${1:-}" = --release ]; then

@@ -234,6 +234,32 @@ fn every_shape() {
     }
 }
 
+/// 16-bit rows that nothing changes have a kernel of their own.
+#[test]
+fn rows_that_are_copied() {
+    let past = |slots: &mut [i64], _: &mut [u32]| slots[3] = i64::MAX;
+    for dtype in [DType::F16, DType::Bf16] {
+        let copied = Case { rows: dtype, cache: dtype, q_heads: 0, ..BASE };
+        for schedule in Schedule::ALL {
+            assert_eq!(check(copied, schedule, nothing), 0);
+            assert_eq!(check(copied, schedule, past), 1);
+        }
+        for (kv_heads, k_dim, v_dim, block_tokens, tokens) in [
+            (1, 8, 8, 1, 5),
+            (1, 576, 0, 16, 21),
+            (3, 80, 40, 5, 33),
+            (8, 128, 128, 16, 21),
+            (40, 64, 64, 16, 9),
+            (2, 1024, 8, 16, 7),
+            // So many tokens that a token's threads have no half for its values.
+            (1, 576, 64, 128, 600),
+        ] {
+            let case = Case { kv_heads, k_dim, v_dim, block_tokens, tokens, ..copied };
+            assert_eq!(check(case, Schedule::Seeded(5), nothing), 0);
+        }
+    }
+}
+
 #[test]
 fn bad_slots_and_positions_are_skipped_and_flagged() {
     let past = |slots: &mut [i64], _: &mut [u32]| {

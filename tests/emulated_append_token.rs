@@ -29,6 +29,8 @@ struct Case {
     scale: Option<f32>,
     /// Pairs of half a row, or neighbours.
     rope: Option<bool>,
+    /// How many times as many tokens a block takes as it would for so few.
+    times: u32,
     schedule: Schedule,
 }
 
@@ -185,7 +187,9 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
         format: case.format.id(),
         k_rotated: u32::from(keys.is_rotated()),
     };
-    let plan = append_token_launch(&mut params).unwrap().unwrap();
+    let mut plan = append_token_launch(&mut params).unwrap().unwrap();
+    params.call.tokens_per_block *= case.times;
+    plan.grid[0] = params.call.tokens.div_ceil(params.call.tokens_per_block);
     let options = Options { schedule: case.schedule, ..Options::default() };
     // SAFETY: every address is that of a buffer that lives to the end of this function.
     unsafe { launch(plan.kernel.name, plan.grid, plan.kernel.threads, 0, &params, options) }
@@ -207,6 +211,7 @@ fn plain(format: KvFormat, dim: usize) -> Case {
         rotated: true,
         scale: None,
         rope: None,
+        times: 1,
         schedule: Schedule::Forward,
     }
 }
@@ -243,6 +248,20 @@ fn head_scales_rotation_and_positions() {
                     Case { scale, rope, schedule, rotated: false, heads, ..plain(format, dim) };
                 assert_eq!(check(&case, None, &slots()), 0);
             }
+        }
+    }
+}
+
+/// Threads have rows of several tokens, or a token has more rows than a block at once; with and without
+/// positions.
+#[test]
+fn any_number_of_heads_and_of_tokens_a_block() {
+    for (i, format) in FORMATS.into_iter().enumerate() {
+        for (dim, heads, times) in [(128, 1, 4), (128, 3, 8), (64, 8, 2), (128, 19, 1), (80, 17, 4)]
+        {
+            let rope = (i % 2 == dim / 64 % 2).then_some(false);
+            let case = Case { heads, times, rope, ..plain(format, dim) };
+            assert_eq!(check(&case, None, &slots()), 0, "{format:?} d{dim} {heads} heads");
         }
     }
 }

@@ -61,6 +61,65 @@ fn every_byte() {
     }
 }
 
+/// Quotients are those of a division to the last bit, where codes tell: also next to whole numbers of the
+/// divisor, and for divisors next to powers of two.
+#[test]
+fn quotients() {
+    let mut state = 7u64;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    const COUNT: usize = 200_000;
+    // Modes of divisors of 19 bits at most and of any; the exponents of theirs.
+    for (mode, kept, exponents) in [(15, 0xffff_ffe0, 103..152), (16, u32::MAX, 88..139)] {
+        let mut pairs = Vec::with_capacity(2 * COUNT);
+        for _ in 0..COUNT {
+            let (r, s) = (next(), next());
+            let mantissa = match r >> 60 {
+                0 => (r & 7) as u32,
+                1 => 0x7f_ffff - (r & 7) as u32,
+                _ => r as u32 & 0x7f_ffff,
+            };
+            let exponent = exponents.start + (r >> 32) as u32 % (exponents.end - exponents.start);
+            let by = f32::from_bits((exponent << 23 | mantissa) & kept);
+            let x = match s >> 62 {
+                // A few last places from a multiple.
+                0 | 1 => {
+                    let near = ((s >> 40) % 255 + 1) as f32 * by;
+                    f32::from_bits(near.to_bits().saturating_add_signed((s & 7) as i32 - 3))
+                }
+                2 => f32::from_bits(
+                    (exponent - 6 + (s >> 40) as u32 % 16) << 23 | s as u32 & 0x7f_ffff,
+                ),
+                // As small as a rotated row of bf16 can have.
+                _ => f32::from_bits(((s >> 40) as u32).max(1 << 12)),
+            };
+            let x = if s >> 32 & 1 == 0 { x } else { -x };
+            pairs.extend([x.to_bits(), by.to_bits()]);
+        }
+        let options = Options::default();
+        let room = vec![0; COUNT];
+        let got =
+            run("kvc_probe_quant", 1, 32, 0, &pairs, &room, (mode, COUNT as u32), options).unwrap();
+        for (pair, got) in pairs.chunks_exact(2).zip(got) {
+            let (x, by, got) =
+                (f32::from_bits(pair[0]), f32::from_bits(pair[1]), f32::from_bits(got));
+            let want = x / by;
+            let what = format!("{x:e} / {by:e}: {got:e}, not {want:e}");
+            if x.abs() > 2f32.powi(-100) && want.abs() > 2f32.powi(-100) {
+                assert!(got == want, "{what}");
+            } else if mode == 16 {
+                assert!(got.floor() == want.floor(), "{what}");
+            } else {
+                assert!(got.round_ties_even() == want.round_ties_even(), "{what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_nibble() {
     // Each nibble in each place, its neighbours different.

@@ -34,6 +34,9 @@ fn rows(kind: usize, tokens: usize, dim: usize, rng: &mut Rng) -> Vec<f32> {
                 6 => x * 1e-7,
                 7 if channel == 3 => x * 5000.0,
                 8 => f32::from_bits(1) * x.signum(),
+                // Steps of values past the range of the quick quotient, on both sides.
+                9 => x * 2e4,
+                10 => f32::from_bits((i as u32 % 5) << 16) * x.signum(),
                 _ => x,
             };
             bf16::from_f32(x).to_f32()
@@ -46,7 +49,7 @@ fn check(format: KvFormat, dim: usize, tokens: usize, schedule: Schedule, spoil:
         TileShape { k_dim: dim as u32, v_dim: dim as u32, v_in_k: false, tokens: tokens as u32 };
     let layout = TileLayout::new(format, shape).unwrap();
     let mut rng = Rng::new(11);
-    let kinds = 9;
+    let kinds = 11;
     // [slot][K, V][head][token][dim]
     let mut raw: Vec<f32> = Vec::new();
     for kind in 0..kinds {

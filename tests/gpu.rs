@@ -312,6 +312,24 @@ fn a_tile_that_stays_raw() {
     }
 }
 
+/// Raw sinks, as under the emulator (emulated_sinks.rs).
+#[test]
+fn sinks_of_sealed_tiles_are_read_raw() {
+    use tiles::{Setup, sinks};
+    let Some(backend) = backends::gpu() else { return };
+    for format in tiles::FORMATS {
+        let setup = Setup::new(&backend, format, 128, 64);
+        for sink_tokens in [64, 128] {
+            sinks::chunks_hits_and_forks(&Setup { sink_tokens, ..setup.clone() }, &[61, 4, 190]);
+            sinks::cuts(&Setup { sink_tokens, ..setup.clone() });
+        }
+        let setup = Setup { sink_tokens: 64, ..setup };
+        sinks::slots(&setup);
+        sinks::blocks_that_held_records(&setup);
+        tiles::many_rows_beside_few(&setup, backend.multiprocessors() as usize / 4);
+    }
+}
+
 /// As many sequences of many rows as it takes for such a device.
 #[test]
 fn many_rows_over_sealed_tiles_have_a_kernel_of_their_own() {

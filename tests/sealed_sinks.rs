@@ -7,7 +7,6 @@ mod random;
 
 use kvcache::attention::Scoring;
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, TierOptions, Work};
-use kvcache::device::Device;
 use kvcache::dtype::KvFormat;
 use kvcache::error::Error;
 use kvcache::ids::{Namespace, SeqId, TokenId};
@@ -18,6 +17,7 @@ const TOKENS: u32 = 32;
 const DIM: usize = 32;
 const KV_HEADS: usize = 2;
 const Q_HEADS: usize = 4;
+const LONG: std::time::Duration = std::time::Duration::from_secs(30);
 
 fn group(format: KvFormat, sink_tokens: u32) -> GroupSpec {
     GroupSpec { sink_tokens, ..GroupSpec::uniform(1, KV_HEADS as u32, DIM as u32, format) }
@@ -213,33 +213,33 @@ fn what_cannot_have_sinks_refuses_them() {
     for (format, sinks) in [(KvFormat::Kt4v4, 31), (KvFormat::Kt4v4, 33), (KvFormat::Bf16, 32)] {
         assert!(matches!(new(format, sinks), Error::InvalidArgument { .. }), "{format:?} {sinks}");
     }
-    let mut cache = cache(KvFormat::Kt4v4, TOKENS, &options());
-    let tiers = TierOptions::host("m", 8);
-    assert!(matches!(cache.attach_tiers(tiers), Err(Error::Unsupported { .. })));
-    let seq = cache.start(&[1], Namespace(0)).unwrap().seq;
-    let exported = cache.export_blocks(seq, "m", None, &mut Vec::new());
-    assert!(matches!(exported, Err(Error::Unsupported { .. })));
-    let imported = cache.import_blocks(&mut [], "m", None, Namespace(0));
-    assert!(matches!(imported, Err(Error::Unsupported { .. })));
-    if cfg!(feature = "emulate") {
-        let spec = CacheSpec::uniform(64, group(KvFormat::Kt4v4, 64));
-        let options = CacheOptions { device: Device::Emu, ..options() };
-        assert!(matches!(KvCache::new(&spec, &options), Err(Error::Unsupported { .. })));
-    }
 }
 
 #[test]
 fn random_operations() {
-    let mut rng = Rng::new(8);
-    let options = CacheOptions { blocks: 24, max_seqs: 5, staging_blocks: 12, ..options() };
+    operate(8, None);
+    // What is evicted comes back, now and then by layers.
+    operate(9, Some(TierOptions::host("m", 200)));
+}
+
+fn operate(seed: u64, tiers: Option<TierOptions>) {
+    let mut rng = Rng::new(seed);
+    let blocks = if tiers.is_some() { 12 } else { 24 };
+    let options = CacheOptions { blocks, max_seqs: 5, staging_blocks: 12, ..options() };
     let mut cache = cache(KvFormat::Kt4v4, 2 * TOKENS, &options);
+    let tiered = tiers.is_some();
+    tiers.into_iter().for_each(|tiers| cache.attach_tiers(tiers).unwrap());
     let mut live: Vec<(SeqId, Vec<TokenId>)> = Vec::new();
     for round in 0..400 {
         match rng.below(10) {
             0 | 1 if live.len() < 5 => {
                 let tokens = prompt(1 + rng.below(120));
                 let space = Namespace(rng.below(4) as u64);
-                let started = cache.start(&tokens, space).unwrap();
+                let started = match tiered && rng.below(2) == 0 {
+                    true => cache.start_onboarding(&tokens, &[], space).unwrap(),
+                    false => cache.start(&tokens, space).unwrap(),
+                };
+                assert!(cache.wait_layer(started.seq, LayerId::uniform(0), LONG).unwrap());
                 live.push((started.seq, tokens[..started.cached_tokens as usize].to_vec()));
             }
             2 if !live.is_empty() && live.len() < 5 => {
@@ -291,6 +291,8 @@ fn random_operations() {
         }
         cache.audit().unwrap();
     }
+    let loaded = cache.tier_reports().first().map_or(0, |report| report.counters.loaded);
+    assert_eq!(loaded > 0, tiered);
 }
 
 #[test]

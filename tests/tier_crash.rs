@@ -22,7 +22,7 @@ use kvcache::layout::{CacheSpec, GroupSpec};
 use kvcache::prefix::Digest;
 use kvcache::tier::buffer::{Buffer, Buffers};
 use kvcache::tier::disk::{DiskOptions, DiskStore, Recovery};
-use kvcache::tier::object::{self, Label, Origin};
+use kvcache::tier::object::{self, Label, Nth, Origin};
 use kvcache::tier::{Configuration, Get, ObjectKey, Outcome, Put, Store};
 
 const DIR: &str = "KVCACHE_CRASH_DIR";
@@ -47,6 +47,7 @@ fn label(config: &Configuration, n: u32) -> Label {
         keys: None,
         tokens,
         origin: Origin::default(),
+        nth: Nth::ONLY,
     }
 }
 

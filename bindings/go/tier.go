@@ -52,7 +52,8 @@ type TierOptions struct {
 	AheadBlocks uint32
 }
 
-// TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else.
+// TierCounts are what a tier counted since it was attached, in blocks where the name says nothing else: a
+// block with raw rows (SinkTokens) counts as the objects that hold them.
 type TierCounts struct {
 	Kind Tier
 	// Down: the store failed, and is being left alone for a while.

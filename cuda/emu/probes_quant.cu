@@ -1,6 +1,7 @@
-// A kernel that shows the dequantisation of quant.cuh: words of codes to pairs of f16. It can run on
-// a GPU too.
+// A kernel that shows the dequantisation of quant.cuh, words of codes to pairs of f16, and the quotients of
+// row_codes.cuh. It can run on a GPU too.
 #include "../quant.cuh"
+#include "../row_codes.cuh"
 #include "probe.hpp"
 
 using namespace kvc;
@@ -22,6 +23,12 @@ KVC_DEVICE void whole(uint32_t (&pairs)[Codes::kPairs], uint32_t zero = 0) {
         const uint32_t up = mul_f16x2(pairs[j], twice(0x7400));
         pairs[j] = sub_f16x2(mul_f16x2(up, twice(0x6400 - Codes::place(j) * 0x400)), zero);
     }
+}
+
+// The quotient of each pair of floats of the input.
+template <typename F> KVC_DEVICE void divide(const kvc_probe_params &p, F quotient) {
+    for (uint32_t i = thread_x(); i < p.n; i += block_threads())
+        p.out[i] = as_bits(quotient(as_float(p.in[2 * i]), as_float(p.in[2 * i + 1])));
 }
 
 KVC_KERNEL(kvc_probe_quant, kvc_probe_params, 32, 1) {
@@ -70,6 +77,8 @@ KVC_KERNEL(kvc_probe_quant, kvc_probe_params, 32, 1) {
             whole<Int8>(out, twice(0x5800));
         });
         break;
+    case 15: divide(p, [](float x, float by) { return Divisor(by).short_quotient(x); }); break;
+    case 16: divide(p, [](float x, float by) { return LongDivisor(by).quotient(x); }); break;
     default:
         show<E4m3Bits>(p, [&](uint32_t i, uint32_t (&out)[2]) { E4m3Bits::rows(in[i], out); });
         break;

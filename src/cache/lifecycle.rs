@@ -107,6 +107,7 @@ impl KvCache {
             let blocks = blocks.map(|(n, &id)| if n < first { BlockId::NONE } else { id });
             table.adopt(&mut self.pools[group], blocks, block_tokens)?;
         }
+        self.adopt_sinks(sequence)?;
         let loaded = match by_layers {
             true => self.begin_load(sequence, &keys, hit),
             false => self.onboard(sequence, &keys, hit),
@@ -121,7 +122,7 @@ impl KvCache {
         reserve(&mut sequence.tokens, cached.len())?;
         sequence.tokens.extend_from_slice(cached);
         sequence.published = hit.at;
-        self.adopt_sinks(sequence)
+        Ok(())
     }
 
     /// Copies the matching tokens of the block at which the prompt diverges; how many. None where

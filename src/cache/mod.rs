@@ -57,7 +57,7 @@ use crate::prefix::{Eviction, Hit, PrefixIndex};
 use media::MediaKeys;
 use outside::Outside;
 use sequence::Sequences;
-use sinks::SinkSlots;
+use sinks::{Held, SinkSlots};
 use store::Store;
 use tiers::Tiers;
 
@@ -239,9 +239,6 @@ impl KvCache {
             layout.pool_bytes(blocks_of(group).into())?;
         }
         let sealed = |layout: &GroupLayout| layout.staging_block_bytes() != 0;
-        if backend.is_some() && layouts.iter().any(|layout| layout.sink_blocks() != 0) {
-            return Err(Error::Unsupported { what: "raw sink tokens on a device" });
-        }
         if options.scrub && layouts.iter().any(sealed) {
             return Err(Error::Unsupported { what: "scrubbing of sealed tiles" });
         }
@@ -423,11 +420,12 @@ impl KvCache {
                 }
             }
         }
-        self.sweep_sinks()?;
         if let Some(tiers) = &mut self.tiers {
-            tiers.evicted(&self.ids, &self.stores, why == Evicted::Capacity);
+            let held = Held { stores: &self.stores, sinks: &self.sinks };
+            tiers.evicted(&self.ids, held, why == Evicted::Capacity);
         }
         self.outside.evicted(&self.ids, why);
-        Ok(())
+        // Their rows were copied, or will be before what writes there next.
+        self.sweep_sinks()
     }
 }

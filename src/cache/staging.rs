@@ -31,7 +31,7 @@ pub(super) struct Rescued {
 
 impl Sequence {
     /// Gives up the slots of a group that `keep` does not want.
-    fn retain_raw(
+    pub(super) fn retain_raw(
         &mut self,
         group: usize,
         pool: &mut BlockPool,
@@ -177,10 +177,8 @@ impl KvCache {
             let slot = pool.allocate()?;
             sequence.raw[group].push(Staged { tile, slot, kept: false });
         }
-        if let Some(tiles) = store.tiles() {
-            for &block in sequence.tables[group].blocks().iter().take(sinks).skip(first) {
-                tiles.unseal(block)?;
-            }
+        for &block in sequence.tables[group].blocks().iter().take(sinks).skip(first) {
+            store.unseal(block)?;
         }
 
         let staging_blocks = pool.blocks();

@@ -1,6 +1,7 @@
 //! Steps: reserve blocks, write keys and values, read attention, commit or cancel.
 
 use super::media::{check_tokens, keyed};
+use super::sinks::{Held, share_sinks};
 use super::step::GroupTables;
 use super::store::Crew;
 use super::{KvCache, LayerId, Step, Work, reserve};
@@ -391,6 +392,9 @@ impl KvCache {
             }
         }
         sequence.published = inserted.at;
+        let held = (&mut self.staging[..], &mut self.sinks[..], &self.stores[..]);
+        share_sinks(held, &sequence.tables, &mut sequence.raw, inserted.at.blocks())?;
+        let held = Held { stores: &self.stores, sinks: &self.sinks };
         let chain = |above, blocks: core::ops::Range<usize>, ids| Chain {
             space: sequence.namespace,
             above,
@@ -403,7 +407,7 @@ impl KvCache {
             let chain = chain(&[], 0..refilled, ids);
             self.outside.stored(&chain, &[], &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, &[], (&self.outside, &self.media), &self.stores);
+                tiers.stored(&chain, &[], (&self.outside, &self.media), held);
             }
         }
         if stored > 0 {
@@ -418,9 +422,9 @@ impl KvCache {
             let chain = chain(before, first..first + stored, ids);
             self.outside.stored(&chain, tokens, &self.media);
             if let Some(tiers) = &mut self.tiers {
-                tiers.stored(&chain, tokens, (&self.outside, &self.media), &self.stores);
+                tiers.stored(&chain, tokens, (&self.outside, &self.media), held);
             }
         }
-        self.share_sinks(seq)
+        Ok(())
     }
 }

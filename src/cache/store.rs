@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use crate::layout::GroupLayout;
 
+const NO_TILES: Error = Error::InvalidState { why: "the format has no sealed tiles" };
+
+const NO_DEVICE: Error = Error::InvalidState { why: "the cache is not on a device" };
+
 #[derive(Debug)]
 pub(super) enum Store {
     Cpu(KvStore),
@@ -79,9 +83,37 @@ impl Store {
     /// Copies the first tokens of a slot of the staging pool to another.
     pub fn copy_raw(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
         match self {
-            Store::Cpu(_) => Err(Error::InvalidState { why: "the format has no sealed tiles" }),
+            Store::Cpu(_) => Err(NO_TILES),
             Store::Tiles(store) => store.copy_raw(src, dst, tokens),
             Store::Device(store) => store.copy_raw(src, dst, tokens),
+        }
+    }
+
+    /// Makes the records of a block, all layers, say that they are not sealed: its rows are read raw.
+    pub fn unseal(&mut self, block: BlockId) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Err(NO_TILES),
+            Store::Tiles(store) => store.unseal(block),
+            // No sealed record has a header of zeros.
+            Store::Device(store) => store.zero(block),
+        }
+    }
+
+    /// Copies bytes of a slot of the staging pool, from `at` on, to host memory; waits for a device.
+    pub fn read_raw(&self, slot: BlockId, at: usize, to: &mut [u8]) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Err(NO_TILES),
+            Store::Tiles(store) => store.read_raw(slot, at, to),
+            Store::Device(store) => store.read_raw(slot, at, to),
+        }
+    }
+
+    /// Copies bytes of host memory to a slot of the staging pool, from `at` on.
+    pub fn write_raw(&mut self, slot: BlockId, at: usize, from: &[u8]) -> Result<()> {
+        match self {
+            Store::Cpu(_) => Err(NO_TILES),
+            Store::Tiles(store) => store.write_raw(slot, at, from),
+            Store::Device(store) => store.write_raw(slot, at, from),
         }
     }
 
@@ -143,10 +175,16 @@ impl Store {
     /// Where consecutive layers of a block lie on a device.
     pub fn span(&self, id: BlockId, first: u32, bytes: usize) -> Result<Span<'_>> {
         match self {
-            Store::Cpu(_) | Store::Tiles(_) => {
-                Err(Error::InvalidState { why: "the cache is not on a device" })
-            }
+            Store::Cpu(_) | Store::Tiles(_) => Err(NO_DEVICE),
             Store::Device(store) => store.layers_span(id, first, bytes),
+        }
+    }
+
+    /// Where bytes of a slot of the staging pool lie on a device, from `at` on.
+    pub fn raw_span(&self, slot: BlockId, at: usize, bytes: usize) -> Result<Span<'_>> {
+        match self {
+            Store::Cpu(_) | Store::Tiles(_) => Err(NO_DEVICE),
+            Store::Device(store) => store.raw_span(slot, at, bytes),
         }
     }
 
@@ -235,9 +273,7 @@ impl Store {
     /// `InvalidState` where blocks are in host memory.
     pub fn device(&mut self) -> Result<&mut DeviceStore> {
         match self {
-            Store::Cpu(_) | Store::Tiles(_) => {
-                Err(Error::InvalidState { why: "the cache is not on a device" })
-            }
+            Store::Cpu(_) | Store::Tiles(_) => Err(NO_DEVICE),
             Store::Device(store) => Ok(store),
         }
     }

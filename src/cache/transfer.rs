@@ -2,9 +2,11 @@
 //!
 //! The other cache may have another block size, or other heads and layers of the model: tokens are
 //! copied row by row where the format stores rows (16 and 32 bits, and the per-token formats).
-//! Sealed tiles go only to a cache of the same blocks and the same part.
+//! Sealed tiles go only to a cache of the same blocks and the same part, and of as many raw sinks, which
+//! go as their raw rows.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 use std::io::{Read, Write};
 
 use super::media::Media;
@@ -12,9 +14,9 @@ use super::sequence::Sequence;
 use super::{KvCache, reserve};
 use crate::dtype::FormatClass;
 use crate::error::{Error, Result};
-use crate::ids::{Namespace, SeqId};
+use crate::ids::{BlockId, Namespace, SeqId};
+use crate::layout::GroupLayout;
 use crate::layout::slice::{GroupSlice, Slice};
-use crate::layout::{CacheSpec, GroupLayout};
 use crate::pool::BlockTable;
 use crate::tier::stream::{
     StreamHead, read_block, read_end, read_head, write_block, write_end, write_head,
@@ -22,8 +24,6 @@ use crate::tier::stream::{
 
 /// Rows of one layer group that a stream and the cache both have, as ranges of bytes a token.
 struct Shared {
-    /// Where the group begins in the stream's block.
-    base: usize,
     /// (offset in the stream's group, offset in the cache's, bytes a token).
     runs: Vec<(usize, usize, usize)>,
     /// All of the block, as it is.
@@ -35,6 +35,7 @@ struct Source<'a> {
     from: &'a mut dyn Read,
     head: StreamHead,
     groups: Vec<Shared>,
+    layouts: Vec<GroupLayout>,
     block: Vec<u8>,
     /// The block that is in `block`.
     at: Option<usize>,
@@ -44,20 +45,36 @@ impl Source<'_> {
     /// Reads on to block `at`.
     fn advance(&mut self, at: usize) -> Result<()> {
         while self.at.is_none_or(|have| have < at) {
+            let next = self.at.map_or(0, |have| have + 1);
+            let bytes: usize = places(&self.layouts, next).map(|place| place.len()).sum();
+            resize(&mut self.block, bytes)?;
             read_block(self.from, &mut self.block)?;
-            self.at = Some(self.at.map_or(0, |have| have + 1));
+            self.at = Some(next);
         }
         Ok(())
     }
 }
 
-fn bytes_of(spec: &CacheSpec) -> Result<Vec<usize>> {
-    spec.layouts()?.iter().map(|layout| Ok(layout.block_bytes() as usize)).collect()
+fn resize(bytes: &mut Vec<u8>, to: usize) -> Result<()> {
+    let more = to.saturating_sub(bytes.len());
+    reserve(bytes, more)?;
+    bytes.resize(to, 0);
+    Ok(())
+}
+
+/// Where each group lies in a block of a sequence, as a stream has it.
+fn places(layouts: &[GroupLayout], block: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+    layouts.iter().scan(0, move |at, layout| {
+        let raw = block < layout.sink_blocks() as usize;
+        let bytes = if raw { layout.staging_block_bytes() } else { layout.block_bytes() };
+        let begin = *at;
+        *at += bytes as usize;
+        Some(begin..*at)
+    })
 }
 
 /// What the two have in common of a group; marks it in `covered`, `[layer][head]` of the cache.
 fn shared(
-    base: usize,
     theirs: (&GroupLayout, &GroupSlice),
     ours: (&GroupLayout, &GroupSlice),
     covered: &mut [bool],
@@ -72,8 +89,11 @@ fn shared(
         if source != part || from.block_tokens() != to.block_tokens() {
             return Err(Error::Unsupported { what: "sealed tiles of another block size or part" });
         }
+        if a.sink_tokens != b.sink_tokens {
+            return Err(Error::Unsupported { what: "sealed tiles with other sink tokens" });
+        }
         covered.fill(true);
-        return Ok(Shared { base, runs: Vec::new(), whole: true });
+        return Ok(Shared { runs: Vec::new(), whole: true });
     }
     let (mine, yours): (Vec<_>, Vec<_>) = (to.runs().collect(), from.runs().collect());
     let parts = mine.len() / (part.layers as usize * part.heads as usize);
@@ -93,7 +113,7 @@ fn shared(
             }
         }
     }
-    Ok(Shared { base, runs, whole: false })
+    Ok(Shared { runs, whole: false })
 }
 
 impl KvCache {
@@ -112,7 +132,6 @@ impl KvCache {
         slice: Option<&Slice>,
         out: &mut dyn Write,
     ) -> Result<usize> {
-        self.check_no_sinks("transfer of a cache with raw sink tokens")?;
         let slices = self.part(slice)?.groups;
         let block_tokens = self.spec.block_tokens as usize;
         let sequence = self.sequences.get_idle(seq)?;
@@ -133,16 +152,20 @@ impl KvCache {
             media: self.media.of_sequence(&sequence.media, blocks * block_tokens),
         };
         write_head(out, &head)?;
-        let bytes = bytes_of(&self.spec)?;
+        let layouts = self.spec.layouts()?;
         let mut buffer = Vec::new();
-        reserve(&mut buffer, bytes.iter().sum())?;
-        buffer.resize(bytes.iter().sum(), 0);
         for block in 0..blocks {
-            let mut at = 0;
-            for (group, store) in self.stores.iter_mut().enumerate() {
-                let id = self.sequences.get(seq)?.tables[group].blocks()[block];
-                store.read_block(id, &mut buffer[at..at + bytes[group]])?;
-                at += bytes[group];
+            let bytes: usize = places(&layouts, block).map(|place| place.len()).sum();
+            resize(&mut buffer, bytes)?;
+            let sequence = self.sequences.get(seq)?;
+            for (group, place) in places(&layouts, block).enumerate() {
+                let (store, to) = (&self.stores[group], &mut buffer[place]);
+                if block < self.sink_tiles(group) {
+                    let slot = sequence.raw_slot(group, block).unwrap_or(BlockId::NONE);
+                    store.read_raw(slot, 0, to)?;
+                } else {
+                    store.read_block(sequence.tables[group].blocks()[block], to)?;
+                }
             }
             write_block(out, &buffer)?;
         }
@@ -157,7 +180,7 @@ impl KvCache {
     /// # Errors
     /// `InvalidArgument` for streams that are damaged, of another model, namespace or format, or do
     /// not cover the cache's part; `TierFailed` where one fails or ends early; `Unsupported` for
-    /// sealed tiles that would have to be cut; `InvalidState` without prefix reuse; `OutOfBlocks`,
+    /// sealed tiles that would have to be cut, or beside other `sink_tokens`; `InvalidState` without prefix reuse; `OutOfBlocks`,
     /// `OutOfSequences`, `OutOfMemory`. Nothing is cached then.
     pub fn import_blocks(
         &mut self,
@@ -166,7 +189,6 @@ impl KvCache {
         slice: Option<&Slice>,
         space: Namespace,
     ) -> Result<usize> {
-        self.check_no_sinks("transfer of a cache with raw sink tokens")?;
         if self.prefix.is_none() {
             return Err(Error::InvalidState { why: "the cache reuses no prefixes" });
         }
@@ -224,9 +246,6 @@ impl KvCache {
             if head.model != model {
                 return Err(Error::invalid("stream", "is of another model"));
             }
-            if head.keys != self.outside.seed(space) {
-                return Err(Error::invalid("stream", "is of another namespace"));
-            }
             if head.slices.len() != slices.len() {
                 return Err(Error::invalid("stream", "has other layer groups"));
             }
@@ -236,16 +255,17 @@ impl KvCache {
                 return Err(Error::invalid("streams", "must be of the same tokens"));
             }
             let theirs = head.spec.layouts()?;
-            let (mut base, mut groups) = (0, Vec::new());
+            let mut groups = Vec::new();
             for (n, layout) in theirs.iter().enumerate() {
                 let ours = (&layouts[n], &slices[n]);
-                groups.push(shared(base, (layout, &head.slices[n]), ours, &mut covered[n])?);
-                base += layout.block_bytes() as usize;
+                groups.push(shared((layout, &head.slices[n]), ours, &mut covered[n])?);
             }
-            let mut block = Vec::new();
-            reserve(&mut block, base)?;
-            block.resize(base, 0);
-            sources.push(Source { from: *from, head, groups, block, at: None });
+            // Formats are part of them: what those differ in has been named.
+            if head.keys != self.outside.seed(space) {
+                return Err(Error::invalid("stream", "is of another namespace"));
+            }
+            let (layouts, block) = (theirs, Vec::new());
+            sources.push(Source { from: *from, head, groups, layouts, block, at: None });
         }
         if covered.iter().flatten().any(|covered| !covered) {
             return Err(Error::invalid("streams", "must have all layers and heads of the cache"));
@@ -257,26 +277,29 @@ impl KvCache {
     fn fill(&mut self, sequence: &mut Sequence, from: &mut [Source], blocks: usize) -> Result<()> {
         let block_tokens = self.spec.block_tokens as usize;
         let needed = u32::try_from(blocks).map_err(|_| Error::Overflow { what: "blocks" })?;
+        self.make_sinks_free(0, blocks)?;
         self.reserve(|_| needed)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.extend(pool, blocks * block_tokens, block_tokens)?;
         }
-        let bytes = bytes_of(&self.spec)?;
+        self.take_sinks(sequence, 0, blocks)?;
+        let layouts = self.spec.layouts()?;
         let mut buffer = Vec::new();
-        reserve(&mut buffer, bytes.iter().sum())?;
-        buffer.resize(bytes.iter().sum(), 0);
         for block in 0..blocks {
+            let bytes: usize = places(&layouts, block).map(|place| place.len()).sum();
+            resize(&mut buffer, bytes)?;
             for source in from.iter_mut() {
                 let theirs = source.head.spec.block_tokens as usize;
                 let (mut token, end) = (block * block_tokens, (block + 1) * block_tokens);
                 while token < end {
                     source.advance(token / theirs)?;
                     let count = (theirs - token % theirs).min(end - token);
-                    let mut base = 0;
-                    for (group, &size) in source.groups.iter().zip(&bytes) {
-                        let (to, from) = (&mut buffer[base..], &source.block[group.base..]);
+                    let there = places(&source.layouts, token / theirs);
+                    let here = places(&layouts, block);
+                    for (group, (here, there)) in source.groups.iter().zip(here.zip(there)) {
+                        let (to, from) = (&mut buffer[here], &source.block[there]);
                         if group.whole {
-                            to[..size].copy_from_slice(&from[..size]);
+                            to.copy_from_slice(from);
                         }
                         for &(theirs_at, ours_at, each) in &group.runs {
                             let at = ours_at + token % block_tokens * each;
@@ -284,16 +307,18 @@ impl KvCache {
                             let run = &from[other..other + count * each];
                             to[at..at + count * each].copy_from_slice(run);
                         }
-                        base += size;
                     }
                     token += count;
                 }
             }
-            let mut at = 0;
-            for (group, store) in self.stores.iter_mut().enumerate() {
-                let id = sequence.tables[group].blocks()[block];
-                store.write_block(id, &buffer[at..at + bytes[group]])?;
-                at += bytes[group];
+            for (group, place) in places(&layouts, block).enumerate() {
+                let (store, from) = (&mut self.stores[group], &buffer[place]);
+                if block < store.layout().sink_blocks() as usize {
+                    let slot = sequence.raw_slot(group, block).unwrap_or(BlockId::NONE);
+                    store.write_raw(slot, 0, from)?;
+                } else {
+                    store.write_block(sequence.tables[group].blocks()[block], from)?;
+                }
             }
         }
         for source in from {

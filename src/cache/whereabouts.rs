@@ -6,7 +6,8 @@
 //! everything after a loss, or when events begin; the publisher asks for it as it gets on. Costs a
 //! copy of each block's tokens, and nothing before events are wanted.
 //!
-//! A block in several tiers of one medium is told once, and is gone with the last of them. One of a
+//! A block in several tiers of one medium is told once, and is gone with the last of them; one that is
+//! spread over several objects is there as long as all of them are, in whichever tiers. One of a
 //! namespace that has not been described yet (the disk has it from an earlier process) waits until
 //! it is. Locks: a store's or a tier's, then this, then the queue's.
 
@@ -20,7 +21,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::events::{Backlog, Locked, Medium, Queue};
 use crate::ids::{Namespace, TokenId};
 use crate::prefix::Digest;
-use crate::tier::object::{Label, Origin};
+use crate::tier::object::{Label, Nth, Origin};
 use crate::tier::{ObjectKey, TierKind, Watcher};
 
 /// Blocks that are remembered of a tier that only says what it is asked for.
@@ -49,16 +50,17 @@ impl Seeds {
     }
 }
 
-/// A block of a medium.
+/// An object of a medium.
 #[derive(Debug)]
 struct Entry {
     block: Digest,
     parent: Option<Digest>,
     tokens: Box<[TokenId]>,
     origin: Origin,
+    nth: Nth,
     /// The tiers that have it, a bit each.
     holders: u64,
-    /// Whether listeners know.
+    /// Whether listeners know: of the block, by the entry of its first object.
     told: bool,
     /// Whether it is among those that wait.
     waits: bool,
@@ -71,6 +73,8 @@ struct State {
     /// The described namespaces by their seeds.
     spaces: BTreeMap<Option<Digest>, Namespace>,
     blocks: HashMap<(Medium, ObjectKey), Entry>,
+    /// Of blocks with several objects, which of those are there, a bit each, and the key of the first.
+    spread: HashMap<(Medium, Digest), (u16, Option<ObjectKey>)>,
     /// To be told, in this order.
     waiting: VecDeque<(Medium, ObjectKey)>,
     /// Of namespaces that nobody has described, by their seeds.
@@ -199,6 +203,7 @@ impl State {
             parent: label.parent,
             tokens: label.tokens.clone(),
             origin: label.origin.clone(),
+            nth: label.nth,
             holders: 0,
             told: false,
             waits: false,
@@ -206,10 +211,46 @@ impl State {
         let before = entry.holders;
         entry.holders |= 1 << (shelf.tier % 64);
         let news = entry.holders != before;
-        if !entry.told && self.queue.is_some() {
+        let first = if entry.nth.of == 1 { Some(label.key) } else { self.note_object(at, label) };
+        if let Some(at) = first.map(|first| (shelf.medium, first))
+            && self.blocks.get(&at).is_some_and(|first| !first.told)
+            && self.queue.is_some()
+        {
             self.wait(alloc::vec![at]);
         }
         news
+    }
+
+    /// One of several objects of a block is there; the first of them where all are.
+    fn note_object(&mut self, at: (Medium, ObjectKey), label: &Label) -> Option<ObjectKey> {
+        let (there, first) = self.spread.entry((at.0, label.block)).or_default();
+        *there |= 1 << label.nth.number;
+        if label.nth.number == 0 {
+            *first = Some(label.key);
+        }
+        first.filter(|_| there.count_ones() == u32::from(label.nth.of))
+    }
+
+    /// One of several objects of a block is there no more; whether listeners are to be told that the block
+    /// is not.
+    fn lose_object(&mut self, medium: Medium, lost: &Entry) -> bool {
+        let Some((there, first)) = self.spread.get_mut(&(medium, lost.block)) else {
+            return lost.told;
+        };
+        *there &= !(1 << lost.nth.number);
+        let key = if lost.nth.number == 0 { first.take() } else { *first };
+        if *there == 0 {
+            self.spread.remove(&(medium, lost.block));
+        }
+        let first = key.and_then(|key| self.blocks.get_mut(&(medium, key)));
+        first.map_or(lost.told, |first| core::mem::take(&mut first.told) || lost.told)
+    }
+
+    /// Whether all objects of a block are there.
+    fn is_whole(&self, medium: Medium, entry: &Entry) -> bool {
+        let objects =
+            || self.spread.get(&(medium, entry.block)).map_or(0, |there| there.0.count_ones());
+        entry.nth.of == 1 || objects() == u32::from(entry.nth.of)
     }
 
     /// A tier has a block no more; its digest where listeners are to be told.
@@ -221,7 +262,8 @@ impl State {
             return None;
         }
         let entry = self.blocks.remove(&at)?;
-        entry.told.then_some(entry.block)
+        let told = if entry.nth.of == 1 { entry.told } else { self.lose_object(at.0, &entry) };
+        told.then_some(entry.block)
     }
 
     /// Notes a block of a tier that is unsure of what it has; one that is to be forgotten for it.
@@ -270,10 +312,11 @@ impl State {
 
     /// Lines all blocks up, each behind those that stand before it.
     fn line_up(&mut self) {
+        let firsts = self.blocks.iter().filter(|(_, entry)| entry.nth.number == 0);
         let by_digest: HashMap<(Medium, Digest), ObjectKey> =
-            self.blocks.iter().map(|(&(medium, key), e)| ((medium, e.block), key)).collect();
+            firsts.map(|(&(medium, key), e)| ((medium, e.block), key)).collect();
         let mut chain = Vec::new();
-        for &(medium, key) in self.blocks.keys().copied().collect::<Vec<_>>().iter() {
+        for (&(medium, _), &key) in &by_digest {
             let mut next = Some(key);
             while let Some(key) = next
                 && let Some(entry) = self.blocks.get_mut(&(medium, key))
@@ -306,6 +349,13 @@ impl State {
         {
             // One that went meanwhile, and maybe came again, is told once.
             let Some(entry) = self.blocks.get(&at).filter(|entry| !entry.told) else { continue };
+            if !self.is_whole(at.0, entry) {
+                if let Some(entry) = self.blocks.get_mut(&at) {
+                    // Lined up again when the last of its objects comes.
+                    entry.waits = false;
+                }
+                continue;
+            }
             let space = self.space(&entry.origin);
             if let (None, seed) = (space, entry.origin.seed) {
                 self.nameless.entry(seed).or_default().push(at);

@@ -30,7 +30,7 @@ pub struct kvc_group_spec {
     /// Sliding window in tokens, the query's own included; 0 for full attention.
     pub window: u32,
     /// Of sealed tiles, the first tokens of every sequence that stay raw in bf16: a multiple of the
-    /// tokens of a block, 0 (none) by default. On the CPU; such a cache has no tiers and no transfer.
+    /// tokens of a block, 0 (none) by default.
     pub sink_tokens: u32,
 }
 

@@ -49,7 +49,8 @@ pub struct kvc_tier_options {
     pub least_priority: u32,
     /// What the model is called, at most 1024 bytes; changes whenever its weights do. Not NULL.
     pub model: *const c_char,
-    /// Blocks of host memory that stay there after they were evicted from the device. 0 by default.
+    /// Blocks of host memory that stay there after they were evicted from the device. 0 by default. A block
+    /// with raw rows (sink_tokens) takes several: as many as hold those, 8 at most. So do counts of blocks.
     pub host_blocks: u64,
     /// Blocks of host memory for what is on its way, and is not kept. 64 by default.
     pub transit_blocks: u64,

@@ -143,7 +143,7 @@ pub unsafe extern "C" fn kvc_transfer_export(
 ///
 /// KVC_ERR_INVALID_ARGUMENT for streams that are damaged, of another model, namespace or format, or do
 /// not cover the cache's part; KVC_ERR_TIER_FAILED where one fails or ends early; KVC_ERR_UNSUPPORTED
-/// for sealed tiles that would have to be cut. Nothing is cached then.
+/// for sealed tiles that would have to be cut, or beside other sink_tokens. Nothing is cached then.
 ///
 /// Threads: thread-safe.
 ///

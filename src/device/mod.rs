@@ -25,6 +25,7 @@ mod memory;
 mod rotation;
 mod rows;
 mod side;
+mod slots;
 mod store;
 #[cfg(all(test, feature = "emulate"))]
 mod tests;

@@ -5,7 +5,8 @@
 //! Append writes raw rows and seals what is full, in the order of the stream: nothing is waited for. A
 //! tile that cannot be sealed says so in its record, which attention reads, and in a word of the batch,
 //! which the host reads before it commits the step; its rows in scratch go to a spare slot, also on the
-//! device. It knows slots and block ids, not who holds them.
+//! device. Sinks have records that were never sealed, so that their slots are read like those. It knows
+//! slots and block ids, not who holds them.
 
 use alloc::sync::Arc;
 use core::mem::size_of_val;
@@ -21,7 +22,6 @@ use super::{Backend, DeviceBatch};
 use crate::attention::HeadShape;
 use crate::dtype::{FormatClass, KvFormat};
 use crate::error::{Error, Result};
-use crate::ids::BlockId;
 use crate::kernels::params::{AppendParams, DecodeTileParams, In, Out, SealParams};
 use crate::kernels::{
     AttendArgs, AttendPlan, DecodeBounds, DecodePlan, FIRST_SPARE, Pieces, PrefillBounds,
@@ -36,16 +36,18 @@ use crate::quant::Tile;
 /// partial results of all pieces wait there, so a long prompt is attended in several calls.
 const WORKSPACE_BYTES: u64 = 128 << 20;
 
+pub(super) const NO_TILES: Error = Error::InvalidState { why: "the format has no sealed tiles" };
+
 /// What a store has for tiles.
 #[derive(Debug)]
 pub(super) struct Tiles {
     layout: TileLayout,
     /// Raw blocks of all layers, and of one.
-    raw: GroupLayout,
+    pub(super) raw: GroupLayout,
     raw_layer: GroupLayout,
-    staging_blocks: u32,
+    pub(super) staging_blocks: u32,
     scratch_blocks: u32,
-    staging: DeviceMemory,
+    pub(super) staging: DeviceMemory,
     scratch: DeviceMemory,
     /// The batch and the layer whose rows are in scratch.
     scratch_of: Option<(u64, u32)>,
@@ -88,7 +90,7 @@ impl Tiles {
         if staging_blocks > i32::MAX as u32 {
             return Err(Error::invalid("staging_blocks", "must fit in 31 bits"));
         }
-        let spec = GroupSpec { format: KvFormat::Bf16, ..layout.spec().clone() };
+        let spec = GroupSpec { format: KvFormat::Bf16, sink_tokens: 0, ..layout.spec().clone() };
         let one = GroupSpec { layers: 1, ..spec.clone() };
         let raw = GroupLayout::new(spec, layout.block_tokens())?;
         let staging = raw.pool_bytes(u64::from(staging_blocks))?;
@@ -152,8 +154,8 @@ impl DeviceStore {
         self.tiles.as_ref().map_or(0, |tiles| tiles.staging.bytes() + tiles.scratch.bytes())
     }
 
-    fn tiles(&mut self) -> Result<&mut Tiles> {
-        self.tiles.as_mut().ok_or(Error::InvalidState { why: "the format has no sealed tiles" })
+    pub(super) fn tiles(&mut self) -> Result<&mut Tiles> {
+        self.tiles.as_mut().ok_or(NO_TILES)
     }
 
     /// Makes room for a step that fills so many tiles from end to end.
@@ -176,28 +178,6 @@ impl DeviceStore {
     /// Whether a slot of a step's second table lies in scratch, and which block of it is meant.
     pub fn in_scratch(&self, slot: i32) -> Option<u32> {
         (slot as u32).checked_sub(self.tiles.as_ref()?.staging_blocks)
-    }
-
-    /// Enqueues a copy of a raw slot, all layers, to another. At least the first `tokens` rows are
-    /// copied; a slot is one contiguous object, and so all of it is.
-    ///
-    /// # Errors
-    /// `BadBlock`; `InvalidArgument` for more tokens than a tile has; `DeviceFailed`.
-    pub fn copy_raw(&mut self, src: BlockId, dst: BlockId, tokens: u32) -> Result<()> {
-        let stream = self.options.stream;
-        let tiles = self.tiles()?;
-        if let Some(bad) = [src, dst].into_iter().find(|id| id.0 >= tiles.staging_blocks) {
-            return Err(Error::BadBlock { block: bad.0 });
-        }
-        if tokens > tiles.raw.block_tokens() {
-            return Err(Error::invalid("tokens", "must be at most block_tokens"));
-        }
-        let bytes = tiles.raw.block_bytes();
-        // Below the pool's bytes, which were checked.
-        let at = |id: BlockId| tiles.staging.address() + u64::from(id.0) * bytes;
-        let (from, to) = (at(src), at(dst));
-        // SAFETY: both slots are in the memory; they are apart or the same.
-        unsafe { self.backend.copy(from, to, bytes, stream) }
     }
 
     /// The words for the tiles of a batch that were to be sealed, in their order, for

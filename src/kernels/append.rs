@@ -2,10 +2,12 @@
 
 use super::Launch;
 use super::params::AppendParams;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 kernels! {
     APPEND = "kvc_append", "kvc_append_params", THREADS;
+    PLAIN = "kvc_append_plain", "kvc_append_params", THREADS;
 }
 
 /// Threads of a block.
@@ -30,7 +32,15 @@ pub fn append_launch(params: &mut AppendParams) -> Result<Option<Launch>> {
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });
     }
-    Ok(Some(Launch { kernel: &APPEND, grid: [blocks, 1, 1], shared_bytes: 0 }))
+    let kernel = if is_copy(p) { &PLAIN } else { &APPEND };
+    Ok(Some(Launch { kernel, grid: [blocks, 1, 1], shared_bytes: 0 }))
+}
+
+/// Whether 16-bit keys and values, and nothing else, go where they are stored as they are.
+fn is_copy(p: &AppendParams) -> bool {
+    let halves = [DType::F16.id(), DType::Bf16.id()];
+    let same = p.row_dtype == p.cache_dtype && halves.contains(&p.row_dtype);
+    same && p.cosines.0 == 0 && p.q_heads == 0
 }
 
 /// The threads of a token: a power of two, of which every column of its rows has one.
@@ -123,6 +133,33 @@ mod tests {
             assert!((launch.grid[0] - 1) * p.tokens_per_block < tokens);
         }
         assert_eq!(append_launch(&mut AppendParams { tokens: 0, ..sound() }), Ok(None));
+    }
+
+    #[test]
+    fn what_is_copied_has_a_kernel_of_its_own() {
+        let of = |row: DType, cache: DType, q_heads, cosines| {
+            let mut p = AppendParams {
+                row_dtype: row.id(),
+                cache_dtype: cache.id(),
+                q: In::at(u64::from(q_heads) * 16),
+                q_heads,
+                cosines: In::at(cosines),
+                sines: In::at(cosines),
+                positions: In::at(cosines),
+                ..sound()
+            };
+            append_launch(&mut p).unwrap().unwrap().kernel.name
+        };
+        assert_eq!(of(DType::Bf16, DType::Bf16, 0, 0), "kvc_append_plain");
+        assert_eq!(of(DType::F16, DType::F16, 0, 0), "kvc_append_plain");
+        for (row, cache, q_heads, cosines) in [
+            (DType::F32, DType::F32, 0, 0),
+            (DType::Bf16, DType::F16, 0, 0),
+            (DType::Bf16, DType::Bf16, 4, 0),
+            (DType::Bf16, DType::Bf16, 0, 16),
+        ] {
+            assert_eq!(of(row, cache, q_heads, cosines), "kvc_append");
+        }
     }
 
     #[test]

@@ -81,13 +81,13 @@ pub fn seal_launch(
     p.k_mids_at = layout.k_mids.start as u32;
     p.v_scales_at = layout.v_scales.start as u32;
     p.header_at = layout.header.start as u32;
-    // The record, codes of values, the table of the checksum, three floats for each key channel, two
-    // for each warp, a word for each thread.
+    // The record, codes of values, of each key channel two bf16 a warp and three floats, of each warp
+    // three words, a word for each thread.
+    let warps = THREADS / 32;
     let shared_bytes = layout.bytes() as u32
         + shape.tokens * (shape.v_dim + 4)
-        + 4096
-        + 12 * shape.k_dim
-        + 8 * (THREADS / 32)
+        + (4 * warps + 12) * shape.k_dim
+        + 12 * warps
         + 4 * THREADS;
     Ok(Some(Launch { kernel, grid: [blocks.unsigned_abs(), 1, 1], shared_bytes }))
 }

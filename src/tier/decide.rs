@@ -107,25 +107,37 @@ pub fn decide(
     block_bytes: u64,
     cost: &PrefillCost,
 ) -> Decision {
+    decide_by(found, |blocks| blocks as u64 * block_tokens, first_token, block_bytes, cost)
+}
+
+/// The same where what is found are objects, of `object_bytes` bytes each, and some of them are parts of a
+/// block: `tokens` says how many tokens the first so many objects are all of. So far as it counts blocks, the
+/// answer counts objects.
+pub(crate) fn decide_by(
+    found: &[Found],
+    tokens: impl Fn(usize) -> u64,
+    first_token: u64,
+    object_bytes: u64,
+    cost: &PrefillCost,
+) -> Decision {
     let all: usize = found.iter().map(|part| part.blocks).sum();
     let everything =
         |why| Decision { blocks: all, found: all, load_seconds: 0.0, compute_seconds: 0.0, why };
     if all == 0 {
         return everything(Why::NothingFound);
     }
-    if cost.seconds(first_token, first_token + block_tokens).is_none() {
+    if cost.seconds(first_token, first_token + tokens(all)).is_none() {
         return everything(Why::CostUnknown);
     }
-    if found.iter().any(|part| part.blocks > 0 && part.rate.seconds(block_bytes).is_none()) {
+    if found.iter().any(|part| part.blocks > 0 && part.rate.seconds(object_bytes).is_none()) {
         return everything(Why::RateUnknown);
     }
-    let compute = |blocks: usize| {
-        cost.seconds(first_token, first_token + blocks as u64 * block_tokens).unwrap_or(0.0)
-    };
+    let compute =
+        |blocks: usize| cost.seconds(first_token, first_token + tokens(blocks)).unwrap_or(0.0);
     let (mut best, mut best_load, mut best_saved) = (0, 0.0, 0.0);
     let (mut before, mut before_seconds) = (0, 0.0);
     for part in found {
-        let load = |blocks: u64| part.rate.seconds(blocks.saturating_mul(block_bytes));
+        let load = |blocks: u64| part.rate.seconds(blocks.saturating_mul(object_bytes));
         for blocks in 1..=part.blocks {
             let seconds = before_seconds + load(blocks as u64).unwrap_or(f64::INFINITY);
             let saved = compute(before + blocks) - seconds;

@@ -127,14 +127,14 @@ impl HostTier {
 #[cfg(test)]
 mod tests {
     use super::super::buffer::Buffers;
-    use super::super::object::Origin;
+    use super::super::object::{Nth, Origin};
     use super::*;
     use crate::prefix::Digest;
 
     fn label(n: u8) -> Label {
         let tokens = alloc::vec![u32::from(n)].into_boxed_slice();
         let (key, block, origin) = (ObjectKey([n; 32]), Digest([n; 32]), Origin::default());
-        Label { key, block, parent: None, keys: None, tokens, origin }
+        Label { key, block, parent: None, keys: None, tokens, origin, nth: Nth::ONLY }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use core::fmt::Write as _;
 use sha2::{Digest as _, Sha256};
 
 use super::parts::Parts;
+use super::spread::Spread;
 use crate::error::{Error, Result};
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupLayout};
@@ -44,6 +45,7 @@ pub struct Configuration {
     block_tokens: u32,
     payload_bytes: u64,
     parts: Parts,
+    spread: Spread,
 }
 
 impl Configuration {
@@ -80,7 +82,8 @@ impl Configuration {
         }
         let digest = Sha256::digest(text.as_bytes()).into();
         let parts = Parts::new(&layouts, payload_bytes)?;
-        Ok(Self { text, digest, block_tokens: spec.block_tokens, payload_bytes, parts })
+        let spread = Spread::new(&layouts)?;
+        Ok(Self { text, digest, block_tokens: spec.block_tokens, payload_bytes, parts, spread })
     }
 
     /// The text, a line for the model and each layer group.
@@ -103,7 +106,7 @@ impl Configuration {
         self.block_tokens
     }
 
-    /// Bytes of a block in all layer groups: the payload of an object.
+    /// Bytes of a block in all layer groups, sealed where its format seals: the payload of an object.
     pub fn payload_bytes(&self) -> u64 {
         self.payload_bytes
     }
@@ -113,16 +116,29 @@ impl Configuration {
         &self.parts
     }
 
-    /// The key of a block.
+    /// Over how many objects blocks are spread.
+    pub fn spread(&self) -> &Spread {
+        &self.spread
+    }
+
+    /// The key of a block: that of its object, or of the first of them.
     pub fn key(&self, block: &Digest) -> ObjectKey {
+        self.key_of(block, 0)
+    }
+
+    /// The key of the object of this number of a block.
+    pub fn key_of(&self, block: &Digest, number: u8) -> ObjectKey {
         let mut hash = Sha256::new();
         hash.update(self.digest);
         hash.update(block.0);
+        if number != 0 {
+            hash.update([number]);
+        }
         ObjectKey(hash.finalize().into())
     }
 }
 
-/// One layer group. The number of bytes is there so that a format whose record changed is another.
+/// One layer group, with what of its blocks is raw. The number of bytes is there so that a format whose record changed is another.
 fn describe(layout: &GroupLayout, part: &crate::layout::slice::GroupSlice) -> String {
     let spec = layout.spec();
     let sinks = match spec.sink_tokens {
@@ -202,6 +218,8 @@ mod tests {
         assert_ne!(variants[0].key(&block), variants[0].key(&Digest([8; 32])));
         assert_eq!(variants[0].key(&block), of("a", &spec()).key(&block));
         assert_eq!(variants[0].key(&block).hex().len(), 64);
+        let numbered: BTreeSet<_> = (0..8).map(|n| variants[0].key_of(&block, n)).collect();
+        assert!(numbered.len() == 8 && numbered.contains(&variants[0].key(&block)));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! absent, being written, clean, or clean and being read; a reader never sees one that is being
 //! written. A block outside the device is an *object*: its bytes with its tokens, its namespace's
 //! keys, its configuration and a checksum ([`object`]), found by a key that all of these but the
-//! bytes go into ([`Configuration`]).
+//! bytes go into ([`Configuration`]). A block with raw rows is several objects ([`spread`]).
 //!
 //! | tier | what it is |
 //! |---|---|
@@ -32,12 +32,14 @@ mod recent;
 pub mod remote;
 mod report;
 mod slabs;
+pub mod spread;
 mod store;
 pub mod stream;
 mod ticket;
 mod worker;
 
 pub use arrivals::{Arrivals, Piece};
+pub(crate) use decide::decide_by;
 pub use decide::{Decision, Found, PrefillCost, Why, decide};
 pub use host::{HostBlock, HostTier};
 pub use key::{Configuration, MOST_MODEL_BYTES, ObjectKey};
@@ -69,7 +71,8 @@ impl TierKind {
     }
 }
 
-/// What a tier counted since it was made, in blocks where it says nothing else.
+/// What a tier counted since it was made, in blocks where it says nothing else. A block that is spread over
+/// several objects counts as that many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TierCounters {
     /// Blocks demoted to it.

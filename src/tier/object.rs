@@ -17,6 +17,9 @@
 //! 4096 payload: the block of each layer group, one after the other; zeros up to a multiple of 4,096
 //! ```
 //!
+//! A block with raw rows has several objects, each with a key of its own, and in their payloads the rows
+//! instead of records ([`spread`](super::spread)): which blocks those are follows from the configuration.
+//!
 //! Little-endian. An object is used only where all of it is as expected ([`verify`]): a hash or an
 //! index that leads to the wrong object is a miss, never a wrong answer.
 //!
@@ -76,6 +79,30 @@ pub struct Label {
     pub tokens: Box<[TokenId]>,
     /// Where it comes from.
     pub origin: Origin,
+    /// Which of the block's objects is meant: the key says so, too.
+    pub nth: Nth,
+}
+
+/// An object among those that a block is spread over ([`spread`](super::spread)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nth {
+    /// Its number.
+    pub number: u8,
+    /// How many there are.
+    pub of: u8,
+}
+
+impl Nth {
+    /// The object of a block that has one.
+    pub const ONLY: Nth = Nth { number: 0, of: 1 };
+}
+
+impl Label {
+    /// The label of another object of the same block.
+    pub fn nth(&self, config: &Configuration, number: u8) -> Self {
+        let nth = Nth { number, ..self.nth };
+        Self { key: config.key_of(&self.block, number), nth, ..self.clone() }
+    }
 }
 
 impl PartialEq for Label {
@@ -213,7 +240,7 @@ mod tests {
         let parent = Some(Digest([3; 32]));
         let block = Digest::of_block(parent.as_ref(), &tokens);
         let origin = Origin::default();
-        Label { key: config.key(&block), block, parent, keys: None, tokens, origin }
+        Label { key: config.key(&block), block, parent, keys: None, tokens, origin, nth: Nth::ONLY }
     }
 
     fn sealed(config: &Configuration, label: &Label) -> Vec<u8> {

@@ -1,14 +1,14 @@
 //! Blocks of a sequence as a stream of bytes, from one cache to another.
 //!
 //! ```text
-//! "KVCSTRM2"  u32 bytes of the head  head  u32 CRC-32C of the head
-//! for each block: the block of each layer group  u32 CRC-32C of those
+//! "KVCSTRM3"  u32 bytes of the head  head  u32 CRC-32C of the head
+//! for each block: the block of each layer group, of sinks the raw rows  u32 CRC-32C of those
 //! "KVCSTEND"
 //!
 //! head: u32 block_tokens  u32 groups  u32 bytes of the model's name  u32 tokens  32 B digest of the
 //!       namespace's keys  name
 //!       for each group: u32 format  k_dim  v_dim  v_in_k  window  first_layer  layers
-//!                       first_head  heads
+//!                       first_head  heads  sink_tokens
 //!       u32 for each token
 //!       for each medium: u32 position  32 B digest of its content
 //! ```
@@ -27,11 +27,11 @@ use crate::layout::slice::GroupSlice;
 use crate::layout::{CacheSpec, GroupSpec, MAX_GROUPS};
 use crate::prefix::Digest;
 
-const MAGIC: &[u8; 8] = b"KVCSTRM2";
+const MAGIC: &[u8; 8] = b"KVCSTRM3";
 const END: &[u8; 8] = b"KVCSTEND";
 /// A head of more bytes is no head: 64 Mi tokens.
 const MOST_HEAD_BYTES: u32 = 1 << 28;
-const GROUP_WORDS: usize = 9;
+const GROUP_WORDS: usize = 10;
 const MEDIUM_WORDS: usize = 9;
 
 /// What a stream holds.
@@ -87,6 +87,7 @@ pub fn write_head(out: &mut dyn Write, head: &StreamHead) -> Result<()> {
             slice.layers,
             slice.first_head,
             slice.heads,
+            group.sink_tokens,
         ]);
     }
     words.extend(&head.tokens);
@@ -191,8 +192,7 @@ fn parse(bytes: &[u8]) -> Option<StreamHead> {
             v_in_k: shape[3] != 0,
             format: KvFormat::from_id(shape[0]).ok()?,
             window: (shape[4] != 0).then_some(shape[4]),
-            // Caches with sinks write no streams.
-            sink_tokens: 0,
+            sink_tokens: shape[9],
         });
         slices.push(GroupSlice {
             first_layer: shape[5],

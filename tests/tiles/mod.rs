@@ -5,6 +5,7 @@
 
 #[path = "../random/mod.rs"]
 mod random;
+pub mod sinks;
 
 use std::sync::Arc;
 
@@ -40,6 +41,8 @@ pub struct Setup {
     pub staging_blocks: u32,
     pub max_seqs: u32,
     pub blocks: u32,
+    /// Tokens of each sequence that stay raw.
+    pub sink_tokens: u32,
     /// Scores with a soft-cap, sinks and ALiBi.
     pub rules: bool,
 }
@@ -48,7 +51,7 @@ impl Setup {
     pub fn new(backend: &Arc<dyn Backend>, format: KvFormat, dim: usize, tokens: usize) -> Self {
         let backend = backend.clone();
         let (window, deterministic, staging_blocks, rules) = (None, true, 0, false);
-        let (max_seqs, blocks) = (4, 24);
+        let (max_seqs, blocks, sink_tokens) = (4, 24, 0);
         Setup {
             backend,
             format,
@@ -59,6 +62,7 @@ impl Setup {
             staging_blocks,
             max_seqs,
             blocks,
+            sink_tokens,
             rules,
         }
     }
@@ -75,7 +79,7 @@ impl Setup {
 
     fn spec(&self) -> CacheSpec {
         let group = GroupSpec::uniform(LAYERS, KV_HEADS as u32, self.dim as u32, self.format);
-        let group = GroupSpec { window: self.window, ..group };
+        let group = GroupSpec { window: self.window, sink_tokens: self.sink_tokens, ..group };
         CacheSpec::uniform(self.tokens as u32, group)
     }
 
@@ -217,7 +221,7 @@ impl Setup {
                 head[side] =
                     rows.chunks_exact(d).skip(h).step_by(KV_HEADS).flatten().copied().collect();
             }
-            for tile in 0..own {
+            for tile in self.sink_tokens as usize / t..own {
                 let part = tile * t * d..(tile + 1) * t * d;
                 let [k, v] = &mut *head;
                 let (k, v) = (&mut k[part.clone()], &mut v[part]);
@@ -354,7 +358,7 @@ pub fn chunks_and_hits(setup: &Setup, cut: &[usize]) {
     cache.release(seq).unwrap();
     cache.release(other.seq).unwrap();
     cache.audit().unwrap();
-    assert_eq!(cache.stats().staged_blocks, 0);
+    assert_eq!(cache.stats().staged_blocks as usize, setup.sink_tokens as usize / setup.tokens);
 }
 
 /// The same where a context becomes one of two pieces, at whose end one chunk has rows of both.

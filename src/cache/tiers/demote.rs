@@ -1,6 +1,7 @@
 //! What goes down: the blocks that the device evicts or commits, as far as the options admit them.
 //! Inside a step; nothing here fails or waits. From a device they are copied together, when all of them
-//! are known (`lift.rs`).
+//! are known (`lift.rs`). A block with raw rows goes down as the objects that it is spread over
+//! (`tier/spread.rs`), each for itself.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -12,14 +13,14 @@ use super::{Demotion, LowerTier, TierOptions};
 use crate::cache::media::MediaKeys;
 use crate::cache::outside::Outside;
 use crate::cache::reserve;
-use crate::cache::store::Store;
+use crate::cache::sinks::Held;
 use crate::cache::whereabouts::{Shelf, Whereabouts};
 use crate::device::Backend;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, TokenId};
 use crate::prefix::{Chain, DEFAULT_PRIORITY, Digest};
 use crate::tier::buffer::{Buffer, Buffers};
-use crate::tier::object::{HEAD_BYTES, Label, Origin, object_bytes};
+use crate::tier::object::{HEAD_BYTES, Label, Nth, Origin, object_bytes};
 use crate::tier::{
     Configuration, CopyState, Decision, HostBlock, HostTier, ObjectKey, PrefillCost, Rate, Ticket,
     Tier, TierCounters, TierKind, Watcher,
@@ -28,6 +29,7 @@ use crate::tier::{
 /// What is remembered of each cached block, by the id of its first group.
 #[derive(Debug, Clone, Default)]
 struct Note {
+    /// Of the first of its objects.
     label: Option<Box<Label>>,
     priority: u8,
     uses: u32,
@@ -58,8 +60,8 @@ pub(in crate::cache) struct Tiers {
     pub last: Option<Decision>,
 }
 
-/// The labels of the blocks of a prompt from some block on, computed as they are asked for. Tokens
-/// are as the index has them.
+/// The labels of the blocks of a prompt from some block on, those of their first objects, computed as
+/// they are asked for. Tokens are as the index has them.
 pub(super) struct Labels<'a> {
     config: &'a Configuration,
     media: &'a MediaKeys,
@@ -67,6 +69,8 @@ pub(super) struct Labels<'a> {
     keys: Option<Digest>,
     parent: Option<Digest>,
     tokens: core::slice::ChunksExact<'a, TokenId>,
+    /// The number of the next block in its sequence.
+    index: usize,
 }
 
 impl Iterator for Labels<'_> {
@@ -75,13 +79,15 @@ impl Iterator for Labels<'_> {
     fn next(&mut self) -> Option<Label> {
         let tokens = self.tokens.next()?;
         let parent = self.parent;
+        let nth = Nth { of: self.config.spread().objects(self.index) as u8, ..Nth::ONLY };
+        self.index += 1;
         Some(self.media.tell(tokens, |tokens, media| {
             let block = Digest::of_block_with_media(parent.as_ref(), tokens, media);
             self.parent = Some(block);
             let key = self.config.key(&block);
             let keys = Digest::of_media(self.keys.as_ref(), media);
             let origin = Origin { space: self.space, seed: self.keys, media: media.into() };
-            Label { key, block, parent, keys, tokens: tokens.into(), origin }
+            Label { key, block, parent, keys, tokens: tokens.into(), origin, nth }
         }))
     }
 }
@@ -160,13 +166,14 @@ impl Tiers {
         chain: &Chain,
         before: &[TokenId],
         (outside, media): (&Outside, &MediaKeys),
-        stores: &[Store],
+        held: Held,
     ) {
         let keys = outside.seed(chain.space);
         let parent = outside.digest_before(chain, before, media);
-        let tokens = chain.tokens.chunks_exact(self.config.block_tokens() as usize);
-        let space = chain.space;
-        let labels = Labels { config: &self.config, media, space, keys, parent, tokens };
+        let block_tokens = self.config.block_tokens() as usize;
+        let tokens = chain.tokens.chunks_exact(block_tokens);
+        let (space, index) = (chain.space, before.len() / block_tokens);
+        let labels = Labels { config: &self.config, media, space, keys, parent, tokens, index };
         for (ids, label) in chain.blocks.chunks_exact(self.groups).zip(labels) {
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 let label = Some(Box::new(label));
@@ -175,12 +182,21 @@ impl Tiers {
             }
         }
         if self.lower.iter().any(|(_, demotion)| demotion.on_commit) {
-            let mut departure = self.board(stores);
+            let mut departure = self.board(held);
             for ids in chain.blocks.chunks_exact(self.groups) {
-                self.write_through(ids, stores, &mut departure, |demotion| demotion.on_commit);
+                for number in 0..self.objects(ids) {
+                    let block = (ids, number);
+                    self.write_through(block, held, &mut departure, |demotion| demotion.on_commit);
+                }
             }
             self.depart(departure);
         }
+    }
+
+    /// Objects that the block of an entry is spread over.
+    pub(super) fn objects(&self, ids: &[BlockId]) -> u8 {
+        let note = self.notes.get(ids[0].index());
+        note.and_then(|note| note.label.as_ref()).map_or(1, |label| label.nth.of)
     }
 
     /// Cached entries were found by a lookup.
@@ -200,16 +216,13 @@ impl Tiers {
     }
 
     /// Entries are about to leave the device; their blocks are as they were.
-    pub(in crate::cache) fn evicted(
-        &mut self,
-        entries: &[BlockId],
-        stores: &[Store],
-        demote: bool,
-    ) {
-        let mut departure = self.board(stores);
+    pub(in crate::cache) fn evicted(&mut self, entries: &[BlockId], held: Held, demote: bool) {
+        let mut departure = self.board(held);
         for ids in entries.chunks_exact(self.groups) {
             if demote {
-                self.demote(ids, stores, &mut departure);
+                for number in 0..self.objects(ids) {
+                    self.demote((ids, number), held, &mut departure);
+                }
             }
             if let Some(note) = self.notes.get_mut(ids[0].index()) {
                 *note = Note::default();
@@ -218,22 +231,23 @@ impl Tiers {
         self.depart(departure);
     }
 
+    /// Of a block, the object of a number.
     fn demote<'a>(
         &mut self,
-        ids: &[BlockId],
-        stores: &'a [Store],
+        (ids, number): (&[BlockId], u8),
+        held: Held<'a>,
         departure: &mut Option<Departure<'a>>,
     ) {
         let Some(note) = self.notes.get(ids[0].index()) else { return };
         let Some(label) = &note.label else { return };
         if !(self.keeps && self.host_demotion.admits(note)) {
-            return self.write_through(ids, stores, departure, |_| true);
+            return self.write_through((ids, number), held, departure, |_| true);
         }
-        if self.host.touch(&label.key) {
+        if self.host.touch(&self.key_of(label, number)) {
             self.host_counters.present += 1;
             return;
         }
-        match self.capture(ids, stores, departure) {
+        match self.capture((ids, number), held, departure) {
             Some(block) => {
                 match departure {
                     // Counted when it has come.
@@ -247,6 +261,10 @@ impl Tiers {
             }
             None => self.host_counters.dropped += 1,
         }
+    }
+
+    fn key_of(&self, first: &Label, number: u8) -> ObjectKey {
+        if number == 0 { first.key } else { self.config.key_of(&first.block, number) }
     }
 
     /// Puts a block into the host tier; what goes for it goes further down.
@@ -291,11 +309,12 @@ impl Tiers {
         }
     }
 
-    /// Copies a block of the device to the lower tiers that `wants` it, admit it and lack it.
+    /// Copies an object of a block of the device, by its number, to the lower tiers that `wants` it, admit
+    /// it and lack it.
     pub(super) fn write_through<'a>(
         &mut self,
-        ids: &[BlockId],
-        stores: &'a [Store],
+        (ids, number): (&[BlockId], u8),
+        held: Held<'a>,
         departure: &mut Option<Departure<'a>>,
         wants: impl Fn(&Demotion) -> bool,
     ) {
@@ -304,16 +323,15 @@ impl Tiers {
             let Some(note) = self.notes.get(ids[0].index()) else { return };
             let Some(label) = &note.label else { return };
             let (tier, demotion) = &self.lower[n];
-            let key = label.key;
             if !wants(demotion)
                 || !demotion.admits(note)
-                || tier.state(&key) != CopyState::Absent
+                || tier.state(&self.key_of(label, number)) != CopyState::Absent
                 || !tier.has_room()
             {
                 continue;
             }
             if captured.is_none() {
-                captured = self.capture(ids, stores, departure);
+                captured = self.capture((ids, number), held, departure);
             }
             if let Some(block) = &captured {
                 self.lower[n].0.put(block.clone());
@@ -321,35 +339,56 @@ impl Tiers {
         }
     }
 
-    /// A copy of a block of the device in host memory, where there is a departure: from when that is
-    /// enqueued. `None` where there is no room for one, or not every group has the block.
+    /// A copy of an object of a block of the device in host memory, where there is a departure: from when
+    /// that is enqueued. `None` where there is no room for one, or not every group has the block.
     fn capture<'a>(
         &mut self,
-        ids: &[BlockId],
-        stores: &'a [Store],
+        (ids, number): (&[BlockId], u8),
+        held: Held<'a>,
         departure: &mut Option<Departure<'a>>,
     ) -> Option<Arc<HostBlock>> {
         let note = self.notes.get(ids[0].index())?;
-        let (label, steps) = ((**note.label.as_ref()?).clone(), note.steps);
+        let (first, steps) = (note.label.as_ref()?, note.steps);
+        let label = if number == 0 { (**first).clone() } else { first.nth(&self.config, number) };
         if ids.contains(&BlockId::NONE) {
             return None;
         }
         let mut buffer = self.buffer()?;
+        if label.nth.of > 1 {
+            // Not all of it is filled.
+            buffer.fill(0);
+        }
         match departure {
             Some(departure) => {
                 let fresh = self.lift.as_ref().is_none_or(|lift| lift.steps() <= steps);
-                departure.add((ids, stores), &mut buffer, fresh).ok()?;
+                let spread = self.config.spread();
+                departure.add((ids, number, spread), held, &mut buffer, fresh).ok()?;
             }
-            None => {
-                let mut at = HEAD_BYTES;
-                for (store, &id) in stores.iter().zip(ids) {
-                    let end = at + store.layout().block_bytes() as usize;
-                    store.read_block(id, buffer.get_mut(at..end)?).ok()?;
-                    at = end;
-                }
-            }
+            None => self.read((ids, number), held, &mut buffer[HEAD_BYTES..]).ok()?,
         }
         Some(Arc::new(HostBlock { label, buffer }))
+    }
+
+    /// Reads the payload of an object of a block in host memory.
+    fn read(&self, (ids, number): (&[BlockId], u8), held: Held, to: &mut [u8]) -> Result<()> {
+        let mut at = 0;
+        for (group, (store, &id)) in held.stores.iter().zip(ids).enumerate() {
+            let end = at + store.layout().block_bytes() as usize;
+            let to = &mut to[at..end];
+            match held.sinks[group].slot(id) {
+                Some(slot) => {
+                    let layers = 0..store.layout().spec().layers;
+                    let chunks = self.config.spread().chunks(group, number.into(), layers);
+                    for (from, at, bytes) in chunks {
+                        store.read_raw(slot, from, &mut to[at..at + bytes])?;
+                    }
+                }
+                None if number == 0 => store.read_block(id, to)?,
+                None => {}
+            }
+            at = end;
+        }
+        Ok(())
     }
 
     /// A buffer, if need be that of the block that the host has not used for longest.
@@ -367,7 +406,7 @@ impl Tiers {
         }
     }
 
-    /// Blocks after the first `skip` of a prompt as the index has it, by label.
+    /// Objects of the blocks after the first `skip` of a prompt as the index has it, by label.
     pub(super) fn labels<'a>(
         &'a self,
         prompt: &'a [TokenId],
@@ -375,7 +414,7 @@ impl Tiers {
         skip: usize,
         above: Option<Digest>,
         (space, keys): (Namespace, Option<Digest>),
-    ) -> Labels<'a> {
+    ) -> impl Iterator<Item = Label> + use<'a> {
         let block_tokens = self.config.block_tokens() as usize;
         // The last token is left to compute, since its logits are needed.
         let whole = (prompt.len() - 1) / block_tokens * block_tokens;
@@ -384,7 +423,13 @@ impl Tiers {
         // Without the digest of what comes before, nothing has a name.
         let known = skip == 0 || above.is_some();
         let tokens = if known { tokens } else { [].chunks_exact(block_tokens) };
-        Labels { config: &self.config, media, space, keys, parent, tokens }
+        let config = &self.config;
+        let labels = Labels { config, media, space, keys, parent, tokens, index: skip };
+        labels.flat_map(|first| {
+            let others = (1..first.nth.of).map(|number| first.nth(config, number));
+            let others: Vec<Label> = others.collect();
+            core::iter::once(first).chain(others)
+        })
     }
 
     pub(super) fn land(&mut self, ticket: &Ticket) {

@@ -25,9 +25,10 @@ use core::time::Duration;
 use std::time::Instant;
 
 use super::load::{LayerLoad, LayerWait, LoadState, Source, Stage};
+use super::onboard::put_layers;
 use crate::cache::{KvCache, LayerId, Media, Started, Step};
 use crate::error::{Error, Result};
-use crate::ids::{BlockId, Namespace, SeqId, TokenId};
+use crate::ids::{Namespace, SeqId, TokenId};
 use crate::tier::buffer::Buffer;
 use crate::tier::object::HEAD_BYTES;
 use crate::tier::{Missed, Piece};
@@ -190,6 +191,7 @@ impl KvCache {
         let sequence = self.sequences.get_idle(seq)?;
         let Some(mut load) = sequence.load.take() else { return Ok(sequence.tokens.len()) };
         self.leave_load(&mut load)?;
+        self.cut_raw(seq, load.before)?;
         let sequence = self.sequences.get_mut(seq)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.truncate(pool, load.before, self.spec.block_tokens as usize)?;
@@ -319,35 +321,45 @@ impl KvCache {
                 Source::Whole(_) => return Ok(false),
             }
         }
-        // Where each block of the sequence has the part: a buffer, and where in it.
-        let mut from: Vec<(usize, &Buffer, usize)> = Vec::new();
-        for (first, source) in &load.sources {
+        // Where each object has the part: its block in the sequence and its number of that, a buffer, and
+        // where in it.
+        let (spread, first) =
+            (tiers.config.spread(), load.before / tiers.config.block_tokens() as usize);
+        let objects = spread.span(first, load.blocks);
+        let mut from: Vec<((usize, usize), &Buffer, usize)> = Vec::new();
+        let mut add = |n: usize, buffer, at| {
+            if n < objects {
+                from.push((spread.place(first, n), buffer, at));
+            }
+        };
+        for (begin, source) in &load.sources {
             if let Source::Host(blocks) = source {
                 let at = HEAD_BYTES + payload.start;
-                from.extend((*first..).zip(blocks).map(|(n, block)| (n, &block.buffer, at)));
+                (*begin..).zip(blocks).for_each(|(n, block)| add(n, &block.buffer, at));
             }
         }
         // Parts that came alone say nothing of how fast the host is.
         let timed = taken.is_empty();
-        for (first, pieces) in &taken {
-            from.extend(pieces.iter().map(|piece| {
+        for (begin, pieces) in &taken {
+            for piece in pieces {
                 let (slab, at) = piece.place();
-                (first + piece.block, slab, at)
-            }));
+                add(begin + piece.block, slab, at);
+            }
         }
+        let layers = part.first_layer..part.first_layer + part.layers;
         if self.backend.is_some() {
             if !load.enqueued {
                 load.enqueued = true;
                 self.fork_side()?;
             }
-            self.lift_part(seq, (group, part.first_layer, part.layers), &from, timed)?;
+            self.lift_part(seq, (group, layers), &from, timed)?;
         } else {
-            let (table, store) = (&self.sequences.get(seq)?.tables[group], &mut self.stores[group]);
+            let (sequence, store) = (self.sequences.get(seq)?, &mut self.stores[group]);
             let bytes = part.layers as usize * store.layout().layer_bytes() as usize;
             let begin = Instant::now();
-            for (block, buffer, at) in from {
-                let id = table.blocks().get(block).copied().unwrap_or(BlockId::NONE);
-                store.write_layers(id, part.first_layer, &buffer[at..at + bytes])?;
+            for (place, buffer, at) in from {
+                let to = (sequence, group, layers.clone());
+                put_layers(store, to, spread, place, &buffer[at..at + bytes])?;
             }
             if timed {
                 load.from_host.1 += begin.elapsed();

@@ -17,10 +17,12 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::Tiers;
 use crate::cache::KvCache;
 use crate::cache::sequence::Sequence;
+use crate::cache::sinks::Held;
 use crate::cache::store::Store;
 use crate::device::{Backend, Copies, Flight, SideStream, Stream, StreamMark, Way};
 use crate::error::{Error, Result};
@@ -29,6 +31,7 @@ use crate::metrics::Evicted;
 use crate::pool::BlockPool;
 use crate::tier::buffer::Buffer;
 use crate::tier::object::HEAD_BYTES;
+use crate::tier::spread::Spread;
 use crate::tier::{HostBlock, ObjectKey};
 
 /// The device's side of the tiers.
@@ -95,19 +98,30 @@ impl Lift {
 }
 
 impl<'a> Departure<'a> {
-    /// Adds the blocks of an entry, which was cached when so many steps had begun.
+    /// Adds an object of the blocks of an entry, by its number; `fresh` where that was cached after the
+    /// last step began.
     pub fn add(
         &mut self,
-        (ids, stores): (&[BlockId], &'a [Store]),
+        (ids, number, spread): (&[BlockId], u8, &Spread),
+        held: Held<'a>,
         buffer: &mut Buffer,
         fresh: bool,
     ) -> Result<()> {
         let lacking = Error::InvalidState { why: "a buffer that no device copies to" };
         let part = buffer.part_mut().ok_or(lacking)?;
         let mut at = HEAD_BYTES;
-        for (store, &id) in stores.iter().zip(ids) {
+        for (group, (store, &id)) in held.stores.iter().zip(ids).enumerate() {
             let bytes = store.layout().block_bytes() as usize;
-            self.copies.read(store.span(id, 0, bytes)?, part, at)?;
+            match held.sinks[group].slot(id) {
+                Some(slot) => {
+                    let layers = 0..store.layout().spec().layers;
+                    for (from, to, bytes) in spread.chunks(group, number.into(), layers) {
+                        self.copies.read(store.raw_span(slot, from, bytes)?, part, at + to)?;
+                    }
+                }
+                None if number == 0 => self.copies.read(store.span(id, 0, bytes)?, part, at)?,
+                None => {}
+            }
             at += bytes;
         }
         self.fresh |= fresh;
@@ -122,9 +136,9 @@ impl<'a> Departure<'a> {
 
 impl Tiers {
     /// A departure to add blocks to; `None` for a cache on the CPU, whose blocks are copied at once.
-    pub(super) fn board<'a>(&self, stores: &'a [Store]) -> Option<Departure<'a>> {
+    pub(super) fn board<'a>(&self, held: Held<'a>) -> Option<Departure<'a>> {
         let lift = self.lift.as_ref()?;
-        let stream = stores.first().and_then(Store::stream)?;
+        let stream = held.stores.first().and_then(Store::stream)?;
         let copies = Copies::new(&lift.backend, Way::Down);
         Some(Departure { copies, stream, kept: Vec::new(), fresh: false })
     }
@@ -256,7 +270,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Enqueues copies of blocks of the host to the blocks of a sequence from `first` on.
+    /// Enqueues copies of objects of the host to the blocks of a sequence from block `first` on.
     pub(super) fn lift_blocks(
         &mut self,
         sequence: &Sequence,
@@ -265,14 +279,16 @@ impl KvCache {
     ) -> Result<()> {
         self.fork_side()?;
         let (Some(backend), Some(side)) = (&self.backend, &self.side) else { return Ok(()) };
-        let mut copies = Copies::new(backend, Way::Up);
-        for (n, block) in found.iter().enumerate() {
+        let Some(tiers) = &self.tiers else { return Ok(()) };
+        let (spread, mut copies) = (tiers.config.spread(), Copies::new(backend, Way::Up));
+        for (n, object) in found.iter().enumerate() {
+            let place = spread.place(first, n);
             let mut at = HEAD_BYTES;
-            for (table, store) in sequence.tables.iter().zip(&self.stores) {
-                let bytes = store.layout().block_bytes() as usize;
-                let id = table.blocks().get(first + n).copied().unwrap_or(BlockId::NONE);
-                add_up(&mut copies, (store, id, 0), (&block.buffer, at), bytes)?;
-                at += bytes;
+            for (group, store) in self.stores.iter().enumerate() {
+                let layers = 0..store.layout().spec().layers;
+                let to = Landing { spread, sequence, store, group, layers };
+                to.add(&mut copies, place, (&object.buffer, at))?;
+                at += store.layout().block_bytes() as usize;
             }
         }
         let bytes = copies.bytes();
@@ -285,22 +301,22 @@ impl KvCache {
         enqueued.and(joined)
     }
 
-    /// Enqueues copies of some layers (a group's, from one on, so many) of blocks of a sequence, each from
-    /// a buffer's bytes from some place on; whether the host alone had them.
+    /// Enqueues copies of some layers of a group of blocks of a sequence, each object's from a buffer's
+    /// bytes from some place on; whether the host alone had them.
     pub(super) fn lift_part(
         &mut self,
         seq: SeqId,
-        (group, layer, layers): (usize, u32, u32),
-        from: &[(usize, &Buffer, usize)],
+        (group, layers): (usize, Range<u32>),
+        from: &[((usize, usize), &Buffer, usize)],
         timed: bool,
     ) -> Result<()> {
         let (Some(backend), Some(side)) = (&self.backend, &self.side) else { return Ok(()) };
-        let (table, store) = (&self.sequences.get(seq)?.tables[group], &self.stores[group]);
-        let bytes = layers as usize * store.layout().layer_bytes() as usize;
+        let Some(tiers) = &self.tiers else { return Ok(()) };
+        let (sequence, store) = (self.sequences.get(seq)?, &self.stores[group]);
+        let to = Landing { spread: tiers.config.spread(), sequence, store, group, layers };
         let mut copies = Copies::new(backend, Way::Up);
-        for &(block, buffer, at) in from {
-            let id = table.blocks().get(block).copied().unwrap_or(BlockId::NONE);
-            add_up(&mut copies, (store, id, layer), (buffer, at), bytes)?;
+        for &(place, buffer, at) in from {
+            to.add(&mut copies, place, (buffer, at))?;
         }
         let bytes = if timed { copies.bytes() } else { 0 };
         let (flight, enqueued) = copies.enqueue(side);
@@ -311,17 +327,43 @@ impl KvCache {
     }
 }
 
-/// Adds a copy of consecutive layers of a block, from a buffer's bytes from `at` on.
-fn add_up<'a>(
-    copies: &mut Copies<'a>,
-    (store, id, layer): (&'a Store, BlockId, u32),
-    (buffer, at): (&Buffer, usize),
-    bytes: usize,
-) -> Result<()> {
-    let lacking = Error::InvalidState { why: "a buffer that no device copies from" };
-    // What is still on its way from this very device has not been anywhere else.
-    if !buffer.is_lent() && store.layout().staging_block_bytes() != 0 {
-        store.check_records(buffer.get(at..at + bytes).unwrap_or(&[]))?;
+/// Where consecutive layers of a group of a sequence's blocks go.
+struct Landing<'a> {
+    spread: &'a Spread,
+    sequence: &'a Sequence,
+    store: &'a Store,
+    group: usize,
+    layers: Range<u32>,
+}
+
+impl<'a> Landing<'a> {
+    /// Adds copies of an object (its block in the sequence, and its number of that), whose layers are a
+    /// buffer's bytes from `at` on.
+    fn add(
+        &self,
+        copies: &mut Copies<'a>,
+        (block, number): (usize, usize),
+        (buffer, at): (&Buffer, usize),
+    ) -> Result<()> {
+        let lacking = Error::InvalidState { why: "a buffer that no device copies from" };
+        let part = buffer.part().ok_or(lacking)?;
+        if block < self.store.layout().sink_blocks() as usize {
+            let slot = self.sequence.raw_slot(self.group, block).unwrap_or(BlockId::NONE);
+            for (to, from, bytes) in self.spread.chunks(self.group, number, self.layers.clone()) {
+                copies.write(self.store.raw_span(slot, to, bytes)?, part, at + from)?;
+            }
+            return Ok(());
+        }
+        if number > 0 {
+            return Ok(());
+        }
+        let bytes = self.layers.len() * self.store.layout().layer_bytes() as usize;
+        // What is still on its way from this very device has not been anywhere else.
+        if !buffer.is_lent() && self.store.layout().staging_block_bytes() != 0 {
+            self.store.check_records(buffer.get(at..at + bytes).unwrap_or(&[]))?;
+        }
+        let blocks = self.sequence.tables[self.group].blocks();
+        let id = blocks.get(block).copied().unwrap_or(BlockId::NONE);
+        copies.write(self.store.span(id, self.layers.start, bytes)?, part, at)
     }
-    copies.write(store.span(id, layer, bytes)?, buffer.part().ok_or(lacking)?, at)
 }

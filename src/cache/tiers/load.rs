@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::cache::LayerId;
 use crate::tier::{Arrivals, HostBlock, Missed, Ticket};
 
-/// Where blocks that follow each other come from.
+/// Where objects that follow each other come from.
 #[derive(Debug)]
 pub(super) enum Source {
     /// Host memory.
@@ -35,11 +35,12 @@ pub(super) enum Stage {
 pub(in crate::cache) struct LayerLoad {
     /// Tokens that the sequence held before.
     pub(super) before: usize,
-    /// Sources, each with the block of the sequence's tables at which it begins.
+    /// Sources, each with the place of its first object, counted from the first block that comes on. The
+    /// last may have objects of a block of which others are lacking.
     pub(super) sources: Vec<(usize, Source)>,
     pub(super) stages: Vec<Stage>,
     pub(super) blocks: usize,
-    /// Of the blocks, those in host memory, and how long copying them took.
+    /// Of the objects, those in host memory, and how long copying them took.
     pub(super) from_host: (usize, Duration),
     pub(super) failed: Option<Missed>,
     /// Copies may be on their way on the side stream.

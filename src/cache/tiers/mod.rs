@@ -66,7 +66,8 @@ pub struct TierOptions {
     pub model: String,
     /// The part of the model that the cache holds; `None` for all of it.
     pub slice: Option<Slice>,
-    /// Blocks of host memory that stay there after they were evicted from the device.
+    /// Blocks of host memory that stay there after they were evicted from the device. A block with raw
+    /// sinks takes several, as many as hold its rows ([`spread`](crate::tier::spread)); and so do counts.
     pub host_blocks: usize,
     /// What goes to the host when it is evicted from the device; `on_commit` is not looked at.
     pub host_demotion: Demotion,

@@ -3,6 +3,7 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::time::Duration;
 use std::time::Instant;
 
@@ -10,13 +11,16 @@ use super::{Prefetch, Progress, TierOptions, Tiers};
 use crate::cache::KvCache;
 use crate::cache::media::{Media, keyed};
 use crate::cache::sequence::Sequence;
+use crate::cache::sinks::Held;
+use crate::cache::store::Store;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Namespace, TokenId};
 use crate::layout::slice::Slice;
 use crate::prefix::Hit;
 use crate::tier::object::Label;
+use crate::tier::spread::Spread;
 use crate::tier::{
-    Configuration, Decision, Found, HostBlock, Rate, Ticket, TierKind, TierReport, Want, decide,
+    Configuration, Decision, Found, HostBlock, Rate, Ticket, TierKind, TierReport, Want, decide_by,
 };
 
 impl KvCache {
@@ -42,10 +46,8 @@ impl KvCache {
     /// Whether this cache can be given tiers now: to be asked before a store is opened for it.
     ///
     /// # Errors
-    /// `InvalidState` or `Unsupported` where [`attach_tiers`](Self::attach_tiers) would refuse any
-    /// options.
+    /// `InvalidState` where [`attach_tiers`](Self::attach_tiers) would refuse any options.
     pub fn check_can_attach(&self) -> Result<()> {
-        self.check_no_sinks("tiers of a cache with raw sink tokens")?;
         if self.tiers.is_some() {
             return Err(Error::InvalidState { why: "the cache has tiers already" });
         }
@@ -146,16 +148,11 @@ impl KvCache {
             }
         }
         recalled.into_iter().for_each(|block| tiers.keep(block));
-        let found: Vec<Found> = runs
-            .iter()
-            .map(|(place, labels)| Found {
-                blocks: labels.len(),
-                rate: place.map_or(tiers.host_rate, |tier| tiers.lower[tier].0.load_rate()),
-            })
-            .collect();
-        let (first, bytes) = (self.hit.tokens as u64, tiers.buffers.bytes() as u64);
-        let decision = decide(&found, first, block_tokens as u64, bytes, &tiers.cost);
-        let mut left = decision.blocks;
+        let found = runs.iter().map(|(place, labels)| Found {
+            blocks: labels.len(),
+            rate: place.map_or(tiers.host_rate, |tier| tiers.lower[tier].0.load_rate()),
+        });
+        let (mut left, decision) = tiers.decide(found, device, tiers.buffers.bytes() as u64);
         let (mut host_tokens, mut loads) = (0, Vec::new());
         for (n, (place, mut labels)) in runs.into_iter().enumerate() {
             labels.truncate(left);
@@ -167,7 +164,8 @@ impl KvCache {
                     for label in &labels {
                         tiers.host.touch(&label.key);
                     }
-                    host_tokens += if n == 0 { labels.len() * block_tokens } else { 0 };
+                    let whole = tiers.config.spread().whole(device, labels.len());
+                    host_tokens += if n == 0 { whole * block_tokens } else { 0 };
                 }
                 Some(tier) => {
                     let wants =
@@ -237,9 +235,15 @@ impl KvCache {
             if !tiers.make_way(left()) {
                 return false;
             }
-            let mut departure = tiers.board(&self.stores);
-            tiers.write_through(ids, &self.stores, &mut departure, |_| true);
-            tiers.depart(departure);
+            let held = Held { stores: &self.stores, sinks: &self.sinks };
+            for number in 0..tiers.objects(ids) {
+                if number > 0 && !tiers.make_way(left()) {
+                    return false;
+                }
+                let mut departure = tiers.board(held);
+                tiers.write_through((ids, number), held, &mut departure, |_| true);
+                tiers.depart(departure);
+            }
         }
         let host: Vec<Arc<HostBlock>> = tiers.host.iter().cloned().collect();
         for block in host {
@@ -252,7 +256,8 @@ impl KvCache {
     }
 
     /// Loads the blocks after `hit` that the host has of a prompt, given as the index has it, into new
-    /// blocks at the end of `tables`; how many tokens that are. What cannot be loaded is computed, so nothing here fails.
+    /// blocks at the end of the sequence's tables; how many tokens that are. What cannot be loaded is
+    /// computed, so nothing here fails.
     pub(in crate::cache) fn onboard(
         &mut self,
         sequence: &mut Sequence,
@@ -267,6 +272,7 @@ impl KvCache {
         let keys = (sequence.namespace, self.outside.seed(sequence.namespace));
         let skip = hit.tokens / block_tokens;
         let most = self.pools.iter().map(|pool| pool.free_blocks() + pool.cached_blocks()).min();
+        let most = tiers.config.spread().span(skip, most.unwrap_or(0) as usize);
         let mut found = Vec::new();
         let labels: Vec<Label> = {
             // Computed up to the first that is not there.
@@ -274,46 +280,41 @@ impl KvCache {
             let labels = tiers.labels(prompt, &self.media, skip, above, keys);
             labels.take_while(|label| host.contains(&label.key)).collect()
         };
-        for label in labels.iter().take(most.unwrap_or(0) as usize) {
+        for label in labels.iter().take(most) {
             match tiers.host.get(label) {
                 Some(block) => found.push(block),
                 None => break,
             }
         }
-        let rate = tiers.host_rate;
-        let segments = [Found { blocks: found.len(), rate }];
-        let (first, bytes) = (hit.tokens as u64, tiers.config.payload_bytes());
-        let decision = decide(&segments, first, block_tokens as u64, bytes, &tiers.cost);
+        let segment = Found { blocks: found.len(), rate: tiers.host_rate };
+        let (objects, decision) = tiers.decide([segment], skip, tiers.config.payload_bytes());
         tiers.last = Some(decision);
-        found.truncate(decision.blocks);
-        if found.is_empty() {
+        found.truncate(objects);
+        let blocks = decision.blocks;
+        if blocks == 0 || !self.has_slots(skip, blocks) {
             return 0;
         }
-        let tokens = found.len() * block_tokens;
-        let loaded = self.load_blocks(sequence, &found, hit.tokens);
-        if loaded.is_err() {
-            for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
-                // To what it was: nothing to allocate, so nothing to fail.
-                let _ = table.truncate(pool, hit.tokens, block_tokens);
-            }
+        if self.load_blocks(sequence, &found, (skip, blocks)).is_err() {
+            // To what it was: nothing to allocate, so nothing to fail.
+            let _ = self.cut_unborn(sequence, skip);
             return 0;
         }
-        tokens
+        blocks * block_tokens
     }
 
     fn load_blocks(
         &mut self,
         sequence: &mut Sequence,
         found: &[Arc<HostBlock>],
-        hit_tokens: usize,
+        (first, blocks): (usize, usize),
     ) -> Result<()> {
         let block_tokens = self.spec.block_tokens as usize;
-        let blocks = found.len() as u32;
-        self.reserve(|_| blocks)?;
+        self.make_sinks_free(first, blocks)?;
+        self.reserve(|_| blocks as u32)?;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
-            table.extend(pool, found.len() * block_tokens, block_tokens)?;
+            table.extend(pool, blocks * block_tokens, block_tokens)?;
         }
-        let first = hit_tokens / block_tokens;
+        self.take_sinks(sequence, first, blocks)?;
         if self.backend.is_some() {
             self.lift_blocks(sequence, found, first)?;
             if let Some(tiers) = &mut self.tiers {
@@ -322,12 +323,14 @@ impl KvCache {
             return Ok(());
         }
         let begin = Instant::now();
-        for (n, block) in found.iter().enumerate() {
-            let mut at = 0;
-            for (table, store) in sequence.tables.iter().zip(&mut self.stores) {
+        let Some(tiers) = &self.tiers else { return Ok(()) };
+        for (n, object) in found.iter().enumerate() {
+            let (mut at, place) = (0, tiers.config.spread().place(first, n));
+            for (group, store) in self.stores.iter_mut().enumerate() {
                 let end = at + store.layout().block_bytes() as usize;
-                let id = table.blocks().get(first + n).copied().unwrap_or(BlockId::NONE);
-                store.write_block(id, &block.payload()[at..end])?;
+                let layers = 0..store.layout().spec().layers;
+                let to = (&*sequence, group, layers);
+                put_layers(store, to, tiers.config.spread(), place, &object.payload()[at..end])?;
                 at = end;
             }
         }
@@ -336,6 +339,55 @@ impl KvCache {
         }
         Ok(())
     }
+}
+
+impl Tiers {
+    /// How much of what was found is loaded behind `first` blocks that are there: so many objects of
+    /// `bytes` bytes, all of some blocks; and why, in blocks.
+    pub(super) fn decide(
+        &self,
+        found: impl IntoIterator<Item = Found>,
+        first: usize,
+        bytes: u64,
+    ) -> (usize, Decision) {
+        let (spread, block_tokens) = (self.config.spread(), u64::from(self.config.block_tokens()));
+        // A block of which some objects are missing is not there.
+        let mut found: Vec<Found> = found.into_iter().collect();
+        let mut whole = found.iter().map(|part| part.blocks).sum();
+        whole = spread.span(first, spread.whole(first, whole));
+        for part in &mut found {
+            part.blocks = part.blocks.min(whole);
+            whole -= part.blocks;
+        }
+        let tokens = |objects: usize| spread.whole(first, objects) as u64 * block_tokens;
+        let decision = decide_by(&found, tokens, first as u64 * block_tokens, bytes, &self.cost);
+        let blocks = |objects: usize| spread.whole(first, objects);
+        let in_blocks =
+            Decision { blocks: blocks(decision.blocks), found: blocks(decision.found), ..decision };
+        (spread.span(first, in_blocks.blocks), in_blocks)
+    }
+}
+
+/// Copies the layers of a group that an object has (its block in the sequence, and its number of that)
+/// to where they belong in host memory.
+pub(super) fn put_layers(
+    store: &mut Store,
+    (sequence, group, layers): (&Sequence, usize, Range<u32>),
+    spread: &Spread,
+    (block, number): (usize, usize),
+    from: &[u8],
+) -> Result<()> {
+    if block < store.layout().sink_blocks() as usize {
+        let slot = sequence.raw_slot(group, block).unwrap_or(BlockId::NONE);
+        let mut chunks = spread.chunks(group, number, layers);
+        return chunks
+            .try_for_each(|(to, at, bytes)| store.write_raw(slot, to, &from[at..at + bytes]));
+    }
+    if number > 0 {
+        return Ok(());
+    }
+    let id = sequence.tables[group].blocks().get(block).copied().unwrap_or(BlockId::NONE);
+    store.write_layers(id, layers.start, from)
 }
 
 /// The last of some entries; empty where there is none.

@@ -1,4 +1,4 @@
-//! Where the blocks of a load come from: what tiers have of a prompt, in runs of blocks in the same
+//! Where the blocks of a load come from: what tiers have of a prompt, in runs of objects in the same
 //! place, and the loads that are begun for them. Knows nothing of layers.
 
 use alloc::boxed::Box;
@@ -13,9 +13,9 @@ use crate::cache::sequence::Sequence;
 use crate::ids::{Namespace, TokenId};
 use crate::prefix::Hit;
 use crate::tier::object::Label;
-use crate::tier::{CopyState, Found, HostBlock, Rate, Want, decide};
+use crate::tier::{CopyState, Found, HostBlock, Rate, Want};
 
-/// Where a run of blocks is.
+/// Where a run of objects is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// Host memory.
@@ -26,7 +26,7 @@ enum Place {
     Whole(usize),
 }
 
-/// A block that is wanted.
+/// An object that is wanted.
 enum Wanted {
     /// In memory.
     Held(Arc<HostBlock>),
@@ -34,8 +34,11 @@ enum Wanted {
     Below(Box<Label>),
 }
 
+/// Objects that follow each other, by where they are.
+type Runs = Vec<(Place, Vec<Wanted>)>;
+
 impl Tiers {
-    /// Where a block is, if that is known: a load that is begun is not to end for want of it.
+    /// Where an object is, if that is known: a load that is begun is not to end for want of it.
     fn place(&self, label: &Label) -> Option<(Place, Option<Arc<HostBlock>>)> {
         let waiting = || self.lower.iter().find_map(|(tier, _)| tier.recall(label));
         if let Some(block) = self.host.peek(label).or_else(waiting) {
@@ -59,7 +62,7 @@ impl Tiers {
         }
     }
 
-    /// Begins to load a run; of how many of its blocks.
+    /// Begins to load a run; of how many of its objects.
     fn begin(&mut self, place: Place, run: Vec<Wanted>) -> (Source, usize) {
         let (mut held, mut wants) = (Vec::new(), Vec::new());
         for (at, wanted) in run.into_iter().enumerate() {
@@ -103,65 +106,70 @@ impl KvCache {
     ) -> usize {
         let block_tokens = self.spec.block_tokens as usize;
         let first = hit.tokens / block_tokens;
-        let Some(runs) = self.find_runs(sequence.namespace, prompt, hit) else { return 0 };
-        let planned: usize = runs.iter().map(|(_, run)| run.len()).sum();
-        if planned == 0 {
+        let Some((runs, planned)) = self.find_runs(sequence.namespace, prompt, hit) else {
+            return 0;
+        };
+        if planned == 0 || !self.has_slots(first, planned) {
             return 0;
         }
-        let mut taken = self.reserve(|_| planned as u32);
+        let mut taken = self.make_sinks_free(first, planned);
+        taken = taken.and_then(|()| self.reserve(|_| planned as u32));
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             taken = taken
                 .and_then(|()| table.extend(pool, planned * block_tokens, block_tokens).map(drop));
         }
-        let (mut sources, mut blocks) = (Vec::new(), 0);
+        taken = taken.and_then(|()| self.take_sinks(sequence, first, planned));
+        let (mut sources, mut objects, mut blocks) = (Vec::new(), 0, 0);
         if let (Ok(()), Some(tiers)) = (&taken, &mut self.tiers) {
             for (place, run) in runs {
                 let wanted = run.len();
                 let (source, got) = tiers.begin(place, run);
-                sources.push((first + blocks, source));
-                blocks += got;
+                sources.push((objects, source));
+                objects += got;
                 if got < wanted {
                     break;
                 }
             }
+            blocks = tiers.config.spread().whole(first, objects);
         }
-        for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
-            // Nothing to allocate, so nothing to fail.
-            let _ = table.truncate(pool, hit.tokens + blocks * block_tokens, block_tokens);
-        }
+        // Nothing to allocate, so nothing to fail.
+        let _ = self.cut_unborn(sequence, first + blocks);
+        let parts = self.tiers.as_ref().map_or(0, |tiers| tiers.config.parts().len());
+        // Dropped where it is for nothing.
+        let load = Box::new(LayerLoad::new(hit.tokens, sources, blocks, parts));
         if blocks == 0 {
             return 0;
         }
-        let parts = self.tiers.as_ref().map_or(0, |tiers| tiers.config.parts().len());
-        sequence.load = Some(Box::new(LayerLoad::new(hit.tokens, sources, blocks, parts)));
+        sequence.load = Some(load);
         self.loading += 1;
         blocks * block_tokens
     }
 
-    /// What tiers have of a prompt after `hit`, as far as loading is worth it, in runs of blocks in the
-    /// same place.
+    /// What tiers have of a prompt after `hit`, as far as loading is worth it, in runs of objects in the
+    /// same place; and how many blocks those are.
     fn find_runs(
         &mut self,
         space: Namespace,
         prompt: &[TokenId],
         hit: &Hit,
-    ) -> Option<Vec<(Place, Vec<Wanted>)>> {
+    ) -> Option<(Runs, usize)> {
         let block_tokens = self.spec.block_tokens as usize;
         let above = self.outside.digest_of(last_entry(&hit.blocks, self.pools.len()));
         let keys = (space, self.outside.seed(space));
         let room = self.pools.iter().map(|pool| pool.free_blocks() + pool.cached_blocks()).min();
         let tiers = self.tiers.as_mut()?;
         tiers.used(&hit.blocks);
-        if room.unwrap_or(0) == 0 {
+        let skip = hit.tokens / block_tokens;
+        let room = tiers.config.spread().span(skip, room.unwrap_or(0) as usize);
+        if room == 0 {
             return None;
         }
-        let skip = hit.tokens / block_tokens;
-        let mut runs: Vec<(Place, Vec<Wanted>)> = Vec::new();
+        let mut runs: Runs = Vec::new();
         let mut places = Vec::new();
         for label in tiers.labels(prompt, &self.media, skip, above, keys) {
             let Some((place, held)) = tiers.place(&label) else { break };
             places.push((place, held.map_or_else(|| Wanted::Below(Box::new(label)), Wanted::Held)));
-            if places.len() >= room.unwrap_or(0) as usize {
+            if places.len() >= room {
                 break;
             }
         }
@@ -171,19 +179,15 @@ impl KvCache {
                 _ => runs.push((place, alloc::vec![wanted])),
             }
         }
-        let found: Vec<Found> = runs
-            .iter()
-            .map(|(place, run)| Found { blocks: run.len(), rate: tiers.rate(*place) })
-            .collect();
-        let (first, bytes) = (hit.tokens as u64, tiers.config.payload_bytes());
-        let decision = decide(&found, first, block_tokens as u64, bytes, &tiers.cost);
+        let found =
+            runs.iter().map(|(place, run)| Found { blocks: run.len(), rate: tiers.rate(*place) });
+        let (mut left, decision) = tiers.decide(found, skip, tiers.config.payload_bytes());
         tiers.last = Some(decision);
-        let mut left = decision.blocks;
         for (_, run) in &mut runs {
             run.truncate(left);
             left -= run.len();
         }
         runs.retain(|(_, run)| !run.is_empty());
-        Some(runs)
+        Some((runs, decision.blocks))
     }
 }

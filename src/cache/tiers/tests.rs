@@ -19,8 +19,8 @@ use folder::Folder;
 use remote::Remote;
 
 use super::{Demotion, LowerTier, TierOptions};
-use crate::cache::{CacheOptions, KvCache, Media, Step, Work};
-use crate::dtype::KvFormat;
+use crate::cache::{CacheOptions, KvCache, LayerId, Media, Step, Work};
+use crate::dtype::{KvFormat, Rows};
 use crate::events::{Event, Medium, Message, Publisher};
 use crate::ids::{BlockId, Namespace, TokenId};
 use crate::layout::slice::Slice;
@@ -29,6 +29,7 @@ use crate::prefix::{Digest, Keys};
 use crate::tier::disk::{DiskOptions, DiskStore};
 use crate::tier::{Configuration, Get, ObjectKey, Outcome, Put, Store, TierKind, TierSettings};
 
+/// Tokens of a block without sinks; with them, twice as many.
 const BLOCK: usize = 16;
 const GROUPS: u32 = 2;
 const LONG: Duration = Duration::from_secs(30);
@@ -41,6 +42,9 @@ type Blocks = BTreeSet<(&'static str, u32, Digest)>;
 #[derive(Debug, Default)]
 struct Listener {
     blocks: Blocks,
+    block_tokens: usize,
+    /// What stands before the first block of a sequence.
+    seeds: BTreeMap<Namespace, Option<Digest>>,
 }
 
 impl Listener {
@@ -49,14 +53,14 @@ impl Listener {
             match event {
                 Event::Stored { medium, group, space, parent, digests, tokens, media } => {
                     assert_eq!(message.name(space).is_some(), space == TENANT);
-                    let seed = if space == TENANT { Digest::of_keys(&KEYS) } else { None };
+                    let seed = self.seeds[&space];
                     let mut above = parent.or(seed);
-                    let blocks = tokens.chunks_exact(BLOCK).zip(digests).enumerate();
+                    let blocks = tokens.chunks_exact(self.block_tokens).zip(digests).enumerate();
                     for (n, (tokens, digest)) in blocks {
                         let media: Vec<(u32, Digest)> = media
                             .iter()
-                            .filter(|(at, _)| *at as usize / BLOCK == n)
-                            .map(|&(at, medium)| (at % BLOCK as u32, medium))
+                            .filter(|(at, _)| *at as usize / self.block_tokens == n)
+                            .map(|&(at, medium)| (at % self.block_tokens as u32, medium))
                             .collect();
                         let own = Digest::of_block_with_media(above.as_ref(), tokens, &media);
                         assert_eq!(*digest, own, "tokens and parent are the block's");
@@ -84,17 +88,35 @@ struct Bed {
     remote: Arc<Remote>,
     listener: Arc<Mutex<Listener>>,
     publisher: Option<Publisher>,
-    /// Every block there ever was, by its key.
-    known: BTreeMap<ObjectKey, Digest>,
+    /// Every block there ever was, by the keys of its objects; and how many those are.
+    known: BTreeMap<ObjectKey, (Digest, usize)>,
     step: Step,
 }
 
 impl Bed {
     /// Over a directory, with room for so many blocks in the device, the host and on disk.
-    fn new(folder: &Folder, [device, host, disk]: [usize; 3], on_commit: bool) -> Self {
+    fn new(folder: &Folder, sizes: [usize; 3], on_commit: bool) -> Self {
         let full = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
-        let window = GroupSpec { window: Some(64), ..full.clone() };
-        let spec = CacheSpec { block_tokens: BLOCK as u32, groups: vec![full, window] };
+        Self::of(folder, BLOCK, full, sizes, on_commit)
+    }
+
+    /// With the first block of each sequence raw in a group, and so of several objects.
+    fn with_sinks(folder: &Folder, sizes: [usize; 3], on_commit: bool) -> Self {
+        let sealed = GroupSpec::uniform(1, 1, 32, KvFormat::Kt4v4);
+        let group = GroupSpec { sink_tokens: 2 * BLOCK as u32, ..sealed };
+        Self::of(folder, 2 * BLOCK, group, sizes, on_commit)
+    }
+
+    fn of(
+        folder: &Folder,
+        block_tokens: usize,
+        first: GroupSpec,
+        [device, host, disk]: [usize; 3],
+        on_commit: bool,
+    ) -> Self {
+        let window = GroupSpec::uniform(1, 1, 8, KvFormat::F16);
+        let window = GroupSpec { window: Some(4 * block_tokens as u32), ..window };
+        let spec = CacheSpec { block_tokens: block_tokens as u32, groups: vec![first, window] };
         let blocks = device as u32;
         let options = CacheOptions { blocks, max_seqs: 4, threads: 1, ..CacheOptions::default() };
         let mut cache = KvCache::new(&spec, &options).unwrap();
@@ -113,16 +135,25 @@ impl Bed {
             [(disk.clone(), TierKind::Disk), (remote.clone(), TierKind::Remote)];
         tiers.lower = stores.map(|(store, kind)| lower(store, kind)).into();
         cache.attach_tiers(tiers).unwrap();
-        let listener = Arc::new(Mutex::new(Listener::default()));
+        let listener = Listener { block_tokens, ..Listener::default() };
+        let listener = Arc::new(Mutex::new(listener));
         let (publisher, known, step) = (None, BTreeMap::new(), Step::new());
         Bed { cache, disk, remote, listener, publisher, known, step }
     }
 
+    fn block_tokens(&self) -> usize {
+        self.cache.spec().block_tokens as usize
+    }
+
     fn describe(&mut self) {
+        let mut listener = self.listener.lock().unwrap();
         self.cache.describe_namespace(TENANT, &KEYS).unwrap();
+        listener.seeds.insert(TENANT, self.cache.outside.seed(TENANT));
     }
 
     fn listen(&mut self, capacity: usize) {
+        let seed = self.cache.outside.seed(Namespace(0));
+        self.listener.lock().unwrap().seeds.insert(Namespace(0), seed);
         let queue = self.cache.enable_events(capacity).unwrap();
         let listener = self.listener.clone();
         let take = move |message: &Message| listener.lock().unwrap().take(message);
@@ -135,6 +166,12 @@ impl Bed {
         let started = self.cache.start_with_media(prompt, media, space).unwrap();
         let tokens = &prompt[started.cached_tokens as usize..];
         self.cache.begin(&mut self.step, &[Work { seq: started.seq, tokens }]).unwrap();
+        for group in 0..GROUPS {
+            let row = self.cache.spec().groups[group as usize].k_dim as usize;
+            let rows = vec![1.0f32; tokens.len() * row];
+            let (at, rows) = (LayerId { group, layer: 0 }, Rows::F32(&rows));
+            self.cache.append(&self.step, at, rows, rows, None).unwrap();
+        }
         self.cache.commit(&mut self.step).unwrap();
         self.cache.release(started.seq).unwrap();
         self.cache.audit().unwrap();
@@ -149,9 +186,13 @@ impl Bed {
         let mut truth = Blocks::new();
         cache.prefix.as_ref().unwrap().for_each_chain(&mut |chain| {
             for ids in chain.blocks.chunks_exact(GROUPS as usize) {
+                let objects = tiers.objects(ids);
                 for (group, &id) in (0..).zip(ids).filter(|(_, id)| **id != BlockId::NONE) {
                     let digest = cache.digest(group, id).unwrap();
-                    self.known.insert(tiers.config.key(&digest), digest);
+                    for number in 0..objects {
+                        let key = tiers.config.key_of(&digest, number);
+                        self.known.insert(key, (digest, objects.into()));
+                    }
                     truth.insert((Medium::Gpu.name(), group, digest));
                 }
             }
@@ -161,9 +202,14 @@ impl Bed {
         let below =
             [(Medium::Cpu, host), (Medium::Storage, self.disk.keys()), (Medium::External, remote)];
         for (medium, keys) in below {
+            let mut there: BTreeMap<Digest, usize> = BTreeMap::new();
             for key in keys {
-                let digest = self.known[&key];
-                truth.extend((0..GROUPS).map(|group| (medium.name(), group, digest)));
+                let (digest, objects) = self.known[&key];
+                let there = there.entry(digest).or_default();
+                *there += 1;
+                if *there == objects {
+                    truth.extend((0..GROUPS).map(|group| (medium.name(), group, digest)));
+                }
             }
         }
         truth
@@ -217,12 +263,18 @@ fn prompt(state: &mut u64) -> (Vec<TokenId>, Vec<Media>) {
 
 fn live(sizes: [usize; 3], on_commit: bool, capacity: usize, seed: u64) {
     let folder = Folder::new(&alloc::format!("told-life-{seed}"));
-    let mut bed = Bed::new(&folder, sizes, on_commit);
+    live_in(Bed::new(&folder, sizes, on_commit), on_commit, capacity, seed);
+}
+
+fn live_in(mut bed: Bed, on_commit: bool, capacity: usize, seed: u64) {
     bed.describe();
     bed.listen(capacity);
     let mut state = seed;
     for _ in 0..100 {
-        let (prompt, media) = prompt(&mut state);
+        let (mut prompt, media) = prompt(&mut state);
+        if bed.block_tokens() > BLOCK {
+            prompt = prompt.iter().flat_map(|&token| [token; 2]).collect();
+        }
         let space = if random(&mut state, 3) == 0 { TENANT } else { Namespace(0) };
         match random(&mut state, 24) {
             0 => bed.cache.clear_prefix().unwrap(),
@@ -256,6 +308,32 @@ fn live(sizes: [usize; 3], on_commit: bool, capacity: usize, seed: u64) {
 fn a_listener_knows_what_each_tier_has() {
     live([12, 6, 10], false, 0, 1);
     live([12, 6, 10], true, 0, 2);
+}
+
+#[test]
+fn a_block_of_several_objects_is_there_while_all_of_them_are() {
+    for (n, (on_commit, capacity)) in [(false, 0), (true, 0), (true, 24)].into_iter().enumerate() {
+        let folder = Folder::new(&alloc::format!("told-sinks-{n}"));
+        let bed = Bed::with_sinks(&folder, [12, 9, 14], on_commit);
+        live_in(bed, on_commit, capacity, 11 + n as u64);
+    }
+    // After a restart those on disk are told, and found.
+    let folder = Folder::new("told-sinks-restart");
+    let mut bed = Bed::with_sinks(&folder, [12, 6, 400], true);
+    let prompts: Vec<Vec<TokenId>> = (0..5).map(|n| (n * 1000..n * 1000 + 99).collect()).collect();
+    for prompt in &prompts {
+        bed.serve(prompt, &[], Namespace(0));
+        bed.truth();
+    }
+    let known = bed.known.clone();
+    drop(bed);
+    let mut bed = Bed::with_sinks(&folder, [12, 60, 400], true);
+    bed.known = known;
+    bed.listen(0);
+    bed.check();
+    assert_eq!(bed.listener.lock().unwrap().blocks.len(), 5 * 3 * GROUPS as usize);
+    assert_eq!(bed.serve(&prompts[0], &[], Namespace(0)), 96);
+    bed.check();
 }
 
 #[test]

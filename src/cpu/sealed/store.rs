@@ -366,6 +366,39 @@ impl TileStore {
         Ok(())
     }
 
+    /// Copies bytes of a raw slot, from `at` on, to `to`.
+    ///
+    /// # Errors
+    /// `BadBlock`; `InvalidArgument` past the end of the slot.
+    pub fn read_raw(&self, slot: BlockId, at: usize, to: &mut [u8]) -> Result<()> {
+        let at = self.raw_at(slot, at, to.len())?;
+        // SAFETY: the bytes are in the memory, `to` is as long, and elsewhere: it is borrowed.
+        unsafe { ptr::copy_nonoverlapping(self.staging.start().add(at), to.as_mut_ptr(), to.len()) }
+        Ok(())
+    }
+
+    /// Copies bytes to a raw slot, from `at` on.
+    ///
+    /// # Errors
+    /// As for [`read_raw`](Self::read_raw).
+    pub fn write_raw(&mut self, slot: BlockId, at: usize, from: &[u8]) -> Result<()> {
+        let at = self.raw_at(slot, at, from.len())?;
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.staging.start().add(at), from.len()) }
+        Ok(())
+    }
+
+    fn raw_at(&self, slot: BlockId, at: usize, bytes: usize) -> Result<usize> {
+        if slot.0 >= self.staging_blocks {
+            return Err(Error::BadBlock { block: slot.0 });
+        }
+        let slot_bytes = self.raw.block_bytes() as usize;
+        if at.checked_add(bytes).is_none_or(|end| end > slot_bytes) {
+            return Err(Error::invalid("bytes", "must lie within a slot"));
+        }
+        Ok(slot.index() * slot_bytes + at)
+    }
+
     fn block_at(&self, id: BlockId, bytes: usize) -> Result<usize> {
         if id.0 >= self.blocks {
             return Err(Error::BadBlock { block: id.0 });

@@ -17,7 +17,8 @@ device_struct! {
         k_cache: Out<Any>,
         /// Values of block 0, head 0, token 0.
         v_cache: Out<Any>,
-        /// Slot of each token: block * block_tokens + offset, or negative to skip the token.
+        /// Slot of each token: block * block_tokens + offset, or negative to skip the token, whose rows may
+        /// be read all the same.
         slots: In<i64>,
         /// Position of each token; read only with a rotation.
         positions: In<u32>,

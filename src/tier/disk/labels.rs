@@ -13,7 +13,7 @@ use crate::ids::{Namespace, TokenId};
 use crate::prefix::Digest;
 use crate::tier::ObjectKey;
 use crate::tier::key::Configuration;
-use crate::tier::object::{Label, Origin};
+use crate::tier::object::{Label, Nth, Origin};
 
 const NAME: &str = "labels";
 /// Media of a record are one for so many tokens of a block, and four at least.
@@ -25,7 +25,8 @@ const READ_RECORDS: usize = 1024;
 
 /// ```text
 /// 0    u32 CRC-32C of what follows
-/// 4    u8 1: there is a parent; u8 1: there is a seed; u8 media; u8 0
+/// 4    u8 1: there is a parent; u8 1: there is a seed; u8 media; u8 number of the object,
+///      and in the upper four bits how many the block has beside the first
 /// 8    u64 number of the namespace
 /// 16   digest of the block, of its parent, of the namespace's seed
 /// 112  media: u32 place, digest; room for as many as `most_media`
@@ -63,7 +64,7 @@ impl Labels {
 
     /// Notes what the object of a slot is of.
     pub fn write(&mut self, slot: u32, label: &Label) {
-        let Label { block, parent, tokens, origin, .. } = label;
+        let Label { block, parent, tokens, origin, nth, .. } = label;
         let Origin { space, seed, media } = origin;
         let record = &mut self.record;
         let (bytes, tokens_at) = (record.len(), tokens_at(tokens.len()));
@@ -71,7 +72,9 @@ impl Labels {
         let Some(file) = self.file.as_ref().filter(|_| fits) else { return };
         record.fill(0);
         let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
-        put(4, &[u8::from(parent.is_some()), u8::from(seed.is_some()), media.len() as u8]);
+        let (number, others) = (nth.number & 15, nth.of.saturating_sub(1) & 15);
+        let flags = [parent.is_some(), seed.is_some()].map(u8::from);
+        put(4, &[flags[0], flags[1], media.len() as u8, number | others << 4]);
         put(8, &space.0.to_le_bytes());
         put(16, &block.0);
         put(48, &parent.unwrap_or_default().0);
@@ -145,8 +148,10 @@ impl Labels {
         }
         let space = Namespace(u64::from(word(8)) | u64::from(word(12)) << 32);
         let keys = Digest::of_media(seed.as_ref(), &media);
-        let key = self.config.key(&block);
-        Some(Label { key, block, parent, keys, tokens, origin: Origin { space, seed, media } })
+        let nth = Nth { number: record[7] & 15, of: (record[7] >> 4) + 1 };
+        let key = self.config.key_of(&block, nth.number);
+        let origin = Origin { space, seed, media };
+        Some(Label { key, block, parent, keys, tokens, origin, nth })
     }
 }
 
@@ -172,7 +177,9 @@ mod tests {
                 let block = Digest::of_block_with_media(None, &tokens, &media);
                 let keys = Digest::of_media(None, &media);
                 let origin = Origin { space: Namespace(3), seed: None, media };
-                Label { key: config.key(&block), block, parent: None, keys, tokens, origin }
+                let nth = Nth { number: 2, of: 7 };
+                let key = config.key_of(&block, nth.number);
+                Label { key, block, parent: None, keys, tokens, origin, nth }
             };
             (0..=most + 1).for_each(|n| labels.write(n, &label(n)));
             let mut found = Vec::new();
@@ -181,6 +188,7 @@ mod tests {
             let expected: Vec<Label> = (0..=most).map(label).collect();
             assert_eq!(found, expected, "{block_tokens}");
             let origins = |labels: &[Label]| -> Vec<Origin> {
+                assert!(labels.iter().all(|label| label.nth == Nth { number: 2, of: 7 }));
                 labels.iter().map(|label| label.origin.clone()).collect()
             };
             assert_eq!(origins(&found), origins(&expected));

@@ -9,7 +9,7 @@ use crate::dtype::KvFormat;
 use crate::layout::slice::Slice;
 use crate::layout::{CacheSpec, GroupSpec};
 use crate::prefix::Digest;
-use crate::tier::object::{self, Label, Origin};
+use crate::tier::object::{self, Label, Nth, Origin};
 
 fn config() -> Configuration {
     let spec = CacheSpec::uniform(16, GroupSpec::uniform(1, 1, 16, KvFormat::F16));
@@ -26,6 +26,7 @@ fn label(config: &Configuration, n: u32) -> Label {
         keys: None,
         tokens,
         origin: Origin::default(),
+        nth: Nth::ONLY,
     }
 }
 
