@@ -14,201 +14,10 @@
 // stands at that place in the words of the values, which lie channel by channel: lane 4g+t has tokens
 // 16t to 16t+15 of 64, and no code moves between lanes.
 #pragma once
-#include "query_rows.cuh"
-#include "quant.cuh"
+#include "tile_fold.cuh"
 #include "tile_rows.cuh"
 
 namespace kvc {
-
-// The formats of src/quant/seal.rs; kLevels is n, kStep what a value's code counts in.
-template <typename Key, typename Value> struct TileFormat {
-    using K = Key;
-    using V = Value;
-};
-struct Kt8v8 : TileFormat<Bytes<false>, Int8> {
-    static constexpr uint32_t kLevels = 255;
-    static constexpr float kValueMiddle = 128.0f, kStep = 1.0f; // the small form's middle
-};
-struct Kt4v4 : TileFormat<Nibbles, Nibbles> {
-    static constexpr uint32_t kLevels = 15;
-    static constexpr float kValueMiddle = 7.5f, kStep = 0.3352f;
-};
-struct Kt3v3 : TileFormat<Threes, Threes> {
-    static constexpr uint32_t kLevels = 7;
-    static constexpr float kValueMiddle = 3.5f, kStep = 0.5860f;
-};
-struct Kt4v2 : TileFormat<Nibbles, Twos> {
-    static constexpr uint32_t kLevels = 15;
-    static constexpr float kValueMiddle = 1.5f, kStep = 0.9957f;
-};
-struct Kt2v2 : TileFormat<Twos, Twos> {
-    static constexpr uint32_t kLevels = 3;
-    static constexpr float kValueMiddle = 1.5f, kStep = 0.9957f;
-};
-
-template <typename Codes>
-KVC_DEVICE void unpack_small(uint32_t w, uint32_t thirds, uint32_t (&out)[Codes::kPairs]) {
-    if constexpr (kHasPlane<Codes>)
-        Codes::small(w, thirds, out);
-    else
-        Codes::small(w, out);
-}
-
-// Powers of two that keep small codes in range of the other operand. Queries are scaled up by 2^14,
-// which with an element of at most 2 is in range of f16; their products with steps, bytes in the small
-// form themselves, are at most 2^-1 and, to the last bit of f16, as good as those with whole steps.
-// Scores are then in units of 2^(14 - 24 - 24). Weights, at most 1, are scaled up by 2^15.
-constexpr uint32_t kQueryUp = 14, kWeightUp = 15;
-constexpr float kScoreUnit = 17179869184.0f; // 2^34
-constexpr float kSumUnit = 512.0f;           // 2^(24 - 15)
-
-// What a unit works on, kept in shared memory: its loop has better use for registers.
-struct TileWork {
-    Unit u;
-    Piece item;
-    BlockTable table;
-    uint32_t unit;
-    // Tiles that lie in the piece, behind every window and before the tail.
-    uint32_t plain_from, plain_to;
-};
-static_assert(sizeof(TileWork) <= 128, "src/kernels/decode_tile.rs has room for it");
-
-// A warp's ring of records.
-struct TileRing {
-    const kvc_decode_tile_params &p;
-    uint32_t to, from, from_phase;
-    uint32_t valid; // a bit a stage: the tile has a record there
-    int32_t entry;  // of the next tile
-
-    KVC_DEVICE explicit TileRing(const kvc_decode_tile_params &params)
-        : p(params), to(0), from(0), from_phase(0), valid(0), entry(-1) {
-        if (bulk() && lane_id() == 0) {
-            for (uint32_t at = 0; at < stages(); ++at) mbar_init(full(at), 1);
-            mbar_fence_init();
-        }
-        if (bulk()) sync_threads();
-    }
-
-    KVC_DEVICE uint32_t stages() const { return p.call.stages; }
-    // Whether records come by bulk copies: always where there are any, but in the emulator.
-    KVC_DEVICE bool bulk() const {
-#ifdef KVC_EMULATE
-        return p.call.bulk != 0;
-#elif __CUDA_ARCH__ >= 900
-        return true;
-#else
-        return false;
-#endif
-    }
-
-    KVC_DEVICE unsigned char *stage(uint32_t at) const {
-        return KVC_SMEM(unsigned char) + (warp_id() * stages() + at) * p.record_bytes;
-    }
-    KVC_DEVICE uint64_t *full(uint32_t at) const {
-        unsigned char *bars = KVC_SMEM(unsigned char) + p.barriers_at;
-        return reinterpret_cast<uint64_t *>(bars) + warp_id() * stages() + at;
-    }
-
-    KVC_DEVICE void look_up(const BlockTable &table, uint32_t tile, bool wanted) {
-        if (wanted) entry = table.entry(tile);
-    }
-    // Starts the copy of a tile's record; `next` is the tile after it.
-    KVC_DEVICE void issue(const TileWork &work, bool wanted, uint32_t next, bool next_wanted) {
-        if (wanted) {
-            const int32_t block = work.table.checked(entry);
-            look_up(work.table, next, next_wanted);
-            valid = (valid & ~(1u << to)) | static_cast<uint32_t>(block >= 0) << to;
-            const unsigned char *record = static_cast<const unsigned char *>(p.records) +
-                                          (block < 0 ? 0 : block) * p.record_block +
-                                          work.u.kv_head * p.record_head;
-            if (bulk()) {
-                if (lane_id() == 0 && block >= 0) {
-                    mbar_arrive_expect(full(to), p.record_bytes);
-                    bulk_copy(stage(to), record, p.record_bytes, full(to));
-                } else if (lane_id() == 0) {
-                    mbar_arrive(full(to));
-                }
-            } else {
-                unsigned char *at = stage(to);
-                for (uint32_t i = lane_id() * 16; i < p.record_bytes; i += 512)
-                    cp_async_16(at + i, record + i, block >= 0);
-            }
-            to = to + 1 == stages() ? 0 : to + 1;
-        }
-        if (!bulk()) cp_async_commit();
-    }
-    // The oldest record under way, for all of the warp; null for a tile without one.
-    KVC_DEVICE const unsigned char *wait() {
-        if (bulk()) {
-            mbar_wait(full(from), from_phase);
-        } else {
-            if (stages() == 1) cp_async_wait<0>();
-            if (stages() == 2) cp_async_wait<1>();
-            if (stages() == 3) cp_async_wait<2>();
-        }
-        sync_warp();
-        return (valid >> from & 1) != 0 ? stage(from) : nullptr;
-    }
-    KVC_DEVICE void release() {
-        sync_warp();
-        from = from + 1 == stages() ? 0 : from + 1;
-        from_phase ^= from == 0;
-    }
-    // After the last tile of a piece: barriers go on from piece to piece.
-    KVC_DEVICE void finish() {
-        if (!bulk()) cp_async_wait<0>();
-    }
-};
-
-// Pairs of bytes in the small form, one for each channel of a word of codes, in the order of its pairs.
-template <typename Codes>
-KVC_DEVICE void channel_pairs(const unsigned char *bytes, uint32_t first,
-                              uint32_t (&out)[Codes::kPairs]) {
-KVC_UNROLL
-    for (uint32_t i = 0; i < Codes::kPairs; i += 2) {
-        const uint32_t *words = reinterpret_cast<const uint32_t *>(bytes + first);
-        if constexpr (Codes::kPairs < 8) {
-            // Neighbours.
-            out[i] = permute(words[i / 2], 0, 0x4140);
-            out[i + 1] = permute(words[i / 2], 0, 0x4342);
-        } else {
-            const uint32_t two = permute(words[i / 4], words[i / 4 + 2], i % 4 == 0 ? 0x5410 : 0x7632);
-            out[i] = two & 0x00ff00ffu;
-            out[i + 1] = permute(two, 0, 0x4341);
-        }
-    }
-}
-
-// Queries in the order of a lane's words of codes and made up for their places, 16 bytes a lane, so that
-// a tile has them in few loads.
-template <typename Codes, int HeadDim> struct FoldRows {
-    using Words = RowWords<Codes, HeadDim>;
-    static constexpr uint32_t kLoads = HeadDim / 32;
-    unsigned char *at;
-
-    KVC_DEVICE explicit FoldRows(const QueryRows<HeadDim> &rows)
-        : at(reinterpret_cast<unsigned char *>(rows.rows) + QueryRows<HeadDim>::kBytes) {}
-
-    // All threads of the block call it, behind a barrier after the rows are filled.
-    KVC_DEVICE void fill(const QueryRows<HeadDim> &rows) const {
-        for (uint32_t i = thread_x(); i < 32 * kLoads * 4; i += kDecodeThreads) {
-            const uint32_t lane = i / 4 % 32, n = i / 128 * 4 + i % 4;
-            const uint32_t word = n / Codes::kPairs, pair = n % Codes::kPairs;
-            const uint16_t *row =
-                rows.rows + lane / 4 * rows.kRow +
-                Words::word(lane % 4, word / Words::kRun, word % Words::kRun) * Words::kPerWord;
-            const uint32_t two = row[Codes::element(pair, 0)] |
-                                 static_cast<uint32_t>(row[Codes::element(pair, 1)]) << 16;
-            reinterpret_cast<uint32_t *>(at)[i] =
-                mul_f16x2(two, twice((15 + kQueryUp - Codes::place(pair)) << 10));
-        }
-    }
-    KVC_DEVICE TileWork *work() const { return reinterpret_cast<TileWork *>(at + HeadDim * 16); }
-    // Pairs 4i to 4i + 3 of this lane.
-    KVC_DEVICE WordRun<4> load(uint32_t i) const {
-        return reinterpret_cast<const WordRun<4> *>(at)[i * 32 + lane_id()];
-    }
-};
 
 // The token of 64 that is row `m` of strip `s`.
 template <typename Codes> KVC_DEVICE uint32_t strip_token(uint32_t s, uint32_t m) {
@@ -231,192 +40,181 @@ template <typename V> KVC_DEVICE WordRun<4> strip_scales(const unsigned char *sc
     }
 }
 
-// The sums of a warp, which has also that of the weights as the products take them, in each row.
+// The sums of a warp, which has also that of the weights as the products take them, in each row. A score
+// or scale that is the largest so far is rare: only then do lanes exchange anything.
 template <int HeadDim> struct TileState : CodeState<HeadDim> {
+    static constexpr float kLargest = 3.4028234663852886e38f;
     float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+
+    // Makes weights of products, of which scores are `factor` and `add`; `scales` are the largest, in
+    // pairs, of this lane's scales of values.
+    KVC_DEVICE void weigh(float (&s)[4][4], const float (&factor)[2], const float (&add)[2],
+                          uint32_t scales) {
+        float top[2];
+KVC_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            top[c] = max_f32(s[0][c], s[0][2 + c]);
+            for (int i = 1; i < 4; ++i) top[c] = max_f32(top[c], max_f32(s[i][c], s[i][2 + c]));
+            // No factor is below 0, so that the greatest product has the greatest score.
+            top[c] = fma_rn(top[c], factor[c], add[c]);
+        }
+        const uint32_t larger = (scales >> 16) > (scales & 0xffff) ? scales >> 16 : scales & 0xffff;
+        const float largest = widen_f16(static_cast<uint16_t>(larger));
+        const bool more = top[0] > this->m[0] || top[1] > this->m[1] || largest >= this->in_units();
+        if (ballot(kFullMask, more) != 0) {
+            const float same = this->count_in(widen_f16(static_cast<uint16_t>(max_of_warp(larger))));
+            float keep[2];
+KVC_UNROLL
+            for (int c = 0; c < 2; ++c) {
+                const float next = max_f32(this->m[c], max_over_tokens(top[c]));
+                keep[c] = weight(this->m[c], next);
+                this->l[c] *= keep[c];
+                this->m[c] = next;
+                keep[c] *= same;
+            }
+            this->rescale(keep);
+            for (int i = 0; i < 4; ++i) total[i] *= keep[i % 2];
+        }
+KVC_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            const float shift = add[c] - max_f32(this->m[c], -kLargest);
+            float sum = 0.0f;
+            for (int i = 0; i < 4; ++i) {
+                s[i][c] = exp2_approx(fma_rn(s[i][c], factor[c], shift));
+                s[i][2 + c] = exp2_approx(fma_rn(s[i][2 + c], factor[c], shift));
+                sum += s[i][c] + s[i][2 + c];
+            }
+            this->l[c] += sum;
+        }
+    }
 };
 
-// What of a tile's scores does not depend on the token.
-template <typename K, int HeadDim> struct TileQueries {
-    uint32_t folded[HeadDim / 16][2]; // steps in the queries
-    float less[2];                    // what sums of products begin with
-    float factor[2], add[2];
-};
+// Strips of keys that are multiplied at a time. Two sums are under way, so that a product waits for the
+// one before the last: of two strips or, where the words of two would take too many registers, of one.
+template <typename K> constexpr uint32_t kKeyStrips = K::kBits < 4 ? 2 : 1;
 
-template <typename Format, int HeadDim>
-KVC_DEVICE void fold_steps(const kvc_decode_tile_params &p, const QueryRows<HeadDim> &queries,
-                           const unsigned char *record, TileQueries<typename Format::K, HeadDim> &out) {
-    using K = typename Format::K;
-    using Words = RowWords<K, HeadDim>;
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const FoldRows<K, HeadDim> fold(queries);
-    uint32_t pairs[HeadDim / 8];
-KVC_UNROLL
-    for (uint32_t i = 0; i < HeadDim / 32; ++i) {
-        const WordRun<4> run = fold.load(i);
-        for (uint32_t j = 0; j < 4; ++j) pairs[4 * i + j] = run.word[j];
-    }
-    float levels[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-KVC_UNROLL
-    for (uint32_t n = 0; n < Words::kWords; ++n) {
-        const uint32_t first = Words::word(t, n / Words::kRun, n % Words::kRun) * Words::kPerWord;
-        uint32_t steps[K::kPairs];
-        channel_pairs<K>(record + p.k_steps_at, first, steps);
-KVC_UNROLL
-        for (uint32_t i = 0; i < K::kPairs; ++i) {
-            const uint32_t at = n * K::kPairs + i;
-            out.folded[at / 2][at % 2] = mul_f16x2(pairs[at], steps[i]);
-        }
-KVC_UNROLL
-        for (uint32_t i = 0; i < K::kPairs; i += 2) {
-            const uint32_t low = twice(Format::kLevels << K::place(i));
-            const uint32_t high = twice(Format::kLevels << K::place(i + 1));
-            const uint32_t a[4] = {low, low, high, high};
-            mma_f16(levels, a, out.folded[(n * K::kPairs + i) / 2]);
-        }
-    }
-    for (int i = 0; i < 2; ++i) out.less[i] = -0.5f * levels[i];
-
-    // Queries times middles, of channels in their order: a byte with its sign flipped is 128 more.
-    float middle[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-KVC_UNROLL
-    for (uint32_t i = 0; i < HeadDim / 32; ++i) {
-        const uint32_t first = (4 * i + t) * 8;
-        const WordRun<4> q =
-            *reinterpret_cast<const WordRun<4> *>(queries.rows + g * queries.kRow + first);
-        const WordRun<2> mids =
-            *reinterpret_cast<const WordRun<2> *>(record + p.k_mids_at + first);
-KVC_UNROLL
-        for (uint32_t j = 0; j < 2; ++j) {
-            uint32_t m[2];
-            Int8::small(mids.word[j], m);
-            const uint32_t a[4] = {m[0], m[0], m[1], m[1]};
-            const uint32_t b[2] = {q.word[2 * j], q.word[2 * j + 1]};
-            mma_f16(middle, a, b);
-        }
-    }
-    const uint32_t units = *reinterpret_cast<const uint32_t *>(record + p.header_at);
-    const float unit = widen_f16(static_cast<uint16_t>(units)) * kScoreUnit;
-    const float mid_unit = widen_f16(static_cast<uint16_t>(units >> 16));
-    for (int c = 0; c < 2; ++c) {
-        const float q_factor = queries.factors[2 * t + c];
-        out.factor[c] = unit * q_factor;
-        out.add[c] = mid_unit * (middle[c] * 16777216.0f - 128.0f * queries.sums[2 * t + c]) * q_factor;
-    }
-}
-
-// The products of a strip of the 64 tokens that begin at row `part` of the keys.
+// The products of such strips of the 64 tokens that begin at row `part` of the keys.
 template <typename Format, int HeadDim>
 KVC_DEVICE void multiply_keys(const kvc_decode_tile_params &p, const unsigned char *record,
                               uint32_t part, uint32_t strip,
-                              const TileQueries<typename Format::K, HeadDim> &q, float (&s)[4]) {
+                              const TileQueries<typename Format::K, HeadDim> &q, float (*s)[4]) {
     using K = typename Format::K;
     using V = typename Format::V;
     using Words = RowWords<K, HeadDim>;
-    constexpr uint32_t kPlaneRow = HeadDim / 8;
+    constexpr uint32_t kPlaneRow = HeadDim / 8, kStrips = kKeyStrips<K>;
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint32_t rows[2] = {part + strip_token<V>(strip, g), part + strip_token<V>(strip, g + 8)};
-    // Two sums, so that a product waits for the one before the last.
-    float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int i = 0; i < 4; ++i) s[i] = q.less[i % 2];
+    uint32_t rows[kStrips][2];
+    for (uint32_t i = 0; i < 2 * kStrips; ++i)
+        rows[i / 2][i % 2] = part + strip_token<V>(strip + i / 2, g + i % 2 * 8);
+    float sums[2][4];
+    for (int i = 0; i < 8; ++i)
+        sums[i / 4][i % 4] = kStrips == 2 || i < 4 ? q.less[i % 2] : 0.0f;
 KVC_UNROLL
     for (uint32_t j = 0; j < Words::kRuns; ++j) {
-        WordRun<Words::kRun> run[2];
+        WordRun<Words::kRun> run[kStrips][2];
 KVC_UNROLL
-        for (int i = 0; i < 2; ++i)
-            run[i] = *reinterpret_cast<const WordRun<Words::kRun> *>(
-                record + rows[i] * Words::kBytes + Words::word(t, j, 0) * 4);
+        for (uint32_t i = 0; i < 2 * kStrips; ++i)
+            run[i / 2][i % 2] = *reinterpret_cast<const WordRun<Words::kRun> *>(
+                record + rows[i / 2][i % 2] * Words::kBytes + Words::word(t, j, 0) * 4);
 KVC_UNROLL
         for (uint32_t w = 0; w < Words::kRun; ++w) {
-            uint32_t pairs[2][K::kPairs];
+            uint32_t pairs[kStrips][2][K::kPairs];
 KVC_UNROLL
-            for (int i = 0; i < 2; ++i) {
+            for (uint32_t i = 0; i < 2 * kStrips; ++i) {
                 uint32_t thirds = 0;
                 if constexpr (kHasPlane<K>) {
                     const uint32_t word = Words::word(t, j, w);
-                    thirds = *reinterpret_cast<const uint32_t *>(
-                                 record + p.k_plane_at + rows[i] * kPlaneRow + word / 2 * 4) >>
+                    thirds = *reinterpret_cast<const uint32_t *>(record + p.k_plane_at +
+                                                                 rows[i / 2][i % 2] * kPlaneRow +
+                                                                 word / 2 * 4) >>
                              word % 2 * 8;
                 }
-                unpack_small<K>(run[i].word[w], thirds, pairs[i]);
+                unpack_small<K>(run[i / 2][i % 2].word[w], thirds, pairs[i / 2][i % 2]);
             }
 KVC_UNROLL
             for (uint32_t i = 0; i < K::kPairs; i += 2) {
                 const uint32_t step = ((j * Words::kRun + w) * K::kPairs + i) / 2;
-                const uint32_t a[4] = {pairs[0][i], pairs[1][i], pairs[0][i + 1], pairs[1][i + 1]};
-                mma_f16(step % 2 == 0 ? s : odd, a, q.folded[step]);
+KVC_UNROLL
+                for (uint32_t k = 0; k < kStrips; ++k) {
+                    const uint32_t(&low)[K::kPairs] = pairs[k][0], (&high)[K::kPairs] = pairs[k][1];
+                    const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]};
+                    mma_f16(sums[kStrips == 2 ? k : step % 2], a, q.folded[step]);
+                }
             }
         }
     }
-    for (int i = 0; i < 4; ++i) s[i] += odd[i];
+    for (int i = 0; i < 4; ++i) {
+        s[0][i] = kStrips == 2 ? sums[0][i] : sums[0][i] + sums[1][i];
+        if (kStrips == 2) s[1][i] = sums[1][i];
+    }
 }
 
 // Adds a tile; a `plain` one lies before the tail and in the piece, and every column sees all of it.
-template <typename Format, int HeadDim>
+template <typename Format, int HeadDim, uint32_t Tokens>
 KVC_DEVICE void accumulate_tile(const kvc_decode_tile_params &p, const QueryRows<HeadDim> &queries,
                                 const unsigned char *record, uint32_t tile, bool plain, TileState<HeadDim> &state) {
     using V = typename Format::V;
     constexpr int kSteps = HeadDim / 16;
     constexpr uint32_t kRun = V::kBits / 2; // words of a channel's 16 tokens
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+    // Said anew, so that what follows from it takes no register through the loop.
+    const uint32_t lane = opaque(lane_id()), g = lane / 4, t = lane % 4;
+    const uint32_t tokens = Tokens != 0 ? Tokens : p.tile_tokens;
     TileQueries<typename Format::K, HeadDim> q;
     fold_steps<Format, HeadDim>(p, queries, record, q);
 
-    for (uint32_t part = 0; part < p.tile_tokens; part += 64) {
+KVC_ROLL
+    for (uint32_t part = 0; part < tokens; part += 64) {
         float s[4][4];
 KVC_UNROLL
-        for (uint32_t strip = 0; strip < 4; ++strip) {
-            multiply_keys<Format, HeadDim>(p, record, part, strip, q, s[strip]);
-            for (int i = 0; i < 4; ++i)
-                s[strip][i] = s[strip][i] * q.factor[i % 2] + q.add[i % 2];
-        }
+        for (uint32_t strip = 0; strip < 4; strip += kKeyStrips<typename Format::K>)
+            multiply_keys<Format, HeadDim>(p, record, part, strip, q, s + strip);
+        float factor[2] = {q.factor[0], q.factor[1]}, add[2] = {q.add[0], q.add[1]};
         if (!plain) {
             // Rare, so columns are found anew, which saves the others their registers, and the strips take
-            // turns in one place.
+            // turns in one place. Where scores are no more than products with their factor and summand,
+            // products are what stays, but of tokens that are hidden: others must have the bits that they
+            // have in a plain tile. A factor of 0 would make a number of those again.
             const TileWork &work = *FoldRows<typename Format::K, HeadDim>(queries).work();
             const Unit &u = work.u;
             const Piece &item = work.item;
+            const bool scored = p.call.softcap != 0.0f || p.call.slopes != nullptr;
             Column columns[2];
             for (uint32_t c = 0; c < 2; ++c)
                 columns[c] = only_where(find_column(p.call, u, 2 * t + c),
                                         own_tile(p, u, 2 * t + c) > static_cast<int32_t>(tile));
 KVC_ROLL
             for (uint32_t strip = 0; strip < 4; ++strip) {
-                int32_t tokens[2];
+                int32_t own[2];
                 bool readable[2];
 KVC_UNROLL
                 for (uint32_t i = 0; i < 2; ++i) {
-                    const uint32_t token =
-                        tile * p.tile_tokens + part + strip_token<V>(strip, g + 8 * i);
-                    tokens[i] = static_cast<int32_t>(token);
+                    const uint32_t token = tile * tokens + part + strip_token<V>(strip, g + 8 * i);
+                    own[i] = static_cast<int32_t>(token);
                     readable[i] = token >= item.begin && token < item.end &&
                                   token >= static_cast<uint32_t>(u.first_token);
                 }
-                make_scores(p.call, u, columns, tokens, readable, s[0]);
+                float scores[4];
+                for (int i = 0; i < 4; ++i) scores[i] = fma_rn(s[0][i], factor[i % 2], add[i % 2]);
+                make_scores(p.call, u, columns, own, readable, scores);
 KVC_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    const float first = s[0][i];
+                    const bool taken = scored || factor[i % 2] == 0.0f || scores[i] == -infinity();
+                    const float first = taken ? scores[i] : s[0][i];
                     s[0][i] = s[1][i];
                     s[1][i] = s[2][i];
                     s[2][i] = s[3][i];
                     s[3][i] = first;
                 }
             }
+            for (int c = 0; c < 2; ++c)
+                if (scored || factor[c] == 0.0f) factor[c] = 1.0f, add[c] = 0.0f;
         }
         const WordRun<4> scales =
             strip_scales<V>(record + p.v_scales_at + part * 2, g);
-        const uint32_t most = max_f16x2(max_f16x2(scales.word[0], scales.word[1]),
-                                        max_f16x2(scales.word[2], scales.word[3]));
-        const uint32_t low = most & 0xffff, high = most >> 16;
-        const uint32_t largest = max_of_warp(low > high ? low : high);
-        const float same = state.count_in(widen_f16(static_cast<uint16_t>(largest)));
+        state.weigh(s, factor, add,
+                    max_f16x2(max_f16x2(scales.word[0], scales.word[1]),
+                              max_f16x2(scales.word[2], scales.word[3])));
         const float per_unit = state.per_unit();
-
-        float keep[2];
-        state.weigh(s, keep);
-        for (int c = 0; c < 2; ++c) keep[c] *= same;
-        state.rescale(keep);
-        for (int i = 0; i < 4; ++i) state.total[i] *= keep[i % 2];
         uint32_t weights[4][2];
 KVC_UNROLL
         for (uint32_t pair = 0; pair < 8; ++pair) {
@@ -437,21 +235,21 @@ KVC_UNROLL
             mma_f16(state.total, a, weights[i]);
         }
 
-        const uint32_t row_bytes = p.tile_tokens / 8 * V::kBits;
+        const uint32_t plane_row = tokens / 8, row = plane_row * V::kBits;
+        const unsigned char *codes =
+            record + p.v_codes_at + g * row + part / 8 * V::kBits + t * 4 * kRun;
+        const unsigned char *plane = record + p.v_plane_at + g * plane_row + part / 8 + t / 2 * 4;
 KVC_UNROLL
         for (uint32_t i = 0; i < kSteps; ++i) {
             WordRun<kRun> run[2];
             uint32_t thirds[2] = {0, 0};
 KVC_UNROLL
             for (uint32_t half = 0; half < 2; ++half) {
-                const uint32_t channel = 16 * i + g + 8 * half;
-                run[half] = *reinterpret_cast<const WordRun<kRun> *>(
-                    record + p.v_codes_at + channel * row_bytes + part / 8 * V::kBits + t * 4 * kRun);
+                const uint32_t channel = 16 * i + 8 * half;
+                run[half] = *reinterpret_cast<const WordRun<kRun> *>(codes + channel * row);
                 if constexpr (kHasPlane<V>)
-                    thirds[half] = *reinterpret_cast<const uint32_t *>(
-                                       record + p.v_plane_at + channel * (p.tile_tokens / 8) +
-                                       part / 8 + t / 2 * 4) >>
-                                   t % 2 * 8;
+                    thirds[half] =
+                        *reinterpret_cast<const uint32_t *>(plane + channel * plane_row) >> t % 2 * 8;
             }
 KVC_UNROLL
             for (uint32_t w = 0; w < kRun; ++w) {
@@ -498,31 +296,41 @@ KVC_DEVICE void decode_tile_unit(const kvc_decode_tile_params &params, const Pie
     u.plain_to = 0;
 
     const QueryRows<HeadDim> rows(KVC_SMEM(unsigned char) + params.query_at);
-    rows.fill(p, u, false);
+    rows.template fill<true>(p, u, false);
     sync_threads();
     const FoldRows<typename Format::K, HeadDim> fold(rows);
     fold.fill(rows);
-    if (thread_x() == 0) *fold.work() = {u, item, table, unit, plain_from, plain_to};
+    if (thread_x() == 0)
+        *fold.work() = {u, item, table,
+                        static_cast<const unsigned char *>(params.records) + u.kv_head * params.record_head,
+                        unit, plain_from, plain_to};
     TileState<HeadDim> state;
     accumulate_raw<HeadDim>(params, item, u, table, Format::kStep * kSumUnit, state);
     if (ring.bulk()) fence_bulk();
     sync_threads();
 
-    // `coming` is the tile whose copy starts next, past the end when all have.
-    const uint32_t ahead = (ring.stages() - 1) * kDecodeWarps;
-    for (uint32_t coming = first; coming < end + ahead; coming += kDecodeWarps) {
-        ring.issue(*fold.work(), coming < end, coming + kDecodeWarps, coming + kDecodeWarps < end);
-        if (coming < first + ahead) continue;
-        const uint32_t tile = coming - ahead;
+    // Tiles whose copies start before the first is waited for.
+    const uint32_t ahead = ring.stages() - 1;
+    const auto issue = [&](uint32_t tile, uint32_t to) {
+        const uint32_t next = tile + kDecodeWarps;
+        ring.issue(*fold.work(), to, tile < end, next, next < end);
+    };
+KVC_ROLL
+    for (uint32_t i = 0; i < ahead; ++i) issue(first + i * kDecodeWarps, ring.stage_after(i));
+    for (uint32_t tile = first; tile < end; tile += kDecodeWarps) {
+        issue(tile + ahead * kDecodeWarps, ring.stage_after(ahead));
         const unsigned char *record = ring.wait();
-        if (record != nullptr && !is_sealed(params, record)) {
+        if (!is_sealed(params, record)) {
             // Read raw, where it is.
             if (!has_raw(params, fold.work()->u.seq, tile)) raise(p.error_flag, kFlagBlock);
-            record = nullptr;
-        }
-        if (record != nullptr) {
+        } else {
             const bool plain = tile >= fold.work()->plain_from && tile < fold.work()->plain_to;
-            accumulate_tile<Format, HeadDim>(params, rows, record, tile, plain, state);
+            if (!Format::kByTokens)
+                accumulate_tile<Format, HeadDim, 0>(params, rows, record, tile, plain, state);
+            else if (tokens == 64)
+                accumulate_tile<Format, HeadDim, 64>(params, rows, record, tile, plain, state);
+            else
+                accumulate_tile<Format, HeadDim, 128>(params, rows, record, tile, plain, state);
         }
         ring.release();
     }

@@ -313,7 +313,7 @@ KVC_UNROLL
     const Column columns[2] = {find_column(p, u, 2 * t), find_column(p, u, 2 * t + 1)};
     TokenState<kChannels> state;
 
-    const uint32_t ahead = pipe.stages - 1;
+    const uint32_t ahead = pipe.ahead();
     for (uint32_t next = 0; next < source.count + ahead; ++next) {
         pipe.issue(source, table, next);
         if (next < ahead) continue;
@@ -356,7 +356,7 @@ KVC_DEVICE void decode_token(const kvc_decode_token_params &params) {
     constexpr uint32_t kRow = kRowChunks<Format, HeadDim> * 16, kScales = scale_bytes<Format>(HeadDim);
 #if defined(KVC_EMULATE) || __CUDA_ARCH__ >= 900
     // Integers and their weights of 0 are no NaN.
-    using Bulk = TokenBulkPipeline<kRow, kScales, !Format::kScaled>;
+    using Bulk = TokenBulkPipeline<kRow, kScales, !Format::kScaled, (Format::Codes::kBits < 8)>;
     if (params.call.bulk != 0)
         return decode_token_with<Format, HeadDim>(
             params, Bulk(params, params.query_at + QueryRows<HeadDim>::kBytes));

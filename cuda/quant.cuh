@@ -127,10 +127,13 @@ struct E2m1 {
     static constexpr float kFactor = 16384.0f;
     KVC_DEVICE static constexpr uint32_t element(uint32_t i, uint32_t e) { return i + 4 * e; }
     KVC_DEVICE static void unpack(uint32_t w, uint32_t (&out)[4]) {
-        for (uint32_t i = 0; i < 4; ++i) {
-            const uint32_t top = w << (12 - 4 * i);
-            out[i] = (top >> 3 & 0x0e000e00u) | (top & 0x80008000u);
-        }
+        // Upper bytes of f16, of the codes in the lower halves of bytes and of those in the upper.
+        const uint32_t lower = (w << 4 & 0x80808080u) | (w << 1 & 0x0e0e0e0eu);
+        const uint32_t upper = (w & 0x80808080u) | (w >> 3 & 0x0e0e0e0eu);
+        out[0] = permute(lower, 0, 0x2404);
+        out[1] = permute(upper, 0, 0x2404);
+        out[2] = lower & 0xff00ff00u;
+        out[3] = upper & 0xff00ff00u;
     }
     KVC_DEVICE static constexpr uint32_t row_element(uint32_t half, uint32_t i) { return 4 * half + i; }
     KVC_DEVICE static void rows(uint32_t w, uint32_t (&out)[4]) { unpack(w, out); }

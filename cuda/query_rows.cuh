@@ -47,7 +47,9 @@ KVC_UNROLL
         return x;
     }
 
-    // All threads of the block call it, between barriers.
+    // All threads of the block call it, between barriers. `Positive`: no factor is below 0, as the rows
+    // have the sign of a scale that is.
+    template <bool Positive = false>
     KVC_DEVICE void fill(const kvc_decode_params &p, const Unit &u, bool rotated) const {
         for (uint32_t i = thread_x(); i < kColumns * kLanes; i += 128) {
             const uint32_t c = i / kLanes, channel = i % kLanes * kOwn;
@@ -63,7 +65,9 @@ KVC_UNROLL
                 top = max_f32(top, as_float(as_bits(x[j]) & 0x7fffffffu));
             top = over_row(top, [](float a, float b) { return max_f32(a, b); });
             const uint32_t exponent = exponent_of(top);
-            const float down = as_float((254 - exponent) << 23);
+            uint32_t sign = 0;
+            if constexpr (Positive) sign = as_bits(score_factor(p)) & 0x80000000u;
+            const float down = as_float((254 - exponent) << 23 | sign);
             uint32_t pairs[kOwn / 2];
             for (uint32_t j = 0; j < kOwn / 2; ++j)
                 pairs[j] = pack_f16(x[2 * j] * down, x[2 * j + 1] * down);
@@ -76,7 +80,7 @@ KVC_UNROLL
             uint32_t *to = reinterpret_cast<uint32_t *>(rows + c * kRow + channel);
             for (uint32_t j = 0; j < kOwn / 2; ++j) to[j] = pairs[j];
             if (channel == 0) {
-                factors[c] = as_float(exponent << 23) * score_factor(p);
+                factors[c] = as_float(exponent << 23 | sign) * score_factor(p);
                 sums[c] = sum;
             }
         }

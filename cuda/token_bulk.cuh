@@ -14,13 +14,18 @@
 // can be NaN, the warp that would multiply such values makes zeros of them; what keys hold does not
 // matter.
 //
+// A tile goes where the one before the last was, or, where it comes `Early`, the one before that: all
+// warps are done with it by then. Otherwise a warp whose turn it is to start copies, of 32 runs as long
+// as its products of a tile, waits for the warp whose turn it was, and their tiles take turns too.
+//
 // It knows nothing of what codes mean.
 #pragma once
 #include "token_pipe.cuh"
 
 namespace kvc {
 
-template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPipeline {
+template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros, bool Early = false>
+struct TokenBulkPipeline {
     static constexpr uint32_t kRun = RowBytes > 128 ? 8 : 16, kRuns = 8, kTokens = kRun * kRuns;
     static constexpr uint32_t kOwn = kRun / kDecodeWarps, kStrips = kOwn / 2; // tokens of a run, a warp
     static constexpr uint32_t kChunks = RowBytes / 16;
@@ -152,6 +157,10 @@ template <uint32_t RowBytes, uint32_t ScaleBytes, bool Zeros> struct TokenBulkPi
             bulk_copy(KVC_SMEM(unsigned char) + to_at + low * row,
                       base + block * stride + (place + low) * row, bytes, &of(to).full);
     }
+
+    // Tiles whose copies start before the first is waited for: as many as there are other stages, or,
+    // where stages are enough and `Early`, one fewer.
+    KVC_DEVICE uint32_t ahead() const { return stages - (Early && stages > 2 ? 2 : 1); }
 
     // Waits for tile `n`.
     KVC_DEVICE void wait(const TokenSource &s, uint32_t n) {

@@ -147,6 +147,9 @@ KVC_UNROLL
         cp_async_commit();
     }
 
+    // Tiles whose copies start before the first is waited for.
+    KVC_DEVICE uint32_t ahead() const { return stages - 1; }
+
     // Waits for tile `n`.
     KVC_DEVICE void wait(const TokenSource &, uint32_t) {
         if (stages == 2) cp_async_wait<1>();

@@ -4,14 +4,14 @@
 
 mod device;
 
-use device::sealed::{Case, FORMATS, Sealed};
-use kvcache::dtype::{DType, KvFormat};
+use device::sealed::{Case, FORMATS, Got, Sealed};
+use kvcache::dtype::DType;
 use kvcache::emu::{Buffer, Options, Schedule, launch};
 use kvcache::kernels::params::{In, Out};
 use kvcache::kernels::{DecodeBounds, DecodePlan, Pieces};
 
-fn check(case: Case) -> u32 {
-    let inputs = Sealed::new(case);
+/// A call of the rows that begin at `first_row`: their offsets and how long the sequences are.
+fn run(inputs: &Sealed, first_row: usize, q_indptr: &[i32], lens: &[i32]) -> Got {
     let case = &inputs.case;
     let plan = DecodePlan::new(DecodeBounds {
         format: case.format,
@@ -20,22 +20,22 @@ fn check(case: Case) -> u32 {
         q_heads: case.q_heads as u32,
         kv_heads: case.kv_heads as u32,
         q_len: case.lengths.iter().map(|l| l.0).max().unwrap() as u32,
-        batch: case.lengths.len() as u32,
+        batch: lens.len() as u32,
         max_tokens: case.lengths.iter().map(|l| l.1).max().unwrap() as u32,
         pieces: case.pieces,
         multiprocessors: case.multiprocessors,
         multiprocessor_shared_bytes: case.shared_kib * 1024,
     })
     .unwrap();
-    let got = inputs.room(inputs.q_indptr[case.lengths.len()] as usize);
-    let (q_rows, lens) = (Buffer::of(&inputs.q_indptr).unwrap(), Buffer::of(&inputs.lens).unwrap());
+    let got = inputs.room(q_indptr[lens.len()] as usize);
+    let (q_rows, lens_there) = (Buffer::of(q_indptr).unwrap(), Buffer::of(lens).unwrap());
     let workspace = Buffer::new(plan.workspace_bytes() as usize).unwrap();
-    let (_, mut params) = inputs.args(&got, 0, &q_rows, &lens);
+    let (_, mut params) = inputs.args(&got, first_row, &q_rows, &lens_there);
     let (first, plan_params) = plan
         .plan_launch(
             workspace.address(),
-            In::at(lens.address()),
-            case.lengths.len() as u32,
+            In::at(lens_there.address()),
+            lens.len() as u32,
             case.window,
             Out::at(got.flag.address()),
         )
@@ -43,14 +43,19 @@ fn check(case: Case) -> u32 {
     let second = plan.decode_tile_launch(workspace.address(), &mut params).unwrap();
     params.call.bulk = u32::from(case.bulk);
     let options = Options { schedule: case.schedule, ..Options::default() };
-    // SAFETY: every address is that of a buffer that lives to the end of this function.
+    // SAFETY: every address is that of a buffer that lives to the end of this function or in `inputs`.
     unsafe {
         let (kernel, shared) = (first.kernel, first.shared_bytes);
         launch(kernel.name, first.grid, kernel.threads, shared, &plan_params, options).unwrap();
         let (kernel, shared) = (second.kernel, second.shared_bytes);
         launch(kernel.name, second.grid, kernel.threads, shared, &params, options).unwrap();
     }
-    inputs.compare(&got)
+    got
+}
+
+fn check(case: Case) -> u32 {
+    let inputs = Sealed::new(case);
+    inputs.compare(&run(&inputs, 0, &inputs.q_indptr, &inputs.lens))
 }
 
 #[test]
@@ -105,8 +110,32 @@ fn every_scoring_rule_and_any_pieces() {
         for window in [5, 70, 400] {
             assert_eq!(check(Case { window: Some(window), ..case.clone() }), 0);
         }
+        assert_eq!(check(Case { negative: true, ..case.clone() }), 0);
         let all = Case { softcap: Some(9.0), sinks: true, alibi: true, q_heads: 10, ..case };
         let pieces = [Pieces::Balanced, Pieces::Fixed(64), Pieces::Fixed(256)][i % 3];
         assert_eq!(check(Case { window: Some(333), pieces, rows: DType::F32, ..all }), 0);
+    }
+}
+
+/// The beginning of the window of the last of them, but of no other, lies past that of a tile: a tile
+/// that some see whole is, for all of them together, one of which some tokens may be hidden.
+#[test]
+fn rows_of_a_window_have_the_same_bits_together_and_alone() {
+    for format in FORMATS {
+        let inputs = Sealed::new(Case {
+            format,
+            lengths: vec![(8, 136)],
+            rows: DType::F32,
+            window: Some(68),
+            pieces: Pieces::Fixed(256),
+            ..Case::default()
+        });
+        let together = run(&inputs, 0, &inputs.q_indptr, &inputs.lens);
+        assert_eq!(inputs.compare(&together), 0);
+        let (all, row) = (together.out.buffer.read::<u32>(), inputs.case.q_heads * inputs.case.dim);
+        for i in 0..8 {
+            let alone = run(&inputs, i, &[0, 1], &[129 + i as i32]).out.buffer.read::<u32>();
+            assert_eq!(alone[..row], all[i * row..][..row], "{format:?}, row {i}");
+        }
     }
 }

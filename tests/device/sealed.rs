@@ -35,6 +35,8 @@ pub struct Case {
     pub bulk: bool,
     pub window: Option<u32>,
     pub softcap: Option<f32>,
+    /// Scores have the sign of products turned round.
+    pub negative: bool,
     pub sinks: bool,
     pub alibi: bool,
     pub pieces: Pieces,
@@ -63,6 +65,7 @@ impl Default for Case {
             bulk: true,
             window: None,
             softcap: None,
+            negative: false,
             sinks: false,
             alibi: false,
             pieces: Pieces::Balanced,
@@ -233,13 +236,16 @@ impl Sealed {
         // The reference, a row at a time.
         let sinks: Vec<f32> = (0..case.q_heads).map(|_| 2.0 * rng.normal()).collect();
         let slopes: Vec<f32> = (0..case.q_heads).map(|_| 0.1 * rng.normal().abs()).collect();
-        let scoring = Scoring {
+        let mut scoring = Scoring {
             window: case.window,
             softcap: case.softcap,
             sinks: case.sinks.then_some(&sinks[..]),
             alibi: case.alibi.then_some(&slopes[..]),
             ..Scoring::causal(d as u32)
         };
+        if case.negative {
+            scoring.scale = -scoring.scale;
+        }
         let row_len = case.q_heads * d;
         let rows: usize = case.lengths.iter().map(|l| l.0).sum();
         let q: Vec<f32> = (0..rows * row_len).map(|_| rng.normal()).collect();
