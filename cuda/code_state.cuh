@@ -2,21 +2,18 @@
 // f16 by a power of two, the largest scale met, that the sums are counted in; what every channel of a
 // value has in common, times its weight, is a sum of its own.
 #pragma once
+#include "code_unit.cuh"
 #include "decode_finish.cuh"
 
 namespace kvc {
 
 // Sums of a warp over its tokens, and what they are counted in.
-template <int HeadDim> struct CodeState {
+template <int HeadDim> struct CodeState : CodeUnit {
     float m[2], l[2];
     float o[HeadDim / 16][4];
     float minima[2]; // of values, weighted
-    uint32_t unit;   // biased exponent of what o is counted in
 
-    // That of the smallest scale.
-    static constexpr uint32_t kLeast = 127 - 24;
-
-    KVC_DEVICE CodeState() : unit(kLeast) {
+    KVC_DEVICE CodeState() {
         for (int c = 0; c < 2; ++c) {
             m[c] = -infinity();
             l[c] = minima[c] = 0.0f;
@@ -54,15 +51,6 @@ KVC_UNROLL
         for (int i = 0; i < HeadDim / 16; ++i)
             for (int j = 0; j < 4; ++j) o[i][j] *= keep[j % 2];
     }
-    // Counts in at least `largest`, a scale: the factor for what was counted before.
-    KVC_DEVICE float count_in(float largest) {
-        const uint32_t field = (as_bits(largest) >> 23 & 0xff) + 1, before = unit;
-        unit = field > unit ? field : unit;
-        return as_float((127 + before - unit) << 23);
-    }
-    // Turns a scale into the unit.
-    KVC_DEVICE float per_unit() const { return as_float((254 - unit) << 23); }
-    KVC_DEVICE float in_units() const { return as_float(unit << 23); }
 };
 
 } // namespace kvc

@@ -64,7 +64,8 @@ KVC_DEVICE constexpr uint32_t hadamard_block(uint32_t dim) { return dim & (~dim 
 template <int HeadDim> constexpr int kRotatedOwn = hadamard_block(HeadDim) > 128 ? 8 : 4;
 
 // H x / sqrt(n) for blocks of n channels, of which a lane has `Own` beside each other.
-template <int HeadDim, int Own> KVC_DEVICE void transform_channels(float (&x)[Own]) {
+template <int HeadDim, int Own>
+KVC_DEVICE void transform_channels(float (&x)[Own], uint32_t lane = lane_id()) {
     constexpr uint32_t kBlock = hadamard_block(HeadDim);
     static_assert(kBlock >= Own && kBlock <= 32 * Own, "a lane has channels of one block, a warp all");
 KVC_UNROLL
@@ -79,25 +80,32 @@ KVC_UNROLL
     }
 KVC_UNROLL
     for (uint32_t half = 1; half < kBlock / Own; half *= 2) {
-        const float sign = (lane_id() & half) != 0 ? -1.0f : 1.0f;
+        const float sign = (lane & half) != 0 ? -1.0f : 1.0f;
 KVC_UNROLL
         for (int j = 0; j < Own; ++j) x[j] = fma_rn(x[j], sign, shfl_xor(kFullMask, x[j], half));
     }
-    constexpr uint32_t kLog =
-        kBlock == 16 ? 4 : kBlock == 32 ? 5 : kBlock == 64 ? 6 : kBlock == 128 ? 7 : 8;
-    static_assert(1u << kLog == kBlock, "16 to 256 channels");
+    constexpr uint32_t kLog = kBlock == 16    ? 4
+                              : kBlock == 32  ? 5
+                              : kBlock == 64  ? 6
+                              : kBlock == 128 ? 7
+                              : kBlock == 256 ? 8
+                                              : 9;
+    static_assert(1u << kLog == kBlock, "16 to 512 channels");
     const float root = as_float((127 - kLog / 2) << 23);
     const float scale = kLog % 2 == 0 ? root : mul_rn(0.70710678118654752440f, root);
 KVC_UNROLL
     for (int j = 0; j < Own; ++j) x[j] = mul_rn(x[j], scale);
 }
 
-template <int HeadDim, int Own> KVC_DEVICE void rotate_channels(float (&x)[Own], uint32_t channel) {
+// `lane` is lane_id(), which need not be known to be that.
+template <int HeadDim, int Own>
+KVC_DEVICE void rotate_channels(float (&x)[Own], uint32_t channel, uint32_t lane = lane_id()) {
     negate_channels<HeadDim>(x, channel);
-    transform_channels<HeadDim>(x);
+    transform_channels<HeadDim>(x, lane);
 }
-template <int HeadDim, int Own> KVC_DEVICE void unrotate_channels(float (&x)[Own], uint32_t channel) {
-    transform_channels<HeadDim>(x);
+template <int HeadDim, int Own>
+KVC_DEVICE void unrotate_channels(float (&x)[Own], uint32_t channel, uint32_t lane = lane_id()) {
+    transform_channels<HeadDim>(x, lane);
     negate_channels<HeadDim>(x, channel);
 }
 

@@ -89,9 +89,10 @@ static_assert(sizeof(kvc_append_params) == 256, "layout of kvc_append_params");
 
 // Appends rows of K and V as codes: FP8, INT8_T, INT4_T, NVFP4.
 struct kvc_append_token_params {
-    // The call. Strides of the caches are in bytes; `k_dim` is `v_dim`; `cache_dtype` means
-    // nothing. The error flag's bit 5 says that a row was not finite or outside its format's
-    // range, and not written.
+    // The call. Strides of the caches are in bytes; `k_dim` is `v_dim`, or 576 with one head and
+    // `v_dim` 0 (latents of 512 channels and 64 rotary ones); `cache_dtype` means nothing. The
+    // error flag's bit 5 says that a row was not finite or outside its format's range, and not
+    // written.
     kvc_append_params call;
     // Scales of the keys of block 0, head 0, token 0; null where the format has none.
     void *k_scales;
@@ -907,6 +908,27 @@ struct kvc_mla_params {
 };
 static_assert(sizeof(kvc_mla_params) == 216, "layout of kvc_mla_params");
 
+// Latent attention over rows of codes: FP8, INT8_T, INT4_T.
+struct kvc_mla_token_params {
+    // The call. Strides of `k` are in bytes, multiples of 16; rows of `q` begin at multiples of
+    // 16 bytes. Queries are rounded to f16.
+    kvc_mla_params call;
+    // Scales of the latents of block 0, token 0: `KvFormat::row_scale_bytes` bytes of f16 at an
+    // even address, those of the 512 channels first; null where the format has none.
+    const void *k_scales;
+    // One scale of all latents (FP8), or null for 1.
+    const float *k_heads;
+    // Bytes from a block to the next in `k_scales`.
+    int64_t k_scale_block;
+    // Bytes from a token to the next in `k_scales`.
+    int64_t k_scale_token;
+    // 1 where latents are stored rotated: queries are then rotated too, and outputs back. Else 0.
+    uint32_t k_rotated;
+    // Keeps the size a multiple of 8. Zero.
+    uint32_t reserved;
+};
+static_assert(sizeof(kvc_mla_token_params) == 256, "layout of kvc_mla_token_params");
+
 // Seals full raw tiles: a block for each of the list and each KV head.
 struct kvc_seal_params {
     // Keys of raw slot 0, head 0, token 0, bf16. Written in spare slots alone.
@@ -1028,6 +1050,7 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
     X(kvc_append_nvfp4_d128, kvc_append_token_params) \
     X(kvc_append_nvfp4_d192, kvc_append_token_params) \
     X(kvc_append_nvfp4_d256, kvc_append_token_params) \
+    X(kvc_append_latent, kvc_append_token_params) \
     X(kvc_cascade_split, kvc_cascade_split_params) \
     X(kvc_copy, kvc_copy_params) \
     X(kvc_zero, kvc_copy_params) \
@@ -1091,6 +1114,14 @@ static_assert(sizeof(kvc_seal_params) == 256, "layout of kvc_seal_params");
     X(kvc_mla_f16_c32, kvc_mla_params) \
     X(kvc_mla_bf16_c16, kvc_mla_params) \
     X(kvc_mla_bf16_c32, kvc_mla_params) \
+    X(kvc_mla_fp8_e4m3_c16, kvc_mla_token_params) \
+    X(kvc_mla_fp8_e4m3_c32, kvc_mla_token_params) \
+    X(kvc_mla_fp8_e5m2_c16, kvc_mla_token_params) \
+    X(kvc_mla_fp8_e5m2_c32, kvc_mla_token_params) \
+    X(kvc_mla_int8_t_c16, kvc_mla_token_params) \
+    X(kvc_mla_int8_t_c32, kvc_mla_token_params) \
+    X(kvc_mla_int4_t_c16, kvc_mla_token_params) \
+    X(kvc_mla_int4_t_c32, kvc_mla_token_params) \
     X(kvc_prefill_f16_d64, kvc_prefill_params) \
     X(kvc_prefill_f16_d80, kvc_prefill_params) \
     X(kvc_prefill_f16_d96, kvc_prefill_params) \

@@ -13,6 +13,13 @@ KVC_DEVICE uint32_t exponent_of(float x) {
     return field == 0 || field == 255 ? 127 : field < 253 ? field : 253;
 }
 
+// Two elements of a row of halves.
+template <uint32_t Low, uint32_t High> KVC_DEVICE uint32_t pair_of(const uint16_t *row) {
+    if constexpr (Low % 2 == 0 && High == Low + 1)
+        return *reinterpret_cast<const uint32_t *>(row + Low);
+    return row[Low] | static_cast<uint32_t>(row[High]) << 16;
+}
+
 template <int HeadDim> struct QueryRows {
     // Whole chunks of codes of 4 bits: what they have more than a row is zero.
     static constexpr uint32_t kChannels = (HeadDim + 31) / 32 * 32;
@@ -82,10 +89,7 @@ KVC_UNROLL
     // The elements of channels `first + low` and `first + high` of a column.
     template <uint32_t Low, uint32_t High>
     KVC_DEVICE uint32_t pair(uint32_t column, uint32_t first) const {
-        const uint16_t *row = rows + column * kRow + first;
-        if constexpr (Low % 2 == 0 && High == Low + 1)
-            return *reinterpret_cast<const uint32_t *>(row + Low);
-        return row[Low] | static_cast<uint32_t>(row[High]) << 16;
+        return pair_of<Low, High>(rows + column * kRow + first);
     }
 };
 
@@ -106,7 +110,8 @@ template <typename Codes, int HeadDim, uint32_t LongestRun = 4> struct RowWords 
 
     // The queries of a column for the pairs of this lane's `n`-th word: step s of a word multiplies
     // its pairs 2s and 2s + 1.
-    KVC_DEVICE static void query(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t t,
+    template <typename Rows>
+    KVC_DEVICE static void query(const Rows &rows, uint32_t column, uint32_t t,
                                  uint32_t n, uint32_t (&q)[Codes::kPairs]) {
         pairs(rows, column, word(t, n / kRun, n % kRun) * kPerWord, q, Index<0>());
     }
@@ -127,8 +132,8 @@ KVC_UNROLL
 
   private:
     template <uint32_t I> struct Index {};
-    template <uint32_t I>
-    KVC_DEVICE static void pairs(const QueryRows<HeadDim> &rows, uint32_t column, uint32_t first,
+    template <typename Rows, uint32_t I>
+    KVC_DEVICE static void pairs(const Rows &rows, uint32_t column, uint32_t first,
                                  uint32_t (&q)[Codes::kPairs], Index<I>) {
         q[I] = rows.template pair<Codes::element(I, 0), Codes::element(I, 1)>(column, first);
         if constexpr (I + 1 < Codes::kPairs) pairs(rows, column, first, q, Index<I + 1>());

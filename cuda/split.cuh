@@ -35,7 +35,8 @@ struct Place {
 // Calls `each(piece, unit)` for what this block works on. A block begins with its own range; where
 // there are more than blocks, the next are taken one by one. All threads call this, with `shared` a
 // word that `each` may use as well. Ahead: a block asks for its next range when it begins one, and
-// does not wait for the answer; without, nothing is held in registers that can be read again.
+// does not wait for the answer; without, nothing is held in registers that can be read again, and `each`
+// returns range * units + unit.
 template <bool Ahead, typename Params, typename Each>
 KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
     // The first range is read beside the summary, not after it.
@@ -50,10 +51,13 @@ KVC_DEVICE void for_each_piece(const Params &p, uint32_t *shared, Each each) {
         for (;;) {
             const uint32_t range = work / p.units, unit = work % p.units;
             const Piece piece = {from.seq, from.begin, from.seq == to.seq ? to.begin : from.end, range};
-            each(piece, unit);
+            if constexpr (Ahead)
+                each(piece, unit);
+            else
+                work = each(piece, unit);
             sync_threads();
             const uint32_t seq = piece.seq + 1;
-            to = p.ranges[range + 1];
+            to = p.ranges[(Ahead ? range : work / p.units) + 1];
             if (seq > to.seq || (seq == to.seq && to.offset == 0)) break;
             const kvc_decode_span span = p.spans[seq];
             from = {seq, 0, span.begin, span.end};

@@ -49,6 +49,7 @@ part_facts() {
 part_conformance() {
     attempt within 120 "$BIN/conformance_device"
     attempt within 60 "$BIN/conformance_device_codes"
+    attempt within 60 "$BIN/device_latents"
     attempt within 60 "$BIN/cache" device
     attempt within 60 "$BIN/cascade_cache" --nocapture
     # Copies, lookups, merges and cascades; the kernels alone.
@@ -172,6 +173,7 @@ without() {
     starts "$BIN/unit" cuda:: kernels::image
     starts "$BIN/conformance_device" --nocapture
     starts "$BIN/conformance_device_codes" --nocapture
+    starts "$BIN/device_latents" --nocapture
     starts "$BIN/cache" device --nocapture
     starts "$BIN/device_capi" --nocapture
     starts "$BIN/device_capi_shared" --nocapture

@@ -13,6 +13,8 @@ use kvcache::quant::{RowCodec, Stored};
 const FORMATS: [KvFormat; 5] =
     [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T, KvFormat::Nvfp4];
 const DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
+/// Latents: 512 channels, which are the values too, and 64 rotary ones.
+const LATENT: usize = 576;
 const UNTOUCHED: u8 = 0xa5;
 const BLOCK_TOKENS: usize = 16;
 const BLOCKS: usize = 4;
@@ -63,31 +65,38 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
         k[at] = bad;
     }
     let (k, v) = (Values::new(case.rows, &k), Values::new(case.rows, &v));
-    let keys = RowCodec::key(case.format, dim as u32).unwrap();
+    let latent = dim == LATENT;
+    // Keys, and values where they are stored; and the channels of keys that turn.
+    let (sides, turning) = if latent { (1, 512..dim) } else { (2, 0..dim) };
+    let keys = match latent {
+        true => RowCodec::latent(case.format, 512, 64),
+        false => RowCodec::key(case.format, dim as u32),
+    };
+    let keys = keys.unwrap();
     let keys = if case.format == KvFormat::Int8T {
         keys.with_rotation(case.rotated).unwrap()
     } else {
         keys
     };
-    let values = RowCodec::value(case.format, dim as u32).unwrap();
+    let values = if latent { keys } else { RowCodec::value(case.format, dim as u32).unwrap() };
     let scale = |head: usize| case.scale.map_or(1.0, |scale| scale * (0.3 + head as f32));
     let (row_bytes, scale_bytes) = (keys.code_bytes(), keys.scale_bytes());
     let run = BLOCK_TOKENS * (row_bytes + scale_bytes);
-    let (head_stride, block_stride) = (run as i64, (2 * heads * run) as i64);
+    let (head_stride, block_stride) = (run as i64, (sides * heads * run) as i64);
 
     let positions: Vec<u32> = (0..tokens as u32).map(|t| t * 3 % 50).collect();
-    let pairs = dim / 2;
+    let pairs = turning.len() / 2;
     let angles = |f: fn(f32) -> f32| -> Vec<f32> {
         (0..50 * pairs).map(|i| f((i / pairs) as f32 * 0.9f32.powi((i % pairs) as i32))).collect()
     };
     let (cosines, sines) = (angles(f32::cos), angles(f32::sin));
-    let mut want = vec![UNTOUCHED; BLOCKS * 2 * heads * run];
+    let mut want = vec![UNTOUCHED; BLOCKS * sides * heads * run];
     for (token, &slot) in slots.iter().enumerate() {
         let place = slot as usize;
         if slot < 0 || place >= BLOCKS * BLOCK_TOKENS {
             continue;
         }
-        for side in 0..2 {
+        for side in 0..sides {
             for head in 0..heads {
                 let (codec, rows) = if side == 0 { (keys, &k) } else { (values, &v) };
                 let codec = if case.scale.is_some() {
@@ -99,18 +108,19 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
                 let mut x: Vec<f32> =
                     rows.values[from..from + dim].iter().map(|&x| x as f32).collect();
                 if let (Some(neighbours), 0) = (case.rope, side) {
-                    let before = x.clone();
-                    for c in 0..dim {
+                    let x = &mut x[turning.clone()];
+                    let before = x.to_vec();
+                    for c in 0..2 * pairs {
                         let (lower, pair, other) = match neighbours {
                             true => (c % 2 == 0, c / 2, c ^ 1),
-                            false => (c < pairs, c % pairs, (c + pairs) % dim),
+                            false => (c < pairs, c % pairs, (c + pairs) % (2 * pairs)),
                         };
                         let at = positions[token] as usize * pairs + pair;
                         let turned = before[other] * sines[at];
                         x[c] = before[c] * cosines[at] + if lower { -turned } else { turned };
                     }
                 }
-                let base = place / BLOCK_TOKENS * 2 * heads * run + (side * heads + head) * run;
+                let base = (place / BLOCK_TOKENS * sides + side) * heads * run + head * run;
                 let slot = place % BLOCK_TOKENS;
                 let (codes, scales) = want[base..base + run].split_at_mut(BLOCK_TOKENS * row_bytes);
                 let codes = &mut codes[slot * row_bytes..][..row_bytes];
@@ -127,13 +137,13 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
     let positions = Buffer::of(&positions).unwrap();
     let (cosines, sines) = (Buffer::of(&cosines).unwrap(), Buffer::of(&sines).unwrap());
     let scales = Buffer::of(&(0..heads).map(scale).collect::<Vec<_>>()).unwrap();
-    let v_at = cache.address() + (heads * run) as u64;
+    let v_at = cache.address() + if latent { 0 } else { (heads * run) as u64 };
     let codes = (BLOCK_TOKENS * row_bytes) as u64;
     let turns = |at: &Buffer| In::at(if case.rope.is_some() { at.address() } else { 0 });
     let mut params = AppendTokenParams {
         call: AppendParams {
             k: In::at(k.address()),
-            v: In::at(v.address()),
+            v: In::at(if latent { 0 } else { v.address() }),
             k_cache: Out::at(cache.address()),
             v_cache: Out::at(v_at),
             slots: In::at(slots.address()),
@@ -154,10 +164,11 @@ fn check(case: &Case, spoil: Option<(usize, f32)>, slots: &[i64]) -> u32 {
             tokens: tokens as u32,
             kv_heads: heads as u32,
             k_dim: dim as u32,
-            v_dim: dim as u32,
+            v_dim: if latent { 0 } else { dim as u32 },
             block_tokens: BLOCK_TOKENS as u32,
             num_blocks: BLOCKS as u32,
-            rope_dim: if case.rope.is_some() { dim as u32 } else { 0 },
+            rope_first: if case.rope.is_some() { turning.start as u32 } else { 0 },
+            rope_dim: if case.rope.is_some() { turning.len() as u32 } else { 0 },
             rope_positions: 50,
             rope_interleaved: u32::from(case.rope == Some(true)),
             row_dtype: case.rows.id(),
@@ -195,7 +206,7 @@ fn plain(format: KvFormat, dim: usize) -> Case {
     Case {
         format,
         dim,
-        heads: 3,
+        heads: if dim == LATENT { 1 } else { 3 },
         rows: DType::F32,
         rotated: true,
         scale: None,
@@ -212,7 +223,7 @@ fn slots() -> Vec<i64> {
 #[test]
 fn rows_have_the_bits_of_the_reference() {
     for format in FORMATS {
-        for dim in DIMS {
+        for dim in DIMS.into_iter().chain([LATENT]) {
             for rows in [DType::F32, DType::F16, DType::Bf16] {
                 if rows == DType::F16 {
                     // What f16 holds of rows made for f32 may be infinite.
@@ -227,13 +238,14 @@ fn rows_have_the_bits_of_the_reference() {
 #[test]
 fn head_scales_rotation_and_positions() {
     for (i, format) in FORMATS.into_iter().enumerate() {
-        for dim in DIMS {
+        for dim in DIMS.into_iter().chain([LATENT]) {
             let scaled = !matches!(format, KvFormat::Int8T | KvFormat::Int4T);
             let scale = scaled.then_some(1.0);
             let rope = [None, Some(false), Some(true)][(i + dim / 16) % 3];
             for schedule in Schedule::ALL {
+                let heads = if dim == LATENT { 1 } else { 2 };
                 let case =
-                    Case { scale, rope, schedule, rotated: false, heads: 2, ..plain(format, dim) };
+                    Case { scale, rope, schedule, rotated: false, heads, ..plain(format, dim) };
                 assert_eq!(check(&case, None, &slots()), 0);
             }
         }
@@ -277,6 +289,15 @@ fn rows_that_cannot_be_stored_are_left_and_flagged() {
             assert_eq!(check(&plain(format, dim), Some((dim * 5, 3e38)), &slots()), 32);
         }
     }
+    // In either part of a latent.
+    for (format, channel) in FORMATS.into_iter().flat_map(|f| [(f, 3), (f, 575)]) {
+        let bad = Some((LATENT * 2 + channel, f32::INFINITY));
+        assert_eq!(check(&plain(format, LATENT), bad, &slots()), 32);
+    }
+    for format in [KvFormat::Int8T, KvFormat::Int4T] {
+        let bad = Some((LATENT * 5 + 520, 3e38));
+        assert_eq!(check(&plain(format, LATENT), bad, &slots()), 32);
+    }
     // In the last channel of a row that ends before its lanes do.
     for format in FORMATS {
         assert_eq!(check(&plain(format, 80), Some((80 * 4 - 1, f32::NAN)), &slots()), 32);
@@ -287,5 +308,18 @@ fn rows_that_cannot_be_stored_are_left_and_flagged() {
 fn slots_past_the_pool_are_skipped_and_flagged() {
     for format in FORMATS {
         assert_eq!(check(&plain(format, 128), None, &[3, 64, -1, 7]), 1);
+        assert_eq!(check(&plain(format, LATENT), None, &[3, 64, -1, 7]), 1);
+    }
+}
+
+#[test]
+fn latents_turn_wherever_they_are_asked_to() {
+    for (i, format) in FORMATS.into_iter().enumerate() {
+        for rope in [None, Some(false), Some(true)] {
+            let case = Case { rope, rows: DType::Bf16, ..plain(format, LATENT) };
+            assert_eq!(check(&case, None, &slots()), 0);
+            let schedule = Schedule::ALL[i % Schedule::ALL.len()];
+            assert_eq!(check(&Case { schedule, ..case }, None, &slots()[..3]), 0);
+        }
     }
 }

@@ -1,277 +1,39 @@
-//! Multi-head latent attention decode in the emulator, planned on the emulated device, against the
+//! Multi-head latent attention decode in the emulator, of floats and of rows of codes, against the
 //! reference in f64.
 #![cfg(feature = "emulate")]
 
 mod device;
+mod mla_call;
 
-use device::{Rng, Values};
-use kvcache::attention::{HeadShape, PagedKv, ReferenceOutput, Scoring, reference_attention};
-use kvcache::dtype::{DType, Rows};
-use kvcache::emu::{Buffer, Fibers, Options, Schedule, launch};
-use kvcache::kernels::params::{In, MlaParams, Out};
-use kvcache::kernels::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan, Pieces};
-use kvcache::layout::Strides;
+use device::Rng;
+use device::codes::Codes;
+use kvcache::dtype::{DType, KvFormat};
+use kvcache::emu::{Fibers, Schedule};
+use kvcache::kernels::Pieces;
+use mla_call::{Call, Case, VALUES, check};
 
-const DIM: usize = MLA_DIM as usize;
-const VALUES: usize = MLA_VALUES as usize;
-/// DeepSeek's: the width of the heads that the latents stand for, not of the latents.
-const SCALE: f32 = 0.07216878;
+const FORMATS: [KvFormat; 4] =
+    [KvFormat::Fp8E4m3, KvFormat::Fp8E5m2, KvFormat::Int8T, KvFormat::Int4T];
 
-#[derive(Debug, Clone)]
-struct Case {
-    cache: DType,
-    rows: DType,
-    q_heads: usize,
-    block_tokens: usize,
-    /// Query rows and cached tokens of each sequence.
-    lengths: Vec<(usize, usize)>,
-    /// Rows by `q_indptr`, or all alike.
-    ragged: bool,
-    csr: bool,
-    /// Elements between the end of a latent and the next: an engine's own padding.
-    gap: usize,
-    causal: bool,
-    window: Option<u32>,
-    pieces: Pieces,
-    multiprocessors: u32,
-    /// Entry of a sequence's table to overwrite.
-    spoil: Option<(usize, usize, i32)>,
-    schedule: Schedule,
-    fibers: Fibers,
-    seed: u64,
+fn plain(format: KvFormat) -> Option<Codes> {
+    Some(Codes { format, rotated: true, heads: false })
 }
 
-impl Default for Case {
-    fn default() -> Self {
-        Case {
-            cache: DType::Bf16,
-            rows: DType::Bf16,
-            q_heads: 16,
-            block_tokens: 64,
-            lengths: vec![(1, 100), (1, 1), (1, 0), (1, 33)],
-            ragged: false,
-            csr: false,
-            gap: 0,
-            causal: true,
-            window: None,
-            pieces: Pieces::Balanced,
-            multiprocessors: 1,
-            spoil: None,
-            schedule: Schedule::Forward,
-            fibers: Fibers::Native,
-            seed: 1,
-        }
-    }
-}
-
-/// Output and LSE as the device holds them, and the error flag.
-struct Got {
-    out: Values,
-    lse: Buffer,
-    flag: u32,
-}
-
-struct Call {
-    case: Case,
-    k: Values,
-    q: Values,
-    strides: Strides,
-    tables: Vec<Vec<i32>>,
-    num_blocks: usize,
-    q_indptr: Vec<i32>,
-}
-
-impl Call {
-    fn new(case: Case) -> Self {
-        let mut rng = Rng::new(case.seed);
-        let bt = case.block_tokens;
-        let needed: usize = case.lengths.iter().map(|l| l.1.div_ceil(bt)).sum();
-        let num_blocks = needed + 3;
-        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, rng.below(i + 1));
-        }
-        let mut tables: Vec<Vec<i32>> =
-            case.lengths.iter().map(|l| order.split_off(order.len() - l.1.div_ceil(bt))).collect();
-        if let Some((seq, entry, id)) = case.spoil {
-            tables[seq][entry] = id;
-        }
-        // Blocks that no sequence has stay NaN, and so do gaps and the places past the last token.
-        let row = DIM + case.gap;
-        let strides = Strides { block: (bt * row) as i64, head: 0, token: row as i64 };
-        let mut k = vec![f32::NAN; num_blocks * bt * row];
-        for (l, table) in case.lengths.iter().zip(&tables) {
-            for token in 0..l.1 {
-                let Ok(block) = usize::try_from(table[token / bt]) else { continue };
-                if block < num_blocks {
-                    let at = (block * bt + token % bt) * row;
-                    k[at..at + DIM].iter_mut().for_each(|x| *x = rng.normal());
-                }
-            }
-        }
-        let mut q_indptr = vec![0];
-        for l in &case.lengths {
-            q_indptr.push(q_indptr[q_indptr.len() - 1] + l.0 as i32);
-        }
-        let rows = q_indptr[case.lengths.len()] as usize;
-        let q: Vec<f32> = (0..rows * case.q_heads * DIM).map(|_| 0.5 * rng.normal()).collect();
-        Call {
-            k: Values::new(case.cache, &k),
-            q: Values::new(case.rows, &q),
-            strides,
-            tables,
-            num_blocks,
-            q_indptr,
-            case,
-        }
-    }
-
-    fn reference(&self) -> ReferenceOutput {
-        let case = &self.case;
-        let narrow = |values: &Values| values.values.iter().map(|&x| x as f32).collect::<Vec<_>>();
-        let k = narrow(&self.k);
-        // The matrix instruction takes queries of the cache's type.
-        let q = narrow(&Values::new(case.cache, &narrow(&self.q)));
-        let kv = PagedKv {
-            k: Rows::F32(&k),
-            v: Rows::F32(&k),
-            k_offset: 0,
-            v_offset: 0,
-            k_strides: self.strides,
-            v_strides: self.strides,
-            block_tokens: case.block_tokens,
-            num_blocks: self.num_blocks,
-            tables: self.tables.iter().map(|table| &table[..]).collect(),
-        };
-        let shape = HeadShape {
-            q_heads: case.q_heads as u32,
-            kv_heads: 1,
-            k_dim: MLA_DIM,
-            v_dim: MLA_VALUES,
-            v_in_k: true,
-        };
-        let scoring = Scoring {
-            scale: SCALE,
-            causal: case.causal,
-            window: case.window,
-            ..Scoring::causal(MLA_DIM)
-        };
-        let indptr: Vec<usize> = self.q_indptr.iter().map(|&i| i as usize).collect();
-        let lens: Vec<usize> = case.lengths.iter().map(|l| l.1).collect();
-        reference_attention(&shape, &scoring, &kv, Rows::F32(&q), &indptr, &lens).unwrap()
-    }
-
-    /// Plans and decodes `layers` times with one plan; the results of the last.
-    fn run(&self, layers: usize) -> Got {
-        let case = &self.case;
-        let options = Options { schedule: case.schedule, fibers: case.fibers };
-        let plan = MlaPlan::new(MlaBounds {
-            cache: case.cache,
-            q_heads: case.q_heads as u32,
-            q_len: case.lengths.iter().map(|l| l.0).max().unwrap() as u32,
-            batch: case.lengths.len() as u32,
-            max_tokens: case.lengths.iter().map(|l| l.1).max().unwrap() as u32,
-            pieces: case.pieces,
-            multiprocessors: case.multiprocessors,
-        })
-        .unwrap();
-        let lens: Vec<i32> = case.lengths.iter().map(|l| l.1 as i32).collect();
-        let seq_lens = Buffer::of(&lens).unwrap();
-        let flag = Buffer::of(&[0u32]).unwrap();
-        // What `MlaPlan` asks a caller for is 256; buffers here begin at multiples of 128.
-        let room = Buffer::new(plan.workspace_bytes() as usize + 128).unwrap();
-        let workspace = room.address().next_multiple_of(256);
-        let q_indptr = Buffer::of(&self.q_indptr).unwrap();
-        // Entries past the length are poison: the largest dense table has one more.
-        let widest = self.tables.iter().map(Vec::len).max().unwrap() + 1;
-        let (mut flat, mut indptr) = (Vec::new(), vec![0]);
-        for (i, table) in self.tables.iter().enumerate() {
-            flat.extend_from_slice(table);
-            if !case.csr {
-                flat.resize((i + 1) * widest, i32::MIN);
-            }
-            indptr.push(flat.len() as i32);
-        }
-        let (table, indptr) = (Buffer::of(&flat).unwrap(), Buffer::of(&indptr).unwrap());
-        let rows = self.q_indptr[case.lengths.len()] as usize;
-        let mut out = Values::new(case.rows, &vec![f32::NAN; rows * case.q_heads * VALUES]);
-        let mut lse = Buffer::new(rows * case.q_heads * 4).unwrap();
-        fn given<T>(on: bool, buffer: &Buffer) -> In<T> {
-            In::at(if on { buffer.address() } else { 0 })
-        }
-        let mut params = MlaParams {
-            q: In::at(self.q.address()),
-            k: In::at(self.k.address()),
-            out: Out::at(out.address()),
-            lse: Out::at(lse.address()),
-            q_indptr: given(case.ragged, &q_indptr),
-            table: In::at(table.address()),
-            table_indptr: given(case.csr, &indptr),
-            seq_lens: In::at(seq_lens.address()),
-            error_flag: Out::at(flag.address()),
-            q_row: (case.q_heads * DIM) as i64,
-            q_head: DIM as i64,
-            out_row: (case.q_heads * VALUES) as i64,
-            out_head: VALUES as i64,
-            k_block: self.strides.block,
-            k_token: self.strides.token,
-            table_stride: widest as i64,
-            causal: u32::from(case.causal),
-            block_tokens: case.block_tokens as u32,
-            num_blocks: self.num_blocks as u32,
-            window: case.window.unwrap_or(0),
-            q_dtype: case.rows.id(),
-            out_dtype: case.rows.id(),
-            scale: SCALE,
-            ..MlaParams::default()
-        };
-        let batch = case.lengths.len() as u32;
-        let flag_at = Out::at(flag.address());
-        let (first, plan_params) = plan
-            .plan_launch(workspace, In::at(seq_lens.address()), batch, case.window, flag_at)
-            .unwrap();
-        let second = plan.decode_launch(workspace, &mut params).unwrap();
-        assert_eq!(second.kernel, plan.kernel());
-        // SAFETY: every address is that of a buffer that lives to the end of this function.
-        unsafe {
-            let (kernel, shared) = (first.kernel, first.shared_bytes);
-            launch(kernel.name, first.grid, kernel.threads, shared, &plan_params, options).unwrap();
-            let (kernel, shared) = (second.kernel, second.shared_bytes);
-            for _ in 0..layers {
-                // Each layer writes all of it anew.
-                out.buffer.poison();
-                lse.poison();
-                launch(kernel.name, second.grid, kernel.threads, shared, &params, options).unwrap();
-            }
-        }
-        Got { out, lse, flag: flag.read::<u32>()[0] }
-    }
-}
-
-/// Runs the case and compares outputs and LSE with the reference. Returns the error flag.
-fn check(case: Case) -> u32 {
-    let what = format!("{case:?}");
-    let call = Call::new(case);
-    let (got, want) = (call.run(1), call.reference());
-    // Weights are rounded to the cache's type before the product with V, each by half a step.
-    let tolerance = 2.0 * device::epsilon(call.case.cache);
-    got.out.must_be(&want.out, tolerance, &what);
-    for (i, (&got, &want)) in got.lse.read::<f32>().iter().zip(&want.lse).enumerate() {
-        let got = f64::from(got);
-        let good = got == want || (got - want).abs() <= 2e-5 * want.abs().max(1.0);
-        assert!(good, "{what} LSE [{i}]: {got}, not {want}");
-    }
-    got.flag
+/// Floats, and codes of every format.
+fn kinds() -> impl Iterator<Item = Option<Codes>> {
+    [None].into_iter().chain(FORMATS.into_iter().map(plain))
 }
 
 #[test]
 fn every_instance_under_every_schedule() {
-    for cache in [DType::F16, DType::Bf16] {
+    for (cache, codes) in [(DType::F16, None)].into_iter().chain(kinds().map(|c| (DType::Bf16, c)))
+    {
         for q_heads in [16, 32] {
             for schedule in Schedule::ALL {
                 let lengths = vec![(1, 100), (1, 1), (1, 0)];
+                let rows = cache;
                 let case =
-                    Case { cache, rows: cache, q_heads, schedule, lengths, ..Case::default() };
+                    Case { cache, codes, rows, q_heads, schedule, lengths, ..Case::default() };
                 assert_eq!(check(case), 0);
             }
         }
@@ -279,9 +41,22 @@ fn every_instance_under_every_schedule() {
 }
 
 #[test]
+fn scales_of_the_layer_and_latents_as_they_are() {
+    for (format, heads) in
+        [(KvFormat::Fp8E4m3, true), (KvFormat::Fp8E5m2, true), (KvFormat::Int8T, false)]
+    {
+        let codes = Some(Codes { format, rotated: false, heads });
+        assert_eq!(check(Case { codes, ..Case::default() }), 0);
+        assert_eq!(check(Case { codes, q_heads: 20, gap: 8, ..Case::default() }), 0);
+    }
+}
+
+#[test]
 fn queries_of_any_type() {
     for rows in [DType::F32, DType::F16, DType::Bf16] {
-        assert_eq!(check(Case { rows, lengths: vec![(1, 40)], ..Case::default() }), 0);
+        for codes in kinds() {
+            assert_eq!(check(Case { codes, rows, lengths: vec![(1, 40)], ..Case::default() }), 0);
+        }
     }
 }
 
@@ -293,13 +68,21 @@ fn any_number_of_heads() {
     for q_heads in 16..=128 {
         assert_eq!(check(Case { q_heads, lengths: vec![(1, 5)], ..Case::default() }), 0);
     }
+    // Codes in turns.
+    for (i, q_heads) in (16..=128).step_by(7).chain([31, 32, 33, 128]).enumerate() {
+        let codes = plain(FORMATS[i % 4]);
+        assert_eq!(check(Case { codes, q_heads, lengths: vec![(1, 5)], ..Case::default() }), 0);
+    }
 }
 
 #[test]
 fn any_block_size_table_and_stride() {
-    for block_tokens in [1, 3, 16, 48, 256] {
+    for (i, block_tokens) in [1, 3, 16, 48, 256].into_iter().enumerate() {
         for (csr, gap) in [(false, 8), (true, 0)] {
-            assert_eq!(check(Case { block_tokens, csr, gap, ..Case::default() }), 0);
+            for codes in [None, plain(FORMATS[(i + gap / 8) % 4])] {
+                let case = Case { codes, block_tokens, csr, gap, ..Case::default() };
+                assert_eq!(check(case), 0);
+            }
         }
     }
 }
@@ -315,15 +98,21 @@ fn several_rows_a_sequence() {
     }
     // More columns than one unit has, and fewer than the bound says.
     let lengths = vec![(1, 40), (8, 77), (0, 40), (2, 1), (5, 5)];
-    assert_eq!(check(Case { q_heads: 7, lengths, ragged: true, ..Case::default() }), 0);
-    assert_eq!(check(Case { q_heads: 16, lengths: vec![(2, 90)], ..Case::default() }), 0);
+    for codes in kinds() {
+        let lengths = lengths.clone();
+        assert_eq!(check(Case { codes, q_heads: 7, lengths, ragged: true, ..Case::default() }), 0);
+        let lengths = vec![(2, 90)];
+        assert_eq!(check(Case { codes, q_heads: 16, lengths, ..Case::default() }), 0);
+    }
 }
 
 #[test]
 fn windows() {
     for window in [1, 16, 50, 1000] {
-        let lengths = vec![(2, 200), (2, 1), (2, 0), (2, 77)];
-        assert_eq!(check(Case { window: Some(window), q_heads: 4, lengths, ..Case::default() }), 0);
+        for codes in [None, plain(KvFormat::Fp8E4m3), plain(KvFormat::Int4T)] {
+            let (lengths, window) = (vec![(2, 200), (2, 1), (2, 0), (2, 77)], Some(window));
+            assert_eq!(check(Case { codes, window, q_heads: 4, lengths, ..Case::default() }), 0);
+        }
     }
 }
 
@@ -340,19 +129,24 @@ fn blocks_behind_the_window_are_not_looked_up() {
             spoil: Some((2, entry, -1)),
             ..Case::default()
         };
-        assert_eq!(check(case.clone()), 0);
-        // The next entry is in use.
-        assert_eq!(check(Case { spoil: Some((2, entry + 1, -1)), ..case }), 1);
+        for codes in [None, plain(KvFormat::Int8T)] {
+            assert_eq!(check(Case { codes, ..case.clone() }), 0);
+            // The next entry is in use.
+            let spoil = Some((2, entry + 1, -1));
+            assert_eq!(check(Case { codes, spoil, ..case.clone() }), 1);
+        }
     }
 }
 
 #[test]
 fn bad_block_ids_are_masked_and_flagged() {
     // 7 + 1 + 0 + 3 blocks are in use, and 3 are not: 14 exist.
-    for id in [-1, i32::MIN, i32::MAX, 14] {
+    for (i, id) in [-1, i32::MIN, i32::MAX, 14].into_iter().enumerate() {
         for (seq, entry) in [(0, 2), (1, 0), (3, 2)] {
-            let case = Case { block_tokens: 16, spoil: Some((seq, entry, id)), ..Case::default() };
-            assert_eq!(check(case), 1);
+            for codes in [None, plain(FORMATS[(i + seq) % 4])] {
+                let spoil = Some((seq, entry, id));
+                assert_eq!(check(Case { codes, block_tokens: 16, spoil, ..Case::default() }), 1);
+            }
         }
     }
 }
@@ -376,19 +170,24 @@ fn rows_past_the_bound_are_not_computed() {
 #[test]
 fn long_contexts_are_cut_and_merged() {
     let lengths = vec![(1, 700), (1, 5), (1, 0), (1, 300)];
-    for schedule in Schedule::ALL {
-        let case =
-            Case { lengths: lengths.clone(), schedule, multiprocessors: 6, ..Case::default() };
+    let codes = FORMATS.into_iter().map(plain).zip(Schedule::ALL);
+    for (codes, schedule) in Schedule::ALL.map(|schedule| (None, schedule)).into_iter().chain(codes)
+    {
+        let lengths = lengths.clone();
+        let case = Case { codes, lengths, schedule, multiprocessors: 6, ..Case::default() };
         assert_eq!(check(case), 0);
     }
-    let case = Case {
-        q_heads: 40,
-        lengths: vec![(1, 700), (1, 65)],
-        fibers: Fibers::Ucontext,
-        multiprocessors: 12,
-        ..Case::default()
-    };
-    assert_eq!(check(case), 0);
+    for codes in [None, plain(KvFormat::Fp8E4m3), plain(KvFormat::Int4T)] {
+        let case = Case {
+            codes,
+            q_heads: 40,
+            lengths: vec![(1, 700), (1, 65)],
+            fibers: Fibers::Ucontext,
+            multiprocessors: 12,
+            ..Case::default()
+        };
+        assert_eq!(check(case), 0);
+    }
 }
 
 #[test]
@@ -402,23 +201,25 @@ fn a_plan_serves_any_number_of_layers() {
 
 #[test]
 fn fixed_pieces_give_a_sequence_the_same_bits_in_any_batch() {
-    let bits = |others: usize, schedule| {
+    let bits = |codes, others: usize, schedule| {
         // The first sequence's inputs do not depend on how many empty ones follow it.
         let mut lengths = vec![(1, 300)];
         lengths.resize(1 + others, (1, 0));
-        let case = Case { lengths, pieces: Pieces::Fixed(128), schedule, ..Case::default() };
+        let case = Case { codes, lengths, pieces: Pieces::Fixed(128), schedule, ..Case::default() };
         assert_eq!(check(case.clone()), 0);
         Call::new(case).run(1).out.buffer.read::<u16>()[..16 * VALUES].to_vec()
     };
-    let alone = bits(0, Schedule::Forward);
-    for others in [1, 30] {
-        assert!(bits(others, Schedule::Seeded(others as u64)) == alone);
+    for codes in kinds() {
+        let alone = bits(codes, 0, Schedule::Forward);
+        for others in [1, 30] {
+            assert!(bits(codes, others, Schedule::Seeded(others as u64)) == alone);
+        }
     }
 }
 
 #[test]
 fn random_cases() {
-    let rounds = std::env::var("KVCACHE_EMU_ROUNDS").map_or(16, |n| n.parse().unwrap());
+    let rounds = std::env::var("KVCACHE_EMU_ROUNDS").map_or(30, |n| n.parse().unwrap());
     let mut rng = Rng::new(0x576);
     for round in 0..rounds {
         let q_len = rng.pick(&[1, 1, 1, 2, 4, 8]);
@@ -433,8 +234,12 @@ fn random_cases() {
             continue;
         }
         let any = |rng: &mut Rng| rng.below(3) == 0;
+        let format = rng.pick(&FORMATS);
+        let fp8 = matches!(format, KvFormat::Fp8E4m3 | KvFormat::Fp8E5m2);
+        let how = Codes { format, rotated: any(&mut rng), heads: fp8 && any(&mut rng) };
         check(Case {
             cache: rng.pick(&[DType::F16, DType::Bf16]),
+            codes: (!any(&mut rng)).then_some(how),
             rows: rng.pick(&[DType::F32, DType::F16, DType::Bf16]),
             q_heads: rng.pick(&[1, 3, 8, 16, 20, 32, 48]),
             block_tokens: rng.pick(&[1, 7, 16, 32, 64, 128]),

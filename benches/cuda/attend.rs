@@ -191,6 +191,7 @@ fn attend(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: Case) ->
             AttendParams::PrefillToken(params) => gpu.enqueue(&launch, params),
             AttendParams::Prefill(params) => gpu.enqueue(&launch, params),
             AttendParams::Mla(params) => gpu.enqueue(&launch, params),
+            AttendParams::MlaToken(params) => gpu.enqueue(&launch, params),
         }
     })?;
     let tokens: u64 = lens.iter().sum();

@@ -133,6 +133,7 @@ fn one(gpu: &Gpu, filter: &str, report: &mut impl FnMut(Line), case: &Case) -> R
         AttendParams::PrefillToken(params) => gpu.enqueue(launch, params),
         AttendParams::Prefill(params) => gpu.enqueue(launch, params),
         AttendParams::Mla(params) => gpu.enqueue(launch, params),
+        AttendParams::MlaToken(params) => gpu.enqueue(launch, params),
     };
     let bounds = AttendBounds {
         shape: HeadShape {

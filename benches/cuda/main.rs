@@ -9,6 +9,7 @@
 //! | `cascade.rs` | decode over a shared prefix, plain and as a cascade, beside the cost model |
 //! | `append.rs` | append, with and without rotation |
 //! | `codes.rs` | decode and prefill over rows of codes in every format, append to them |
+//! | `latents.rs` | decode over latents in bf16 and codes, append to them |
 //! | `sealed.rs` | decode and prefill over sealed tiles in every format, sealing |
 //! | `copy.rs` | copy and zero of a GiB of blocks |
 //! | `tiers.rs` | demotion to host memory and promotion from it, alone and beside decode |
@@ -20,6 +21,7 @@ mod cascade;
 mod codes;
 mod copy;
 mod gpu;
+mod latents;
 mod lookup;
 mod sealed;
 mod tiers;
@@ -132,6 +134,7 @@ fn run(gpu: &Gpu, filter: &str) -> Result<(), Box<dyn std::error::Error>> {
     lookup::run(gpu, filter, &mut report)?;
     tiers::run(gpu, filter, &mut report)?;
     codes::run(gpu, filter, &mut report)?;
+    latents::run(gpu, filter, &mut report)?;
     sealed::run(gpu, filter, &mut report)?;
     Ok(())
 }

@@ -10,7 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 # What a pack and the sources that travel beside it may weigh together.
 MOST_MIB=${MOST_MIB:-62}
-tests=(conformance_device conformance_device_codes cache cascade_cache device_capi device_capi_shared gpu)
+tests=(conformance_device conformance_device_codes device_latents cache cascade_cache device_capi
+    device_capi_shared gpu)
 bench=cuda
 example=generate
 model=(config.json model.safetensors tokenizer.txt)

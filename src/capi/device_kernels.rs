@@ -272,6 +272,9 @@ pub unsafe extern "C" fn kvc_device_attend_kernel(
 /// on the host, the addresses in it are the device's. More than 8 query tokens a sequence turn keys and
 /// values into f16, which ends at 65504.
 ///
+/// Latents (v_in_k) have 576 channels, 512 of them values, in f16, bf16, fp8, int8_t or int4_t, up to 128
+/// query heads, and at most 8 query tokens a sequence.
+///
 /// Threads: thread-safe, where calls share no outputs and no workspace.
 ///
 /// # Safety

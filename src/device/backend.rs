@@ -357,6 +357,7 @@ pub(crate) unsafe fn launch_attend(
             AttendParams::PrefillToken(params) => launch(backend, plan, params, stream),
             AttendParams::Prefill(params) => launch(backend, plan, params, stream),
             AttendParams::Mla(params) => launch(backend, plan, params, stream),
+            AttendParams::MlaToken(params) => launch(backend, plan, params, stream),
         }
     }
 }

@@ -113,7 +113,9 @@ impl Tiles {
     pub fn check(layout: &GroupLayout) -> Result<()> {
         let spec = layout.spec();
         if spec.v_in_k {
-            return Err(Error::Unsupported { what: "quantised latents on a device" });
+            return Err(Error::Unsupported {
+                what: "latents in sealed tiles on a device: f16, bf16, fp8, int8_t and int4_t are supported",
+            });
         }
         if spec.k_dim != spec.v_dim {
             return Err(Error::Unsupported { what: "k_dim other than v_dim on a device" });

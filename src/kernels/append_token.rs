@@ -1,8 +1,10 @@
 //! How an append to rows of codes is launched: a warp for two, four or eight rows at a time. What turns
-//! keys or takes queries along is one kernel a head dimension, else each encoding has its own.
+//! keys or takes queries along is one kernel a head dimension, else each encoding has its own. Latents have
+//! one, with a warp for a row.
 
 use super::append::check_append;
 use super::decode_token::{Scales, check_scales};
+use super::mla::MLA_DIM;
 use super::params::{AppendParams, AppendTokenParams, In, Out};
 use super::{Kernel, Launch, ScaleArgs};
 use crate::dtype::{FormatClass, KvFormat};
@@ -39,6 +41,7 @@ kernels! {
     NVFP4_D128 = "kvc_append_nvfp4_d128", "kvc_append_token_params", THREADS;
     NVFP4_D192 = "kvc_append_nvfp4_d192", "kvc_append_token_params", THREADS;
     NVFP4_D256 = "kvc_append_nvfp4_d256", "kvc_append_token_params", THREADS;
+    LATENT = "kvc_append_latent", "kvc_append_token_params", THREADS;
 }
 
 /// The parameters of an append of floats, for rows of codes.
@@ -66,6 +69,9 @@ pub fn append_token_params(
 }
 
 fn kernel_of(p: &AppendTokenParams, format: KvFormat) -> Option<&'static Kernel> {
+    if p.call.v_dim == 0 {
+        return (p.call.k_dim == MLA_DIM && p.call.kv_heads == 1).then_some(&LATENT);
+    }
     let of_dims: [&'static Kernel; 6] = match format {
         _ if p.call.cosines.0 != 0 || p.call.q_heads != 0 => {
             [&D64, &D80, &D96, &D128, &D192, &D256]
@@ -84,8 +90,9 @@ fn kernel_of(p: &AppendTokenParams, format: KvFormat) -> Option<&'static Kernel>
     dims.iter().position(|&dim| dim == p.call.k_dim).map(|at| of_dims[at])
 }
 
-/// Threads of a block, and the channels of a row that one has.
+/// Threads of a block and of a warp, and the channels of a row that one has.
 const THREADS: u32 = 256;
+const WARP: u32 = 32;
 const CHANNELS: u32 = 16;
 /// Blocks from which on threads take more tokens each: what an H100 has at least at once.
 const MANY_BLOCKS: u32 = 3 * 132;
@@ -101,7 +108,9 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
     let p = params;
     let format = KvFormat::from_id(p.format)?;
     let unsupported = Error::Unsupported { what: "append of this KV format and head_dim" };
-    if format.class() != FormatClass::Token || p.call.k_dim != p.call.v_dim {
+    // Where values lie in keys they have no channels, nor scales, of their own.
+    let latent = p.call.v_dim == 0;
+    if format.class() != FormatClass::Token || (p.call.k_dim != p.call.v_dim && !latent) {
         return Err(unsupported);
     }
     let Some(kernel) = kernel_of(p, format) else { return Err(unsupported) };
@@ -109,7 +118,7 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
     check_scales(
         format,
         &Scales {
-            addresses: [p.k_scales.0, p.v_scales.0],
+            addresses: [p.k_scales.0, if latent { p.k_scales.0 } else { p.v_scales.0 }],
             strides: [
                 [p.k_scale_block, p.k_scale_head, p.k_scale_token],
                 [p.v_scale_block, p.v_scale_head, p.v_scale_token],
@@ -125,7 +134,13 @@ pub fn append_token_launch(params: &mut AppendTokenParams) -> Result<Option<Laun
     let rows = THREADS * CHANNELS / p.call.k_dim.next_power_of_two();
     let at_once = 1 << (rows / (2 * p.call.kv_heads)).max(1).ilog2();
     let times = (p.call.tokens / (at_once * MANY_BLOCKS)).clamp(1, MOST_ROWS);
-    p.call.tokens_per_block = at_once << times.ilog2();
+    p.call.tokens_per_block = if latent {
+        // A warp each; but a token's queries take a thread for every column of a row.
+        let columns = (p.call.k_dim / 8).next_power_of_two();
+        THREADS / if p.call.q_heads == 0 { WARP } else { columns }
+    } else {
+        at_once << times.ilog2()
+    };
     let blocks = p.call.tokens.div_ceil(p.call.tokens_per_block);
     if blocks > i32::MAX as u32 {
         return Err(Error::Overflow { what: "blocks of an append" });

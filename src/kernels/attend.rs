@@ -4,12 +4,14 @@
 //! maxima alone ([`AttendBounds`]), so that a caller can ask beforehand what will run and how much
 //! workspace it needs, and a captured graph stays right for other lengths.
 
-use super::attend_params::{decode_params, mla_params, prefill_params, token_scales};
+use super::attend_params::{
+    decode_params, mla_params, mla_token_params, prefill_params, token_scales,
+};
 use super::decode::{DecodeBounds, DecodePlan, Pieces};
 use super::mla::{MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan};
 use super::params::{
-    DecodeParams, DecodePlanParams, DecodeTokenParams, In, MlaParams, Out, PrefillParams,
-    PrefillTokenParams,
+    DecodeParams, DecodePlanParams, DecodeTokenParams, In, MlaParams, MlaTokenParams, Out,
+    PrefillParams, PrefillTokenParams,
 };
 use super::prefill::{PrefillBounds, prefill_info, prefill_launch};
 use super::prefill_token::prefill_token_launch;
@@ -212,6 +214,8 @@ pub enum AttendParams {
     PrefillToken(PrefillTokenParams),
     /// Of latent attention.
     Mla(MlaParams),
+    /// Of latent attention over rows of codes.
+    MlaToken(MlaTokenParams),
 }
 
 /// Bytes of workspace that are enough for every call of at most these maxima: which kernel serves a
@@ -279,9 +283,6 @@ impl AttendPlan {
     }
 
     fn latent(b: &AttendBounds) -> Result<Self> {
-        if !b.format.is_float() {
-            return Err(Error::Unsupported { what: "quantised latents on a device" });
-        }
         if (b.shape.k_dim, b.shape.v_dim) != (MLA_DIM, MLA_VALUES) {
             return Err(Error::Unsupported { what: "latents other than 576 and 512 on a device" });
         }
@@ -291,7 +292,7 @@ impl AttendPlan {
             });
         }
         MlaPlan::new(MlaBounds {
-            cache: b.format.dtype(),
+            format: b.format,
             q_heads: b.shape.q_heads,
             q_len: b.q_len,
             batch: b.seqs,
@@ -386,6 +387,11 @@ impl AttendPlan {
                 let mut params = prefill_params(args);
                 let launch = prefill_launch(&bounds, &mut params)?;
                 Ok((launch, AttendParams::Prefill(params)))
+            }
+            AttendPlan::Mla(plan) if !plan.format().is_float() => {
+                let mut params = mla_token_params(plan.format(), args);
+                let launch = plan.decode_token_launch(workspace, &mut params)?;
+                Ok((launch, AttendParams::MlaToken(params)))
             }
             AttendPlan::Mla(plan) => {
                 let mut params = mla_params(args);

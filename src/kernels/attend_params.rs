@@ -1,7 +1,9 @@
 //! The parameters of whichever kernel attends, from the one form that all calls have.
 
 use super::attend::{AttendArgs, ScaleArgs};
-use super::params::{DecodeParams, DecodeTokenParams, In, MlaParams, Out, PrefillParams};
+use super::params::{
+    DecodeParams, DecodeTokenParams, In, MlaParams, MlaTokenParams, Out, PrefillParams,
+};
 use crate::dtype::KvFormat;
 
 /// What a call over rows of codes has beside the call itself.
@@ -85,4 +87,17 @@ pub(super) fn prefill_params(args: &AttendArgs) -> PrefillParams {
 
 pub(super) fn mla_params(args: &AttendArgs) -> MlaParams {
     paged!(MlaParams, args,)
+}
+
+pub(super) fn mla_token_params(format: KvFormat, args: &AttendArgs) -> MlaTokenParams {
+    let scales = token_scales(format, &args.scales);
+    MlaTokenParams {
+        call: mla_params(args),
+        k_scales: scales.k_scales,
+        k_heads: scales.k_heads,
+        k_scale_block: scales.k_scale_block,
+        k_scale_token: scales.k_scale_token,
+        k_rotated: scales.k_rotated,
+        ..MlaTokenParams::default()
+    }
 }

@@ -53,6 +53,7 @@ fn kvc_params_h() -> String {
     structure::<PrefillSealedParams>(&mut out);
     structure::<PrefillTokenParams>(&mut out);
     structure::<MlaParams>(&mut out);
+    structure::<MlaTokenParams>(&mut out);
     structure::<SealParams>(&mut out);
     out.push_str("// Every kernel of the library with its parameter struct.\n");
     out.push_str("#define KVC_KERNELS(X)");

@@ -2,10 +2,11 @@
 //! and its workspace. Contexts are cut on the device, by the kernel that plans paged decode.
 
 use super::decode::{Pieces, TILE_TOKENS};
+use super::mla_token::{token_kernel, token_shared_bytes};
 use super::params::{DecodePlanParams, In, MlaParams, Out};
 use super::split::{Split, SplitBounds};
 use super::{Kernel, Launch};
-use crate::dtype::DType;
+use crate::dtype::{DType, FormatClass, KvFormat};
 use crate::error::{Error, Result};
 
 kernels! {
@@ -22,24 +23,26 @@ pub const MLA_VALUES: u32 = 512;
 /// The most query heads, query tokens of a sequence.
 const MAX_Q_HEADS: u32 = 128;
 const MAX_Q_LEN: u32 = 8;
-/// Tokens of a tile, tiles in shared memory at a time.
-const TOKENS: u32 = 32;
+/// Tokens of a tile, tiles of 16-bit rows in shared memory at a time.
+pub(super) const TOKENS: u32 = 32;
 const STAGES: u32 = 2;
+/// Bytes of shared memory between rows.
+const ROW_PADDING: u32 = 16;
 
-/// Shared memory of a kernel of this width, as cuda/mla.cuh lays it out.
-const fn shared_bytes(columns: u32) -> u32 {
-    let tiles = STAGES * TOKENS * (MLA_DIM + 8) * 2;
+/// Shared memory of a kernel of this width and rows of so many bytes, but for what its rows have beside.
+pub(super) const fn shared_bytes(columns: u32, row_bytes: u32, stages: u32) -> u32 {
+    let tiles = stages * TOKENS * (row_bytes + ROW_PADDING);
     let scores = 2 * columns * (TOKENS + 4) * 4;
     let weights = columns * (TOKENS + 8) * 2;
-    let (scales, readable, arrived) = (columns * 4, STAGES * TOKENS, 4);
+    let (scales, readable, arrived) = (columns * 4, stages * TOKENS, 4);
     tiles + scores + weights + scales + readable + arrived
 }
 
 /// The largest call that a workspace must serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MlaBounds {
-    /// Type of the cache: f16 or bf16.
-    pub cache: DType,
+    /// How the cache stores latents: in f16 or bf16, FP8, INT8_T or INT4_T.
+    pub format: KvFormat,
     /// Query heads, 1 to 128.
     pub q_heads: u32,
     /// Query tokens of each sequence, 1 to 8.
@@ -84,14 +87,21 @@ impl MlaPlan {
         }
         // Narrow where one unit holds all columns: two blocks of it run on a multiprocessor.
         let narrow = b.q_heads * b.q_len <= 16;
-        let kernel = match (b.cache, narrow) {
-            (DType::F16, true) => &MLA_F16_C16,
-            (DType::F16, false) => &MLA_F16_C32,
-            (DType::Bf16, true) => &MLA_BF16_C16,
-            (DType::Bf16, false) => &MLA_BF16_C32,
-            _ => return Err(Error::Unsupported { what: "latent attention with this cache type" }),
-        };
         let (columns, resident) = if narrow { (16, 2) } else { (32, 1) };
+        let (kernel, shared_bytes) = match (b.format, narrow) {
+            (KvFormat::F16, true) => (&MLA_F16_C16, shared_bytes(columns, 2 * MLA_DIM, STAGES)),
+            (KvFormat::F16, false) => (&MLA_F16_C32, shared_bytes(columns, 2 * MLA_DIM, STAGES)),
+            (KvFormat::Bf16, true) => (&MLA_BF16_C16, shared_bytes(columns, 2 * MLA_DIM, STAGES)),
+            (KvFormat::Bf16, false) => (&MLA_BF16_C32, shared_bytes(columns, 2 * MLA_DIM, STAGES)),
+            (format, _) => match token_kernel(format, columns) {
+                Some(kernel) => (kernel, token_shared_bytes(format, columns)),
+                None => {
+                    return Err(Error::Unsupported {
+                        what: "latents on a device in a format other than f16, bf16, fp8, int8_t, int4_t",
+                    });
+                }
+            },
+        };
         let units = (b.q_heads * b.q_len).div_ceil(columns);
         let grid = b.multiprocessors.min(1 << 16) * resident;
         let split = Split::new(SplitBounds {
@@ -107,7 +117,12 @@ impl MlaPlan {
             // Partial results are of 512 channels.
             shorts: 1,
         })?;
-        Ok(Self { bounds, kernel, units, shared_bytes: shared_bytes(columns), grid, split })
+        Ok(Self { bounds, kernel, units, shared_bytes, grid, split })
+    }
+
+    /// How the cache stores latents.
+    pub fn format(&self) -> KvFormat {
+        self.bounds.format
     }
 
     /// The kernel that calls within the bounds run.
@@ -144,10 +159,26 @@ impl MlaPlan {
     /// `InvalidArgument` where a stride, an address, a type id or a size of `params` is not what
     /// its field documents; nothing is filled then.
     pub fn decode_launch(&self, workspace: u64, params: &mut MlaParams) -> Result<Launch> {
+        if self.bounds.format.class() != FormatClass::Float {
+            return Err(Error::InvalidState { why: "the plan is for rows of codes" });
+        }
+        self.fill(workspace, params, 8)
+    }
+
+    /// The same for rows of any format, of which 16 bytes are `chunk` elements.
+    pub(super) fn fill(
+        &self,
+        workspace: u64,
+        params: &mut MlaParams,
+        chunk: i64,
+    ) -> Result<Launch> {
         if params.block_tokens == 0 {
             return Err(Error::invalid("block_tokens", "must be at least 1"));
         }
-        if params.k_block % 8 != 0 || params.k_token % 8 != 0 || !params.k.0.is_multiple_of(16) {
+        if params.k_block % chunk != 0
+            || params.k_token % chunk != 0
+            || !params.k.0.is_multiple_of(16)
+        {
             return Err(Error::invalid("k", "rows must begin at multiples of 16 bytes"));
         }
         DType::from_id(params.q_dtype)?;
@@ -182,7 +213,7 @@ mod tests {
 
     fn sound() -> MlaBounds {
         MlaBounds {
-            cache: DType::Bf16,
+            format: KvFormat::Bf16,
             q_heads: 16,
             q_len: 1,
             batch: 128,
@@ -225,7 +256,8 @@ mod tests {
     #[test]
     fn bounds_outside_the_ranges_are_refused() {
         for bad in [
-            MlaBounds { cache: DType::F32, ..sound() },
+            MlaBounds { format: KvFormat::F32, ..sound() },
+            MlaBounds { format: KvFormat::Kt4v4, ..sound() },
             MlaBounds { q_heads: 0, ..sound() },
             MlaBounds { q_heads: 129, ..sound() },
             MlaBounds { q_len: 0, ..sound() },

@@ -33,6 +33,7 @@ pub mod image;
 mod lookup;
 mod merge;
 mod mla;
+mod mla_token;
 pub mod params;
 mod prefill;
 mod prefill_sealed;
@@ -100,6 +101,7 @@ pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
         lookup::KERNELS,
         merge::KERNELS,
         mla::KERNELS,
+        mla_token::KERNELS,
         prefill::KERNELS,
         prefill_sealed::KERNELS,
         prefill_token::KERNELS,

@@ -146,6 +146,7 @@ impl Instance {
             AttendParams::PrefillToken(params) => run(backend, &launch, params),
             AttendParams::Prefill(params) => run(backend, &launch, params),
             AttendParams::Mla(params) => run(backend, &launch, params),
+            AttendParams::MlaToken(params) => run(backend, &launch, params),
         }
         let Buffer::F32(lse) = get(&lse, DType::F32) else { unreachable!("as asked for") };
         let mut raised = [0; 4];

@@ -3,7 +3,8 @@
 use kvcache::dtype::KvFormat;
 use kvcache::emu::Buffer;
 use kvcache::kernels::params::{
-    DecodeParams, DecodeTokenParams, In, PrefillParams, PrefillTokenParams,
+    DecodeParams, DecodeTokenParams, In, MlaParams, MlaTokenParams, PrefillParams,
+    PrefillTokenParams,
 };
 use kvcache::quant::{RowCodec, Stored};
 
@@ -141,4 +142,70 @@ struct Lie {
     scales: ([i64; 3], [i64; 3]),
     k_rotated: u32,
     v_rotated: u32,
+}
+
+/// Latents in device memory as rows of codes, with gaps between them as the floats have.
+pub struct Latents {
+    how: Codes,
+    codes: Buffer,
+    scales: Buffer,
+    scale: Buffer,
+    /// Elements from a row of floats to the next, bytes from a row of codes and of scales to the next.
+    row: usize,
+    row_bytes: usize,
+    scale_bytes: usize,
+}
+
+impl Latents {
+    /// Encodes rows of `dims` channels (all, and those that are values), `gap` more apart, and replaces
+    /// them by what the codes say. Rows of NaN stay, and have codes that no result must depend on.
+    pub fn new(how: Codes, dims: (usize, usize), gap: usize, rows: &mut [f32]) -> Self {
+        let codec = RowCodec::latent(how.format, dims.1 as u32, (dims.0 - dims.1) as u32).unwrap();
+        let codec = match how.format {
+            KvFormat::Int8T => codec.with_rotation(how.rotated).unwrap(),
+            _ => codec,
+        };
+        let scale = 1.75;
+        let codec = if how.heads { codec.with_scale(scale).unwrap() } else { codec };
+        let (row, row_bytes) = (dims.0 + gap, codec.code_bytes() + 2 * gap);
+        // Scales in a tensor of their own have gaps too.
+        let scale_bytes = codec.scale_bytes() + gap / 4;
+        let count = rows.len() / row;
+        let mut codes = vec![0x7e; count * row_bytes];
+        let mut scales = vec![0x7e; (count * scale_bytes).max(8)];
+        for (r, row) in rows.chunks_exact_mut(row).enumerate().filter(|(_, row)| !row[0].is_nan()) {
+            let codes = &mut codes[r * row_bytes..][..codec.code_bytes()];
+            let scales = &mut scales[r * scale_bytes..][..codec.scale_bytes()];
+            let row = &mut row[..dims.0];
+            assert_eq!(codec.encode(row, codes, scales).unwrap(), Stored::Encoded);
+            codec.decode(codes, scales, row).unwrap();
+        }
+        let [codes, scales] = [codes, scales].map(|bytes: Vec<u8>| Buffer::of(&bytes).unwrap());
+        let scale = Buffer::of(&[scale]).unwrap();
+        Self { how, codes, scales, scale, row, row_bytes, scale_bytes }
+    }
+
+    /// The call over the codes, from the one over floats.
+    pub fn params(&self, call: MlaParams) -> MlaTokenParams {
+        let to = |stride: i64, bytes: usize| stride / self.row as i64 * bytes as i64;
+        let rotated = match self.how.format {
+            KvFormat::Int4T => true,
+            KvFormat::Int8T => self.how.rotated,
+            _ => false,
+        };
+        MlaTokenParams {
+            k_scales: In::at(self.scales.address()),
+            k_heads: In::at(if self.how.heads { self.scale.address() } else { 0 }),
+            k_scale_block: to(call.k_block, self.scale_bytes),
+            k_scale_token: to(call.k_token, self.scale_bytes),
+            k_rotated: u32::from(rotated),
+            call: MlaParams {
+                k: In::at(self.codes.address()),
+                k_block: to(call.k_block, self.row_bytes),
+                k_token: to(call.k_token, self.row_bytes),
+                ..call
+            },
+            ..MlaTokenParams::default()
+        }
+    }
 }

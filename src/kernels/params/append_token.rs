@@ -7,9 +7,10 @@ use super::{Any, AppendParams, CType, DeviceStruct, In, Out};
 device_struct! {
     /// Appends rows of K and V as codes: FP8, INT8_T, INT4_T, NVFP4.
     AppendTokenParams, "kvc_append_token_params" {
-        /// The call. Strides of the caches are in bytes; `k_dim` is `v_dim`; `cache_dtype` means
-        /// nothing. The error flag's bit 5 says that a row was not finite or outside its format's
-        /// range, and not written.
+        /// The call. Strides of the caches are in bytes; `k_dim` is `v_dim`, or 576 with one head and
+        /// `v_dim` 0 (latents of 512 channels and 64 rotary ones); `cache_dtype` means nothing. The
+        /// error flag's bit 5 says that a row was not finite or outside its format's range, and not
+        /// written.
         call: AppendParams,
         /// Scales of the keys of block 0, head 0, token 0; null where the format has none.
         k_scales: Out<Any>,
