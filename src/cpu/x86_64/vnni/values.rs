@@ -209,25 +209,23 @@ unsafe fn add<const INT4: bool, const R: usize, const WHOLE: bool, H: Pace>(
     let at = if INT4 { plane / 2 } else { plane };
     for t in (from..rows.len().min(from + PIECE)).step_by(2) {
         hints.advance(2, lines);
-        {
-            // SAFETY: the caller's promise; rows are fours, and each pair of them has weights.
-            unsafe {
-                let zero = _mm512_setzero_si512();
-                let a = load_codes::<WHOLE>(*rows.get_unchecked(t), ends, at);
-                let b = load_codes::<WHOLE>(*rows.get_unchecked(t + 1), ends, at);
-                let (a, b) = (codes_of::<INT4>(a, plane), codes_of::<INT4>(b, plane));
-                let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
-                let pairs = [
-                    _mm512_unpacklo_epi8(low, zero),
-                    _mm512_unpackhi_epi8(low, zero),
-                    _mm512_unpacklo_epi8(high, zero),
-                    _mm512_unpackhi_epi8(high, zero),
-                ];
-                for i in 0..R {
-                    let weight = _mm512_set1_epi32(*weights.get_unchecked(2 * t + i));
-                    for k in 0..4 {
-                        sums[i][k] = _mm512_dpwssd_epi32(sums[i][k], pairs[k], weight);
-                    }
+        // SAFETY: the caller's promise; rows are fours, and each pair of them has weights.
+        unsafe {
+            let zero = _mm512_setzero_si512();
+            let a = load_codes::<WHOLE>(*rows.get_unchecked(t), ends, at);
+            let b = load_codes::<WHOLE>(*rows.get_unchecked(t + 1), ends, at);
+            let (a, b) = (codes_of::<INT4>(a, plane), codes_of::<INT4>(b, plane));
+            let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+            let pairs = [
+                _mm512_unpacklo_epi8(low, zero),
+                _mm512_unpackhi_epi8(low, zero),
+                _mm512_unpacklo_epi8(high, zero),
+                _mm512_unpackhi_epi8(high, zero),
+            ];
+            for i in 0..R {
+                let weight = _mm512_set1_epi32(*weights.get_unchecked(2 * t + i));
+                for k in 0..4 {
+                    sums[i][k] = _mm512_dpwssd_epi32(sums[i][k], pairs[k], weight);
                 }
             }
         }
