@@ -11,7 +11,8 @@ use kvcache::device::{Backend, Device, open};
 use kvcache::dtype::KvFormat;
 use kvcache::tier::TierKind;
 use late_device::{CACHE, DOWN, Late, Pace, UP};
-use sink_case::{LONG, Setup, Shelf, a_life, a_stream, attach, below, known_prompts, prefetch};
+use sink_case::remote::Remote;
+use sink_case::{LONG, Setup, a_life, a_stream, attach, below, known_prompts, prefetch};
 
 fn emu() -> Arc<dyn Backend> {
     open(Device::Emu).unwrap()
@@ -28,7 +29,7 @@ fn sinks_go_down_and_come_back_in_every_order_of_events() {
         let backend: Arc<dyn Backend> = late.clone();
         let setup = Setup::new(Some(backend), &GROUPS);
         a_life(&setup, &prompts, 60, &Vec::new, 8, n);
-        let shelf = Arc::new(Shelf::default());
+        let shelf = Arc::new(Remote::default());
         let lower = || vec![below(shelf.clone(), TierKind::Remote, n % 2 == 0)];
         a_life(&setup, &prompts, 12, &lower, 8, n);
         drop(setup);
@@ -67,7 +68,7 @@ fn a_device_and_the_cpu_have_the_same_streams_and_objects() {
     }
     let prompt = device.prompt(3, 3);
     let objects = [&device, &cpu].map(|setup| {
-        let (shelf, mut cache) = (Arc::new(Shelf::default()), setup.cache());
+        let (shelf, mut cache) = (Arc::new(Remote::default()), setup.cache());
         attach(&mut cache, 0, vec![below(shelf.clone(), TierKind::Remote, true)]);
         setup.serve(&mut cache, &prompt, false);
         assert!(cache.flush_tiers(LONG));
@@ -76,7 +77,7 @@ fn a_device_and_the_cpu_have_the_same_streams_and_objects() {
     assert_eq!(objects[0].len(), device.objects(3));
     assert!(objects[0] == objects[1]);
     // A cache on the device takes those of the CPU.
-    let shelf = Arc::new(Shelf(std::sync::Mutex::new(objects[1].clone())));
+    let shelf = Arc::new(Remote(std::sync::Mutex::new(objects[1].clone())));
     let mut cache = device.cache();
     attach(&mut cache, 60, vec![below(shelf, TierKind::Remote, false)]);
     prefetch(&mut cache, &prompt);

@@ -12,9 +12,8 @@ use kvcache::error::Error;
 use kvcache::layout::slice::Slice;
 use kvcache::tier::disk::{DiskOptions, DiskStore};
 use kvcache::tier::{Configuration, TierKind};
-use sink_case::{
-    LONG, SPACE, Setup, Shelf, a_life, a_stream, attach, below, known_prompts, prefetch,
-};
+use sink_case::remote::Remote;
+use sink_case::{LONG, SPACE, Setup, a_life, a_stream, attach, below, known_prompts, prefetch};
 
 /// One group; two of which one has sinks of two tiles; one beside rows of floats; sinks alone.
 fn setups() -> [Setup; 4] {
@@ -58,7 +57,7 @@ fn sinks_go_down_and_come_back() {
         a_life(setup, &prompts, 60, &Vec::new, 20, 1);
         let folder = Folder::new(&format!("life-{n}"));
         a_life(setup, &prompts, 20, &|| vec![folder.tier(setup, n % 2 == 0)], 20, 2);
-        let shelf = Arc::new(Shelf::default());
+        let shelf = Arc::new(Remote::default());
         a_life(
             setup,
             &prompts,
@@ -131,7 +130,7 @@ fn a_load_that_is_given_up_gives_its_slots_back() {
 #[test]
 fn damaged_cut_and_missing_objects_are_misses() {
     let setup = &setups()[1];
-    let (shelf, prompt) = (Arc::new(Shelf::default()), setup.prompt(7, 4));
+    let (shelf, prompt) = (Arc::new(Remote::default()), setup.prompt(7, 4));
     let mut cache = setup.cache();
     attach(&mut cache, 4, vec![below(shelf.clone(), TierKind::Remote, true)]);
     let (_, known) = setup.serve(&mut cache, &prompt, false);
@@ -166,7 +165,7 @@ fn damaged_cut_and_missing_objects_are_misses() {
 
 #[test]
 fn caches_with_other_sinks_share_nothing() {
-    let shelf = Arc::new(Shelf::default());
+    let shelf = Arc::new(Remote::default());
     let of = |sinks| Setup::new(None, &[(KvFormat::Kt4v4, sinks)]);
     let prompt = of(1).prompt(7, 4);
     for sinks in [1, 0, 2] {

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 pub use crate::device::codes::{Coded, Codes};
-use crate::device::{self, Rng, Values};
+use crate::device::{self, Rng, Values, shuffled_tables};
 use kvcache::attention::{
     HeadShape, KvSource, PagedKv, ReferenceOutput, Scoring, reference_attention,
 };
@@ -155,17 +155,7 @@ impl Call {
     pub fn new(case: Case) -> Self {
         let mut rng = Rng::new(case.seed);
         let (bt, d, heads) = (case.block_tokens, case.head_dim, case.kv_heads);
-        let needed: usize = case.lengths.iter().map(|l| l.1.div_ceil(bt)).sum();
-        let num_blocks = needed + 3;
-        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, rng.below(i + 1));
-        }
-        let mut tables: Vec<Vec<i32>> =
-            case.lengths.iter().map(|l| order.split_off(order.len() - l.1.div_ceil(bt))).collect();
-        if let Some((seq, entry, id)) = case.spoil {
-            tables[seq][entry] = id;
-        }
+        let (tables, num_blocks) = shuffled_tables(&mut rng, &case.lengths, bt, case.spoil);
         // Blocks that no sequence has stay NaN, and so do the places past the last token.
         let (bt_, d_, h_) = (bt as i64, d as i64, heads as i64);
         let strides = if case.nhd {

@@ -12,6 +12,29 @@ pub mod codes;
 pub mod paged;
 pub mod sealed;
 
+/// A table for each sequence of `(query rows, tokens)`, its blocks in random order among three more than
+/// all of them need, with one entry spoilt where `spoil` has `(sequence, entry, id)`; and how many
+/// blocks there are.
+pub fn shuffled_tables(
+    rng: &mut Rng,
+    lengths: &[(usize, usize)],
+    block_tokens: usize,
+    spoil: Option<(usize, usize, i32)>,
+) -> (Vec<Vec<i32>>, usize) {
+    let blocks = |tokens: usize| tokens.div_ceil(block_tokens);
+    let num_blocks = lengths.iter().map(|l| blocks(l.1)).sum::<usize>() + 3;
+    let mut order: Vec<i32> = (0..num_blocks as i32).collect();
+    for i in (1..order.len()).rev() {
+        order.swap(i, rng.below(i + 1));
+    }
+    let mut tables: Vec<Vec<i32>> =
+        lengths.iter().map(|l| order.split_off(order.len() - blocks(l.1))).collect();
+    if let Some((seq, entry, id)) = spoil {
+        tables[seq][entry] = id;
+    }
+    (tables, num_blocks)
+}
+
 /// The step of a type near 1: its rounding error is half of it.
 pub fn epsilon(dtype: DType) -> f64 {
     match dtype {

@@ -7,7 +7,7 @@ use kvcache::emu::{Buffer, Options};
 use kvcache::layout::Strides;
 
 use super::codes::{Coded, Codes};
-use super::{Rng, Values, epsilon};
+use super::{Rng, Values, epsilon, shuffled_tables};
 
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -88,17 +88,7 @@ impl Paged {
     pub fn new(case: Case) -> Self {
         let mut rng = Rng::new(case.seed);
         let (bt, d, heads) = (case.block_tokens, case.head_dim, case.kv_heads);
-        let needed: usize = case.lengths.iter().map(|l| l.1.div_ceil(bt)).sum();
-        let num_blocks = needed + 3;
-        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, rng.below(i + 1));
-        }
-        let mut tables: Vec<Vec<i32>> =
-            case.lengths.iter().map(|l| order.split_off(order.len() - l.1.div_ceil(bt))).collect();
-        if let Some((seq, entry, id)) = case.spoil {
-            tables[seq][entry] = id;
-        }
+        let (tables, num_blocks) = shuffled_tables(&mut rng, &case.lengths, bt, case.spoil);
         let run = (heads * bt * d) as i64;
         let strides = if case.nhd {
             Strides { block: run, head: d as i64, token: (heads * d) as i64 }

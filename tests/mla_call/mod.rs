@@ -10,7 +10,7 @@ use kvcache::kernels::{Kernel, MLA_DIM, MLA_VALUES, MlaBounds, MlaPlan, Pieces};
 use kvcache::layout::Strides;
 
 use super::device::codes::{Codes, Latents};
-use super::device::{Rng, Values, epsilon};
+use super::device::{Rng, Values, epsilon, shuffled_tables};
 
 const DIM: usize = MLA_DIM as usize;
 pub const VALUES: usize = MLA_VALUES as usize;
@@ -89,17 +89,7 @@ impl Call {
     pub fn new(case: Case) -> Self {
         let mut rng = Rng::new(case.seed);
         let bt = case.block_tokens;
-        let needed: usize = case.lengths.iter().map(|l| l.1.div_ceil(bt)).sum();
-        let num_blocks = needed + 3;
-        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, rng.below(i + 1));
-        }
-        let mut tables: Vec<Vec<i32>> =
-            case.lengths.iter().map(|l| order.split_off(order.len() - l.1.div_ceil(bt))).collect();
-        if let Some((seq, entry, id)) = case.spoil {
-            tables[seq][entry] = id;
-        }
+        let (tables, num_blocks) = shuffled_tables(&mut rng, &case.lengths, bt, case.spoil);
         // Blocks that no sequence has stay NaN, and so do gaps and the places past the last token.
         let row = DIM + case.gap;
         let strides = Strides { block: (bt * row) as i64, head: 0, token: row as i64 };

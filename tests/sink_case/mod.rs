@@ -7,9 +7,10 @@
 
 #[path = "../random/mod.rs"]
 mod random;
+#[path = "../tier_case/remote.rs"]
+pub mod remote;
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache::attention::Scoring;
@@ -160,42 +161,6 @@ impl Setup {
             raw.map(|layout| layout.staging_block_bytes().div_ceil(layout.block_bytes())).max()
         };
         (0..blocks).map(|block| of(block).unwrap_or(1) as usize).sum()
-    }
-}
-
-/// A store in memory that has to be asked, and that tests do harm to.
-#[derive(Debug, Default)]
-pub struct Shelf(pub Mutex<BTreeMap<ObjectKey, Vec<u8>>>);
-
-impl Store for Shelf {
-    fn knows(&self, _: &ObjectKey) -> Option<bool> {
-        None
-    }
-    fn exists(&self, keys: &[ObjectKey], found: &mut [bool]) -> bool {
-        let objects = self.0.lock().unwrap();
-        keys.iter().zip(found).for_each(|(key, found)| *found = objects.contains_key(key));
-        true
-    }
-    fn put(&self, puts: &[Put], outcomes: &mut [Outcome]) {
-        outcomes.fill(Outcome::Done);
-        self.0.lock().unwrap().extend(puts.iter().map(|put| (put.key, put.object.to_vec())));
-    }
-    fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
-        let objects = self.0.lock().unwrap();
-        for (get, outcome) in gets.iter_mut().zip(outcomes) {
-            *outcome = match objects.get(&get.key) {
-                None => Outcome::Absent,
-                Some(object) if object.len() != get.object.len() => Outcome::Bad,
-                Some(object) => {
-                    get.object.copy_from_slice(object);
-                    Outcome::Done
-                }
-            };
-        }
-    }
-    fn remove(&self, keys: &[ObjectKey]) {
-        let mut objects = self.0.lock().unwrap();
-        keys.iter().for_each(|key| drop(objects.remove(key)));
     }
 }
 

@@ -25,11 +25,14 @@ impl Store for Remote {
     fn get(&self, gets: &mut [Get], outcomes: &mut [Outcome]) {
         let objects = self.0.lock().unwrap();
         for (get, outcome) in gets.iter_mut().zip(outcomes) {
-            *outcome = Outcome::Absent;
-            if let Some(object) = objects.get(&get.key) {
-                get.object.copy_from_slice(object);
-                *outcome = Outcome::Done;
-            }
+            *outcome = match objects.get(&get.key) {
+                None => Outcome::Absent,
+                Some(object) if object.len() != get.object.len() => Outcome::Bad,
+                Some(object) => {
+                    get.object.copy_from_slice(object);
+                    Outcome::Done
+                }
+            };
         }
     }
     fn remove(&self, keys: &[ObjectKey]) {

@@ -13,6 +13,7 @@ use kvcache::attention::{HeadShape, KvSource, Scoring, reference_attention};
 use kvcache::cache::{CacheOptions, KvCache, LayerId, Step, Work};
 use kvcache::device::Backend;
 use kvcache::dtype::{KvFormat, Rows, bf16};
+use kvcache::error::Error;
 use kvcache::ids::{Namespace, SeqId, TokenId};
 use kvcache::layout::tile::{TileLayout, TileShape};
 use kvcache::layout::{CacheSpec, GroupSpec};
@@ -256,6 +257,31 @@ impl Setup {
                 // Queries and raw rows are of bf16; values are at most 4 or so.
                 let most = 2e-2 * want.abs().max(1.0);
                 assert!(off <= most, "{:?} row {at} [{i}]: {got}, not {want}", self.format);
+            }
+        }
+    }
+
+    /// Goes on with a sequence by a step that is cancelled once in five, its rows held against the
+    /// reference; not where blocks lack.
+    pub fn go_on(
+        &self,
+        cache: &mut KvCache,
+        rng: &mut Rng,
+        (seq, tokens): (SeqId, &mut Vec<TokenId>),
+        new: &[TokenId],
+    ) {
+        let mut step = Step::new();
+        match cache.begin(&mut step, &[Work { seq, tokens: new }]) {
+            Err(Error::OutOfBlocks { .. }) => {}
+            Err(error) => panic!("{error:?}"),
+            Ok(()) => {
+                let out = self.layers(cache, &step, &[(tokens.len(), new)]);
+                if rng.below(5) == 0 || cache.commit(&mut step).is_err() {
+                    cache.cancel(&mut step).unwrap();
+                } else {
+                    tokens.extend(new);
+                    self.check(&out, tokens, new.len(), new.len());
+                }
             }
         }
     }

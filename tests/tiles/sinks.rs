@@ -180,20 +180,7 @@ pub fn random_operations(setup: &Setup, rounds: usize, seed: u64) {
                     0 => prompt(tokens.len() + count)[tokens.len()..].to_vec(),
                     _ => (0..count).map(|_| rng.pick(&[1, 2, 3, 3, 2, 1, 2, LOUD])).collect(),
                 };
-                let mut step = Step::new();
-                match cache.begin(&mut step, &[Work { seq: *seq, tokens: &new }]) {
-                    Err(Error::OutOfBlocks { .. }) => {}
-                    Err(error) => panic!("{error:?}"),
-                    Ok(()) => {
-                        let out = setup.layers(&mut cache, &step, &[(tokens.len(), &new)]);
-                        if rng.below(5) == 0 || cache.commit(&mut step).is_err() {
-                            cache.cancel(&mut step).unwrap();
-                        } else {
-                            tokens.extend(&new);
-                            setup.check(&out, tokens, new.len(), new.len());
-                        }
-                    }
-                }
+                setup.go_on(&mut cache, &mut rng, (*seq, tokens), &new);
             }
             _ => {}
         }

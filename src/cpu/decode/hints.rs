@@ -167,8 +167,8 @@ struct Lines {
 /// of it, at the pace of the work.
 pub(in crate::cpu) struct Hints<'a> {
     near: Ahead<'a>,
-    /// None for kernels over codes where it goes to the second level: slower than memory, they lose
-    /// few hints, and each costs them.
+    /// None for kernels over codes: where rows are not straight they are slower than memory, lose few
+    /// hints, and each costs them.
     again: Ahead<'a>,
     /// None where all hints go to the first level.
     far: Ahead<'a>,
@@ -211,7 +211,7 @@ impl<'a> Hints<'a> {
         let Distances { near: (pieces, beyond), again, far } = walk.distances(side);
         // Which hints there are.
         let first = walk.job.prefetch == Prefetch::First;
-        let (twice, early) = (first || !walk.now.long, !first);
+        let (twice, early) = (!walk.now.long, !first);
         let hint = |wanted: bool, pieces: usize| {
             if wanted { walk.ahead(side, head, piece + pieces) } else { Ahead::NONE }
         };
